@@ -1,0 +1,268 @@
+"""The configuration of a run: nested dataclasses, read from the command line and YAML files by jsonargparse.
+
+Pure: no MPI, no torch. `parse` turns an argument list into a `Config` or raises ConfigError; `to_yaml` writes it back.
+A field that is None stands for the recipe of the chosen network (`Recipe`), and is filled in by `with_recipe`, so that
+the configuration that a run writes down is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+import jsonargparse
+
+from asgd_mpi.errors import ConfigError
+
+
+@dataclass
+class RunConfig:
+    """The run as a whole.
+
+    Args:
+        dir: run directory; empty for a new one under runs/
+        seed: of the weights, the order, the augmentation and the dropout
+        epochs: passes over the training split (default: the network's recipe)
+        validate_every: epochs between two validations
+        timeout_s: the longest that any rank waits for another one, in seconds
+        progress: a live bar, plain lines for a log file, nothing, or auto (a bar on a terminal)
+    """
+
+    dir: str = ""
+    seed: int = 0
+    epochs: Optional[float] = None
+    validate_every: float = 1.0
+    timeout_s: float = 600.0
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+
+
+@dataclass
+class DataConfig:
+    """The images.
+
+    Args:
+        path: directory of shards made by data_prep; `digits` is the embedded set, made on first use in data/digits
+        batch_size: images a gradient is averaged over, per worker (default: the network's recipe)
+        image_size: side of the square that the network sees, in pixels (default: 224, or the size of raw images)
+        augment: none, shift, paper (crops and flips of Krizhevsky 2012), reference (torchvision's) (default: recipe)
+        threads: threads of each worker that read and decode
+        lease_batches: batches lent to a worker at a time
+        on_bad_image: stop at a damaged image, or leave it out and count it
+    """
+
+    path: str = "digits"
+    batch_size: Optional[int] = None
+    image_size: Optional[int] = None
+    augment: Optional[Literal["none", "shift", "paper", "reference"]] = None
+    threads: int = 2
+    lease_batches: int = 4
+    on_bad_image: Literal["fail", "skip"] = "fail"
+
+
+@dataclass
+class ModelConfig:
+    """The network.
+
+    Args:
+        name: digits_cnn, alexnet, resnet18, resnet50, torchvision:NAME, or package.module:function
+    """
+
+    name: str = "digits_cnn"
+
+
+@dataclass
+class RuleConfig:
+    """How the server applies a gradient.
+
+    Args:
+        name: asgd applies every gradient on arrival
+        momentum: heavy-ball momentum, kept by the server; 0 for plain SGD (default: the network's recipe)
+        weight_decay: L2 penalty, as in torch.optim.SGD (default: the network's recipe)
+    """
+
+    name: Literal["asgd"] = "asgd"
+    momentum: Optional[float] = None
+    weight_decay: Optional[float] = None
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate, a function of the samples applied at the server.
+
+    Args:
+        name: constant, step (times gamma every step_epochs) or cosine (to 0 at the end) (default: recipe)
+        lr: learning rate of one gradient (default: the network's recipe)
+        warmup_epochs: epochs over which the rate rises linearly from lr / workers (default: the network's recipe)
+        step_epochs: epochs between two steps of `step`
+        gamma: factor of a step of `step`
+    """
+
+    name: Optional[Literal["constant", "step", "cosine"]] = None
+    lr: Optional[float] = None
+    warmup_epochs: Optional[float] = None
+    step_epochs: float = 30.0
+    gamma: float = 0.1
+
+
+@dataclass
+class ExchangeConfig:
+    """How weights and gradients travel.
+
+    Args:
+        ring: snapshots kept in the window; a fetch is torn only if ring - 1 newer ones appear while it is read
+    """
+
+    ring: int = 3
+
+
+@dataclass
+class ComputeConfig:
+    """Where a worker computes.
+
+    Args:
+        device: auto takes the GPU at the worker's position among the workers of its node, or the CPU if it has none
+        threads: torch threads of each rank; 0 shares the cores of a node among its ranks
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+
+
+@dataclass
+class RecordConfig:
+    """What the run directory keeps.
+
+    Args:
+        interval_s: seconds that one line of a metrics file covers
+        hash_snapshots: write a hash of every published and fetched snapshot (a check of the exchange; slow)
+    """
+
+    interval_s: float = 1.0
+    hash_snapshots: bool = False
+
+
+@dataclass
+class Config:
+    """All sections; `--section.key value` on the command line, the same nesting in YAML."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rule: RuleConfig = field(default_factory=RuleConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings that a network is known to train with; the configuration overrides each of them."""
+
+    epochs: float
+    batch_size: int
+    augment: str
+    momentum: float
+    weight_decay: float
+    schedule: str
+    lr: float
+    warmup_epochs: float = 0.0
+
+
+SHORTHANDS = {"--data": "--data.path", "--model": "--model.name", "--rule": "--rule.name", "--seed": "--run.seed",
+              "--epochs": "--run.epochs", "--lr": "--schedule.lr", "--batch-size": "--data.batch_size"}
+
+
+def make_parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m asgd_mpi.train", exit_on_error=False, default_env=False,
+        description="Train a network by asynchronous SGD: rank 0 serves the weights, every other rank is a worker.",
+        epilog="Short forms: " + ", ".join(f"{short} for {long}" for short, long in SHORTHANDS.items()) + ".")
+    parser.add_argument("--config", action="config", help="YAML file with the same nesting as the options.")
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def parse(arguments: list[str]) -> Config:
+    """Read a command line (with `--config FILE` anywhere in it). Raises ConfigError; SystemExit(0) for --help."""
+    parser = make_parser()
+    try:
+        with redirect_stderr(io.StringIO()):
+            namespace = parser.parse_args([_long_form(argument) for argument in arguments])
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(_explain(str(error), parser)) from None
+    config = parser.instantiate(namespace)
+    config = Config(**{section.name: config[section.name] for section in dataclasses.fields(Config)})
+    _check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    parser = make_parser()
+    return parser.dump(jsonargparse.Namespace(**dataclasses.asdict(config)), skip_unset=False)
+
+
+def from_yaml(text: str) -> Config:
+    """Read what `to_yaml` wrote. Raises ConfigError."""
+    parser = make_parser()
+    try:
+        namespace = parser.instantiate(parser.parse_string(text))
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(f"the configuration cannot be read: {error}") from None
+    return Config(**{section.name: namespace[section.name] for section in dataclasses.fields(Config)})
+
+
+def with_recipe(config: Config, recipe: Recipe) -> Config:
+    """Fill in every field that is None from the network's recipe; returns a new Config."""
+    def fill(section, **defaults):
+        missing = {name: value for name, value in defaults.items() if getattr(section, name) is None}
+        return dataclasses.replace(section, **missing)
+
+    return dataclasses.replace(
+        config,
+        run=fill(config.run, epochs=recipe.epochs),
+        data=fill(config.data, batch_size=recipe.batch_size, augment=recipe.augment),
+        rule=fill(config.rule, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
+        schedule=fill(config.schedule, name=recipe.schedule, lr=recipe.lr, warmup_epochs=recipe.warmup_epochs))
+
+
+def _long_form(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return SHORTHANDS.get(name, name) + equals + value
+
+
+def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
+    """Say which option was meant when one is unknown."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    for word in message.replace("=", " ").split():
+        word = word.strip("'\"")
+        if word.startswith("--") and word not in known:
+            near = difflib.get_close_matches(word, sorted({*known, *SHORTHANDS}), n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            return f"unknown option {word}.{hint} `python -m asgd_mpi.train --help` lists all of them."
+    return f"{message.strip()}\n`python -m asgd_mpi.train --help` lists the options and their types."
+
+
+def _check(config: Config) -> None:
+    """Refuse values that cannot be meant, each with the reason."""
+    def demand(holds: bool, option: str, value: object, reason: str) -> None:
+        if not holds:
+            raise ConfigError(f"--{option} {value}: {reason}.")
+
+    run, data, schedule = config.run, config.data, config.schedule
+    demand(run.epochs is None or run.epochs > 0, "run.epochs", run.epochs, "there is nothing to train; give more than 0")
+    demand(run.validate_every > 0, "run.validate_every", run.validate_every, "give the epochs between validations, > 0")
+    demand(run.timeout_s > 0, "run.timeout_s", run.timeout_s, "every wait needs a limit above 0 seconds")
+    demand(data.batch_size is None or data.batch_size > 0, "data.batch_size", data.batch_size, "a batch has 1 image or more")
+    demand(data.lease_batches > 0, "data.lease_batches", data.lease_batches, "a lease has 1 batch or more")
+    demand(data.threads > 0, "data.threads", data.threads, "somebody has to read the images; give 1 or more")
+    demand(schedule.lr is None or schedule.lr > 0, "schedule.lr", schedule.lr, "the learning rate must be above 0")
+    demand(config.rule.momentum is None or 0 <= config.rule.momentum < 1, "rule.momentum", config.rule.momentum,
+           "momentum is 0 or more and below 1; at 1 the velocity never decays")
+    demand(config.exchange.ring >= 2, "exchange.ring", config.exchange.ring,
+           "one slot is read while the next is written, so at least 2 are needed")
+    demand(config.record.interval_s > 0, "record.interval_s", config.record.interval_s, "give seconds above 0")

@@ -1,0 +1,110 @@
+"""Batches from shards: read, decode, augment, stack; with threads when asked ahead of time.
+
+In: (epoch, start, stop), positions of an epoch. Out: `Batch`. Invariants: a batch is a pure function of these three,
+the seed and the data, so pixels depend neither on the number of threads nor on where an epoch is cut; and
+len(images) + skipped == stop - start. Threads only, never processes: a fork after MPI has started is not safe, and
+reading, checking and decoding all release the interpreter's lock.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from asgd_mpi.data.augment import Policy, decode, sample_rng
+from asgd_mpi.data.order import Order, Sequential
+from asgd_mpi.data.shards import DamagedSample, ShardSet
+from asgd_mpi.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: torch.Tensor  # uint8 (B, C, S, S), contiguous
+    labels: torch.Tensor  # int64 (B,)
+    indices: np.ndarray  # int64 (B,), the samples in the ShardSet
+    epoch: int
+    start: int  # positions of the epoch, start..stop-1
+    stop: int
+    skipped: int  # damaged samples left out: B == stop - start - skipped
+
+
+class Loader:
+    """Make batches of one split in one order."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        order: Order | Sequential,
+        policy: Policy,
+        seed: int,
+        threads: int,
+        on_bad_image: str = "fail",
+        on_skip: Callable[[str], None] = warnings.warn,
+    ):
+        self.shards = shards
+        self.order = order
+        self.policy = policy
+        self.seed = seed
+        self.on_bad_image = on_bad_image  # "fail" or "skip"
+        self.on_skip = on_skip  # called with a message, once a damaged sample, from any thread
+        self._num_channels = 3 if shards.image_shape is None else shards.image_shape[2]
+        self._reported: set[int] = set()
+        self._reported_lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+
+    def batch(self, epoch: int, start: int, stop: int) -> Batch:
+        """Return the samples at positions start..stop-1 of an epoch; raise DataError."""
+        indices = self.order.indices(epoch, start, stop)
+        images = np.empty((len(indices), self._num_channels, self.policy.size, self.policy.size), dtype=np.uint8)
+        good = np.ones(len(indices), dtype=bool)
+        for row, index in enumerate(indices.tolist()):
+            try:
+                images[row] = self._image(epoch, index).numpy()
+            except DamagedSample as error:
+                if self.on_bad_image != "skip":
+                    raise
+                good[row] = False
+                self._report(index, error)
+        if not good.all():
+            if not good.any():
+                raise DataError(
+                    f"all {len(indices)} samples at positions {start}..{stop - 1} of epoch {epoch} of "
+                    f"{self.shards.root} ({self.shards.split}) are damaged; prepare or copy the data set again"
+                )
+            images, indices = images[good], indices[good]
+        labels = torch.from_numpy(self.shards.labels(indices))
+        return Batch(torch.from_numpy(images), labels, indices, epoch, start, stop, int((~good).sum()))
+
+    def submit(self, epoch: int, start: int, stop: int) -> Future[Batch]:
+        """Start making a batch in a thread; its errors come out of the future's result()."""
+        return self._pool.submit(self.batch, epoch, start, stop)
+
+    def close(self) -> None:
+        """Drop the batches not yet started and wait for the others."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _image(self, epoch: int, index: int) -> torch.Tensor:
+        """Return one augmented image, uint8 (C, S, S)."""
+        data = self.shards.read(index)
+        if self.shards.encoding == "raw":
+            image = torch.from_numpy(data).permute(2, 0, 1)
+        else:
+            try:
+                image = decode(data)
+            except RuntimeError as error:
+                raise DamagedSample(
+                    f"{self.shards.source(index)} in {self.shards.root} does not decode as JPEG: {error}; prepare the "
+                    f"data set again without it, or leave such samples out (on_bad_image: skip)"
+                ) from error
+        return self.policy(image, sample_rng(self.seed, epoch, index))
+
+    def _report(self, index: int, error: DamagedSample) -> None:
+        with self._reported_lock:
+            if index in self._reported:
+                return
+            self._reported.add(index)
+        self.on_skip(f"left out: {error}")

@@ -1,0 +1,264 @@
+"""The shard format and its reader: sample index -> bytes and label, each one verified.
+
+A data set is a directory with HDF5 shards and one `manifest.json`, which is written last. A shard holds n samples:
+
+    /jpeg    uint8 (total,)      encoding "jpeg": the files end to end; sample i is bytes offset[i] to offset[i + 1]
+    /offset  uint64 (n + 1,)
+    /image   uint8 (n, H, W, C)  encoding "raw", instead of the two above
+    /label   uint16 (n,)         index into the manifest's class_names; int32 above 65,536 classes
+    /size    uint16 (n, 2)       width, height
+    /xxh3    uint64 (n,)         xxh3_64 of the sample's bytes, seeded with its label, so that it guards both
+    /source  bytes (n,)          where the sample came from; fixed length
+
+All are contiguous and unfiltered, so HDF5 only says where the bytes lie. `ShardSet.open` reads the small arrays through
+h5py and closes the file; samples are read by `preadv`, which takes neither h5py's lock nor the interpreter's, so any
+number of threads may read at once. Invariant: `read` returns what was packed, or raises.
+"""
+
+import os
+import weakref
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import msgspec
+import numpy as np
+import xxhash
+
+from asgd_mpi.errors import DataError
+
+FORMAT = "asgd-shard"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class DamagedSample(DataError):
+    """One sample whose bytes are not what was packed, or do not decode; the others may be fine."""
+
+
+class ShardEntry(msgspec.Struct, frozen=True):
+    file: str
+    num_samples: int
+    num_bytes: int  # of the file
+    xxh3: str  # of the file, 16 hex digits
+
+
+class SplitEntry(msgspec.Struct, frozen=True):
+    num_samples: int
+    shards: list[ShardEntry]
+    skipped: list[str] = []  # images that were left out because they could not be decoded
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    encoding: str  # "jpeg" or "raw"
+    image_shape: tuple[int, int, int] | None  # (H, W, C) of raw images
+    class_names: list[str]
+    synsets: list[str]  # the class directories, sorted: label i is synsets[i]; empty if there are none
+    mean: list[float]  # per channel, of images in 0..1
+    std: list[float]
+    seed: int  # of the shuffle
+    splits: dict[str, SplitEntry]
+    software: dict[str, str]
+
+
+class _Version(msgspec.Struct):
+    format: str
+    format_version: int
+
+
+def checksum(data: np.ndarray, label: int) -> int:
+    """Return xxh3_64 of a sample's bytes (C-contiguous uint8), seeded with its label."""
+    return xxhash.xxh3_64_intdigest(data, seed=int(label))
+
+
+def read_manifest(root: Path) -> tuple[Manifest, str]:
+    """Return the manifest of a data set and its fingerprint (16 hex digits); raise DataError."""
+    path = root / MANIFEST
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "has no manifest.json, so it is no data set or its preparation did not finish" if root.is_dir() else (
+            "is not a directory"
+        )
+        raise DataError(
+            f"{root} {what}; make it with `python -m data_prep.imagenet --source DIR --out {root}` "
+            f"or, for a quick trial, `python -m data_prep.digits --out {root}`"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; check the file's permissions and disk") from error
+    try:
+        found = msgspec.json.decode(text, type=_Version)
+        if (found.format, found.format_version) != (FORMAT, FORMAT_VERSION):
+            raise DataError(
+                f"{path} says {found.format} version {found.format_version}, but this program reads {FORMAT} version "
+                f"{FORMAT_VERSION}; prepare the data again, or use the program that wrote it"
+            )
+        return msgspec.json.decode(text, type=Manifest), xxhash.xxh3_64_hexdigest(text)
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path} is damaged or was edited: {error}; prepare the data set again") from error
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Where one shard's samples lie: an open file descriptor and the small arrays."""
+
+    path: Path
+    fd: int
+    offset: np.ndarray  # (n + 1,) uint64: sample i is bytes offset[i] to offset[i + 1] of the file
+    label: np.ndarray  # (n,) int64
+    xxh3: np.ndarray  # (n,) uint64
+    source_at: int  # first byte of /source in the file
+    source_width: int
+
+
+class ShardSet:
+    """One split of a data set, read-only; sample indices are 0..num_samples-1 over all its shards in order."""
+
+    def __init__(self, root: Path, split: str, manifest: Manifest, fingerprint: str, shards: list[_Shard]):
+        self.root = root
+        self.split = split
+        self.fingerprint = fingerprint
+        self.encoding = manifest.encoding
+        self.image_shape = manifest.image_shape
+        self.class_names = manifest.class_names
+        self.num_classes = len(manifest.class_names)
+        self.mean = tuple(manifest.mean)
+        self.std = tuple(manifest.std)
+        self.num_samples = manifest.splits[split].num_samples
+        self._shards = shards
+        self._first = np.cumsum([0] + [len(shard.label) for shard in shards]).tolist()
+        self._label = np.concatenate([shard.label for shard in shards])
+        self._close = weakref.finalize(self, _close_all, shards)
+
+    @classmethod
+    def open(cls, root: str | Path, split: str) -> "ShardSet":
+        """Open every shard of a split, reading labels, offsets and checksums; raise DataError."""
+        root = Path(root)
+        manifest, fingerprint = read_manifest(root)
+        if split not in manifest.splits:
+            raise DataError(f"{root} has no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
+        entries = manifest.splits[split].shards
+        shards: list[_Shard] = []
+        try:
+            for number, entry in enumerate(entries):
+                expected = {
+                    "format": FORMAT, "version": FORMAT_VERSION, "split": split, "shard": number,
+                    "num_shards": len(entries), "num_samples": entry.num_samples, "encoding": manifest.encoding,
+                    "complete": 1,
+                }  # fmt: skip
+                shards.append(_open_shard(root / entry.file, entry.num_bytes, expected))
+            shard_set = cls(root, split, manifest, fingerprint, shards)
+        except BaseException:
+            _close_all(shards)
+            raise
+        shard_set._check_counts()
+        return shard_set
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """Return the labels, int64, of some samples."""
+        return self._label[indices]
+
+    def read(self, index: int) -> np.ndarray:
+        """Return a sample, uint8: the JPEG file's bytes (n,) or the raw image (H, W, C).
+
+        Raises DamagedSample if the checksum does not match and DataError if the file cannot be read at all.
+        """
+        shard, row = self._locate(index)
+        begin, end = int(shard.offset[row]), int(shard.offset[row + 1])
+        data = _pread(shard, begin, end - begin)
+        if checksum(data, shard.label[row]) != shard.xxh3[row]:
+            raise DamagedSample(
+                f"sample {row} of {shard.path} ({self.source(index)}, {end - begin} bytes) does not match its "
+                f"checksum: it was damaged after packing; copy the shard again from a good copy or prepare the data "
+                f"again, or leave damaged samples out (on_bad_image: skip)"
+            )
+        return data if self.image_shape is None else data.reshape(self.image_shape)
+
+    def source(self, index: int) -> str:
+        """Return where a sample came from, e.g. `train/n01440764/n01440764_10026.JPEG`."""
+        shard, row = self._locate(index)
+        name = _pread(shard, shard.source_at + row * shard.source_width, shard.source_width)
+        return name.tobytes().rstrip(b"\0").decode(errors="replace")
+
+    def close(self) -> None:
+        """Close the shards' files; reading is an error afterwards."""
+        self._close()
+
+    def _locate(self, index: int) -> tuple[_Shard, int]:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        number = bisect_right(self._first, index) - 1
+        return self._shards[number], int(index) - self._first[number]
+
+    def _check_counts(self) -> None:
+        counted, largest = len(self._label), int(self._label.max(initial=0))
+        if counted != self.num_samples or counted == 0 or largest >= self.num_classes:
+            raise DataError(
+                f"{self.root / MANIFEST} promises {self.num_samples} {self.split} samples of {self.num_classes} "
+                f"classes, but the shards hold {counted} with labels up to {largest}; prepare the data set again"
+            )
+
+
+def _open_shard(path: Path, num_bytes: int, expected: dict) -> _Shard:
+    """Check one shard against the manifest and return where its samples lie."""
+    again = "copy it again from a good copy, or prepare the data set again"
+    try:
+        on_disk = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"shard {path}, listed in {MANIFEST}, cannot be read: {error.strerror}; {again}") from error
+    if on_disk != num_bytes:
+        raise DataError(
+            f"shard {path} is truncated or was changed: {on_disk} bytes on disk, {num_bytes} in {MANIFEST}; {again}"
+        )
+    try:
+        with h5py.File(path, "r", locking=False) as file:  # locking fails on Lustre and NFS without flock
+            found = {name: file.attrs.get(name) for name in expected}
+            wrong = [f"{name} is {found[name]}, not {want}" for name, want in expected.items() if found[name] != want]
+            if wrong:
+                raise DataError(f"shard {path} is not the one in {MANIFEST}: {'; '.join(wrong)}; {again}")
+            return _read_index(path, file)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise DataError(f"shard {path} is damaged: {error}; {again}") from error
+
+
+def _read_index(path: Path, file: h5py.File) -> _Shard:
+    if file.attrs["encoding"] == "jpeg":
+        samples, offset = file["jpeg"], file["offset"][:]
+    else:
+        samples = file["image"]
+        offset = np.arange(len(samples) + 1, dtype=np.uint64) * np.uint64(np.prod(samples.shape[1:]))
+    label, source, data_at = file["label"][:].astype(np.int64), file["source"], samples.id.get_offset()
+    if data_at is None or source.id.get_offset() is None or len(offset) != len(label) + 1:
+        raise DataError(f"shard {path} is not contiguous: it was repacked with chunks or filters, which have no "
+                        f"byte offsets; prepare the data set again")  # fmt: skip
+    return _Shard(
+        path=path,
+        fd=os.open(path, os.O_RDONLY | os.O_CLOEXEC),
+        offset=offset + np.uint64(data_at),
+        label=label,
+        xxh3=file["xxh3"][:],
+        source_at=source.id.get_offset(),
+        source_width=source.dtype.itemsize,
+    )
+
+
+def _pread(shard: _Shard, at: int, num_bytes: int) -> np.ndarray:
+    data = np.empty(num_bytes, dtype=np.uint8)
+    try:
+        got = os.preadv(shard.fd, [data], at)
+    except OSError as error:
+        raise DataError(f"shard {shard.path} cannot be read at byte {at}: {error.strerror}; check the disk") from error
+    if got != num_bytes:
+        raise DataError(
+            f"shard {shard.path} was truncated while in use: {got} of {num_bytes} bytes at byte {at}; "
+            f"restore it from a good copy and resume the run"
+        )
+    return data
+
+
+def _close_all(shards: list[_Shard]) -> None:
+    while shards:
+        os.close(shards.pop().fd)

@@ -1,0 +1,29 @@
+"""The errors that a user can act on.
+
+A verb prints a `UserError` as its message alone, without a traceback; every other exception is ours and keeps its
+traceback. A message says what is wrong with the numbers, why it matters, and what to do.
+"""
+
+
+class UserError(Exception):
+    """Something that the user can put right; the message is all that is shown."""
+
+
+class ConfigError(UserError):
+    """An unknown key, a wrong type or value, a combination that makes no sense, an impossible world size."""
+
+
+class DataError(UserError):
+    """A data set that cannot be used: missing, truncated, damaged, or not what the configuration expects."""
+
+
+class RunDirError(UserError):
+    """A run directory that cannot be written or read: no permission, full disk, missing or damaged files."""
+
+
+class TrainingDiverged(UserError):
+    """The loss or the weights are no longer finite."""
+
+
+class DeadlineExceeded(UserError):
+    """A wait that took longer than its limit; the message says who waited for whom, for what."""

@@ -1,0 +1,69 @@
+"""`python -m asgd_mpi.evaluate CHECKPOINT --data DIR`: top-1 and top-5 error of exactly the saved version."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import jsonargparse
+import torch
+from tqdm import tqdm
+
+from asgd_mpi.data.augment import Normalise, make_policy
+from asgd_mpi.data.loader import Loader
+from asgd_mpi.data.order import Sequential
+from asgd_mpi.data.shards import ShardSet
+from asgd_mpi.errors import DataError, UserError
+from asgd_mpi.model import networks
+from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.record import checkpoint
+from asgd_mpi.worker.step import Errors, validate
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m asgd_mpi.evaluate", description="Measure the error of a checkpoint on a data set.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A directory under checkpoints/ of a run directory.")
+    parser.add_argument("--data", required=True, metavar="DIR", help="Directory of shards made by data_prep.")
+    parser.add_argument("--split", default="val", help="Split of the data set.")
+    parser.add_argument("--batch-size", type=jsonargparse.typing.PositiveInt, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="A torch device.")
+    parser.add_argument("--threads", type=jsonargparse.typing.PositiveInt, default=2, help="Threads that read images.")
+    options = parser.parse_args(arguments)
+    try:
+        state, manifest = checkpoint.load(options.checkpoint)
+        shards = ShardSet.open(options.data, options.split)
+        errors = measure(state, manifest, shards, options.batch_size, torch.device(options.device), options.threads)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"version {manifest.version} of {manifest.model}, {errors.num_images} images of {options.data} "
+          f"({options.split}): top-1 error {1 - errors.top1 / errors.num_images:.4f}, top-5 error "
+          f"{1 - errors.top5 / errors.num_images:.4f}, loss {errors.loss / errors.num_images:.4f}")
+    return 0
+
+
+def measure(state: dict[str, torch.Tensor], manifest: checkpoint.Manifest, shards: ShardSet, batch_size: int,
+            device: torch.device, threads: int) -> Errors:
+    """The errors of a checkpoint on one split. Raises DataError if the data set does not fit the network."""
+    channels = shards.image_shape[2] if shards.image_shape else 3
+    if shards.num_classes != manifest.num_classes:
+        raise DataError(f"the checkpoint was trained on {manifest.num_classes} classes, but {shards.root} has "
+                        f"{shards.num_classes}: its scores would mean other things. Give the data set it was trained on.")
+    if channels != manifest.channels:
+        raise DataError(f"the checkpoint takes images of {manifest.channels} channels, but {shards.root} has {channels}. "
+                        "Give the data set it was trained on.")
+    module = networks.build(manifest.model, manifest.num_classes, channels, manifest.image_size)
+    module.load_state_dict(state)
+    policy = make_policy("none", manifest.image_size, shards.image_shape)
+    loader = Loader(shards, Sequential(shards.num_samples), policy, seed=0, threads=threads)
+    batches = (loader.batch(0, start, min(start + batch_size, shards.num_samples))
+               for start in tqdm(range(0, shards.num_samples, batch_size), unit=" batches"))
+    try:
+        return validate(FlatModel(module, device), Normalise(manifest.mean, manifest.std), batches)
+    finally:
+        loader.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

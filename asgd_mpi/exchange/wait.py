@@ -1,0 +1,38 @@
+"""Every wait has a limit, and says who waited for whom.
+
+Polling is also progress: an MPI library moves data only while somebody is inside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from asgd_mpi.errors import DeadlineExceeded
+
+T = TypeVar("T")
+
+SPINS = 50           # polls without a pause: what arrives within microseconds is met at once
+SHARE = 0.05         # then a pause of this share of the time waited so far,
+LONGEST_S = 0.001    # and at most this: a waiting rank leaves its core to those who compute
+
+
+def until(poll: Callable[[], T | None], timeout_s: float, who_waits_for_what: str) -> T:
+    """Call `poll` until it returns something other than None and False, and return that.
+
+    Raises DeadlineExceeded after `timeout_s` seconds.
+    """
+    started = time.monotonic()
+    polls = 0
+    while not (result := poll()):
+        polls += 1
+        if polls > SPINS:
+            waited = time.monotonic() - started
+            if waited > timeout_s:
+                raise DeadlineExceeded(
+                    f"{who_waits_for_what}: nothing came within {timeout_s:g} s (--run.timeout_s). A rank that is "
+                    "named may be stuck or dead, or its step may take longer than the limit: see its metrics file, "
+                    "and raise the limit if it was only slow.")
+            time.sleep(min(LONGEST_S, SHARE * waited))
+    return result

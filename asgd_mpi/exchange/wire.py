@@ -1,0 +1,88 @@
+"""What travels: the header of a packet (worker -> server) and the mail of a worker (server -> window -> worker).
+
+Both are fixed records of little-endian 64-bit words; no pickle. Pure: bytes in, dataclasses out.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from asgd_mpi.server.ledger import Lease, Mail, Work
+
+MAGIC = 0x41534744_4D504931  # "ASGDMPI1"
+
+
+class Kind(IntEnum):
+    GRADIENT = 1     # payload: the flat gradient, (P,) float32
+    VALIDATION = 2   # payload: the flat float buffers of the network (batch-norm statistics), float32
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the server must know of a packet; sent in front of the payload, in one message."""
+
+    kind: Kind
+    worker: int               # 0-based, rank - 1
+    packet: int               # 1 for a worker's first packet, then counting up
+    read_version: int         # the snapshot that the payload was computed on
+    lease: int                # number of the worker's lease
+    start: int                # positions [start, stop) of the lease's epoch or of the validation split
+    stop: int
+    skipped: int = 0          # damaged images left out of them
+    loss: float = 0.0         # mean over the batch; sum over the range of a validation
+    top1: int = 0             # of a validation: images whose first guess is right,
+    top5: int = 0             # ... whose first five guesses hold the right one
+
+
+_HEADER = struct.Struct("<9qd2q")
+HEADER_BYTES = 128
+
+
+def pack_header(header: Header) -> bytes:
+    """HEADER_BYTES bytes."""
+    words = _HEADER.pack(MAGIC, header.kind, header.worker, header.packet, header.read_version, header.lease,
+                         header.start, header.stop, header.skipped, header.loss, header.top1, header.top5)
+    return words.ljust(HEADER_BYTES, b"\0")
+
+
+def unpack_header(packet: bytes | memoryview) -> Header:
+    """Read the header of a packet. Raises ValueError if it is not one."""
+    magic, kind, *rest = _HEADER.unpack_from(packet)
+    if magic != MAGIC:
+        raise ValueError(f"a packet begins with {magic:#x} in place of {MAGIC:#x}: it is not one of asgd_mpi's")
+    return Header(Kind(kind), *rest)
+
+
+MAIL_WORDS = 16
+_LEASE_WORDS = 5
+
+
+def pack_mail(mail: Mail) -> list[int]:
+    """MAIL_WORDS words; the last one is a check over the others, so that half-written mail is told from mail."""
+    words = [mail.judged, mail.version, int(mail.stop)]
+    for lease in mail.leases:
+        words += [lease.number, lease.work, lease.epoch, lease.start, lease.stop]
+    words += [0] * (MAIL_WORDS - 1 - len(words))
+    return words + [_check(words)]
+
+
+def unpack_mail(words: list[int]) -> Mail | None:
+    """The mail in MAIL_WORDS words; None if it was being written while it was read."""
+    if words[-1] != _check(words[:-1]):
+        return None
+    judged, version, stop = words[:3]
+    leases = []
+    for at in range(3, MAIL_WORDS - _LEASE_WORDS, _LEASE_WORDS):
+        number, work, epoch, first, last = words[at:at + _LEASE_WORDS]
+        if number:
+            leases.append(Lease(number, Work(work), epoch, first, last))
+    return Mail(judged, version, bool(stop), tuple(leases))
+
+
+def _check(words: list[int]) -> int:
+    check = 0x5DEECE66D
+    for word in words:
+        check = (check * 31 + word + 1) & 0x7FFF_FFFF_FFFF_FFFF
+    return check

@@ -1,0 +1,80 @@
+"""The world of ranks: who is here, and the few words they exchange before and after training.
+
+mpi4py is imported in this room (`asgd_mpi.exchange`) only. Collectives are nonblocking and polled with a deadline;
+texts travel as bytes, never as pickles. Constructing a World communicates nothing; `start` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+
+import numpy as np
+from mpi4py import MPI
+
+from asgd_mpi import topology
+from asgd_mpi.exchange import wait
+
+
+class World:
+    """All ranks of the job; `timeout_s` limits every wait."""
+
+    def __init__(self, timeout_s: float = 600.0):
+        self.comm = MPI.COMM_WORLD
+        self.rank = self.comm.rank
+        self.size = self.comm.size
+        self.host = socket.gethostname()
+        self.timeout_s = timeout_s
+
+    @property
+    def is_server(self) -> bool:
+        return self.rank == topology.SERVER
+
+    @property
+    def worker(self) -> int:
+        """0-based number of this worker."""
+        return self.rank - 1
+
+    def share(self, value: object | None) -> object:
+        """Rank 0's `value`, on every rank; anything that JSON can hold."""
+        data = json.dumps(value).encode() if self.is_server else b""
+        length = np.array([len(data)], np.int64)
+        self._complete(self.comm.Ibcast(length, root=0), "rank 0 to share a message")
+        buffer = np.frombuffer(data, np.uint8).copy() if self.is_server else np.empty(length[0], np.uint8)
+        self._complete(self.comm.Ibcast(buffer, root=0), "rank 0 to share a message")
+        return json.loads(buffer.tobytes())
+
+    def gather(self, value: object) -> list:
+        """Every rank's `value`, in rank order, on every rank; anything that JSON can hold."""
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy()
+        lengths = np.empty(self.size, np.int64)
+        self._complete(self.comm.Iallgather(np.array([len(data)], np.int64), lengths), "all ranks to report")
+        everything = np.empty(lengths.sum(), np.uint8)
+        self._complete(self.comm.Iallgatherv(data, [everything, lengths]), "all ranks to report")
+        ends = np.cumsum(lengths)
+        return [json.loads(everything[end - length:end].tobytes()) for end, length in zip(ends, lengths)]
+
+    def barrier(self, what: str) -> None:
+        self._complete(self.comm.Ibarrier(), what)
+
+    def abort(self, status: int) -> None:
+        """End every rank of the job, now."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.comm.Abort(status)
+
+    def _complete(self, request: MPI.Request, what: str) -> None:
+        wait.until(request.Test, self.timeout_s, f"rank {self.rank} waits for {what}")
+
+
+def tasks_of_scheduler() -> int | None:
+    """How many tasks Slurm says it started in this step; None outside Slurm."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_PROCID" in os.environ else None
+    return int(tasks) if tasks else None
+
+
+def library() -> str:
+    """The MPI library in one line."""
+    return MPI.Get_library_version().split("\n")[0].split(", package")[0].strip("\0 ")

@@ -1,0 +1,36 @@
+"""Batch-norm statistics of a snapshot, measured anew.
+
+Running statistics are not gradients: every worker has its own, of its own past weights, and none of them fit the
+server's (MXNet saw five workers with the same weights report 86.35 to 86.87 %). Before a validation they are
+measured on the very snapshot that is validated, on the same training images everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+NUM_BATCHES = 16
+
+
+def layers(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
+@torch.no_grad()
+def recalibrate_(module: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Set the statistics of every batch-norm layer to their mean over `batches` of images, (B, C, S, S) each."""
+    found = layers(module)
+    momenta = [layer.momentum for layer in found]
+    module.eval()
+    for layer in found:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative mean
+        layer.train()
+    for images in batches:
+        module(images)
+    for layer, momentum in zip(found, momenta):
+        layer.momentum = momentum
+    module.train()

@@ -1,0 +1,132 @@
+"""The networks that `--model` names, and the recipe that each is known to train with.
+
+`build(name, num_classes, channels)` gives a module (B, C, S, S) float32 -> (B, num_classes) float32.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import torch
+import torchvision
+from torch import nn
+
+from asgd_mpi.config import Recipe
+from asgd_mpi.errors import ConfigError
+
+IMAGENET_RESNET = Recipe(epochs=90, batch_size=32, augment="reference", momentum=0.9, weight_decay=1e-4,
+                         schedule="step", lr=0.0125, warmup_epochs=5)  # torchvision: 0.1 for 256 images
+IMAGENET_ALEXNET = Recipe(epochs=90, batch_size=128, augment="paper", momentum=0.9, weight_decay=5e-4,
+                          schedule="step", lr=0.01, warmup_epochs=5)   # Krizhevsky 2012, section 5
+DIGITS = Recipe(epochs=40, batch_size=16, augment="shift", momentum=0.9, weight_decay=1e-4, schedule="cosine", lr=0.02,
+                warmup_epochs=2)
+
+
+def digits_cnn(num_classes: int, channels: int) -> nn.Module:
+    """A small convolutional network for images of about 8 x 8 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveMaxPool2d(4), nn.Flatten(),
+        nn.Linear(64 * 4 * 4, 128), nn.ReLU(), nn.Dropout(0.25),
+        nn.Linear(128, num_classes))
+
+
+class AlexNet(nn.Module):
+    """The network of Krizhevsky, Sutskever and Hinton 2012 (figure 2), which Paine et al. 2013 train.
+
+    The two columns of the figure are the two groups of the second, fourth and fifth convolution. torchvision's
+    `alexnet` is another network (Krizhevsky 2014). 60 965 224 parameters with 1000 classes. The authors' weights
+    start from N(0, 0.01), biases from 1 in convolutions 2, 4, 5 and the hidden linear layers (section 5).
+    """
+
+    def __init__(self, num_classes: int, channels: int = 3):
+        super().__init__()
+
+        def normalise():  # section 3.3
+            return nn.LocalResponseNorm(5, alpha=5 * 1e-4, beta=0.75, k=2.0)  # torch divides alpha by the size
+
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 96, 11, stride=4, padding=2), nn.ReLU(inplace=True), normalise(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(96, 256, 5, padding=2, groups=2), nn.ReLU(inplace=True), normalise(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(inplace=True),
+            nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2))
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(256 * 6 * 6, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5),
+            nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5),
+            nn.Linear(4096, num_classes))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        convolutions = [layer for layer in self.features if isinstance(layer, nn.Conv2d)]
+        linear = [layer for layer in self.classifier if isinstance(layer, nn.Linear)]
+        for layer in convolutions + linear:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        for layer in (convolutions[1], convolutions[3], convolutions[4], *linear[:-1]):
+            nn.init.ones_(layer.bias)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(images))
+
+
+def _torchvision(name: str):
+    def make(num_classes: int, channels: int) -> nn.Module:
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    return make
+
+
+NETWORKS = {
+    "digits_cnn": (digits_cnn, DIGITS),
+    "alexnet": (AlexNet, IMAGENET_ALEXNET),
+    "resnet18": (_torchvision("resnet18"), IMAGENET_RESNET),
+    "resnet50": (_torchvision("resnet50"), IMAGENET_RESNET),
+}
+FORMS = f"{', '.join(NETWORKS)}, torchvision:NAME (such as torchvision:vgg16), or package.module:function"
+
+
+def recipe(name: str) -> Recipe:
+    """The stock settings of a network; those of ResNet for a network that has none here."""
+    return NETWORKS[name][1] if name in NETWORKS else IMAGENET_RESNET
+
+
+def build(name: str, num_classes: int, channels: int, image_size: int) -> nn.Module:
+    """Make the network `name`, and see that it maps (2, channels, S, S) to (2, num_classes). Raises ConfigError."""
+    make = NETWORKS[name][0] if name in NETWORKS else _find(name)
+    module = make(num_classes, channels)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"--model.name {name} gave a {type(module).__name__}: it must return a torch.nn.Module.")
+    shape = (2, channels, image_size, image_size)
+    try:
+        with torch.no_grad():
+            output = module.eval()(torch.zeros(shape))
+    except RuntimeError as error:
+        raise ConfigError(f"--model.name {name} cannot take images of shape {shape[1:]} (channels, height, width): "
+                          f"{error}. Take another network, or other images.") from error
+    if tuple(output.shape) != (2, num_classes):
+        raise ConfigError(f"--model.name {name} gives {tuple(output.shape)} for 2 images, but the data set has "
+                          f"{num_classes} classes: its last layer must have {num_classes} outputs.")
+    return module.train()
+
+
+def _find(name: str):
+    """torchvision:NAME or package.module:function(num_classes[, channels])."""
+    source, _, attribute = name.partition(":")
+    if not attribute:
+        raise ConfigError(f"--model.name {name}: there is no such network. Give one of: {FORMS}.")
+    if source == "torchvision":
+        if attribute not in torchvision.models.list_models(module=torchvision.models):
+            raise ConfigError(f"--model.name {name}: torchvision has no classification network {attribute}. It has: "
+                              f"{', '.join(torchvision.models.list_models(module=torchvision.models))}.")
+        return _torchvision(attribute)
+    try:
+        function = getattr(importlib.import_module(source), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--model.name {name}: {error}. The module must be importable from here (is it on "
+                          "PYTHONPATH?) and hold that function.") from error
+    if "channels" in inspect.signature(function).parameters:
+        return lambda num_classes, channels: function(num_classes=num_classes, channels=channels)
+    return lambda num_classes, channels: function(num_classes=num_classes)

@@ -1,0 +1,194 @@
+"""What a run writes down: typed events as JSON lines, one file a rank, and the order of the applied pushes.
+
+Every line of `metrics/rankNNN.jsonl` is one of the structs in `Event`, told apart by its `event` field; every line of
+`pushes.log` is one `Push`. Times are Unix seconds on the writing rank's clock, durations seconds, sizes bytes. Fields
+may be added with a default, never renamed: an old run directory stays readable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Union
+
+import msgspec
+
+from asgd_mpi.record.rundir import unwritable
+
+FORMAT = 1
+PHASES = ("data", "compute", "push", "fetch", "validate", "apply", "checkpoint", "idle")  # where a rank's time goes
+
+
+class Start(msgspec.Struct, tag_field="event", tag="start", omit_defaults=True):
+    """A rank is ready to work."""
+
+    t: float
+    rank: int
+    role: Literal["server", "worker"]
+    host: str
+    device: str
+    num_workers: int
+    num_parameters: int
+    num_samples: int = 0      # of an epoch
+    total_samples: int = 0    # of the run
+    threads: int = 1
+    format: int = FORMAT
+
+
+class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=True):
+    """Where one rank's time went between `t0` and `t1`; the phases add up to `t1 - t0`, the rest being `idle`.
+
+    On a worker: `data` waits for a batch, `compute` is forward and backward, `push` hands a gradient to MPI and waits
+    for the server to have judged it, `fetch` reads the snapshot, `idle` waits for a lease. On the server: `apply` is
+    the update, `checkpoint` a write to disk, `idle` the wait for a push.
+    """
+
+    t0: float
+    t1: float
+    data: float = 0.0
+    compute: float = 0.0
+    push: float = 0.0
+    fetch: float = 0.0
+    validate: float = 0.0
+    apply: float = 0.0
+    checkpoint: float = 0.0
+    idle: float = 0.0
+    images: int = 0           # trained (worker) or applied (server)
+    pushes: int = 0           # sent (worker) or applied (server)
+    fetches: int = 0
+    torn_reads: int = 0       # a snapshot changed while it was read: read again
+    skipped_images: int = 0   # damaged images left out because the user asked for it
+    bytes_pushed: int = 0
+    bytes_fetched: int = 0
+
+
+class Fetch(msgspec.Struct, tag_field="event", tag="fetch"):
+    """One fetched snapshot and its hash; written with `record.hash_snapshots` only."""
+
+    t: float
+    version: int
+    pushes: int               # sent by this worker before the fetch
+    hash: str
+
+
+class Publish(msgspec.Struct, tag_field="event", tag="publish"):
+    """One published snapshot and its hash; written with `record.hash_snapshots` only."""
+
+    t: float
+    version: int
+    hash: str
+
+
+class Validation(msgspec.Struct, tag_field="event", tag="validation"):
+    """The error of one version on the validation split."""
+
+    t: float
+    version: int
+    samples: int              # trained so far
+    epoch: float
+    num_images: int
+    top1_error: float         # 0..1
+    top5_error: float
+    loss: float | None        # None if it is not finite
+    final: bool = False
+
+
+class Checkpoint(msgspec.Struct, tag_field="event", tag="checkpoint"):
+    t: float
+    version: int
+    path: str                 # within the run directory
+    seconds: float
+    num_bytes: int
+
+
+class Note(msgspec.Struct, tag_field="event", tag="note"):
+    """Something worth a line in the report: a skipped image, a shared GPU."""
+
+    t: float
+    text: str
+
+
+class End(msgspec.Struct, tag_field="event", tag="end"):
+    t: float
+    status: Literal["finished", "failed"]
+    reason: str = ""
+
+
+Event = Union[Start, Interval, Fetch, Publish, Validation, Checkpoint, Note, End]
+
+
+class Push(msgspec.Struct, array_like=True, frozen=True):
+    """One judged push, in the order in which the server judged them: enough to replay the run.
+
+    The push turned version `version` into `version + 1`; its staleness is `version - read_version`.
+    """
+
+    t: float
+    version: int
+    worker: int               # 0-based, rank - 1
+    read_version: int         # the snapshot the gradient was computed on
+    epoch: int
+    start: int                # the batch: positions [start, stop) of the epoch's order
+    stop: int
+    lr: float
+    loss: float
+    skipped: int = 0          # damaged images left out of the batch
+
+    @property
+    def staleness(self) -> int:
+        return self.version - self.read_version
+
+
+class EventLog:
+    """Appends events to one file; a line is written whole, or the reader leaves it out and counts it.
+
+    Raises RunDirError when the file cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._encode = msgspec.json.Encoder().encode
+        self._flushed_at = time.monotonic()
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=1 << 16)
+
+    def write(self, event: msgspec.Struct) -> None:
+        with self._explained():
+            self._file.write(self._encode(event) + b"\n")
+            now = time.monotonic()
+            if now - self._flushed_at > 1.0:  # who follows a run sees it at most a second late
+                self._file.flush()
+                self._flushed_at = now
+
+    def close(self) -> None:
+        with self._explained():
+            self._file.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+
+def read_events(path: Path) -> Iterator[Event | None]:
+    """Yield the events of one metrics file; None for a line that cannot be read (cut off, or of a newer version)."""
+    yield from _read_lines(path, msgspec.json.Decoder(Event))
+
+
+def read_pushes(path: Path) -> Iterator[Push | None]:
+    """Yield the pushes of a `pushes.log`; None for a line that cannot be read."""
+    yield from _read_lines(path, msgspec.json.Decoder(Push))
+
+
+def _read_lines(path: Path, decoder: msgspec.json.Decoder) -> Iterator[msgspec.Struct | None]:
+    with open(path, "rb") as lines:
+        for line in lines:
+            try:
+                yield decoder.decode(line)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                yield None

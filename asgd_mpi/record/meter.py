@@ -1,0 +1,49 @@
+"""Where a rank's time goes: phases are timed, things are counted, and every so often one Interval is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from asgd_mpi.record.events import EventLog, Interval
+
+
+class Meter:
+    """Times the phases of one rank; what no phase covers is idle."""
+
+    def __init__(self, log: EventLog, interval_s: float):
+        self._log = log
+        self._interval_s = interval_s
+        self._fresh()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the body as `name`, one of the time fields of Interval. Phases do not nest."""
+        started = time.perf_counter()
+        yield
+        setattr(self._now, name, getattr(self._now, name) + time.perf_counter() - started)
+
+    def count(self, **amounts: int) -> None:
+        """Add to count fields of Interval."""
+        for name, amount in amounts.items():
+            setattr(self._now, name, getattr(self._now, name) + amount)
+
+    def tick(self) -> None:
+        """Write the interval if it is over."""
+        if time.perf_counter() - self._started >= self._interval_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is."""
+        interval = self._now
+        elapsed = time.perf_counter() - self._started
+        interval.t1 = interval.t0 + elapsed
+        interval.idle = max(0.0, elapsed - (interval.data + interval.compute + interval.push + interval.fetch
+                                            + interval.validate + interval.apply + interval.checkpoint))
+        self._log.write(interval)
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._started = time.perf_counter()
+        self._now = Interval(t0=time.time(), t1=0.0)

@@ -1,0 +1,51 @@
+"""How a gradient moves the weights: torch on flat float32 vectors, without MPI.
+
+A rule reads the current snapshot and writes the next one. It is called piece by piece, on pieces that fit the cache:
+the copy from one slot of the ring to the other then costs no extra pass over memory, and the server can look after
+MPI in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from asgd_mpi.config import RuleConfig
+
+PIECE = 131_072  # floats; 4 vectors of 0.5 MB: gradient, velocity, current and next weights
+
+
+def pieces(num_floats: int) -> Iterator[slice]:
+    """Cut [0, num_floats) into pieces for `Rule.apply_`."""
+    return (slice(start, min(start + PIECE, num_floats)) for start in range(0, num_floats, PIECE))
+
+
+class Rule(Protocol):
+    def apply_(self, fresh: torch.Tensor, current: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
+        """Write into `fresh` the weights that follow `current`, in `piece` only; all (P,) float32."""
+
+
+class Asgd:
+    """Apply each gradient on arrival: v <- m v + (g + wd w); w <- w - lr v.
+
+    State: the velocity v, (P,) float32, if the momentum m is not 0. With one worker, to the bit torch.optim.SGD that is
+    not fused; so long as pieces hold a multiple of 16 floats, as those of FlatModel do: the fused kernel rounds the
+    rest of a vector in another way. Source: Downpour SGD with n_push = n_fetch = 1 (Dean et al. 2012), momentum on the server.
+    """
+
+    def __init__(self, num_parameters: int, config: RuleConfig):
+        self.momentum = config.momentum
+        self.weight_decay = config.weight_decay
+        self.velocity = torch.zeros(num_parameters) if config.momentum else None
+
+    def apply_(self, fresh: torch.Tensor, current: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
+        weights = fresh[piece].copy_(current[piece])
+        torch._fused_sgd_(
+            [weights], [gradient[piece]], [] if self.velocity is None else [self.velocity[piece]],
+            weight_decay=self.weight_decay, momentum=self.momentum, lr=lr, dampening=0.0, nesterov=False,
+            maximize=False, is_first_step=False)
+
+
+RULES = {"asgd": Asgd}

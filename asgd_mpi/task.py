@@ -1,0 +1,92 @@
+"""What a configuration names, opened: the data set, the network with its first weights, the plan of the run.
+
+The server, the workers and the replay open the same task from the same configuration, and get the same one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from asgd_mpi.config import Config, with_recipe
+from asgd_mpi.data.augment import Normalise, make_policy
+from asgd_mpi.data.loader import Loader
+from asgd_mpi.data.order import Order, Sequential
+from asgd_mpi.data.shards import MANIFEST, ShardSet
+from asgd_mpi.model import networks
+from asgd_mpi.server.ledger import Plan
+from asgd_mpi.server.schedule import Schedule
+
+EMBEDDED = "digits"
+EMBEDDED_DIR = Path("data/digits")
+JPEG_SIZE = 224  # pixels
+
+
+@dataclass(frozen=True)
+class Task:
+    """See the module. `config` is complete: no field is None."""
+
+    config: Config
+    train: ShardSet
+    val: ShardSet
+
+    @property
+    def channels(self) -> int:
+        return self.train.image_shape[2] if self.train.image_shape else 3
+
+    @property
+    def normalise(self) -> Normalise:
+        return Normalise(self.train.mean, self.train.std)
+
+    def build_module(self) -> nn.Module:
+        """The network with its first weights, a function of the seed. Raises ConfigError."""
+        torch.manual_seed(self.config.run.seed)
+        return networks.build(self.config.model.name, self.train.num_classes, self.channels, self.config.data.image_size)
+
+    def train_loader(self, on_skip=print) -> Loader:
+        order = Order(self.train.num_samples, self.config.run.seed)
+        return self._loader(self.train, order, self.config.data.augment, on_skip)
+
+    def val_loader(self, on_skip=print) -> Loader:
+        return self._loader(self.val, Sequential(self.val.num_samples), "none", on_skip)
+
+    def plan(self, num_workers: int) -> Plan:
+        data, run, samples = self.config.data, self.config.run, self.train.num_samples
+        return Plan(num_workers, samples, self.val.num_samples, round(run.epochs * samples), data.batch_size,
+                    data.lease_batches, run.validate_every)
+
+    def schedule(self, num_workers: int) -> Schedule:
+        samples = self.train.num_samples
+        return Schedule(self.config.schedule, samples, round(self.config.run.epochs * samples), num_workers)
+
+    def _loader(self, shards: ShardSet, order: Order | Sequential, augment: str, on_skip) -> Loader:
+        data = self.config.data
+        policy = make_policy(augment, data.image_size, shards.image_shape)
+        return Loader(shards, order, policy, self.config.run.seed, data.threads, data.on_bad_image, on_skip)
+
+
+def open_task(config: Config) -> Task:
+    """Open the data that a complete configuration names. Raises DataError."""
+    return Task(config, ShardSet.open(config.data.path, "train"), ShardSet.open(config.data.path, "val"))
+
+
+def complete(config: Config) -> Config:
+    """Fill in what the configuration leaves to the network and the data; makes the embedded data set on first use.
+
+    Raises ConfigError, DataError.
+    """
+    config = with_recipe(config, networks.recipe(config.model.name))
+    data = config.data
+    if data.path == EMBEDDED and not Path(EMBEDDED).exists():
+        data = replace(data, path=str(EMBEDDED_DIR))
+        if not (EMBEDDED_DIR / MANIFEST).exists():
+            from data_prep import digits  # brings scikit-learn, which nothing else needs
+
+            digits.prepare(EMBEDDED_DIR)
+    if data.image_size is None:
+        shape = ShardSet.open(data.path, "train").image_shape
+        data = replace(data, image_size=shape[0] if shape else JPEG_SIZE)
+    return replace(config, data=data)

@@ -1,0 +1,102 @@
+"""An exchange inside one process: two deques and a dictionary in place of MPI, to drive both loops in a plain test."""
+
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+
+import torch
+
+from asgd_mpi.exchange.link import Arrival
+from asgd_mpi.exchange.window import Snapshot
+
+
+class Exchange:
+    """What the two sides share."""
+
+    def __init__(self, num_floats: int, ring: int = 3):
+        self.lock = threading.Lock()
+        self.ring = [torch.zeros(num_floats) for _ in range(ring)]
+        self.version = -1
+        self.mail = {}
+        self.packets = deque()
+
+
+class FakeServerWindow:
+    def __init__(self, exchange: Exchange):
+        self._exchange = exchange
+
+    @property
+    def version(self):
+        return self._exchange.version
+
+    @property
+    def latest(self):
+        return self._exchange.ring[self.version % len(self._exchange.ring)]
+
+    @contextmanager
+    def next_snapshot(self):
+        exchange = self._exchange
+        with exchange.lock:
+            yield exchange.ring[(exchange.version + 1) % len(exchange.ring)]
+            exchange.version += 1
+
+    def post(self, worker, mail):
+        self._exchange.mail[worker] = mail
+
+
+class FakeInbox:
+    def __init__(self, exchange: Exchange):
+        self._exchange = exchange
+
+    def next(self, timeout_s, who_is_due):
+        return _wait(lambda: self._exchange.packets and self._exchange.packets.popleft(), who_is_due)
+
+    def poll(self):
+        return bool(self._exchange.packets)
+
+    def release(self, arrival):
+        pass
+
+
+class FakeWorkerWindow:
+    def __init__(self, exchange: Exchange, worker: int):
+        self._exchange, self._worker = exchange, worker
+
+    def await_mail(self, packets, with_lease=None):
+        def poll():
+            mail = self._exchange.mail.get(self._worker)
+            if mail is None or mail.judged < packets:
+                return None
+            granted = with_lease is None or mail.stop or with_lease in [lease.number for lease in mail.leases]
+            return mail if granted else None
+
+        return _wait(poll, f"mail of worker {self._worker}")
+
+    def fetch(self, into, at_least):
+        with self._exchange.lock:
+            into.copy_(self._exchange.ring[self._exchange.version % len(self._exchange.ring)])
+            assert self._exchange.version >= at_least
+            return Snapshot(self._exchange.version, torn_reads=0)
+
+
+class FakeOutbox:
+    def __init__(self, exchange: Exchange, capacity: int):
+        self._exchange = exchange
+        self.sent = 0
+        self.payload = torch.zeros(capacity)
+
+    def send(self, header, num_floats):
+        self.sent += 1
+        self._exchange.packets.append(Arrival(header, self.payload.clone(), 4 * num_floats))
+
+    def wait(self):
+        pass
+
+
+def _wait(poll, what, timeout_s=20.0):
+    started = time.monotonic()
+    while not (result := poll()):
+        assert time.monotonic() - started < timeout_s, f"nothing came: {what}"
+        time.sleep(0.0005)
+    return result

@@ -1,0 +1,64 @@
+"""Networks that a user might bring, some of them ill: `--model.name networks_for_tests:NAME`."""
+
+import os
+import random
+import time
+
+import torch
+from torch import nn
+
+RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "-1")))
+
+
+class Behaviour(nn.Module):
+    """Passes its input on after doing something else, in training only."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, images):
+        if self.training:
+            self.act()
+        return images
+
+
+def small(num_classes: int, channels: int, act=lambda: None) -> nn.Module:
+    return nn.Sequential(Behaviour(act), nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2),
+                         nn.Linear(8 * 36, num_classes))
+
+
+def restless(num_classes: int, channels: int) -> nn.Module:
+    """Takes a random time for each step, so that pushes come in an order of their own."""
+    clock = random.SystemRandom()
+    return small(num_classes, channels, lambda: time.sleep(clock.choice([0, 0, 0.002, 0.01])))
+
+
+def normed(num_classes: int, channels: int) -> nn.Module:
+    """With batch norm, whose statistics are no gradients."""
+    return nn.Sequential(nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(8 * 36, num_classes))
+
+
+def seven_classes(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+
+
+def raises_on_rank_2(num_classes: int, channels: int) -> nn.Module:
+    def act():
+        if RANK == 2:
+            raise ArithmeticError("the third rank has had enough")
+
+    return small(num_classes, channels, act)
+
+
+def hangs_on_rank_1(num_classes: int, channels: int) -> nn.Module:
+    return small(num_classes, channels, lambda: time.sleep(3600) if RANK == 1 else None)
+
+
+def explodes(num_classes: int, channels: int) -> nn.Module:
+    class Infinite(nn.Module):
+        def forward(self, scores):
+            return scores * torch.inf if self.training else scores
+
+    return nn.Sequential(small(num_classes, channels), Infinite())

@@ -1,0 +1,84 @@
+"""The command line and the files of a run's configuration."""
+
+import dataclasses
+
+import pytest
+
+from asgd_mpi import config as configuration
+from asgd_mpi import topology
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.model import networks
+
+
+def refused(*arguments):
+    with pytest.raises(ConfigError) as caught:
+        configuration.parse(list(arguments))
+    return str(caught.value)
+
+
+def test_the_short_forms_of_the_readme_reach_their_fields():
+    config = configuration.parse(["--data", "DIR", "--model=alexnet", "--lr", "0.5", "--epochs", "3"])
+    assert (config.data.path, config.model.name, config.schedule.lr, config.run.epochs) == ("DIR", "alexnet", 0.5, 3)
+
+
+def test_a_file_is_read_and_the_command_line_overrides_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data:\n  batch_size: 7\nmodel:\n  name: resnet18\n")
+    config = configuration.parse(["--config", str(file), "--data.batch_size", "9"])
+    assert (config.data.batch_size, config.model.name) == (9, "resnet18")
+
+
+def test_what_is_written_to_the_run_directory_reads_back_the_same():
+    config = configuration.with_recipe(configuration.parse(["--schedule.gamma", "0.25"]), networks.recipe("alexnet"))
+    assert configuration.from_yaml(configuration.to_yaml(config)) == config
+
+
+def test_a_recipe_fills_in_only_what_was_left_open():
+    config = configuration.with_recipe(configuration.parse(["--lr", "0.125"]), networks.recipe("alexnet"))
+    assert (config.schedule.lr, config.data.batch_size, config.rule.weight_decay) == (0.125, 128, 5e-4)
+    assert not [value for section in dataclasses.asdict(config).values() for name, value in section.items()
+                if value is None and name != "image_size"]
+
+
+def test_an_unknown_option_is_named_with_the_one_that_was_meant():
+    assert "unknown option --schedule.lrr. Did you mean --schedule.lr" in refused("--schedule.lrr", "0.1")
+
+
+def test_an_unknown_key_of_a_file_is_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data:\n  pth: x\n")
+    assert "pth" in refused("--config", str(file))
+
+
+def test_a_missing_file_is_named():
+    assert "/no/such/file.yaml" in refused("--config", "/no/such/file.yaml")
+
+
+@pytest.mark.parametrize("option, value, part", [
+    ("--schedule.lr", "fast", "float"), ("--data.batch_size", "0", "1 image or more"),
+    ("--rule.momentum", "1.0", "below 1"), ("--data.augment", "blur", "paper"), ("--exchange.ring", "1", "at least 2"),
+    ("--run.epochs", "-1", "more than 0"), ("--rule.name", "sgdd", "asgd"), ("--run.timeout_s", "0", "limit")])
+def test_a_wrong_value_is_refused_with_the_option_and_the_reason(option, value, part):
+    message = refused(option, value)
+    assert option.removeprefix("--") in message and part in message
+
+
+def test_one_rank_is_refused_with_the_command_that_works():
+    with pytest.raises(ConfigError, match=r"1 rank = 1 server \+ 0 workers.*mpirun -np 2"):
+        topology.plan(["a"])
+
+
+def test_worlds_of_one_rank_under_slurm_are_told_from_one_rank():
+    with pytest.raises(ConfigError, match="Slurm started 4 tasks.*--mpi=pmix"):
+        topology.plan(["a"], tasks_of_scheduler=4)
+
+
+def test_the_server_neither_takes_a_gpu_nor_shifts_the_map():
+    places = topology.plan(["a", "a", "a", "b", "b", "a"])
+    assert [topology.device_index(places.position_on_host(rank), 4) for rank in range(1, 6)] == [0, 1, 0, 1, 2]
+
+
+def test_cores_are_shared_among_the_ranks_of_a_host():
+    assert topology.threads_for(num_cores=16, num_bound=16, num_ranks=4) == 4
+    assert topology.threads_for(num_cores=2, num_bound=2, num_ranks=8) == 1
+    assert topology.threads_for(num_cores=16, num_bound=2, num_ranks=4) == 2

@@ -1,0 +1,222 @@
+"""data_prep: what it packs, what it refuses, and what it leaves behind when it fails."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from photos import write_odd_files, write_tree
+
+from asgd_mpi.data.augment import decode
+from asgd_mpi.data.shards import MANIFEST, ShardSet, read_manifest
+from asgd_mpi.errors import DataError
+from data_prep import digits, writer
+from data_prep.imagenet import prepare
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return write_tree(tmp_path / "tree")
+
+
+def by_source(root, split="train"):
+    shards = ShardSet.open(root, split)
+    return {shards.source(i): shards.read(i) for i in range(shards.num_samples)}
+
+
+def test_grey_and_rgb_jpegs_are_kept_byte_for_byte_and_the_others_become_rgb_jpegs(tree, tmp_path):
+    write_odd_files(tree)
+    prepare(tree, tmp_path / "out", shard_size=10)
+    packed = by_source(tmp_path / "out")
+    files = sorted(str(path.relative_to(tree)) for path in (tree / "train").rglob("*.*"))
+    assert sorted(packed) == files
+    converted = {name for name in files if packed[name].tobytes() != (tree / name).read_bytes()}
+    assert {Path(name).name for name in converted} == {"cmyk.JPEG", "really_png.JPEG", "alpha.png"}
+    assert all(decode(data).shape[0] == 3 for data in packed.values())
+
+
+def test_labels_follow_the_sorted_class_directories_and_sizes_are_width_and_height(tree, tmp_path):
+    prepare(tree, tmp_path / "out")
+    shards = ShardSet.open(tmp_path / "out", "train")
+    assert shards.class_names == ["n00000000", "n00000001", "n00000002"]
+    with h5py.File(tmp_path / "out/train-00000-of-00001.h5") as file:
+        sizes = file["size"][:]
+    for index, label in enumerate(shards.labels(np.arange(shards.num_samples))):
+        assert shards.source(index).split("/")[1] == shards.class_names[label]
+        assert decode(shards.read(index)).shape[1:] == tuple(sizes[index][::-1])
+
+
+def test_the_same_seed_gives_byte_identical_files_for_any_number_of_workers_and_another_seed_does_not(tree, tmp_path):
+    for name, seed, workers in (("a", 1, 1), ("b", 1, 3), ("c", 2, 1)):
+        prepare(tree, tmp_path / name, shard_size=7, seed=seed, workers=workers)
+    files = {name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "abc"}
+    assert len(files["a"]) == 4 + 2 + 1  # 24 train and 9 val images in shards of 7, and the manifest
+    assert files["a"] == files["b"]
+    assert all(files["a"][name] != files["c"][name] for name in files["a"])
+
+
+def test_every_shard_mixes_the_classes(tmp_path):
+    prepare(write_tree(tmp_path / "tree", num_classes=4, train=24, val=1), tmp_path / "out", shard_size=24)
+    shards = ShardSet.open(tmp_path / "out", "train")
+    for first in range(0, 96, 24):
+        assert set(shards.labels(np.arange(first, first + 24))) == {0, 1, 2, 3}
+
+
+def test_short_side_shrinks_larger_images_and_keeps_smaller_ones_byte_for_byte(tree, tmp_path):
+    prepare(tree, tmp_path / "out", short_side=50)
+    for name, data in by_source(tmp_path / "out").items():
+        original = np.fromfile(tree / name, dtype=np.uint8)
+        if min(decode(original).shape[1:]) > 50:
+            assert min(decode(data).shape[1:]) == 50
+        else:
+            assert np.array_equal(data, original)
+
+
+def damage(tree):
+    bad = tree / "train/n00000001/train_1_3.JPEG"
+    bad.write_bytes(bad.read_bytes()[:-200])
+    return bad
+
+
+def test_an_undecodable_image_stops_the_packing_by_default_and_is_named(tree, tmp_path):
+    damage(tree)
+    with pytest.raises(DataError, match=r"train/n00000001/train_1_3\.JPEG.*truncated.*--on-bad-image skip"):
+        prepare(tree, tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_an_undecodable_image_is_skipped_only_if_asked_and_then_named_and_counted(tree, tmp_path, capsys):
+    damage(tree)
+    (tree / "val/n00000000/val_0_0.JPEG").write_bytes(b"not an image")
+    prepare(tree, tmp_path / "out", shard_size=10, on_bad_image="skip")
+    manifest, _ = read_manifest(tmp_path / "out")
+    assert manifest.splits["train"].skipped == ["train/n00000001/train_1_3.JPEG"]
+    assert (manifest.splits["train"].num_samples, manifest.splits["val"].num_samples) == (23, 8)
+    assert len(by_source(tmp_path / "out")) == 23
+    output = capsys.readouterr()
+    assert "train_1_3.JPEG" in output.err
+    assert "1 skipped" in output.out
+
+
+def test_a_shard_without_a_single_good_image_stops_even_when_skipping(tree, tmp_path):
+    for path in (tree / "val").rglob("*.JPEG"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(DataError, match="not one of 9 val images"):
+        prepare(tree, tmp_path / "out", on_bad_image="skip")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_split_is_named(tree, tmp_path, split):
+    shutil.rmtree(tree / split)
+    with pytest.raises(DataError, match=f"no directory {split}"):
+        prepare(tree, tmp_path / "out")
+
+
+def test_a_validation_set_without_class_directories_is_explained(tree, tmp_path):
+    shutil.rmtree(tree / "val")
+    (tree / "val").mkdir()
+    (tree / "val/ILSVRC2012_val_00000001.JPEG").touch()
+    with pytest.raises(DataError, match="1 files and no class directory.*one directory per synset"):
+        prepare(tree, tmp_path / "out")
+
+
+def test_empty_classes_and_classes_unknown_to_train_are_counted_and_named(tree, tmp_path):
+    (tree / "train/n00000009").mkdir()
+    with pytest.raises(DataError, match=r"1 of 4 classes in .*train have no image \(n00000009\)"):
+        prepare(tree, tmp_path / "out")
+    (tree / "train/n00000009").rename(tree / "val/n00000008")
+    with pytest.raises(DataError, match=r"1 classes that are not in train \(n00000008\)"):
+        prepare(tree, tmp_path / "out")
+
+
+def test_files_that_are_no_images_stay_out_and_are_reported(tree, tmp_path, capsys):
+    (tree / "train/n00000000/notes.txt").touch()
+    prepare(tree, tmp_path / "out")
+    assert "1 files are no images and stay out (n00000000/notes.txt)" in capsys.readouterr().err
+
+
+def test_a_link_to_a_file_that_is_gone_is_an_error_even_when_skipping(tree, tmp_path):
+    (tree / "train/n00000000/gone.JPEG").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match="cannot read .*gone.JPEG: No such file"):
+        prepare(tree, tmp_path / "out", on_bad_image="skip")
+
+
+def test_a_complete_data_set_is_not_overwritten_but_an_interrupted_one_is_finished(tree, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.imagenet.write_manifest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tree, tmp_path / "out")
+    prepare(tree, tmp_path / "out")
+    with pytest.raises(DataError, match="already holds a complete data set"):
+        prepare(tree, tmp_path / "out", seed=5)
+
+
+def test_too_little_disk_space_is_noticed_before_anything_is_written(tree, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(DataError, match="its disk has 0.000 GB free"):
+        prepare(tree, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# h5py raises the first kind from a write and the second from closing a file.
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "x"), RuntimeError("write failed: No space left on device")])
+def test_a_disk_that_fills_up_is_a_data_error_and_leaves_no_partial_shard(tree, tmp_path, monkeypatch, error):
+    def full(path, *_):
+        path.write_bytes(b"half a shard")
+        raise error
+
+    monkeypatch.setattr(writer, "_write_shard", full)
+    with pytest.raises(DataError, match="disk or quota is full while writing .*train-00000-of-00001.h5"):
+        prepare(tree, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_output_directory_that_cannot_be_made_or_written_is_a_data_error(tree, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot write .*file/out.*where you may write"):
+        prepare(tree, tmp_path / "file" / "out")
+
+    def denied(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(writer, "_write_shard", denied)
+    with pytest.raises(DataError, match="Permission denied"):
+        prepare(tree, tmp_path / "out")
+
+
+def test_the_digits_are_1437_train_and_360_val_images_in_the_same_class_proportions(tmp_path):
+    digits.prepare(tmp_path)
+    train, val = ShardSet.open(tmp_path, "train"), ShardSet.open(tmp_path, "val")
+    assert (train.num_samples, val.num_samples, train.image_shape) == (1437, 360, (8, 8, 1))
+    assert len(list(tmp_path.glob("train-*.h5"))) == 3
+    shares = [np.bincount(s.labels(np.arange(s.num_samples))) / s.num_samples for s in (train, val)]
+    assert np.abs(shares[0] - shares[1]).max() < 0.005
+    assert not {train.source(i) for i in range(1437)} & {val.source(i) for i in range(360)}
+    pixels = np.stack([train.read(i) for i in range(1437)]) / 255
+    assert (pixels.min(), pixels.max()) == (0, 1)
+    assert (train.mean[0], train.std[0]) == pytest.approx((pixels.mean(), pixels.std()))
+
+
+def test_the_command_line_packs_a_tree_and_reports_a_users_mistake_in_one_line_with_status_2(tree, tmp_path):
+    def command(*options):
+        return subprocess.run(
+            [sys.executable, "-m", "data_prep.imagenet", *map(str, options)], capture_output=True, text=True,
+            cwd=Path(__file__).parents[1], env=os.environ | {"COLUMNS": "200"},
+        )  # fmt: skip
+
+    done = command("--source", tree, "--out", tmp_path / "out", "--shard-size", 10, "--on-bad-image", "skip")
+    assert (done.returncode, "train: 24 images of 3 classes in 3 shards" in done.stdout) == (0, True)
+    again = command("--source", tree, "--out", tmp_path / "out")
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+    assert again.stderr.count("\n") == 1

@@ -1,0 +1,107 @@
+"""Both loops, driven in one process by a fake exchange: the worker's and the server's code without MPI."""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+from asgd_mpi import config as configuration
+from asgd_mpi.errors import TrainingDiverged
+from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.record.audit import audit
+from asgd_mpi.record.events import EventLog, Publish, read_events, read_pushes
+from asgd_mpi.record.meter import Meter
+from asgd_mpi.record.progress import Progress
+from asgd_mpi.replay import replay
+from asgd_mpi.server.ledger import Ledger
+from asgd_mpi.server.rules import Asgd
+from asgd_mpi.server.serve import Server
+from asgd_mpi.task import complete, open_task
+from asgd_mpi.worker.loop import Worker
+from fakes import Exchange, FakeInbox, FakeOutbox, FakeServerWindow, FakeWorkerWindow
+
+CPU = torch.device("cpu")
+
+
+class Cluster:
+    """A server in this thread, workers in others."""
+
+    def __init__(self, task, num_workers, directory):
+        self.task, self.num_workers, self.directory = task, num_workers, directory
+        self.plan = task.plan(num_workers)
+        flat = FlatModel(task.build_module(), CPU)
+        self.exchange = Exchange(flat.num_floats)
+        self.log, self.pushes = EventLog(directory / "rank000.jsonl"), EventLog(directory / "pushes.log")
+        self.server = Server(
+            FakeServerWindow(self.exchange), FakeInbox(self.exchange), Ledger(self.plan, task.schedule(num_workers)),
+            Asgd(flat.num_floats, task.config.rule), Meter(self.log, 1.0), self.log, self.pushes,
+            Progress("none", self.plan.total_samples, self.plan.num_samples), timeout_s=20, hash_snapshots=True,
+            statistics=torch.zeros(flat.num_statistics) if flat.statistics else None)
+        self.first_weights = flat.weights
+
+    def work(self, number):
+        flat = FlatModel(self.task.build_module(), CPU)
+        log = EventLog(self.directory / f"rank{number + 1:03d}.jsonl")
+        loaders = self.task.train_loader(), self.task.val_loader()
+        outbox = FakeOutbox(self.exchange, max(flat.num_floats, flat.num_statistics))
+        Worker(number, FakeWorkerWindow(self.exchange, number), outbox, flat, self.task.normalise, loaders,
+               self.task.config.data.batch_size, self.task.config.run.seed, Meter(log, 1.0), log).run()
+        log.close()
+
+    def train(self):
+        threads = [threading.Thread(target=self.work, args=[number], daemon=True) for number in range(self.num_workers)]
+        self.server.publish_first(self.first_weights)
+        for thread in threads:
+            thread.start()
+        self.server.run()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        self.log.close()
+        self.pushes.close()
+        return list(read_pushes(self.directory / "pushes.log"))
+
+
+def make_task(digits, *options, epochs=1.5):
+    config = configuration.parse(["--data", str(digits), "--epochs", str(epochs), *options])
+    return open_task(complete(config))
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_run_uses_every_sample_once_and_applies_every_push_once(digits, tmp_path, num_workers):
+    cluster = Cluster(make_task(digits), num_workers, tmp_path)
+    found = audit(cluster.train(), 1437, round(1.5 * 1437), num_workers)
+    assert not found.violations and [epoch.missing for epoch in found.epochs] == [0, 0]
+    assert found.age_applied + found.age_between + found.age_at_end == num_workers * found.num_versions
+
+
+def test_the_replay_of_a_run_gives_the_same_weights_to_the_bit(digits, tmp_path):
+    cluster = Cluster(make_task(digits), 1, tmp_path)
+    pushes = cluster.train()
+    assert torch.equal(replay(cluster.task, pushes, 1).weights, cluster.server.window.latest)
+
+
+def test_every_version_is_published_once_and_in_order(digits, tmp_path):
+    cluster = Cluster(make_task(digits, epochs=0.5), 1, tmp_path)
+    pushes = cluster.train()
+    published = [event.version for event in read_events(tmp_path / "rank000.jsonl") if isinstance(event, Publish)]
+    assert published == list(range(len(pushes) + 1))
+
+
+def test_the_final_score_is_of_the_last_version_and_of_every_validation_image(digits, tmp_path):
+    cluster = Cluster(make_task(digits), 1, tmp_path)
+    pushes = cluster.train()
+    score = cluster.server.final_score
+    assert (score.version, score.num_images, score.final) == (len(pushes), 360, True)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):
+    cluster = Cluster(make_task(digits, "--lr", "1e30"), 1, tmp_path)
+    thread = threading.Thread(target=cluster.work, args=[0], daemon=True)
+    cluster.server.publish_first(cluster.first_weights)
+    thread.start()
+    with pytest.raises(TrainingDiverged, match="(?s)loss is (nan|inf).*--schedule.lr"):
+        cluster.server.run()
+    cluster.exchange.mail[0] = dataclasses.replace(cluster.exchange.mail[0], judged=10**9, stop=True, leases=())
+    thread.join(20)

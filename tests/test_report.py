@@ -1,0 +1,311 @@
+"""The report: its numbers against sums over the raw lines, runs that are damaged or unfinished, and the audit."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asgd_mpi import report
+from asgd_mpi.record.audit import audit
+from asgd_mpi.record.events import Checkpoint, End, EventLog, Interval, Note, Push, Start, Validation
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import Summary, summarize
+
+T0 = 1000.0
+BATCH = 10
+NUM_WORKERS = 3
+EPOCH = 120                                    # samples
+PUSHES = 60                                    # 5 epochs; worker 2 sends every 12th push
+
+
+def make_pushes(count=PUSHES):
+    """A legal order: each worker reads the newest version as soon as its own push is applied."""
+    pushes, held = [], [0] * NUM_WORKERS
+    for version in range(count):
+        worker = 2 if version % 12 == 11 else version % 2
+        start = version * BATCH % EPOCH
+        pushes.append(Push(T0 + 1 + version / 10, version, worker, held[worker], version * BATCH // EPOCH, start,
+                           start + BATCH, lr=0.1 / (1 + version), loss=2.0 - version / 100, skipped=int(version == 7)))
+        held[worker] = version + 1
+    return pushes
+
+
+def write_log(path, items):
+    log = EventLog(path)
+    for item in items:
+        log.write(item)
+    log.close()
+
+
+def make_run(path, pushes, model="digits_cnn", validations=5):
+    """A finished run of 3 workers, written with the run's own encoders."""
+    run = RunDir.create(path, "test")
+    run.config.write_text(json.dumps({"model": {"name": model}, "run": {"epochs": 5, "seed": 3}}))  # JSON is YAML
+    run.versions.write_text(json.dumps({"packages": {"torch": "2.9", "mpi4py": "4.1"}, "mpi": "Open MPI 5.0.5"}))
+    write_log(run.pushes, pushes)
+    for rank in range(NUM_WORKERS + 1):
+        own = [push for push in pushes if push.worker == rank - 1]
+        role = "worker" if rank else "server"
+        log = [Start(T0 + 0.1 * rank, rank, role, f"node{rank // 2}", "cuda:0" if rank else "cpu", NUM_WORKERS, 1000,
+                     EPOCH, 5 * EPOCH)]
+        for i, push in enumerate(own):
+            log.append(Interval(T0 + i, T0 + i + 1, data=0.25, compute=0.5, push=0.125, idle=0.125, images=BATCH,
+                                pushes=1, fetches=2, torn_reads=rank, bytes_pushed=4000, bytes_fetched=8000))
+        if rank == 0:
+            log += [Interval(T0, T0 + 8, apply=6, idle=2, images=10 * len(pushes), pushes=len(pushes))]
+            log += [Validation(T0 + 2 + i / 10, i * 12, i * EPOCH, float(i), 50, 0.9 - i / 1000, 0.5, 2.0)
+                    for i in range(1, validations + 1)]
+            log += [Checkpoint(T0 + 7, 60, "checkpoints/v000000060", 0.5, 8000), Note(T0 + 1, "two ranks share a GPU")]
+        write_log(run.metrics_of(rank), [*log, End(T0 + 8, "finished")])
+    return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run", make_pushes())
+
+
+def raw(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def cut(path, num_bytes):
+    path.write_bytes(path.read_bytes()[:-num_bytes])
+
+
+def cells(markdown, first):
+    """The rows of the table(s) whose first cell is `first`."""
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in markdown.splitlines()]
+    return [row for row in rows if row and row[0] == first]
+
+
+def test_the_numbers_are_the_sums_over_the_raw_lines(run):
+    summary = summarize(run)
+    pushes = raw(run.pushes)  # [t, version, worker, read_version, epoch, start, stop, lr, loss, skipped]
+    starts = [raw(run.metrics_of(rank))[0]["t"] for rank in range(4)]
+    images = [sum(p[6] - p[5] - p[9] for p in pushes if p[2] == worker) for worker in range(3)]
+    training_s = pushes[-1][0] - min(starts)
+    assert summary.images == sum(images) == 599
+    assert summary.training_s == pytest.approx(training_s)
+    assert summary.images_per_s == pytest.approx(sum(images) / training_s)
+    assert [worker.images for worker in summary.workers] == images
+    assert [worker.share for worker in summary.workers] == pytest.approx([n / sum(images) for n in images])
+    assert summary.staleness.mean == pytest.approx(sum(p[1] - p[3] for p in pushes) / len(pushes))
+    assert summary.staleness.max == max(p[1] - p[3] for p in pushes)
+    assert sum(bin.pushes for bin in summary.staleness.histogram) == len(pushes)
+    losses = [(p[8], p[6] - p[5] - p[9]) for p in pushes if p[4] == 0]
+    assert summary.epochs[0].mean_loss == pytest.approx(sum(a * b for a, b in losses) / sum(b for _, b in losses))
+    intervals = [line for rank in (1, 2, 3) for line in raw(run.metrics_of(rank)) if line["event"] == "interval"]
+    assert summary.bytes_fetched == sum(line["bytes_fetched"] for line in intervals)
+    assert summary.torn_reads == sum(line["torn_reads"] for line in intervals)
+    assert summary.epochs_done == pytest.approx(5.0)
+    assert (summary.lr_first, summary.lr_last) == (pushes[0][7], pushes[-1][7])
+
+
+def test_a_finished_run_has_no_problems_and_names_its_straggler(run):
+    summary = summarize(run)
+    assert (summary.status, summary.problems, summary.audit.violations) == ("finished", [], [])
+    assert [worker.rank for worker in summary.stragglers] == [3]
+    assert "**Stragglers**, below half of the median images/s: rank 3 (cuda:0 on node1)." in report.render(summary)
+
+
+def test_the_phases_are_shown_as_seconds_and_as_percent_of_the_covered_time(run):
+    rows = cells(report.render(summarize(run)), "0")
+    assert ["0", "8.0"] + ["0.0 (0 %)"] * 5 + ["6.0 (75 %)", "0.0 (0 %)", "2.0 (25 %)"] in rows
+
+
+def test_phases_that_do_not_add_up_are_reported(run):
+    write_log(run.metrics_of(1), [Interval(T0, T0 + 100, compute=10)])
+    assert "rank 1: its phases add up to 40.0 s, its intervals to 130.0 s." in summarize(run).problems
+
+
+def test_the_command_prints_and_writes_markdown_and_json_that_agree(run, capsys):
+    assert report.main([str(run.path)]) == 0
+    markdown = capsys.readouterr().out
+    assert (run.report / "report.md").read_text() == markdown
+    summary = msgspec.json.decode((run.report / "report.json").read_bytes(), type=Summary)
+    assert summary == summarize(run)
+    assert report.render(summary) == markdown
+    assert cells(markdown, "images/s")[0][1].startswith(f"{summary.images_per_s:,.1f} in total")
+    assert cells(markdown, "pushed")[0][1:] == ["240 kB", f"{summary.bytes_pushed_per_s / 1000:.4g} kB"]
+    assert "checkpoints/v000000060" in markdown and "two ranks share a GPU" in markdown
+
+
+def test_no_write_leaves_the_run_directory_as_it_is(run, capsys):
+    assert report.main([str(run.path), "--no-write"]) == 0
+    assert list(run.report.iterdir()) == []
+    assert capsys.readouterr().out.startswith("# Run run: finished\n")
+
+
+def test_a_directory_that_is_no_run_is_an_error_with_status_2(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_killed_run_is_reported_with_what_it_has(run):
+    cut(run.pushes, 9)
+    for rank in range(4):
+        cut(run.metrics_of(rank), 9)           # into the End event
+    summary = summarize(run)
+    assert (summary.status, summary.reason) == ("unfinished", "killed or still running")
+    assert summary.audit.num_pushes == PUSHES - 1 and summary.audit.violations == []
+    assert summary.unreadable_lines == {"pushes.log": 1, **{f"metrics/rank00{rank}.jsonl": 1 for rank in range(4)}}
+    head = report.render(summary).split("| workers |")[0]
+    assert "no End event from rank 0, 1, 2, 3" in head and "pushes.log: 1 unreadable line left out" in head
+
+
+def test_the_earliest_failure_is_the_reason(run):
+    for rank, t in ((1, 9.0), (2, 8.5)):
+        write_log(run.metrics_of(rank), [End(T0 + t, "failed", f"reason of rank {rank}")])
+    summary = summarize(run)
+    assert (summary.status, summary.reason) == ("failed", "rank 2: reason of rank 2")
+
+
+def test_an_error_file_makes_a_run_failed_although_no_event_says_so(run):
+    run.error_of(2).write_text("Traceback")
+    assert summarize(run).reason == "see error.rank002.txt"
+
+
+def test_a_missing_rank_is_named_and_keeps_its_applied_images(run):
+    run.metrics_of(2).unlink()
+    summary = summarize(run)
+    assert "metrics are missing for 1 of 4 ranks: 2." in summary.problems
+    assert summary.workers[1].host == "unknown" and summary.workers[1].images > 0
+
+
+def test_damaged_lines_are_counted_for_each_file(run):
+    for path, garbage in ((run.metrics_of(1), b'{"event":"start"}\n\x00\x01\n'), (run.pushes, b"[1,2]\n")):
+        path.write_bytes(path.read_bytes() + garbage)
+    assert summarize(run).unreadable_lines == {"metrics/rank001.jsonl": 2, "pushes.log": 1}
+
+
+def test_a_line_that_is_not_utf8_does_not_stop_the_report(run):
+    run.metrics_of(1).write_bytes(run.metrics_of(1).read_bytes() + b'{"event":"note","t":1,"text":"\xff"}\n')
+    summary = summarize(run)
+    assert summary.workers[0].images == 300
+    assert any(problem.startswith("metrics/rank001.jsonl") for problem in summary.problems)
+
+
+def test_without_pushes_the_images_are_those_of_the_metrics(run):
+    run.pushes.unlink()
+    summary = summarize(run)
+    assert summary.images == 600 and summary.staleness is None
+    assert any(problem.startswith("pushes.log cannot be read") for problem in summary.problems)
+    assert "No applied pushes to check." in report.render(summary)
+
+
+def test_a_run_directory_with_nothing_but_damaged_files_is_still_reported(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: [")
+    (tmp_path / "versions.json").write_text("[1]")
+    (tmp_path / "pushes.log").write_bytes(b"\x00\n")
+    assert report.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("config.yaml", "versions.json", "pushes.log", "metrics/"):
+        assert name in printed
+
+
+def test_long_tables_are_thinned_and_say_so(tmp_path):
+    markdown = report.render(summarize(make_run(tmp_path / "run", make_pushes(), validations=50)))
+    assert "30 of 50 rows left out" in markdown
+    table = markdown.split("## Accuracy")[1].split("## Epochs")[0]
+    versions = re.findall(r"^\| [\d.]+ s \| [\d.]+ \| (\d+) ", table, re.M)
+    assert (len(versions), versions[0], versions[-1]) == (20, "12", "600")
+
+
+def test_a_name_full_of_markup_stays_in_its_cell(tmp_path):
+    run = make_run(tmp_path / "run", make_pushes(), model="a|b `c` *d*\n| e | [f](g) <h>")
+    row, = cells(report.render(summarize(run)), "model.name")
+    assert row == ["model.name", r"a\|b \`c\` \*d\* \| e \| \[f\](g) \<h\>"]
+
+
+def test_the_report_imports_neither_torch_nor_mpi_nor_numpy():
+    code = "import sys, asgd_mpi.report; print(sorted({'torch', 'mpi4py', 'numpy', 'h5py'} & set(sys.modules)))"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_ages_of_a_legal_run_add_up_to_workers_times_versions():
+    pushes = make_pushes()
+    found = audit(pushes)
+    last = {push.worker: push.version for push in pushes}
+    assert found.age_applied == sum(push.staleness + 1 for push in pushes)
+    assert found.age_between == 0              # every worker reads at once
+    assert found.age_at_end == sum(PUSHES - 1 - version for version in last.values())
+    assert found.age_applied + found.age_between + found.age_at_end == NUM_WORKERS * PUSHES
+
+
+def test_a_late_read_counts_as_age_in_flight():
+    pushes = make_pushes()
+    late = next(i for i, push in enumerate(pushes) if push.worker == 1 and push.staleness)
+    pushes[late] = msgspec.structs.replace(pushes[late], read_version=pushes[late].version)
+    found = audit(pushes)
+    assert found.age_between == make_pushes()[late].staleness and found.violations == []
+    assert found.age_applied + found.age_between + found.age_at_end == NUM_WORKERS * PUSHES
+
+
+def test_a_worker_that_never_pushed_holds_the_first_version_all_the_time():
+    assert audit(make_pushes(), num_workers=4).age_at_end - audit(make_pushes()).age_at_end == PUSHES
+
+
+def test_the_straggler_of_the_paper_gives_the_published_staleness():
+    """Step times 1, 1, 1, 10 and 310 pushes: ages sum to 1240, the slow one's staleness is always 30."""
+    held, pushes = [0] * 4, []
+    for second in range(1, 11 * 10):
+        for worker in range(4):
+            if len(pushes) < 310 and (worker < 3 or second % 10 == 0):
+                t = len(pushes)
+                pushes.append(Push(float(second), t, worker, held[worker], 0, t, t + 1, 0.1, 1.0))
+                held[worker] = t + 1
+    found = audit(pushes)
+    assert found.age_applied + found.age_between + found.age_at_end == 1240 and found.violations == []
+    assert {push.staleness for push in pushes if push.worker == 3} == {30}
+    assert sum(push.staleness for push in pushes) / 310 == pytest.approx(2.9806, abs=1e-4)
+
+
+def test_the_audit_finds_a_repeated_and_a_missing_sample():
+    pushes = make_pushes()
+    pushes[5] = msgspec.structs.replace(pushes[5], start=49, stop=59)    # was [50, 60)
+    found = audit(pushes)
+    assert (found.epochs[0].covered, found.epochs[0].repeated, found.epochs[0].missing) == (119, 1, 1)
+    assert found.violations == ["epoch 0: 1 samples repeated"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), min_size=1))
+def test_the_audit_counts_samples_as_a_plain_count_does(batches):
+    pushes = [Push(T0, t, 0, t, 0, start, start + size, 0.1, 1.0) for t, (start, size) in enumerate(batches)]
+    uses = [position for start, size in batches for position in range(start, start + size)]
+    epoch, = audit(pushes).epochs
+    assert (epoch.covered, epoch.repeated) == (len(set(uses)), len(uses) - len(set(uses)))
+    assert epoch.missing == len(set(range(max(uses, default=-1) + 1)) - set(uses))
+
+
+def test_the_audit_counts_missing_samples_up_to_the_length_of_the_epoch():
+    assert [epoch.missing for epoch in audit(make_pushes(), num_samples=125, total_samples=1000).epochs] == [5] * 5
+
+
+def test_the_audit_finds_a_version_applied_twice_and_a_version_missing():
+    pushes = make_pushes()
+    twice = audit([*pushes[:10], pushes[9], *pushes[10:]])
+    assert twice.versions_repeated == 1
+    assert any("the same or a later version came before (the latest at version 9)" in text for text in twice.violations)
+    assert audit(pushes[:20] + pushes[21:]).violations == ["1 of the versions 0 to 59 missing"]
+
+
+def test_the_audit_finds_pushes_out_of_order():
+    pushes = make_pushes()
+    pushes[20], pushes[21] = pushes[21], pushes[20]
+    assert "1 push out of order" in audit(pushes).violations[0]
+
+
+def test_the_audit_finds_a_negative_staleness_and_a_read_behind_the_own_push():
+    pushes = make_pushes()
+    future = audit([*pushes[:30], msgspec.structs.replace(pushes[30], read_version=31), *pushes[31:]])
+    assert any("negative staleness" in text for text in future.violations)
+    behind = audit([*pushes[:30], msgspec.structs.replace(pushes[30], read_version=2), *pushes[31:]])
+    assert any("older than the worker's own previous push" in text for text in behind.violations)

@@ -1,0 +1,178 @@
+"""The shard reader: it returns what was packed, or says what is wrong with which file."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import h5py
+import numpy as np
+import pytest
+from photos import write_tree
+
+from asgd_mpi.data.shards import MANIFEST, DamagedSample, ShardSet
+from asgd_mpi.errors import DataError
+from data_prep.imagenet import prepare
+
+SHARD = "train-00001-of-00003.h5"  # samples 10..19
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    prepare(write_tree(root / "tree"), root / "shards", shard_size=10)
+    return root
+
+
+@pytest.fixture
+def root(pristine, tmp_path):
+    return shutil.copytree(pristine / "shards", tmp_path / "shards")
+
+
+def edit_manifest(root, **changes):
+    path = root / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def flip_byte(path, at):
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def place_of(path, name):
+    with h5py.File(path) as file:
+        return file[name].id.get_offset()
+
+
+def test_every_sample_comes_back_with_the_bytes_of_its_source(pristine, root):
+    shards = ShardSet.open(root, "train")
+    assert shards.num_samples == 24
+    for index in range(24):
+        assert shards.read(index).tobytes() == (pristine / "tree" / shards.source(index)).read_bytes()
+
+
+def test_labels_are_int64_for_any_choice_of_indices(root):
+    shards = ShardSet.open(root, "train")
+    labels = shards.labels(np.array([23, 0, 0, 10]))
+    assert labels.dtype == np.int64
+    assert [f"n{label:08d}" for label in labels] == [shards.source(i).split("/")[1] for i in (23, 0, 0, 10)]
+
+
+def test_many_threads_read_the_same_bytes_as_one(root):
+    shards = ShardSet.open(root, "train")
+    indices = np.random.default_rng(0).integers(0, 24, 2000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(shards.read, indices))
+    alone = [shards.read(i) for i in range(24)]
+    assert all(np.array_equal(data, alone[i]) for i, data in zip(indices, together, strict=True))
+
+
+def test_the_fingerprint_is_the_same_for_both_splits_and_changes_with_the_data_set(root):
+    before = ShardSet.open(root, "train").fingerprint
+    assert before == ShardSet.open(root, "val").fingerprint
+    edit_manifest(root, seed=7)
+    assert ShardSet.open(root, "train").fingerprint != before
+
+
+def test_one_flipped_bit_in_an_image_is_noticed_and_the_source_image_named(root):
+    shards = ShardSet.open(root, "train")
+    flip_byte(root / SHARD, place_of(root / SHARD, "jpeg") + 3)
+    with pytest.raises(DamagedSample, match=f"sample 0 of .*{SHARD} .{shards.source(10)}.*checksum"):
+        shards.read(10)
+    for index in set(range(24)) - {10}:
+        shards.read(index)
+
+
+@pytest.mark.parametrize("name", ["label", "xxh3"])
+def test_one_flipped_bit_in_a_label_or_a_checksum_is_noticed(root, name):
+    flip_byte(root / SHARD, place_of(root / SHARD, name))
+    with pytest.raises(DataError):  # at the latest when the sample is read
+        ShardSet.open(root, "train").read(10)
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_never_gives_other_bytes_or_labels(root):
+    good = ShardSet.open(root, "train")
+    expected = {good.source(i): (good.read(i).tobytes(), int(good.labels(i))) for i in range(10, 20)}
+    contents = (root / SHARD).read_bytes()
+    for at in np.random.default_rng(0).integers(0, len(contents), 150).tolist():
+        flip_byte(root / SHARD, at)
+        try:
+            shards = ShardSet.open(root, "train")
+            for index in range(10, 20):
+                assert (shards.read(index).tobytes(), int(shards.labels(index))) in expected.values()
+        except DataError:
+            pass
+        (root / SHARD).write_bytes(contents)
+
+
+def test_a_directory_without_a_manifest_is_told_how_to_be_made(root, tmp_path):
+    (root / MANIFEST).unlink()
+    with pytest.raises(DataError, match="no manifest.json.*python -m data_prep.imagenet"):
+        ShardSet.open(root, "train")
+    with pytest.raises(DataError, match="not a directory"):
+        ShardSet.open(tmp_path / "nothing", "train")
+
+
+def test_a_missing_split_lists_those_that_there_are(root):
+    with pytest.raises(DataError, match="no split 'test'; it has train, val"):
+        ShardSet.open(root, "test")
+
+
+def test_an_unknown_format_version_is_refused_before_anything_else_is_read(root):
+    (root / MANIFEST).write_text(json.dumps({"format": "asgd-shard", "format_version": 2, "new": 1}))
+    with pytest.raises(DataError, match="asgd-shard version 2, but this program reads asgd-shard version 1"):
+        ShardSet.open(root, "train")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "asgd-shard", "format_version": 1}'])
+def test_a_damaged_manifest_is_a_data_error(root, text):
+    (root / MANIFEST).write_text(text)
+    with pytest.raises(DataError, match="damaged or was edited"):
+        ShardSet.open(root, "train")
+
+
+def test_a_missing_shard_is_named(root):
+    (root / SHARD).unlink()
+    with pytest.raises(DataError, match=f"{SHARD}, listed in manifest.json, cannot be read: No such file"):
+        ShardSet.open(root, "train")
+
+
+def test_a_shard_truncated_by_one_byte_is_refused_with_both_sizes(root):
+    contents = (root / SHARD).read_bytes()
+    (root / SHARD).write_bytes(contents[:-1])
+    with pytest.raises(DataError, match=f"{SHARD} is truncated.*{len(contents) - 1} bytes on disk, {len(contents)}"):
+        ShardSet.open(root, "train")
+
+
+def test_a_shard_truncated_while_it_is_read_is_an_error_that_is_never_skipped(root):
+    shards = ShardSet.open(root, "train")
+    (root / SHARD).write_bytes((root / SHARD).read_bytes()[:5000])
+    with pytest.raises(DataError, match="truncated while in use") as raised:
+        for index in range(10, 20):
+            shards.read(index)
+    assert not isinstance(raised.value, DamagedSample)
+
+
+def test_an_unfinished_shard_is_refused(root):
+    size = (root / SHARD).stat().st_size
+    with h5py.File(root / SHARD, "r+") as file:
+        file.attrs["complete"] = 0
+    assert (root / SHARD).stat().st_size == size
+    with pytest.raises(DataError, match="complete is 0, not 1"):
+        ShardSet.open(root, "train")
+
+
+def test_two_shards_that_were_swapped_are_noticed(root):
+    other = root / "train-00000-of-00003.h5"
+    contents = other.read_bytes(), (root / SHARD).read_bytes()
+    other.write_bytes(contents[1]), (root / SHARD).write_bytes(contents[0])
+    with pytest.raises(DataError, match="truncated or was changed|shard is 1, not 0"):
+        ShardSet.open(root, "train")
+
+
+def test_a_label_beyond_the_class_names_is_refused(root):
+    edit_manifest(root, class_names=["a", "b"])
+    with pytest.raises(DataError, match="24 train samples of 2 classes, but the shards hold 24 with labels up to 2"):
+        ShardSet.open(root, "train")

@@ -1,0 +1,280 @@
+"""Training under real MPI: the identities that show the exchange right, and that every ending is a clean one."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import h5py
+import msgspec
+import pytest
+import torch
+import torchvision
+
+from asgd_mpi import config as configuration
+from asgd_mpi import evaluate, replay
+from asgd_mpi.data.shards import ShardSet
+from asgd_mpi.errors import RunDirError
+from asgd_mpi.record import checkpoint
+from asgd_mpi.record.audit import audit
+from asgd_mpi.record.events import End, Fetch, Publish, Validation, read_events, read_pushes
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
+from asgd_mpi.task import open_task
+from asgd_mpi.worker.step import compute_gradient_
+from photos import write_odd_files, write_tree
+
+RUNS = [("openmpi", 1), ("openmpi", 2), ("openmpi", 3), ("mpich", 1), ("mpich", 3)]
+
+
+class Finished:
+    """A finished run and what was recorded of it."""
+
+    def __init__(self, run: RunDir, num_workers: int, output: str):
+        self.run, self.num_workers, self.output = run, num_workers, output
+        self.config = configuration.from_yaml(run.config.read_text())
+        self.task = open_task(self.config)
+        self.pushes = list(read_pushes(run.pushes))
+        self.events = [list(read_events(run.metrics_of(rank))) for rank in range(num_workers + 1)]
+        self.saved, self.manifest = checkpoint.load(run.checkpoint(len(self.pushes)))
+
+    def of(self, kind):
+        return [(rank, event) for rank, events in enumerate(self.events) for event in events if isinstance(event, kind)]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+def finished(request, digits, tmp_path_factory) -> Finished:
+    """A short run on the digits, with random delays in the workers and a hash of every snapshot."""
+    vendor, num_workers = request.param
+    launcher, directory = request.getfixturevalue(vendor), tmp_path_factory.mktemp("run")
+    done = launcher.train(
+        num_workers + 1, "--data", str(digits), "--model", "networks_for_tests:restless", "--epochs", "2.5",
+        "--run.dir", "run", "--record.hash_snapshots", "true", "--compute.threads", "1", cwd=directory)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Finished(RunDir.open(directory / "run"), num_workers, done.stdout)
+
+
+def test_every_push_is_applied_exactly_once_and_every_sample_is_used_exactly_once(finished):
+    samples = finished.task.train.num_samples
+    found = audit(finished.pushes, samples, round(2.5 * samples), finished.num_workers)
+    assert not found.violations and not any(epoch.missing or epoch.repeated for epoch in found.epochs)
+    assert [push.version for push in finished.pushes] == list(range(len(finished.pushes)))
+    assert {push.worker for push in finished.pushes} == set(range(finished.num_workers))
+
+
+def test_staleness_and_ages_add_up_to_workers_times_pushes_in_the_workers_own_records(finished):
+    """The reads are taken from the workers' files, the pushes from the server's: two witnesses of one run."""
+    total, num_pushes = 0, len(finished.pushes)
+    for worker in range(finished.num_workers):
+        made = [push.version + 1 for push in finished.pushes if push.worker == worker]
+        read = [push.read_version for push in finished.pushes if push.worker == worker]
+        fetched = [event.version for rank, event in finished.of(Fetch) if rank == worker + 1]
+        assert set(read) <= set(fetched) and fetched == sorted(fetched)
+        ages_in_flight = sum(now - before for before, now in zip([0, *made], [*read, num_pushes]))
+        assert all(now >= before for before, now in zip([0, *made], [*read, num_pushes])), "read older than its own push"
+        total += sum(push.staleness + 1 for push in finished.pushes if push.worker == worker) + ages_in_flight
+    assert total == finished.num_workers * num_pushes
+
+
+def test_every_fetched_snapshot_is_one_published_version(finished):
+    published = {event.version: event.hash for _, event in finished.of(Publish)}
+    fetched = finished.of(Fetch)
+    assert sorted(published) == list(range(len(finished.pushes) + 1)) and len(set(published.values())) == len(published)
+    assert len(fetched) >= len(finished.pushes)
+    assert all(published[event.version] == event.hash for _, event in fetched)
+
+
+def test_the_log_replayed_in_one_process_gives_the_same_weights_to_the_bit(finished, capsys):
+    assert replay.main([str(finished.run.path)]) == 0
+    assert f"{len(finished.pushes)} pushes replayed, the weights are the same to the bit" in capsys.readouterr().out
+
+
+def test_a_log_with_one_entry_changed_does_not_replay(finished):
+    if finished.num_workers == 1:
+        pytest.skip("with one worker no other entry is possible")
+    torch.set_num_threads(1)
+    at, push = next((i, push) for i, push in enumerate(finished.pushes) if push.staleness > 0)
+    other = msgspec.structs.replace(push, read_version=push.read_version + 1)
+    with pytest.raises(RunDirError, match=f"the push that made version {push.version + 1} recorded a loss of"):
+        replay.replay(finished.task, [*finished.pushes[:at], other, *finished.pushes[at + 1:]], finished.num_workers)
+
+
+def test_one_worker_equals_torch_sgd_in_one_process_to_the_bit(finished):
+    """torch.optim.SGD, not fused (foreach=False), on an ordinary module."""
+    if finished.num_workers != 1:
+        pytest.skip("an identity of one worker")
+    torch.set_num_threads(1)
+    task, config = finished.task, finished.config
+    module = task.build_module()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, momentum=config.rule.momentum,
+                                weight_decay=config.rule.weight_decay, foreach=False)
+    schedule, loader, samples = task.schedule(1), task.train_loader(), 0
+    plain = Plain(module)
+    for push in finished.pushes:
+        batch = loader.batch(push.epoch, push.start, push.stop)
+        loss = compute_gradient_(plain, task.normalise, batch, config.run.seed)
+        optimizer.param_groups[0]["lr"] = schedule(samples)
+        optimizer.step()
+        samples += len(batch.labels)
+        assert (loss, push.staleness, push.skipped) == (push.loss, 0, 0)
+    assert all(torch.equal(value, finished.saved[name]) for name, value in module.state_dict().items())
+
+
+class Plain:
+    """An ordinary module where a FlatModel is expected: its parameters are no views of anything."""
+
+    def __init__(self, module):
+        self.module, self.device = module, torch.device("cpu")
+
+    @property
+    def gradient(self):
+        return self
+
+    def zero_(self):
+        self.module.zero_grad(set_to_none=True)
+
+
+def test_the_checkpoint_is_evaluated_to_the_errors_that_the_run_reported(finished):
+    validation = [event for _, event in finished.of(Validation) if event.final][-1]
+    shards = ShardSet.open(finished.config.data.path, "val")
+    errors = evaluate.measure(finished.saved, finished.manifest, shards, 100, torch.device("cpu"), threads=1)
+    assert 1 - errors.top1 / errors.num_images == validation.top1_error == finished.manifest.top1_error
+    assert errors.loss / errors.num_images == pytest.approx(validation.loss, rel=1e-5)
+    assert validation.version == finished.manifest.version == len(finished.pushes)
+
+
+def test_the_report_agrees_with_the_record(finished):
+    summary = summarize(finished.run)
+    assert (summary.status, summary.problems) == ("finished", [])
+    assert summary.images == summary.images_trained == round(2.5 * 1437)
+    assert summary.epochs_done == pytest.approx(2.5, rel=1e-3)
+    assert summary.bytes_pushed >= 4 * len(finished.pushes) and not summary.audit.violations
+    assert "report: run/report/report.md" in finished.output and (finished.run.report / "report.json").exists()
+    assert [event.status for _, event in finished.of(End)] == ["finished"] * (finished.num_workers + 1)
+
+
+def test_a_network_with_batch_norm_is_saved_with_the_statistics_it_was_validated_with(openmpi, digits, tmp_path):
+    done = openmpi.train(3, "--data", str(digits), "--model", "networks_for_tests:normed", "--epochs", "2", "--run.dir", "run",
+                         cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [directory] = RunDir.open(tmp_path / "run").checkpoints.iterdir()
+    state, manifest = checkpoint.load(directory)
+    errors = evaluate.measure(state, manifest, ShardSet.open(digits, "val"), 64, torch.device("cpu"), threads=1)
+    assert 1 - errors.top1 / errors.num_images == manifest.top1_error < 0.5
+    assert state["1.running_var"].ne(1).all()
+
+
+def test_the_embedded_default_reaches_97_percent_as_written_in_the_readme(openmpi, tmp_path):
+    done = openmpi.run(4, "-m", "asgd_mpi.train", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    accuracy = float(re.search(r"([\d.]+) % of 360 validation images right", done.stdout)[1])
+    assert accuracy > 97
+    assert re.search(r"images/s, epoch [\d.]+, loss [\d.]+, accuracy [\d.]+ %, staleness [\d.]+, [\d:]+ left", done.stdout)
+    [run] = (tmp_path / "runs").iterdir()
+    [saved] = (run / "checkpoints").iterdir()
+    told = subprocess.run([sys.executable, "-m", "asgd_mpi.evaluate", str(saved), "--data", "data/digits"], cwd=tmp_path,
+                          capture_output=True, text=True, check=True)
+    assert f"top-1 error {1 - accuracy / 100:.4f}" in told.stdout
+
+
+def test_a_rank_that_raises_ends_the_job_at_once_with_its_traceback_first(openmpi, digits, tmp_path):
+    done = openmpi.train(4, "--data", str(digits), "--model", "networks_for_tests:raises_on_rank_2", "--run.dir", "run",
+                         cwd=tmp_path, timeout_s=60)
+    assert done.returncode != 0
+    assert done.stderr.lstrip().startswith("rank 2 on ") and "the third rank has had enough" in done.stderr
+    assert "ArithmeticError" in (tmp_path / "run" / "error.rank002.txt").read_text()
+    assert summarize(RunDir.open(tmp_path / "run")).status == "failed"
+
+
+def test_a_rank_that_hangs_is_named_when_the_limit_is_over(openmpi, digits, tmp_path):
+    done = openmpi.train(2, "--data", str(digits), "--model", "networks_for_tests:hangs_on_rank_1", "--run.timeout_s", "6",
+                         "--run.dir", "run", cwd=tmp_path, timeout_s=60)
+    assert done.returncode != 0
+    assert "rank 0 waits for a packet from one of: worker 0 (rank 1): lease 1" in done.stderr and "6 s" in done.stderr
+
+
+def test_a_run_that_diverges_says_so_and_what_to_change(openmpi, digits, tmp_path):
+    done = openmpi.train(2, "--data", str(digits), "--model", "networks_for_tests:explodes", "--run.dir", "run", cwd=tmp_path)
+    assert done.returncode != 0 and "--schedule.lr" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_rank_only_is_refused(openmpi, digits, tmp_path):
+    done = openmpi.train(1, "--data", str(digits), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: 1 rank = 1 server + 0 workers")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--data.pathh", "x"], "unknown option --data.pathh"),
+    (["--data", "nowhere"], "nowhere is not a directory; make it with"),
+    (["--model", "networks_for_tests:seven_classes"], "its last layer must have 10 outputs"),
+    (["--run.dir", "/dev/null/run"], "cannot make the run directory /dev/null/run")])
+def test_bad_input_is_told_once_before_training_starts(openmpi, digits, tmp_path, options, message):
+    done = openmpi.train(3, "--data", str(digits), *options, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
+
+
+def test_a_run_directory_is_not_used_twice(openmpi, digits, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("run: {}\n")
+    done = openmpi.train(2, "--data", str(digits), "--run.dir", "run", cwd=tmp_path)
+    assert done.returncode == 2 and "already holds a run" in done.stderr
+
+
+def test_help_lists_the_options_once(openmpi, tmp_path):
+    done = openmpi.run(2, "-m", "asgd_mpi.train", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("--schedule.lr LR") >= 1 and done.stdout.count("usage:") == 1
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Shards of a small tree of photo-like JPEGs, with a greyscale and a CMYK one among them."""
+    root = tmp_path_factory.mktemp("photos")
+    write_tree(root / "tree", num_classes=3, train=30, val=8)
+    write_odd_files(root / "tree")
+    subprocess.run([sys.executable, "-m", "data_prep.imagenet", "--source", root / "tree", "--out", root / "shards",
+                    "--shard-size", "40"], check=True, capture_output=True)
+    return root / "shards"
+
+
+JPEG_OPTIONS = ["--model", "resnet18", "--data.image_size", "32", "--data.batch_size", "10", "--epochs", "1"]
+
+
+def test_an_image_tree_becomes_shards_that_a_network_trains_on(openmpi, photos, tmp_path):
+    done = openmpi.train(3, "--data", str(photos), *JPEG_OPTIONS, "--run.dir", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert summarize(RunDir.open(tmp_path / "run")).images == 94
+    [saved] = RunDir.open(tmp_path / "run").checkpoints.iterdir()
+    plain = torchvision.models.resnet18(num_classes=3)
+    assert not any(plain.load_state_dict(torch.load(saved / "model.pt", weights_only=True)))
+
+
+def test_a_damaged_image_ends_the_run_by_name_or_is_left_out_and_counted_if_asked(openmpi, photos, tmp_path):
+    shards = shutil.copytree(photos, tmp_path / "shards")
+    name = ShardSet.open(shards, "train").source(0)
+    with h5py.File(shards / "train-00000-of-00003.h5", "r", locking=False) as file:
+        at = file["jpeg"].id.get_offset() + 200
+    with open(shards / "train-00000-of-00003.h5", "r+b") as file:
+        file.seek(at)
+        file.write(b"\x55\xaa\x55\xaa")
+    done = openmpi.train(3, "--data", str(shards), *JPEG_OPTIONS, "--run.dir", "one", cwd=tmp_path)
+    assert done.returncode != 0 and name in done.stderr and "Traceback" not in done.stderr
+    done = openmpi.train(3, "--data", str(shards), *JPEG_OPTIONS, "--data.on_bad_image", "skip", "--run.dir", "two",
+                         cwd=tmp_path)
+    assert done.returncode == 0 and name in done.stderr
+    summary = summarize(RunDir.open(tmp_path / "two"))
+    assert (summary.skipped_images, summary.images) == (1, 93) and name in summary.notes[0].text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
+def test_a_full_disk_ends_the_run_and_names_the_file(openmpi, digits, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        done = openmpi.train(2, "--data", str(digits), "--epochs", "2", "--run.dir", str(disk / "run"), cwd=tmp_path)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert done.returncode != 0 and "No space left on device" in done.stderr and "free some space" in done.stderr
