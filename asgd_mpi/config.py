@@ -12,7 +12,7 @@ import difflib
 import io
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 import jsonargparse
 
@@ -114,9 +114,15 @@ class ExchangeConfig:
 
     Args:
         ring: snapshots kept in the window; a fetch is torn only if ring - 1 newer ones appear while it is read
+        n_push: batches whose gradients are summed up in one push; auto never waits for the server, and sums on instead
+        n_fetch: batches between two fetches, a multiple of n_push (default: n_push, so that n_push is the paper's n_sync)
+        overlap: push and fetch while the next gradient is computed, which makes it staler (default: with n_push auto)
     """
 
     ring: int = 3
+    n_push: Union[int, Literal["auto"]] = 1
+    n_fetch: Optional[int] = None
+    overlap: Optional[bool] = None
 
 
 @dataclass
@@ -174,7 +180,8 @@ class Recipe:
 
 
 SHORTHANDS = {"--data": "--data.path", "--model": "--model.name", "--rule": "--rule.name", "--seed": "--run.seed",
-              "--epochs": "--run.epochs", "--lr": "--schedule.lr", "--batch-size": "--data.batch_size"}
+              "--epochs": "--run.epochs", "--lr": "--schedule.lr", "--batch-size": "--data.batch_size",
+              "--n-sync": "--exchange.n_push"}
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -217,7 +224,7 @@ def from_yaml(text: str) -> Config:
 
 
 def with_recipe(config: Config, recipe: Recipe) -> Config:
-    """Fill in every field that is None from the network's recipe; returns a new Config."""
+    """Fill in every field that is None, from the network's recipe or from other fields; returns a new Config."""
     def fill(section, **defaults):
         missing = {name: value for name, value in defaults.items() if getattr(section, name) is None}
         return dataclasses.replace(section, **missing)
@@ -227,7 +234,9 @@ def with_recipe(config: Config, recipe: Recipe) -> Config:
         run=fill(config.run, epochs=recipe.epochs),
         data=fill(config.data, batch_size=recipe.batch_size, augment=recipe.augment),
         rule=fill(config.rule, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
-        schedule=fill(config.schedule, name=recipe.schedule, lr=recipe.lr, warmup_epochs=recipe.warmup_epochs))
+        schedule=fill(config.schedule, name=recipe.schedule, lr=recipe.lr, warmup_epochs=recipe.warmup_epochs),
+        exchange=fill(config.exchange, overlap=config.exchange.n_push == "auto",
+                      n_fetch=1 if config.exchange.n_push == "auto" else config.exchange.n_push))
 
 
 def _long_form(argument: str) -> str:
@@ -253,7 +262,7 @@ def _check(config: Config) -> None:
         if not holds:
             raise ConfigError(f"--{option} {value}: {reason}.")
 
-    run, data, schedule = config.run, config.data, config.schedule
+    run, data, schedule, exchange = config.run, config.data, config.schedule, config.exchange
     demand(run.epochs is None or run.epochs > 0, "run.epochs", run.epochs, "there is nothing to train; give more than 0")
     demand(run.validate_every > 0, "run.validate_every", run.validate_every, "give the epochs between validations, > 0")
     demand(run.timeout_s > 0, "run.timeout_s", run.timeout_s, "every wait needs a limit above 0 seconds")
@@ -263,6 +272,14 @@ def _check(config: Config) -> None:
     demand(schedule.lr is None or schedule.lr > 0, "schedule.lr", schedule.lr, "the learning rate must be above 0")
     demand(config.rule.momentum is None or 0 <= config.rule.momentum < 1, "rule.momentum", config.rule.momentum,
            "momentum is 0 or more and below 1; at 1 the velocity never decays")
-    demand(config.exchange.ring >= 2, "exchange.ring", config.exchange.ring,
+    demand(exchange.ring >= 2, "exchange.ring", exchange.ring,
            "one slot is read while the next is written, so at least 2 are needed")
+    auto = exchange.n_push == "auto"
+    demand(auto or exchange.n_push > 0, "exchange.n_push", exchange.n_push, "a push holds 1 batch or more; or give auto")
+    demand(exchange.n_fetch is None or exchange.n_fetch > 0, "exchange.n_fetch", exchange.n_fetch, "give 1 batch or more")
+    demand(not (auto and exchange.n_fetch), "exchange.n_fetch", exchange.n_fetch, "with n_push auto every push fetches")
+    demand(not (auto and exchange.overlap is False), "exchange.overlap", "false",
+           "n_push auto sums on while a push is under way, so it needs the overlap")
+    demand(auto or not exchange.n_fetch or exchange.n_fetch % exchange.n_push == 0, "exchange.n_fetch", exchange.n_fetch,
+           f"the batches of one push are computed on one snapshot, so give a multiple of n_push ({exchange.n_push})")
     demand(config.record.interval_s > 0, "record.interval_s", config.record.interval_s, "give seconds above 0")

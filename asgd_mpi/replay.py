@@ -9,13 +9,14 @@ count of the run, the weights come out the same to the bit. Every entry goes thr
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jsonargparse
 import torch
 from tqdm import tqdm
 
 from asgd_mpi import config as configuration
+from asgd_mpi.data.loader import Batch, Loader
 from asgd_mpi.errors import RunDirError, UserError
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint
@@ -35,29 +36,37 @@ def replay(task: Task, pushes: Iterable[Push], num_workers: int) -> FlatModel:
     flat = FlatModel(task.build_module(), torch.device("cpu"))
     rule = RULES[config.rule.name](flat.num_floats, config.rule)
     schedule, loader, samples = task.schedule(num_workers), task.train_loader(), 0
-    held: dict[int, int] = dict.fromkeys(range(num_workers), 0)   # worker -> the version it may have read last
+    held: dict[int, int] = dict.fromkeys(range(num_workers), 0)   # worker -> the version it read last
     snapshots = {0: flat.weights.clone()}
     version = 0
     for push in pushes:
         _check(push, version, schedule(samples), snapshots)
         flat.weights.copy_(snapshots[push.read_version])
-        batch = loader.batch(push.epoch, push.start, push.stop)
-        loss = compute_gradient_(flat, task.normalise, batch, config.run.seed)
+        losses = [compute_gradient_(flat, task.normalise, batch, config.run.seed, accumulate=number > 0)
+                  for number, batch in enumerate(_batches(push, loader, config.data.batch_size))]
+        loss = sum(losses) / len(losses)
         if loss != push.loss:
             raise RunDirError(f"the push that made version {version + 1} recorded a loss of {push.loss!r}, the replay "
                               f"computes {loss!r}: the log, the data or the arithmetic (threads, library) differ.")
-        fresh = torch.empty_like(flat.weights)
+        fresh = snapshots[version].clone()
         for piece in pieces(len(fresh)):
-            rule.apply_(fresh, snapshots[version], flat.gradient, push.lr, piece)
+            rule.apply_(fresh, flat.gradient, push.lr, piece)
         version += 1
-        samples += push.stop - push.start
+        samples += push.positions
         snapshots[version] = fresh
-        held[push.worker] = version                              # a worker reads its own push, or newer
+        held[push.worker] = push.read_version                    # a worker never reads an older version again
         for old in [old for old in snapshots if old < min(held.values())]:
             del snapshots[old]
     flat.weights.copy_(snapshots[version])
     loader.close()
     return flat
+
+
+def _batches(push: Push, loader: Loader, batch_size: int) -> Iterator[Batch]:
+    """The batches that a push was computed on, cut as the worker cut them."""
+    for epoch, start, stop in push.segments:
+        for first in range(start, stop, batch_size):
+            yield loader.batch(epoch, first, min(first + batch_size, stop))
 
 
 def _check(push: Push, version: int, lr: float, snapshots: dict[int, torch.Tensor]) -> None:

@@ -19,6 +19,7 @@ import msgspec
 import numpy
 import torch
 import torchvision
+from torch import nn
 
 import asgd_mpi
 from asgd_mpi import config as configuration
@@ -28,7 +29,7 @@ from asgd_mpi.errors import UserError
 from asgd_mpi.exchange.link import Inbox, Outbox
 from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
-from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.events import Checkpoint, End, EventLog, Note, Start
 from asgd_mpi.record.meter import Meter
@@ -39,7 +40,10 @@ from asgd_mpi.server.rules import RULES
 from asgd_mpi.server.serve import Server
 from asgd_mpi.task import Task, complete, open_task
 from asgd_mpi.topology import Topology
+from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.loop import Worker
+
+FORWARDING_S = 0.5  # the launcher forwards output at leisure, and drops what it still holds when the job is aborted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,7 +87,7 @@ def _prepare(arguments: list[str], hosts: list[str]) -> dict:
     task = open_task(config)
     task.build_module()
     task.train_loader().close()
-    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=places.num_workers)
+    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=places.num_workers, capacity=1)
     run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))
     write_whole(run.config, configuration.to_yaml(config).encode())
     num_train, num_val = task.train.num_samples, task.val.num_samples
@@ -103,18 +107,19 @@ def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
     device = torch.device("cpu") if world.is_server else _device(config, places, world.rank)
     module = task.build_module()
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
-    flat = FlatModel(module, device)
-    plan = task.plan(places.num_workers)
+    plan, exchange = task.plan(places.num_workers), config.exchange
     log.write(Start(time.time(), world.rank, "server" if world.is_server else "worker", world.host, str(device),
-                    plan.num_workers, flat.num_floats, plan.num_samples, plan.total_samples, threads))
-    layout = Layout(flat.num_floats, config.exchange.ring, places.num_workers)
+                    plan.num_workers, num_floats(module), plan.num_samples, plan.total_samples,
+                    not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads))
+    capacity = max(num_floats(module), num_statistics(module))
+    layout = Layout(num_floats(module), exchange.ring, plan.num_workers, capacity)
     window = (ServerWindow if world.is_server else WorkerWindow)(world, layout)
     window.open()
     if world.is_server:
         write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
-        _serve(world, task, run, plan, flat, window, meter, log)
+        _serve(world, task, run, plan, FlatModel(module, device), window, meter, log)
     else:
-        _work(world, task, flat, window, meter, log)
+        _work(world, task, module, device, window, meter, log)
     window.close()
     meter.flush()
     log.write(End(time.time(), "finished"))
@@ -129,10 +134,9 @@ def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
 def _serve(world: World, task: Task, run: RunDir, plan: Plan, flat: FlatModel, window: ServerWindow, meter: Meter,
            log: EventLog) -> None:
     config = task.config
-    capacity = max(flat.num_floats, flat.num_statistics)
     pushes = EventLog(run.pushes)
     server = Server(
-        window, Inbox(world, capacity, plan.num_workers), Ledger(plan, task.schedule(plan.num_workers)),
+        window, Inbox(world, window), Ledger(plan, task.schedule(plan.num_workers)),
         RULES[config.rule.name](flat.num_floats, config.rule), meter, log, pushes,
         Progress(config.run.progress, plan.total_samples, plan.num_samples), world.timeout_s,
         config.record.hash_snapshots, torch.zeros(flat.num_statistics) if flat.statistics else None)
@@ -162,16 +166,21 @@ def _save(server: Server, task: Task, run: RunDir, flat: FlatModel) -> None:
                                 num_bytes))
 
 
-def _work(world: World, task: Task, flat: FlatModel, window: WorkerWindow, meter: Meter, log: EventLog) -> None:
+def _work(world: World, task: Task, module: nn.Module, device: torch.device, window: WorkerWindow, meter: Meter,
+          log: EventLog) -> None:
     config = task.config
+    exchange = config.exchange
 
     def on_skip(text: str) -> None:
         log.write(Note(time.time(), text))
         print(f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
 
     loaders = task.train_loader(on_skip), task.val_loader(on_skip)
-    outbox = Outbox(world, max(flat.num_floats, flat.num_statistics))
-    Worker(world.worker, window, outbox, flat, task.normalise, loaders, config.data.batch_size, config.run.seed, meter,
+    outbox = Outbox(world, window)
+    in_place = device.type == "cpu" and not exchange.overlap      # compute the gradient where the server reads it
+    flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap)
+    Worker(world.worker, Courier(window, outbox, flat, meter, exchange.overlap), flat, task.normalise, loaders,
+           config.data.batch_size, config.run.seed, exchange.n_push, exchange.n_fetch, exchange.overlap, meter,
            log if config.record.hash_snapshots else None).run()
     for loader in loaders:
         loader.close()
@@ -210,6 +219,7 @@ def _fail(world: World, run: RunDir | None, error: BaseException) -> None:
             run.error_of(world.rank).write_text(text + "\n")
         except OSError as second:
             print(f"{who}: the error could not be written to the run directory: {second}", file=sys.stderr, flush=True)
+    time.sleep(FORWARDING_S)
     world.abort(2 if isinstance(error, UserError) else 1)
 
 

@@ -17,7 +17,7 @@ class Exchange:
     def __init__(self, num_floats: int, ring: int = 3):
         self.lock = threading.Lock()
         self.ring = [torch.zeros(num_floats) for _ in range(ring)]
-        self.version = -1
+        self.version, self.slot = -1, 0
         self.mail = {}
         self.packets = deque()
 
@@ -32,14 +32,15 @@ class FakeServerWindow:
 
     @property
     def latest(self):
-        return self._exchange.ring[self.version % len(self._exchange.ring)]
+        return self._exchange.ring[self._exchange.slot]
 
     @contextmanager
-    def next_snapshot(self):
+    def next_snapshot(self, version):
         exchange = self._exchange
         with exchange.lock:
-            yield exchange.ring[(exchange.version + 1) % len(exchange.ring)]
-            exchange.version += 1
+            slot = (exchange.slot + 1) % len(exchange.ring)
+            yield exchange.ring[slot]
+            exchange.version, exchange.slot = version, slot
 
     def post(self, worker, mail):
         self._exchange.mail[worker] = mail
@@ -49,8 +50,9 @@ class FakeInbox:
     def __init__(self, exchange: Exchange):
         self._exchange = exchange
 
-    def next(self, timeout_s, who_is_due):
-        return _wait(lambda: self._exchange.packets and self._exchange.packets.popleft(), who_is_due)
+    def take(self, timeout_s, who_is_due):
+        _wait(lambda: self._exchange.packets, who_is_due)
+        return [self._exchange.packets.popleft() for _ in range(len(self._exchange.packets))]
 
     def poll(self):
         return bool(self._exchange.packets)
@@ -75,7 +77,7 @@ class FakeWorkerWindow:
 
     def fetch(self, into, at_least):
         with self._exchange.lock:
-            into.copy_(self._exchange.ring[self._exchange.version % len(self._exchange.ring)])
+            into.copy_(self._exchange.ring[self._exchange.slot])
             assert self._exchange.version >= at_least
             return Snapshot(self._exchange.version, torn_reads=0)
 
@@ -88,7 +90,7 @@ class FakeOutbox:
 
     def send(self, header, num_floats):
         self.sent += 1
-        self._exchange.packets.append(Arrival(header, self.payload.clone(), 4 * num_floats))
+        self._exchange.packets.append(Arrival(header, self.payload.clone()))
 
     def wait(self):
         pass

@@ -29,7 +29,9 @@ def test_a_file_is_read_and_the_command_line_overrides_it(tmp_path):
 
 
 def test_what_is_written_to_the_run_directory_reads_back_the_same():
-    config = configuration.with_recipe(configuration.parse(["--schedule.gamma", "0.25"]), networks.recipe("alexnet"))
+    arguments = ["--schedule.gamma", "0.25", "--n-sync", "3", "--exchange.n_fetch", "6"]
+    config = configuration.with_recipe(configuration.parse(arguments), networks.recipe("alexnet"))
+    assert config.exchange == configuration.ExchangeConfig(ring=3, n_push=3, n_fetch=6, overlap=False)
     assert configuration.from_yaml(configuration.to_yaml(config)) == config
 
 
@@ -57,10 +59,17 @@ def test_a_missing_file_is_named():
 @pytest.mark.parametrize("option, value, part", [
     ("--schedule.lr", "fast", "float"), ("--data.batch_size", "0", "1 image or more"),
     ("--rule.momentum", "1.0", "below 1"), ("--data.augment", "blur", "paper"), ("--exchange.ring", "1", "at least 2"),
+    ("--exchange.n_push", "0", "1 batch or more"), ("--exchange.n_push", "often", "auto"),
     ("--run.epochs", "-1", "more than 0"), ("--rule.name", "sgdd", "asgd"), ("--run.timeout_s", "0", "limit")])
 def test_a_wrong_value_is_refused_with_the_option_and_the_reason(option, value, part):
     message = refused(option, value)
     assert option.removeprefix("--") in message and part in message
+
+
+def test_settings_of_the_exchange_that_contradict_each_other_are_refused_with_the_reason():
+    assert "a multiple of n_push (2)" in refused("--exchange.n_push", "2", "--exchange.n_fetch", "3")
+    assert "needs the overlap" in refused("--exchange.n_push", "auto", "--exchange.overlap", "false")
+    assert "every push fetches" in refused("--exchange.n_push", "auto", "--exchange.n_fetch", "3")
 
 
 def test_one_rank_is_refused_with_the_command_that_works():

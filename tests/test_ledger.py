@@ -36,9 +36,9 @@ class Game:
         start = lease.start + self.at[worker]
         if lease.work == Work.TRAIN:
             return Header(Kind.GRADIENT, worker, self.sent[worker] + 1, self.read[worker], lease.number, start,
-                          min(start + self.plan.batch_size, lease.stop))
+                          min(self.plan.batch_size, lease.stop - start))
         version = self.ledger.version if lease.work == Work.FINAL else self.read[worker]
-        return Header(Kind.VALIDATION, worker, self.sent[worker] + 1, version, lease.number, lease.start, lease.stop,
+        return Header(Kind.VALIDATION, worker, self.sent[worker] + 1, version, lease.number, lease.start, lease.stop - lease.start,
                       loss=float(lease.stop - lease.start), top1=lease.stop - lease.start, top5=lease.stop - lease.start)
 
     def move(self, worker: int) -> None:
@@ -48,11 +48,11 @@ class Game:
         lease = self.mail[worker].leases[0]
         self.sent[worker] += 1
         if header.kind == Kind.GRADIENT:
-            self.used += [(lease.epoch, position) for position in range(header.start, header.stop)]
+            self.used += [(lease.epoch, position) for position in range(header.start, header.start + header.count)]
             self.verdicts.append((worker, self.ledger.judge(header)))
         else:
             self.scores.append(self.ledger.tally(header))
-        self.at[worker] = 0 if header.stop == lease.stop else self.at[worker] + header.stop - header.start
+        self.at[worker] = 0 if header.start + header.count == lease.stop else self.at[worker] + header.count
         self.mail |= dict(self.ledger.take_news())
 
     def play(self, choices) -> None:
@@ -127,20 +127,30 @@ def test_each_epoch_is_validated_once_and_the_last_version_by_everybody():
 
 def test_the_clock_of_the_rate_is_the_samples_applied():
     ledger = Ledger(PLAN, lr_at=lambda samples: 1.0 / (1 + samples))
-    rates = [ledger.judge(Header(Kind.GRADIENT, worker, 1, 0, 1, 12 * worker, 12 * worker + 4)).lr for worker in range(3)]
+    rates = [ledger.judge(Header(Kind.GRADIENT, worker, 1, 0, 1, 12 * worker, 4)).lr for worker in range(3)]
     assert rates == [1.0, 1 / 5, 1 / 9]
 
 
 @pytest.mark.parametrize("change, claim", [
     ({"worker": 3}, "no such worker"), ({"packet": 2}, "packet 1 of this worker is due"),
     ({"read_version": 1}, "may have read a version from 0 to 0"), ({"lease": 2}, "works on lease 1"),
-    ({"start": 4, "stop": 8}, r"\[0, ...\)"), ({"stop": 13}, r"\[0, ...\)"), ({"stop": 0}, r"\[0, ...\)")])
+    ({"start": 4}, "position 0 of the lease is due"), ({"count": 25}, "1 positions more than the worker was lent"),
+    ({"count": 0}, "1 position or more")])
 def test_a_packet_that_contradicts_the_ledger_is_refused_and_changes_nothing(change, claim):
     ledger = Ledger(PLAN, lr_at=lambda samples: 1.0)
-    good = Header(Kind.GRADIENT, worker=0, packet=1, read_version=0, lease=1, start=0, stop=4)
+    good = Header(Kind.GRADIENT, worker=0, packet=1, read_version=0, lease=1, start=0, count=4)
     with pytest.raises(LedgerError, match=claim):
         ledger.judge(dataclasses.replace(good, **change))
     assert ledger.judge(good).version == 0
+
+
+def test_a_push_may_cover_several_leases_and_is_answered_with_as_many_new_ones():
+    ledger = Ledger(PLAN, lr_at=lambda samples: 1.0)
+    first = dict(ledger.take_news())[0].leases
+    verdict = ledger.judge(Header(Kind.GRADIENT, 0, 1, 0, 1, first[0].start, 24))
+    assert [(s.epoch, s.start, s.stop) for s in verdict.segments] == [(x.epoch, x.start, x.stop) for x in first]
+    assert [lease.number for lease in dict(ledger.take_news())[0].leases] == [3, 4]
+    assert ledger.samples == 24
 
 
 def test_a_header_survives_the_wire():

@@ -18,6 +18,7 @@ from asgd_mpi.server.ledger import Ledger
 from asgd_mpi.server.rules import Asgd
 from asgd_mpi.server.serve import Server
 from asgd_mpi.task import complete, open_task
+from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.loop import Worker
 from fakes import Exchange, FakeInbox, FakeOutbox, FakeServerWindow, FakeWorkerWindow
 
@@ -41,12 +42,15 @@ class Cluster:
         self.first_weights = flat.weights
 
     def work(self, number):
-        flat = FlatModel(self.task.build_module(), CPU)
+        exchange = self.task.config.exchange
+        flat = FlatModel(self.task.build_module(), CPU, spare=exchange.overlap)
         log = EventLog(self.directory / f"rank{number + 1:03d}.jsonl")
         loaders = self.task.train_loader(), self.task.val_loader()
-        outbox = FakeOutbox(self.exchange, max(flat.num_floats, flat.num_statistics))
-        Worker(number, FakeWorkerWindow(self.exchange, number), outbox, flat, self.task.normalise, loaders,
-               self.task.config.data.batch_size, self.task.config.run.seed, Meter(log, 1.0), log).run()
+        outbox, meter = FakeOutbox(self.exchange, max(flat.num_floats, flat.num_statistics)), Meter(log, 1.0)
+        courier = Courier(FakeWorkerWindow(self.exchange, number), outbox, flat, meter, exchange.overlap)
+        config = self.task.config
+        Worker(number, courier, flat, self.task.normalise, loaders, config.data.batch_size, config.run.seed,
+               exchange.n_push, exchange.n_fetch, exchange.overlap, meter, log).run()
         log.close()
 
     def train(self):
@@ -68,25 +72,31 @@ def make_task(digits, *options, epochs=1.5):
     return open_task(complete(config))
 
 
+EXCHANGES = [[], ["--n-sync", "3"], ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"],
+             ["--exchange.n_push", "2", "--exchange.n_fetch", "4"], ["--n-sync", "7", "--exchange.overlap", "true"]]
+
+
+@pytest.mark.parametrize("options", EXCHANGES, ids=" ".join)
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_run_uses_every_sample_once_and_applies_every_push_once(digits, tmp_path, num_workers):
-    cluster = Cluster(make_task(digits), num_workers, tmp_path)
-    found = audit(cluster.train(), 1437, round(1.5 * 1437), num_workers)
+def test_a_run_uses_every_sample_once_and_applies_every_push_once(digits, tmp_path, num_workers, options):
+    cluster = Cluster(make_task(digits, *options), num_workers, tmp_path)
+    found = audit(cluster.train(), 1437, round(1.5 * 1437), num_workers, reads_own_pushes=not options or options == EXCHANGES[1])
     assert not found.violations and [epoch.missing for epoch in found.epochs] == [0, 0]
     assert found.age_applied + found.age_between + found.age_at_end == num_workers * found.num_versions
 
 
-def test_the_replay_of_a_run_gives_the_same_weights_to_the_bit(digits, tmp_path):
-    cluster = Cluster(make_task(digits), 1, tmp_path)
+@pytest.mark.parametrize("options", EXCHANGES, ids=" ".join)
+def test_the_replay_of_a_run_gives_the_same_weights_to_the_bit(digits, tmp_path, options):
+    cluster = Cluster(make_task(digits, *options), 1, tmp_path)
     pushes = cluster.train()
     assert torch.equal(replay(cluster.task, pushes, 1).weights, cluster.server.window.latest)
 
 
-def test_every_version_is_published_once_and_in_order(digits, tmp_path):
+def test_snapshots_are_published_in_order_up_to_the_last_version(digits, tmp_path):
     cluster = Cluster(make_task(digits, epochs=0.5), 1, tmp_path)
     pushes = cluster.train()
     published = [event.version for event in read_events(tmp_path / "rank000.jsonl") if isinstance(event, Publish)]
-    assert published == list(range(len(pushes) + 1))
+    assert published == sorted(set(published)) and published[0] == 0 and published[-1] == len(pushes)
 
 
 def test_the_final_score_is_of_the_last_version_and_of_every_validation_image(digits, tmp_path):

@@ -1,6 +1,8 @@
-"""Packets from the workers to the server: nonblocking sends and receives of a header and its payload in one message.
+"""Packets from the workers to the server: nonblocking sends and receives.
 
-A buffer in flight is owned by its request: neither side touches it before the request is complete.
+On the server's host the payload lies in the worker's slot of the shared window, and only its header is sent: the
+server reads the gradient in place. From other hosts header and payload travel as one message. A payload belongs to
+the worker until it is sent, and to the server until the packet is judged.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from mpi4py import MPI
 
 from asgd_mpi.exchange import wait, wire
+from asgd_mpi.exchange.window import ServerWindow, WorkerWindow
 from asgd_mpi.exchange.wire import HEADER_BYTES, Header
 from asgd_mpi.exchange.world import World
 from asgd_mpi.topology import SERVER
@@ -21,36 +24,41 @@ TAG = 1
 
 
 class _Packet:
-    """One message: HEADER_BYTES of header, then the payload, (capacity,) float32."""
+    """A header's bytes and its payload, (capacity,) float32: `shared` memory, or behind the header in the message."""
 
-    def __init__(self, capacity: int):
-        self.bytes = np.zeros(HEADER_BYTES + 4 * capacity, np.uint8)
-        self.payload = torch.from_numpy(self.bytes[HEADER_BYTES:].view(np.float32))
+    def __init__(self, capacity: int, shared: torch.Tensor | None):
+        self.is_shared = shared is not None
+        self.bytes = np.zeros(HEADER_BYTES + (0 if self.is_shared else 4 * capacity), np.uint8)
+        self.payload = shared if self.is_shared else torch.from_numpy(self.bytes[HEADER_BYTES:].view(np.float32))
+
+    def message(self, num_floats: int) -> np.ndarray:
+        """What is sent for a payload of `num_floats`."""
+        return self.bytes[:HEADER_BYTES + (0 if self.is_shared else 4 * num_floats)]
 
 
 class Outbox:
     """A worker's side: fill `payload`, then `send`."""
 
-    def __init__(self, world: World, capacity: int):
+    def __init__(self, world: World, window: WorkerWindow):
         self.world = world
         self.sent = 0                         # packets so far
-        self._packet = _Packet(capacity)
+        self._packet = _Packet(window.layout.capacity, window.gradient)
         self._request = MPI.REQUEST_NULL
 
     @property
     def payload(self) -> torch.Tensor:
-        """(capacity,) float32 on the host; write it only after `wait`."""
+        """(capacity,) float32 on the host; to be written only when the last packet has been judged."""
         return self._packet.payload
 
     def send(self, header: Header, num_floats: int) -> None:
         """Start to send the header and the first `num_floats` of the payload."""
         self.sent += 1
         self._packet.bytes[:HEADER_BYTES] = np.frombuffer(wire.pack_header(header), np.uint8)
-        message = self._packet.bytes[:HEADER_BYTES + 4 * num_floats]
+        message = self._packet.message(num_floats)
         self._request = self.world.comm.Isend([message, MPI.BYTE], dest=SERVER, tag=TAG)
 
     def wait(self) -> None:
-        """Return when the payload may be written again."""
+        """Return when the packet has left."""
         wait.until(self._request.Test, self.world.timeout_s,
                    f"rank {self.world.rank} waits for rank 0 to take its packet {self.sent}")
 
@@ -61,33 +69,36 @@ class Arrival:
 
     header: Header
     payload: torch.Tensor
-    num_bytes: int
 
 
 class Inbox:
     """The server's side: one receive is open for each worker at any time."""
 
-    def __init__(self, world: World, capacity: int, num_workers: int):
+    def __init__(self, world: World, window: ServerWindow):
         self.world = world
-        self._packets = [_Packet(capacity) for _ in range(num_workers)]
-        self._requests = [self._receive(worker) for worker in range(num_workers)]
+        layout = window.layout
+        workers = range(layout.num_workers)
+        self._packets = [_Packet(layout.capacity, window.gradients.get(worker)) for worker in workers]
+        self._requests = [self._receive(worker) for worker in workers]
         self._arrived: deque[Arrival] = deque()
-        self._statuses = [MPI.Status() for _ in range(num_workers)]
 
-    def next(self, timeout_s: float, who_is_due: str) -> Arrival:
-        """The packet that waited longest. Raises DeadlineExceeded."""
+    def take(self, timeout_s: float, who_is_due: str) -> list[Arrival]:
+        """All packets that wait, at most one of a worker; waits for the first. Raises DeadlineExceeded."""
+        self.poll()
         if not self._arrived:
             wait.until(self.poll, timeout_s, f"rank 0 waits for a packet from one of: {who_is_due}")
-        return self._arrived.popleft()
+        arrived = list(self._arrived)
+        self._arrived.clear()
+        return arrived
 
     def poll(self) -> bool:
         """Let MPI make progress; whether a packet is there."""
-        for position, worker in enumerate(MPI.Request.Testsome(self._requests, self._statuses) or []):
+        for worker in MPI.Request.Testsome(self._requests) or []:
             packet = self._packets[worker]
             header = wire.unpack_header(packet.bytes[:HEADER_BYTES].tobytes())
             if header.worker != worker:
                 raise ValueError(f"rank {worker + 1} sent a packet in the name of worker {header.worker}: {header}")
-            self._arrived.append(Arrival(header, packet.payload, self._statuses[position].Get_count(MPI.BYTE)))
+            self._arrived.append(Arrival(header, packet.payload))
         return bool(self._arrived)
 
     def release(self, arrival: Arrival) -> None:

@@ -1,25 +1,29 @@
-"""The one RMA window: numbered, whole snapshots of the weights, and the mail of every worker.
+"""The server's memory, as workers see it: numbered, whole snapshots of the weights, and the mail of every worker.
 
-Rank 0 owns the memory, in bytes:
+Rank 0 owns, in bytes:
 
-    control   16 words of int64: latest version, one version word for each slot of the ring
+    control   16 words of int64: latest version, its slot, and one version word for each slot of the ring
     mail      N x 16 words: see wire.pack_mail
-    ring      K slots of P float32, each on a page of its own: version v lies in slot v % K
+    ring      K slots of P float32, each on a page of its own
 
-The server writes version v + 1 beside version v, and only then moves the latest version on. A slot's version word is
-taken away before the slot is written and set again after: a worker reads the word after the weights, and knows that
-it holds exactly one version; if the word has changed the read is torn, counted, and done again. With K = 3 a read is
-torn only if two newer versions appear while it lasts.
+The server writes the next snapshot beside the latest one, and only then moves on. A slot's version word is taken away
+before the slot is written and set again after: a worker reads the word after the weights, and knows that it holds
+exactly one version; if the word has changed the read is torn, counted, and done again. With K = 3 a read is torn only
+if two newer snapshots appear while it lasts.
 
-Passive target: nobody asks, and the server is not in the way. Requests of a worker end by polling, with a deadline.
-Source of the calls: MPI 4.1, chapter 12 (Win_allocate, Rget, Win_sync).
+Passive target: nobody asks, and the server is not in the way. The memory is one shared window on the server's host
+(Win_allocate_shared), where a fetch is a plain copy, and where each worker of that host also owns a slot for its
+gradient, which the server reads in place. If there are other hosts, the same memory is exposed to them by a second
+window (Win_create). Requests end by polling, with a deadline. Source of the calls: MPI 4.1, chapter 12.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,33 +37,39 @@ from asgd_mpi.topology import SERVER
 
 PAGE = 4096
 CONTROL_WORDS = 16
-LATEST, FIRST_SLOT = 0, 1     # positions of the control words
-ABSENT = -1                   # the version word of a slot that is being written
-WORD = 8                      # bytes
+LATEST, SLOT, FIRST_WORD = 0, 1, 2   # positions of the control words
+ABSENT = -1                          # the version word of a slot that is being written
+WORD = 8                             # bytes
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in the window, in bytes. Raises ConfigError if the ring is too long for its words."""
+    """Where things lie in the server's memory, in bytes. Raises ConfigError if the ring is too long for its words."""
 
     num_parameters: int       # P
     ring: int                 # K
     num_workers: int          # N
+    capacity: int             # floats of a packet's payload: P, or the batch-norm statistics if they are more
 
     def __post_init__(self):
-        if self.ring > CONTROL_WORDS - FIRST_SLOT:
-            raise ConfigError(f"--exchange.ring {self.ring}: the window has room for {CONTROL_WORDS - FIRST_SLOT} slots.")
+        if self.ring > CONTROL_WORDS - FIRST_WORD:
+            raise ConfigError(f"--exchange.ring {self.ring}: the window has room for {CONTROL_WORDS - FIRST_WORD} slots.")
 
     def mail(self, worker: int) -> int:
         return WORD * (CONTROL_WORDS + wire.MAIL_WORDS * worker)
 
     def slot(self, index: int) -> int:
-        slot_bytes = _to_page(4 * self.num_parameters)
-        return _to_page(self.mail(self.num_workers)) + index * slot_bytes
+        return _to_page(self.mail(self.num_workers)) + index * _to_page(4 * self.num_parameters)
 
     @property
-    def num_bytes(self) -> int:
+    def server_bytes(self) -> int:
         return self.slot(self.ring)
+
+    @property
+    def worker_bytes(self) -> int:
+        """A worker on the server's host: its gradient."""
+        return _to_page(4 * self.capacity)
 
 
 def _to_page(num_bytes: int) -> int:
@@ -72,42 +82,73 @@ class _Window:
     def __init__(self, world: World, layout: Layout):
         self.world = world
         self.layout = layout
-        self.win: MPI.Win | None = None
+        self._windows: list[MPI.Win] = []
 
     def open(self) -> None:
-        """Allocate the window; all ranks call this together."""
-        size = self.layout.num_bytes if self.world.is_server else 0
-        self.win = MPI.Win.Allocate(size, disp_unit=1, comm=self.world.comm)
-        self._attach()
-        self.win.Lock_all(MPI.MODE_NOCHECK)
+        """Allocate the memory; all ranks call this together. Raises ConfigError if the host has too little of it."""
+        self.world.barrier("all ranks to open the window")
+        node = self.world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
+        ranks = MPI.Group.Translate_ranks(node.group, list(range(node.size)), self.world.comm.group)
+        near = SERVER in ranks
+        if self.world.is_server:
+            self._check_shared_memory(len(ranks) - 1)
+        size = self.layout.server_bytes if self.world.is_server else self.layout.worker_bytes if near else 0
+        info = MPI.Info.Create({"alloc_shared_noncontig": "true"})   # each segment on pages of its own
+        shared = MPI.Win.Allocate_shared(size, 1, info, node)
+        self._windows.append(shared)
+        self._attach({rank: _bytes(shared.Shared_query(i)[0]) for i, rank in enumerate(ranks)} if near else {})
+        if node.size < self.world.size:
+            self._windows.append(MPI.Win.Create(shared.tomemory() if self.world.is_server else None, 1,
+                                                comm=self.world.comm))
+        self._win, self._target = (shared, ranks.index(SERVER)) if near else (self._windows[-1], SERVER)
+        for window in self._windows:
+            window.Lock_all(MPI.MODE_NOCHECK)
         self.world.barrier("all ranks to open the window")  # the first access needs the server inside MPI once
 
     def close(self) -> None:
+        """Give the memory back; all ranks call this together, and hold no view of it any more."""
         self.world.barrier("all ranks to leave the window")
-        self._detach()
-        self.win.Unlock_all()
-        self.win.Free()
+        for window in reversed(self._windows):
+            window.Unlock_all()
+            window.Free()
 
-    def _attach(self) -> None: ...
+    def _attach(self, segments: dict[int, np.ndarray]) -> None:
+        """Take views of the shared segments, by rank: those of the server's host, none elsewhere."""
+        raise NotImplementedError
 
-    def _detach(self) -> None: ...
+    def _check_shared_memory(self, num_local_workers: int) -> None:
+        if not SHARED_MEMORY.is_dir():
+            return
+        needed = self.layout.server_bytes + num_local_workers * self.layout.worker_bytes
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if needed > free:
+            raise ConfigError(
+                f"{self.world.host} has {free / 2**20:.0f} MiB of shared memory left in {SHARED_MEMORY}, but "
+                f"{self.layout.ring} snapshots and the gradients of {num_local_workers} workers of that host need "
+                f"{needed / 2**20:.0f} MiB: the ranks would be killed by a bus error. Make it larger (`mount -o remount,size=...`, "
+                "or --shm-size of a container), lower --exchange.ring, or put fewer workers on the server's host.")
+
+
+def _bytes(memory: MPI.buffer) -> np.ndarray:
+    return np.frombuffer(memory, np.uint8)
+
+
+def _floats(memory: np.ndarray, num_floats: int) -> torch.Tensor:
+    return torch.from_numpy(memory[:4 * num_floats].view(np.float32))
 
 
 class ServerWindow(_Window):
-    """Rank 0's side: writes snapshots and mail into its own memory."""
+    """Rank 0's side: writes snapshots and mail into its own memory, reads the gradients of its host in place."""
 
-    def _attach(self) -> None:
-        memory = np.frombuffer(self.win.tomemory(), np.uint8)
-        words = memory[:self.layout.slot(0)].view(np.int64)
+    def _attach(self, segments: dict[int, np.ndarray]) -> None:
+        layout, own = self.layout, segments[SERVER]
+        words = own[:layout.mail(layout.num_workers)].view(np.int64)
         self._control = words[:CONTROL_WORDS]
         self._control[:] = ABSENT
-        self._mail = words[CONTROL_WORDS:][:wire.MAIL_WORDS * self.layout.num_workers].reshape(-1, wire.MAIL_WORDS)
-        self._ring = [
-            torch.from_numpy(memory[self.layout.slot(k):][:4 * self.layout.num_parameters].view(np.float32))
-            for k in range(self.layout.ring)]
-
-    def _detach(self) -> None:
-        del self._control, self._mail, self._ring  # the memory goes away with the window
+        self._mail = words[CONTROL_WORDS:].reshape(-1, wire.MAIL_WORDS)
+        self._ring = [_floats(own[layout.slot(k):], layout.num_parameters) for k in range(layout.ring)]
+        self.gradients = {rank - 1: _floats(segment, layout.capacity)     # (capacity,) of each worker of this host
+                          for rank, segment in segments.items() if rank != SERVER}
 
     @property
     def version(self) -> int:
@@ -116,26 +157,26 @@ class ServerWindow(_Window):
     @property
     def latest(self) -> torch.Tensor:
         """The latest snapshot, (P,) float32: read it, do not write it."""
-        return self._ring[self.version % self.layout.ring]
+        return self._ring[self._control[SLOT]]
 
     @contextmanager
-    def next_snapshot(self) -> Iterator[torch.Tensor]:
-        """The slot of the next version, (P,) float32, to be written whole; published on exit."""
-        version = self.version + 1
-        slot = version % self.layout.ring
-        self._set(FIRST_SLOT + slot, ABSENT)
+    def next_snapshot(self, version: int) -> Iterator[torch.Tensor]:
+        """The slot of the next snapshot, (P,) float32, to be written whole; published on exit as `version`."""
+        slot = (int(self._control[SLOT]) + 1) % self.layout.ring
+        self._set(FIRST_WORD + slot, ABSENT)
         yield self._ring[slot]
-        self.win.Sync()                       # the weights are there before their version word,
-        self._set(FIRST_SLOT + slot, version)
+        self._win.Sync()                      # the weights are there before their version word,
+        self._set(FIRST_WORD + slot, version)
+        self._control[SLOT] = slot
         self._set(LATEST, version)            # ... and that before anybody is sent to the slot
 
     def post(self, worker: int, mail: Mail) -> None:
         self._mail[worker] = wire.pack_mail(mail)
-        self.win.Sync()
+        self._win.Sync()
 
     def _set(self, word: int, value: int) -> None:
         self._control[word] = value
-        self.win.Sync()
+        self._win.Sync()
 
 
 @dataclass(frozen=True)
@@ -149,14 +190,16 @@ class Snapshot:
 class WorkerWindow(_Window):
     """A worker's side: reads with request-based one-sided calls, and asks nobody."""
 
-    def _attach(self) -> None:
-        self._words = np.empty(CONTROL_WORDS, np.int64)
-        self._mail_words = np.empty(wire.MAIL_WORDS, np.int64)
+    def _attach(self, segments: dict[int, np.ndarray]) -> None:
+        own = segments.get(self.world.rank)
+        self.gradient = None if own is None else _floats(own, self.layout.capacity)  # on the server's host only
+        self._control = np.empty(CONTROL_WORDS, np.int64)
+        self._mail = np.empty(wire.MAIL_WORDS, np.int64)
 
     def read_mail(self) -> Mail | None:
         """This worker's mail; None if it was being written."""
-        self._get(self._mail_words, self.layout.mail(self.world.worker), "its mail")
-        return wire.unpack_mail(self._mail_words.tolist())
+        self._get(self._mail, self.layout.mail(self.world.worker), "its mail")
+        return wire.unpack_mail(self._mail.tolist())
 
     def await_mail(self, packets: int, with_lease: int | None = None) -> Mail:
         """The first mail that knows of `packets` judged packets (and holds lease `with_lease`, or the word to stop)."""
@@ -175,24 +218,22 @@ class WorkerWindow(_Window):
         torn_reads = 0
         weights = into.numpy()
         while True:
-            version = wait.until(lambda: self._latest(at_least), self.world.timeout_s,
-                                 self._waits(f"publish version {at_least}"))[0]
-            slot = version % self.layout.ring
-            self._get(weights, self.layout.slot(slot), f"version {version}")
-            if self._control()[FIRST_SLOT + slot] == version:
-                return Snapshot(version, torn_reads)
+            wait.until(lambda: self._read_control()[LATEST] >= at_least, self.world.timeout_s,
+                       self._waits(f"publish version {at_least}"))
+            slot = int(self._control[SLOT])
+            version = int(self._control[FIRST_WORD + slot])
+            if version >= at_least:
+                self._get(weights, self.layout.slot(slot), f"version {version}")
+                if self._read_control()[FIRST_WORD + slot] == version:
+                    return Snapshot(version, torn_reads)
             torn_reads += 1
 
-    def _latest(self, at_least: int) -> tuple[int] | None:
-        version = int(self._control()[LATEST])
-        return (version,) if version >= at_least else None
-
-    def _control(self) -> np.ndarray:
-        self._get(self._words, 0, "the control words")
-        return self._words
+    def _read_control(self) -> np.ndarray:
+        self._get(self._control, 0, "the control words")
+        return self._control
 
     def _get(self, into: np.ndarray, offset: int, what: str) -> None:
-        request = self.win.Rget(into, SERVER, target=(offset, into.nbytes, MPI.BYTE))
+        request = self._win.Rget(into, self._target, target=(offset, into.nbytes, MPI.BYTE))
         wait.until(request.Test, self.world.timeout_s, self._waits(f"let it read {what}"))
 
     def _waits(self, what: str) -> str:

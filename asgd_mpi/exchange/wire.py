@@ -27,11 +27,11 @@ class Header:
     worker: int               # 0-based, rank - 1
     packet: int               # 1 for a worker's first packet, then counting up
     read_version: int         # the snapshot that the payload was computed on
-    lease: int                # number of the worker's lease
-    start: int                # positions [start, stop) of the lease's epoch or of the validation split
-    stop: int
+    lease: int                # number of the worker's first lease that it covers
+    start: int                # the first position that it covers, in that lease's epoch or in the validation split
+    count: int                # how many it covers; they may go on into the worker's next leases
     skipped: int = 0          # damaged images left out of them
-    loss: float = 0.0         # mean over the batch; sum over the range of a validation
+    loss: float = 0.0         # mean over the batches; sum over the range of a validation
     top1: int = 0             # of a validation: images whose first guess is right,
     top5: int = 0             # ... whose first five guesses hold the right one
 
@@ -43,7 +43,7 @@ HEADER_BYTES = 128
 def pack_header(header: Header) -> bytes:
     """HEADER_BYTES bytes."""
     words = _HEADER.pack(MAGIC, header.kind, header.worker, header.packet, header.read_version, header.lease,
-                         header.start, header.stop, header.skipped, header.loss, header.top1, header.top5)
+                         header.start, header.count, header.skipped, header.loss, header.top1, header.top5)
     return words.ljust(HEADER_BYTES, b"\0")
 
 

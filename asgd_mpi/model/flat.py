@@ -6,6 +6,8 @@ they would see without us (and give the same bits); the gaps are zero, have a ze
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -15,22 +17,46 @@ ALIGNMENT = 16  # floats = 64 bytes
 
 
 class FlatModel:
-    """`module` on `device`, with `weights` and `gradient`: (P,) float32 on the device, seen through its parameters."""
+    """`module` on `device`, with `weights` and `gradient`: (P,) float32 on the device, seen through its parameters.
 
-    def __init__(self, module: nn.Module, device: torch.device):
+    gradient: memory for it, at least (P,) float32 on the device, if it has a place already.
+    spare: make a second vector of each, to swap with.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False):
         self.module = module.to(device)
         self.device = device
-        parameters = list(self.module.parameters())
         _demand_float32(self.module)
-        self.weights = torch.zeros(sum(_padded(p) for p in parameters), device=device)
-        self.gradient = torch.zeros_like(self.weights)
-        start = 0
-        for parameter in parameters:
-            span = slice(start, start + parameter.numel())
-            self.weights[span].copy_(parameter.detach().reshape(-1))
-            parameter.data = self.weights[span].view(parameter.shape)
-            parameter.grad = self.gradient[span].view(parameter.shape)
-            start += _padded(parameter)
+        self._parameters = list(self.module.parameters())
+        self._known: dict[int, list[torch.Tensor]] = {}   # the parameters' views of each of the vectors
+        self.weights = torch.zeros(num_floats(module), device=device)
+        self.gradient = torch.zeros_like(self.weights) if gradient is None else gradient[:len(self.weights)].zero_()
+        self.spare_weights = torch.zeros_like(self.weights) if spare else None
+        self.spare_gradient = torch.zeros_like(self.weights) if spare else None
+        for parameter, view in zip(self._parameters, self._views(self.weights)):
+            view.copy_(parameter.detach())
+        self._show()
+
+    def swap_weights_(self) -> None:
+        self.weights, self.spare_weights = self.spare_weights, self.weights
+        self._show()
+
+    def swap_gradients_(self) -> None:
+        self.gradient, self.spare_gradient = self.spare_gradient, self.gradient
+        self._show()
+
+    def _show(self) -> None:
+        """Let the parameters be views of the current vectors."""
+        for parameter, weights, gradient in zip(self._parameters, self._views(self.weights), self._views(self.gradient)):
+            parameter.data = weights
+            parameter.grad = gradient
+
+    def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        if id(vector) not in self._known:
+            starts = itertools.accumulate((_padded(p) for p in self._parameters), initial=0)
+            self._known[id(vector)] = [vector[start:start + p.numel()].view(p.shape)
+                                       for start, p in zip(starts, self._parameters)]
+        return self._known[id(vector)]
 
     @property
     def num_floats(self) -> int:
@@ -44,7 +70,7 @@ class FlatModel:
 
     @property
     def num_statistics(self) -> int:
-        return sum(buffer.numel() for buffer in self.statistics)
+        return num_statistics(self.module)
 
     def save_statistics(self, into: torch.Tensor) -> None:
         """Copy the statistics into the first `num_statistics` floats of `into`."""
@@ -57,6 +83,16 @@ class FlatModel:
         for buffer in self.statistics:
             buffer.copy_(source[start:start + buffer.numel()].view(buffer.shape))
             start += buffer.numel()
+
+
+def num_floats(module: nn.Module) -> int:
+    """P: the length of the flat vectors of a module."""
+    return sum(_padded(parameter) for parameter in module.parameters())
+
+
+def num_statistics(module: nn.Module) -> int:
+    """How many floats the buffers of a module hold."""
+    return sum(buffer.numel() for buffer in module.buffers() if buffer.is_floating_point())
 
 
 def _padded(parameter: torch.Tensor) -> int:

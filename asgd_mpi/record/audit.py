@@ -66,7 +66,8 @@ class _Coverage:
         return self._stops[-1] if self._stops else 0
 
 
-def audit(pushes: Iterable[Push], num_samples: int = 0, total_samples: int = 0, num_workers: int = 0) -> Audit:
+def audit(pushes: Iterable[Push], num_samples: int = 0, total_samples: int = 0, num_workers: int = 0,
+          reads_own_pushes: bool = True) -> Audit:
     """Check that every push was applied exactly once, in one order, and count how often each sample was used.
 
     Missing samples are counted but are no violation: they may have been lent, not yet applied, when the record ends.
@@ -82,14 +83,16 @@ def audit(pushes: Iterable[Push], num_samples: int = 0, total_samples: int = 0, 
         gap = push.read_version - held.get(push.worker, 0)
         for claim, is_broken in (("out of order: the same or a later version came before", push.version < versions.end),
                                  ("with a negative staleness: read after it was applied", push.staleness < 0),
-                                 ("computed on a snapshot older than the worker's own previous push", gap < 0)):
+                                 ("computed on a snapshot older than the worker's own previous push",
+                                  reads_own_pushes and gap < 0)):
             if is_broken:
                 broken[claim] = [broken[claim][0] + 1, push.version]
         age_applied += push.staleness + 1
         age_between += gap
         held[push.worker] = push.version + 1
         versions.add(push.version, push.version + 1)
-        epochs[push.epoch].add(push.start, push.stop)
+        for epoch, start, stop in push.segments:
+            epochs[epoch].add(start, stop)
 
     def due(epoch: int) -> int:
         return min(num_samples, max(0, total_samples - epoch * num_samples))

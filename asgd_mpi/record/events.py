@@ -33,6 +33,7 @@ class Start(msgspec.Struct, tag_field="event", tag="start", omit_defaults=True):
     num_parameters: int
     num_samples: int = 0      # of an epoch
     total_samples: int = 0    # of the run
+    reads_own_pushes: bool = True  # a snapshot holds all pushes of the worker that fetched it: no overlap
     threads: int = 1
     format: int = FORMAT
 
@@ -55,6 +56,7 @@ class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=
     apply: float = 0.0
     checkpoint: float = 0.0
     idle: float = 0.0
+    hidden: float = 0.0       # push and fetch behind the computation: not part of the sum
     images: int = 0           # trained (worker) or applied (server)
     pushes: int = 0           # sent (worker) or applied (server)
     fetches: int = 0
@@ -130,15 +132,25 @@ class Push(msgspec.Struct, array_like=True, frozen=True):
     worker: int               # 0-based, rank - 1
     read_version: int         # the snapshot the gradient was computed on
     epoch: int
-    start: int                # the batch: positions [start, stop) of the epoch's order
+    start: int                # computed on positions [start, stop) of the epoch's order,
     stop: int
     lr: float
-    loss: float
-    skipped: int = 0          # damaged images left out of the batch
+    loss: float               # mean over its batches
+    skipped: int = 0          # damaged images left out
+    more: list[tuple[int, int, int]] = []   # ... and of these (epoch, start, stop), if it goes on in another lease
 
     @property
     def staleness(self) -> int:
         return self.version - self.read_version
+
+    @property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """All (epoch, start, stop) that the gradient was computed on."""
+        return [(self.epoch, self.start, self.stop), *self.more]
+
+    @property
+    def positions(self) -> int:
+        return sum(stop - start for _, start, stop in self.segments)
 
 
 class EventLog:

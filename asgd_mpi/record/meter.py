@@ -1,4 +1,4 @@
-"""Where a rank's time goes: phases are timed, things are counted, and every so often one Interval is written."""
+"""Where a rank's time goes: phases are timed, things counted, and every so often one Interval is written."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Meter:
         """Time the body as `name`, one of the time fields of Interval. Phases do not nest."""
         started = time.perf_counter()
         yield
-        setattr(self._now, name, getattr(self._now, name) + time.perf_counter() - started)
+        self.add(**{name: time.perf_counter() - started})
 
-    def count(self, **amounts: int) -> None:
-        """Add to count fields of Interval."""
+    def add(self, **amounts: float) -> None:
+        """Add to fields of Interval: seconds of a phase that was timed elsewhere, or counts."""
         for name, amount in amounts.items():
             setattr(self._now, name, getattr(self._now, name) + amount)
 

@@ -160,6 +160,7 @@ class _Metrics:
     def __init__(self) -> None:
         self.ranks: dict[int, Rank] = {}
         self.num_workers = self.num_samples = self.total_samples = 0   # samples: of an epoch, of the run
+        self.reads_own_pushes = True
         self.started = math.inf
         self.last_t = -math.inf
         self.validations: list[Validation] = []
@@ -185,6 +186,7 @@ class _Metrics:
                 rank.role, rank.host, rank.device = event.role, event.host, event.device
                 self.started = min(self.started, event.t)
                 self.num_workers = max(self.num_workers, event.num_workers)
+                self.reads_own_pushes = self.reads_own_pushes and event.reads_own_pushes
                 self.num_samples = max(self.num_samples, event.num_samples)
                 self.total_samples = max(self.total_samples, event.total_samples)
             case Validation():
@@ -214,10 +216,10 @@ class _Training:
     def watch(self, pushes: Iterable[Push]) -> Iterator[Push]:
         """Add up the pushes on their way to somebody else."""
         for push in pushes:
-            images = push.stop - push.start - push.skipped
+            images = push.positions - push.skipped
             self.first, self.last = self.first or push, push
             self.last_t = max(self.last_t, push.t)
-            self.positions += push.stop - push.start
+            self.positions += push.positions
             self.images += images
             self.skipped += push.skipped
             self.staleness[push.staleness] += 1
@@ -243,7 +245,7 @@ def summarize(run: RunDir) -> Summary:
             metrics.read(int(number), lines.read(read_events, path))
     num_workers = metrics.num_workers or max(metrics.ranks, default=0)
     checked = audit(training.watch(lines.read(read_pushes, run.pushes)), metrics.num_samples, metrics.total_samples,
-                    num_workers)
+                    num_workers, metrics.reads_own_pushes)
 
     ranks = [metrics.ranks[number] for number in sorted(metrics.ranks)]
     sent = {counter: sum(rank.counts[counter] for rank in ranks if rank.rank) for counter in COUNTERS}  # by the workers

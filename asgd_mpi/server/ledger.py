@@ -49,13 +49,22 @@ class Mail:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Positions [start, stop) of an epoch's order, or of the validation split."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What becomes of a gradient: it turns `version` into `version + 1`."""
 
     version: int
     staleness: int
     lr: float
-    epoch: int
+    segments: tuple[Segment, ...]   # what it was computed on
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,10 @@ class _Account:
     """What the ledger knows of one worker."""
 
     judged: int = 0
-    version: int = 0          # after its last judged packet
+    made: int = 0             # the version after its last judged packet
+    read: int = 0             # the version that packet was computed on
     lent: int = 0             # leases so far
-    cursor: int = 0           # of the first lease: what it has delivered
+    cursor: int = 0           # of the first lease: what is delivered of it
     leases: deque[Lease] = field(default_factory=deque)
 
 
@@ -126,12 +136,12 @@ class Ledger:
 
     def judge(self, header: Header) -> Verdict:
         """Take a gradient into account. Raises LedgerError if it cannot be one of this run's."""
-        account, lease = self._settle(header)
-        verdict = Verdict(self.version, self.version - header.read_version, self._lr_at(self.samples), lease.epoch)
+        segments = self._settle(header, {Work.TRAIN})
+        verdict = Verdict(self.version, self.version - header.read_version, self._lr_at(self.samples), segments)
         before = self._epochs_validated(self.samples)
         self.version += 1
-        self.samples += header.stop - header.start
-        account.version = self.version
+        self.samples += header.count
+        self._accounts[header.worker].made = self.version
         if self._epochs_validated(self.samples) > before and not self.trained:
             self._validations_due = 1
         self._relend(header.worker)
@@ -139,10 +149,11 @@ class Ledger:
 
     def tally(self, header: Header) -> Score | None:
         """Take a validated range into account; the score, once it is whole. Raises LedgerError."""
-        account, lease = self._settle(header)
-        account.version = self.version
+        work = self._accounts[header.worker].leases[0].work if self._accounts[header.worker].leases else None
+        self._settle(header, {Work.VALIDATE, Work.FINAL})
+        self._accounts[header.worker].made = self.version
         self._relend(header.worker)
-        if lease.work == Work.VALIDATE:
+        if work == Work.VALIDATE:
             return _score([header], final=False)
         self._partial.append(header)
         return _score(self._partial, final=True) if self.finished else None
@@ -152,7 +163,7 @@ class Ledger:
         news, self._news = self._news, set()
         for worker in sorted(news if not self.finished else range(self.plan.num_workers)):
             account = self._accounts[worker]
-            yield worker, Mail(account.judged, account.version, self.finished, tuple(account.leases))
+            yield worker, Mail(account.judged, account.made, self.finished, tuple(account.leases)[:LEASES_AHEAD])
 
     def outstanding(self) -> str:
         """Who holds what, for a message: `worker 0 (rank 1): lease 3, epoch 1 [64, 128), 0 of 64 delivered`."""
@@ -161,8 +172,8 @@ class Ledger:
             f"[{lease.start}, {lease.stop}), {account.cursor - lease.start} of {lease.stop - lease.start} delivered"
             for worker, account in enumerate(self._accounts) for lease in list(account.leases)[:1]) or "nobody"
 
-    def _settle(self, header: Header) -> tuple[_Account, Lease]:
-        """Check a packet against what its worker was lent, and move the worker's cursor."""
+    def _settle(self, header: Header, works: set[Work]) -> tuple[Segment, ...]:
+        """Check a packet against what its worker was lent and move the worker's cursor; returns what it covers."""
         def demand(holds: bool, claim: str) -> None:
             if not holds:
                 raise LedgerError(f"version {self.version}: {claim}; packet {header}; outstanding: {self.outstanding()}")
@@ -170,24 +181,38 @@ class Ledger:
         demand(0 <= header.worker < self.plan.num_workers, "there is no such worker")
         account = self._accounts[header.worker]
         demand(header.packet == account.judged + 1, f"packet {account.judged + 1} of this worker is due")
-        demand(account.version <= header.read_version <= self.version,
-               f"the worker may have read a version from {account.version} to {self.version}")
+        demand(account.read <= header.read_version <= self.version,
+               f"the worker may have read a version from {account.read} to {self.version}")
         demand(bool(account.leases), "the worker holds no lease")
-        lease = account.leases[0]
-        demand(header.lease == lease.number, f"the worker works on lease {lease.number}")
-        demand(header.start == account.cursor and header.start < header.stop <= lease.stop,
-               f"[{account.cursor}, ...) of {lease} is due")
+        demand(header.lease == account.leases[0].number, f"the worker works on lease {account.leases[0].number}")
+        demand(header.start == account.cursor, f"position {account.cursor} of the lease is due")
+        demand(header.count > 0, "a packet covers 1 position or more")
+
+        segments, left, at = [], header.count, account.cursor
+        for position, lease in enumerate(account.leases):
+            at = lease.start if position else at
+            demand(lease.work in works, f"lease {lease.number} is one to {lease.work.name.lower()}")
+            segments.append(Segment(lease.epoch, at, min(at + left, lease.stop)))
+            left -= segments[-1].stop - at
+            if not left:
+                break
+        demand(not left, f"{left} positions more than the worker was lent")
         account.judged += 1
-        account.cursor = header.stop
+        account.read = header.read_version
+        account.cursor = segments[-1].stop
+        for _ in segments[:-1]:
+            account.leases.popleft()
         self._news.add(header.worker)
-        return account, lease
+        return tuple(segments)
 
     def _relend(self, worker: int) -> None:
+        """Replace the leases that the worker has done with."""
         account = self._accounts[worker]
         if account.cursor == account.leases[0].stop:
             account.leases.popleft()
             if account.leases:
                 account.cursor = account.leases[0].start
+        for _ in range(LEASES_AHEAD - len(account.leases)):
             self._lend(worker)
         if self.trained and not self._final_lent and not any(other.leases for other in self._accounts):
             self._lend_final()
@@ -228,7 +253,7 @@ class Ledger:
 
 def _score(parts: list[Header], final: bool) -> Score:
     """Sum up the parts; images left out as damaged do not count."""
-    seen = sum(part.stop - part.start - part.skipped for part in parts)
+    seen = sum(part.count - part.skipped for part in parts)
     return Score(version=parts[0].read_version, num_images=seen, loss=sum(part.loss for part in parts) / seen,
                  top1_error=1 - sum(part.top1 for part in parts) / seen,
                  top5_error=1 - sum(part.top5 for part in parts) / seen, final=final)

@@ -1,8 +1,7 @@
-"""How a gradient moves the weights: torch on flat float32 vectors, without MPI.
+"""How a gradient moves the weights: torch, in place, on flat float32 vectors, without MPI.
 
-A rule reads the current snapshot and writes the next one. It is called piece by piece, on pieces that fit the cache:
-the copy from one slot of the ring to the other then costs no extra pass over memory, and the server can look after
-MPI in between.
+A rule is called piece by piece, on pieces that fit the cache: what the server does before and after on the same piece
+(copying it from one slot of the ring to the next, applying the next waiting gradient) costs no extra pass over memory.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 
 from asgd_mpi.config import RuleConfig
 
-PIECE = 131_072  # floats; 4 vectors of 0.5 MB: gradient, velocity, current and next weights
+PIECE = 131_072  # floats: 0.5 MB each of weights, velocity and gradient
 
 
 def pieces(num_floats: int) -> Iterator[slice]:
@@ -23,8 +22,8 @@ def pieces(num_floats: int) -> Iterator[slice]:
 
 
 class Rule(Protocol):
-    def apply_(self, fresh: torch.Tensor, current: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
-        """Write into `fresh` the weights that follow `current`, in `piece` only; all (P,) float32."""
+    def apply_(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
+        """Move `piece` of the weights by that of the gradient; both (P,) float32."""
 
 
 class Asgd:
@@ -40,10 +39,9 @@ class Asgd:
         self.weight_decay = config.weight_decay
         self.velocity = torch.zeros(num_parameters) if config.momentum else None
 
-    def apply_(self, fresh: torch.Tensor, current: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
-        weights = fresh[piece].copy_(current[piece])
+    def apply_(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
         torch._fused_sgd_(
-            [weights], [gradient[piece]], [] if self.velocity is None else [self.velocity[piece]],
+            [weights[piece]], [gradient[piece]], [] if self.velocity is None else [self.velocity[piece]],
             weight_decay=self.weight_decay, momentum=self.momentum, lr=lr, dampening=0.0, nesterov=False,
             maximize=False, is_first_step=False)
 

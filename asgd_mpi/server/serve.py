@@ -41,40 +41,48 @@ class Server:
 
     def publish_first(self, weights: torch.Tensor) -> None:
         """Publish version 0, the (P,) float32 `weights`, and the first leases."""
-        with self.window.next_snapshot() as fresh:
+        with self.window.next_snapshot(version=0) as fresh:
             fresh.copy_(weights)
         self._hash()
         self._answer()
 
     def run(self) -> None:
         while not self.ledger.finished:
-            arrival = self.inbox.next(self.timeout_s, self.ledger.outstanding())    # waits inside MPI
-            if arrival.header.kind == Kind.GRADIENT:
-                self._apply(arrival)
-            else:
-                self._score(arrival)
-            self.inbox.release(arrival)
+            arrivals = self.inbox.take(self.timeout_s, self.ledger.outstanding())     # waits inside MPI
+            self._apply([arrival for arrival in arrivals if arrival.header.kind == Kind.GRADIENT])
+            self._score([arrival for arrival in arrivals if arrival.header.kind == Kind.VALIDATION])
+            for arrival in arrivals:
+                self.inbox.release(arrival)
             self._answer()
             self.meter.tick()
 
-    def _apply(self, arrival: Arrival) -> None:
-        header = arrival.header
-        _demand_finite(header, self.ledger)
-        verdict = self.ledger.judge(header)
-        with self.meter.phase("apply"), self.window.next_snapshot() as fresh:       # publishes on exit
-            for number, piece in enumerate(pieces(len(fresh)), start=1):
-                self.rule.apply_(fresh, self.window.latest, arrival.payload, verdict.lr, piece)
-                if number % POLL_EVERY == 0:
-                    self.inbox.poll()                                               # fetches over a network need that
-        self._hash()
-        self._record(header, verdict)
-
-    def _score(self, arrival: Arrival) -> None:
-        if self.statistics is not None:
-            self.statistics.copy_(arrival.payload[:len(self.statistics)])
-        score = self.ledger.tally(arrival.header)
-        if score is None:
+    def _apply(self, arrivals: list[Arrival]) -> None:
+        """Apply the gradients one after the other, in one pass over the vectors."""
+        if not arrivals:
             return
+        for arrival in arrivals:
+            _demand_finite(arrival.header, self.ledger)
+        verdicts = [self.ledger.judge(arrival.header) for arrival in arrivals]
+        with self.meter.phase("apply"), self.window.next_snapshot(self.ledger.version) as weights:    # publishes on exit
+            for number, piece in enumerate(pieces(len(weights)), start=1):
+                weights[piece].copy_(self.window.latest[piece])
+                for arrival, verdict in zip(arrivals, verdicts):
+                    self.rule.apply_(weights, arrival.payload, verdict.lr, piece)
+                if number % POLL_EVERY == 0:
+                    self.inbox.poll()                                                 # fetches over a network need that
+        self._hash()
+        for arrival, verdict in zip(arrivals, verdicts):
+            self._record(arrival.header, verdict)
+
+    def _score(self, arrivals: list[Arrival]) -> None:
+        for arrival in arrivals:
+            if self.statistics is not None:
+                self.statistics.copy_(arrival.payload[:len(self.statistics)])
+            score = self.ledger.tally(arrival.header)
+            if score is not None:
+                self._announce(score)
+
+    def _announce(self, score: Score) -> None:
         samples = self.ledger.samples
         self.log.write(Validation(
             time.time(), score.version, samples, samples / self.ledger.plan.num_samples, score.num_images,
@@ -88,11 +96,12 @@ class Server:
             self.window.post(worker, mail)
 
     def _record(self, header: Header, verdict: Verdict) -> None:
-        images = header.stop - header.start
-        self.pushes.write(Push(time.time(), verdict.version, header.worker, header.read_version, verdict.epoch,
-                               header.start, header.stop, verdict.lr, header.loss, header.skipped))
-        self.meter.count(images=images, pushes=1, skipped_images=header.skipped)
-        self.progress.push(images, header.loss, verdict.staleness)
+        first, *more = verdict.segments
+        self.pushes.write(Push(
+            time.time(), verdict.version, header.worker, header.read_version, first.epoch, first.start, first.stop,
+            verdict.lr, header.loss, header.skipped, [(other.epoch, other.start, other.stop) for other in more]))
+        self.meter.add(images=header.count, pushes=1, skipped_images=header.skipped)
+        self.progress.push(header.count, header.loss, verdict.staleness)
 
     def _hash(self) -> None:
         if self.hash_snapshots:

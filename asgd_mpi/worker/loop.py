@@ -1,4 +1,4 @@
-"""A worker: take a lease, and for each of its batches fetch the weights, compute, and push the gradient."""
+"""A worker: take a lease, compute the gradients of its batches, and send the courier with them."""
 
 from __future__ import annotations
 
@@ -6,80 +6,136 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Literal
 
 import torch
 import xxhash
 
 from asgd_mpi.data.loader import Batch, Loader
-from asgd_mpi.exchange.link import Outbox
-from asgd_mpi.exchange.window import Snapshot, WorkerWindow
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model import batchnorm
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.events import EventLog, Fetch
 from asgd_mpi.record.meter import Meter
-from asgd_mpi.server.ledger import Lease, Mail, Work
+from asgd_mpi.server.ledger import Lease, Work
+from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.step import Normalise, compute_gradient_, validate
 
 READ_AHEAD = 4  # batches of a validation
 
 
+class _Sum:
+    """The gradients that have been summed up for the next push."""
+
+    def __init__(self, lease: Lease, batch: Batch):
+        self.lease, self.start = lease.number, batch.start
+        self.batches = self.count = self.skipped = 0
+        self.loss = 0.0
+
+    def add(self, batch: Batch, loss: float) -> None:
+        self.batches += 1
+        self.count += batch.stop - batch.start
+        self.skipped += batch.skipped
+        self.loss += loss
+
+
 class Worker:
     """Everything a worker holds; `run` is its loop. `loaders` are those of the train and the val split."""
 
-    def __init__(self, number: int, window: WorkerWindow, outbox: Outbox, flat: FlatModel, normalise: Normalise,
-                 loaders: tuple[Loader, Loader], batch_size: int, seed: int, meter: Meter, log: EventLog | None = None):
+    def __init__(self, number: int, courier: Courier, flat: FlatModel, normalise: Normalise,
+                 loaders: tuple[Loader, Loader], batch_size: int, seed: int, n_push: int | Literal["auto"], n_fetch: int,
+                 overlap: bool, meter: Meter, log: EventLog | None = None):
         self.number = number
-        self.window = window
-        self.outbox = outbox
+        self.courier = courier
         self.flat = flat
         self.normalise = normalise
         self.train_loader, self.val_loader = loaders
         self.batch_size = batch_size
         self.seed = seed
+        self.n_push, self.n_fetch, self.overlap = n_push, n_fetch, overlap
         self.meter = meter
         self.log = log                                         # of every fetched snapshot's hash, if asked for
-        self._mail = Mail(judged=0, version=0, stop=False, leases=())
+        self._sum: _Sum | None = None
+        self._since_fetch = 0                                  # batches
         self._ahead: dict[int, deque[Future[Batch]]] = {}      # batches under way, by lease
-        self._host_weights = flat.weights if flat.device.type == "cpu" else torch.empty(flat.num_floats, pin_memory=True)
+        self._last_ahead = 0                                   # the last lease that the loader has heard of
 
     def run(self) -> None:
+        self._refresh()
         for lease in self._leases():
             if lease.work == Work.TRAIN:
                 self._train(lease)
             else:
                 self._validate(lease)
-            self.meter.tick()
+        self.courier.close()
 
     def _train(self, lease: Lease) -> None:
         for batch in self._batches(lease):
-            snapshot = self._fetch(lease)                                      # -> flat.weights (P,), one whole version
-            with self.meter.phase("compute"):
-                loss = compute_gradient_(self.flat, self.normalise, batch, self.seed)    # -> flat.gradient (P,)
-                self.outbox.payload[:self.flat.num_floats].copy_(self.flat.gradient)
-            self._push(Header(Kind.GRADIENT, self.number, self.outbox.sent + 1, snapshot.version, lease.number,
-                              batch.start, batch.stop, batch.skipped, loss), self.flat.num_floats)
-            self.meter.count(images=batch.stop - batch.start, pushes=1, skipped_images=batch.skipped)
+            with self.meter.phase("compute"):                                  # -> flat.gradient (P,)
+                loss = compute_gradient_(self.flat, self.normalise, batch, self.seed, accumulate=self._sum is not None)
+            self._sum = self._sum or _Sum(lease, batch)
+            self._sum.add(batch, loss)
+            self.meter.add(images=batch.stop - batch.start, skipped_images=batch.skipped)
+            if self.courier.is_back() if self.n_push == "auto" else self._sum.batches == self.n_push:
+                self._push()
             self.meter.tick()
 
+    def _push(self) -> None:
+        """Send the courier with the sum; go on with the weights that the last trip brought, or this one without overlap."""
+        version, done, self._sum = self.courier.version, self._sum, None
+        self._take()
+        self._since_fetch += done.batches
+        fetch = self._since_fetch >= self.n_fetch
+        self._since_fetch = 0 if fetch else self._since_fetch
+        self.courier.push_gradient(
+            Header(Kind.GRADIENT, self.number, self.courier.sent + 1, version, done.lease, done.start, done.count,
+                   done.skipped, done.loss / done.batches), fetch)
+        self.meter.add(pushes=1, bytes_pushed=4 * self.flat.num_floats)
+        if not self.overlap:
+            self._take()
+
+    def _take(self) -> None:
+        """Wait for the courier; new weights, new leases."""
+        if self.courier.wait() and self.log:
+            digest = xxhash.xxh3_64_hexdigest(self.flat.weights.cpu().numpy())
+            self.log.write(Fetch(time.time(), self.courier.version, self.courier.sent, digest))
+        self._read_ahead()
+
+    def _refresh(self) -> None:
+        """Deliver what there is, and fetch the latest weights."""
+        if self._sum:
+            self._push()
+        self._take()
+        self.courier.start(None, lambda payload: 0)
+        self._take()
+        self._since_fetch = 0
+
     def _validate(self, lease: Lease) -> None:
-        snapshot = self._fetch(lease)
+        self._refresh()
         with self.meter.phase("validate"):
             self._recalibrate()
             errors = validate(self.flat, self.normalise, self._in_order(lease))
-            self.flat.save_statistics(self.outbox.payload)
-        self._push(Header(Kind.VALIDATION, self.number, self.outbox.sent + 1, snapshot.version, lease.number, lease.start,
-                          lease.stop, errors.skipped, errors.loss, errors.top1, errors.top5), self.flat.num_statistics)
+
+        def fill(payload: torch.Tensor) -> int:
+            self.flat.save_statistics(payload)
+            return self.flat.num_statistics
+
+        self.courier.start(
+            Header(Kind.VALIDATION, self.number, self.courier.sent + 1, self.courier.version, lease.number, lease.start,
+                   lease.stop - lease.start, errors.skipped, errors.loss, errors.top1, errors.top5), fill)
+        self.meter.add(bytes_pushed=4 * self.flat.num_statistics)
+        self._take()
+        self.meter.tick()
 
     def _leases(self) -> Iterator[Lease]:
         """The leases granted to this worker, in order, until the run is over."""
         number = 1
         while True:
             if not self._granted(number):
-                with self.meter.phase("push"):          # the answer to the last push may bring it
-                    self._await_mail()
+                self._refresh()                          # the answer to the last push may bring it
             if not self._granted(number):
-                self._await_mail(with_lease=number)     # idle: all is lent, and others still work on theirs
+                self.courier.await_lease(number)         # idle: all is lent, and others still work on theirs
+                self._read_ahead()
             lease = self._granted(number)
             if lease is None:
                 return
@@ -87,35 +143,17 @@ class Worker:
             number += 1
 
     def _granted(self, number: int) -> Lease | None:
-        return next((lease for lease in self._mail.leases if lease.number == number), None)
+        return next((lease for lease in self.courier.mail.leases if lease.number == number), None)
 
-    def _await_mail(self, with_lease: int | None = None) -> None:
-        self._mail = self.window.await_mail(self.outbox.sent, with_lease)
-        for lease in self._mail.leases:              # let the loader read ahead
-            if lease.work == Work.TRAIN and lease.number not in self._ahead:
-                self._ahead[lease.number] = deque(
-                    self.train_loader.submit(lease.epoch, start, min(start + self.batch_size, lease.stop))
-                    for start in range(lease.start, lease.stop, self.batch_size))
-
-    def _fetch(self, lease: Lease) -> Snapshot:
-        """The weights after this worker's last push, or newer."""
-        with self.meter.phase("push"):
-            self._await_mail()
-        with self.meter.phase("fetch"):
-            snapshot = self.window.fetch(self._host_weights, at_least=self._mail.version)
-            if self._host_weights is not self.flat.weights:
-                self.flat.weights.copy_(self._host_weights, non_blocking=True)
-        self.meter.count(fetches=1, torn_reads=snapshot.torn_reads, bytes_fetched=4 * self.flat.num_floats)
-        if self.log:
-            digest = xxhash.xxh3_64_hexdigest(self._host_weights.numpy())
-            self.log.write(Fetch(time.time(), snapshot.version, self.outbox.sent, digest))
-        return snapshot
-
-    def _push(self, header: Header, num_floats: int) -> None:
-        with self.meter.phase("push"):
-            self.outbox.send(header, num_floats)
-            self.outbox.wait()
-        self.meter.count(bytes_pushed=4 * num_floats)
+    def _read_ahead(self) -> None:
+        """Let the loader begin with the leases that have come."""
+        for lease in self.courier.mail.leases:
+            if lease.number > self._last_ahead:
+                self._last_ahead = lease.number
+                if lease.work == Work.TRAIN:
+                    self._ahead[lease.number] = deque(
+                        self.train_loader.submit(lease.epoch, start, min(start + self.batch_size, lease.stop))
+                        for start in range(lease.start, lease.stop, self.batch_size))
 
     def _batches(self, lease: Lease) -> Iterator[Batch]:
         futures = self._ahead.pop(lease.number)

@@ -19,10 +19,11 @@ from asgd_mpi.model.flat import FlatModel
 Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> float32 (B, C, S, S)
 
 
-def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int) -> float:
-    """Fill `flat.gradient` with the gradient of the mean loss over the batch; returns the loss."""
+def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False) -> float:
+    """Set `flat.gradient` to the gradient of the mean loss over the batch, or add it; returns the loss."""
     _seed_dropout(flat.device, int(np.random.SeedSequence([seed, batch.epoch, batch.start]).generate_state(1)[0]))
-    flat.gradient.zero_()
+    if not accumulate:
+        flat.gradient.zero_()
     images = normalise(batch.images.to(flat.device, non_blocking=True))
     loss = functional.cross_entropy(flat.module(images), batch.labels.to(flat.device, non_blocking=True))
     loss.backward()

@@ -1,0 +1,132 @@
+"""Trips to the server and back: a gradient goes out, the server judges it, a newer snapshot comes in.
+
+Without overlap a trip is made on the spot. With overlap it is made by one thread, to which all of the worker's MPI
+calls then belong, while the next gradient is computed: on weights that do not hold the push that is under way. Two
+buffers each of weights and gradient are then swapped, never copied. An MPI library moves nothing on its own while
+nobody is inside it; the thread is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from asgd_mpi.exchange.link import Outbox
+from asgd_mpi.exchange.window import Snapshot, WorkerWindow
+from asgd_mpi.exchange.wire import Header
+from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.record.meter import Meter
+from asgd_mpi.server.ledger import Mail
+
+
+@dataclass
+class _Trip:
+    """What a trip brought, and the seconds it took."""
+
+    mail: Mail
+    snapshot: Snapshot | None = None
+    push_s: float = 0.0
+    fetch_s: float = 0.0
+
+
+class Courier:
+    """Owns the worker's MPI calls. `version` is that of the weights in `flat`; `mail` came with the last trip."""
+
+    def __init__(self, window: WorkerWindow, outbox: Outbox, flat: FlatModel, meter: Meter, overlap: bool):
+        self._window, self._outbox, self._flat, self._meter = window, outbox, flat, meter
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="courier") if overlap else None
+        self._trip: Future[_Trip] | None = None
+        on_gpu = flat.device.type == "cuda"
+        self._staging = torch.empty(flat.num_floats, pin_memory=True) if on_gpu else None
+        self._stream = torch.cuda.Stream(flat.device) if on_gpu and overlap else None
+        self.version = 0
+        self.mail = Mail(judged=0, version=0, stop=False, leases=())
+
+    @property
+    def sent(self) -> int:
+        """Packets that have been given to the courier."""
+        return self._outbox.sent
+
+    def is_back(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._trip is None or self._trip.done()
+
+    def start(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool = True) -> None:
+        """Set out, with a packet unless `header` is None; the last trip must have been waited for.
+
+        `fill` writes the payload, and returns its floats; it is called on the way, by whoever makes the trip.
+        """
+        self._trip = self._run(self._go, header, fill, fetch)
+
+    def push_gradient(self, header: Header, fetch: bool) -> None:
+        """Set out with the gradient of `flat`; with overlap, `flat` gets another one to fill."""
+        if self._thread:
+            self._flat.swap_gradients_()
+        gradient = self._flat.spare_gradient if self._thread else self._flat.gradient
+
+        def fill(payload: torch.Tensor) -> int:
+            if payload.data_ptr() != gradient.data_ptr():
+                payload[:self._flat.num_floats].copy_(gradient)
+            return self._flat.num_floats
+
+        self.start(header, fill, fetch)
+
+    def wait(self) -> bool:
+        """Wait for the trip to end, and take what it brought; whether the weights are new."""
+        if self._trip is None:
+            return False
+        started = time.perf_counter()
+        trip, self._trip = self._trip.result(), None
+        if self._thread:
+            waited = time.perf_counter() - started
+            self._meter.add(push=waited, hidden=max(0.0, trip.push_s + trip.fetch_s - waited))
+        else:
+            self._meter.add(push=trip.push_s, fetch=trip.fetch_s)
+        self.mail = trip.mail
+        if trip.snapshot is None:
+            return False
+        self.version = trip.snapshot.version
+        self._meter.add(fetches=1, torn_reads=trip.snapshot.torn_reads, bytes_fetched=4 * self._flat.num_floats)
+        if self._thread:
+            self._flat.swap_weights_()
+        return True
+
+    def await_lease(self, number: int) -> None:
+        """Wait until the server grants that lease, or ends the run."""
+        self.mail = self._run(self._window.await_mail, self.sent, number).result()
+
+    def close(self) -> None:
+        if self._thread:
+            self._thread.shutdown()
+
+    def _run(self, work: Callable, *arguments: object) -> Future:
+        if self._thread:
+            return self._thread.submit(work, *arguments)
+        done: Future = Future()
+        done.set_result(work(*arguments))
+        return done
+
+    def _go(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool) -> _Trip:
+        started = time.perf_counter()
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if header is not None:
+                self._outbox.send(header, fill(self._outbox.payload))
+                self._outbox.wait()
+            trip = _Trip(self._window.await_mail(self.sent), push_s=time.perf_counter() - started)
+            if fetch:
+                trip.snapshot = self._fetch(trip.mail.version)
+        trip.fetch_s = time.perf_counter() - started - trip.push_s
+        return trip
+
+    def _fetch(self, at_least: int) -> Snapshot:
+        weights = self._flat.spare_weights if self._thread else self._flat.weights
+        if self._staging is None:
+            return self._window.fetch(weights, at_least)
+        snapshot = self._window.fetch(self._staging, at_least)
+        weights.copy_(self._staging)
+        return snapshot
