@@ -40,8 +40,9 @@ class Launcher:
             pytest.fail(f"{self.name}, {ranks} ranks: {' '.join(command)} hung for {timeout_s} s\n{out}\n{err}")
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
-    def train(self, ranks: int, *options: str, cwd: Path, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
-        return self.run(ranks, "-m", "asgd_mpi.train", "--run.progress", "none", *options, cwd=cwd, timeout_s=timeout_s)
+    def train(self, ranks: int, *options: str, cwd: Path, timeout_s: float = TIMEOUT_S,
+              module: str = "asgd_mpi.train") -> subprocess.CompletedProcess:
+        return self.run(ranks, "-m", module, "--run.progress", "none", *options, cwd=cwd, timeout_s=timeout_s)
 
 
 def _find_openmpi() -> Launcher | None:

@@ -25,9 +25,12 @@ from asgd_mpi.task import open_task
 from asgd_mpi.worker.step import compute_gradient_
 from photos import write_odd_files, write_tree
 
+ONE_HOST, TWO_HOSTS = "asgd_mpi.train", "two_hosts"
 OVERLAP, AUTO, N_SYNC = ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"], ["--n-sync", "3"]
-RUNS = [("openmpi", 1, []), ("openmpi", 2, []), ("openmpi", 3, []), ("openmpi", 1, N_SYNC), ("openmpi", 3, N_SYNC),
-        ("openmpi", 3, OVERLAP), ("openmpi", 3, AUTO), ("mpich", 1, []), ("mpich", 3, []), ("mpich", 3, AUTO)]
+RUNS = [("openmpi", ONE_HOST, 1, []), ("openmpi", ONE_HOST, 2, []), ("openmpi", ONE_HOST, 3, []),
+        ("openmpi", ONE_HOST, 1, N_SYNC), ("openmpi", ONE_HOST, 3, N_SYNC), ("openmpi", ONE_HOST, 3, OVERLAP),
+        ("openmpi", ONE_HOST, 3, AUTO), ("openmpi", TWO_HOSTS, 3, []), ("openmpi", TWO_HOSTS, 3, AUTO),
+        ("mpich", ONE_HOST, 1, []), ("mpich", ONE_HOST, 3, []), ("mpich", ONE_HOST, 3, AUTO), ("mpich", TWO_HOSTS, 3, [])]
 
 
 class Finished:
@@ -46,14 +49,14 @@ class Finished:
         return [(rank, event) for rank, events in enumerate(self.events) for event in events if isinstance(event, kind)]
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=lambda run: "-".join([run[0], str(run[1]), *run[2][1:]]))
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: "-".join([*run[:2], str(run[2]), *run[3][1:]]))
 def finished(request, digits, tmp_path_factory) -> Finished:
     """A short run on the digits, with random delays in the workers and a hash of every snapshot."""
-    vendor, num_workers, options = request.param
+    vendor, module, num_workers, options = request.param
     launcher, directory = request.getfixturevalue(vendor), tmp_path_factory.mktemp("run")
     done = launcher.train(
         num_workers + 1, "--data", str(digits), "--model", "networks_for_tests:restless", "--epochs", "2.5",
-        "--run.dir", "run", "--record.hash_snapshots", "true", "--compute.threads", "1", *options, cwd=directory)
+        "--run.dir", "run", "--record.hash_snapshots", "true", "--compute.threads", "1", *options, cwd=directory, module=module)
     assert done.returncode == 0, done.stdout + done.stderr
     return Finished(RunDir.open(directory / "run"), num_workers, options, done.stdout)
 

@@ -18,8 +18,8 @@ SHARE = 0.05         # then a pause of this share of the time waited so far,
 LONGEST_S = 0.001    # and at most this: a waiting rank leaves its core to those who compute
 
 
-def until(poll: Callable[[], T | None], timeout_s: float, who_waits_for_what: str) -> T:
-    """Call `poll` until it returns something other than None and False, and return that.
+def until(poll: Callable[[], T | None], timeout_s: float, who_waits_for_what: str, longest_s: float = LONGEST_S) -> T:
+    """Call `poll` until it returns something that is true, and return that; pause for `longest_s` at most.
 
     Raises DeadlineExceeded after `timeout_s` seconds.
     """
@@ -34,5 +34,5 @@ def until(poll: Callable[[], T | None], timeout_s: float, who_waits_for_what: st
                     f"{who_waits_for_what}: nothing came within {timeout_s:g} s (--run.timeout_s). A rank that is "
                     "named may be stuck or dead, or its step may take longer than the limit: see its metrics file, "
                     "and raise the limit if it was only slow.")
-            time.sleep(min(LONGEST_S, SHARE * waited))
+            time.sleep(min(longest_s, SHARE * waited))
     return result

@@ -87,7 +87,7 @@ class _Window:
     def open(self) -> None:
         """Allocate the memory; all ranks call this together. Raises ConfigError if the host has too little of it."""
         self.world.barrier("all ranks to open the window")
-        node = self.world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
+        node = self.world.on_this_host()
         ranks = MPI.Group.Translate_ranks(node.group, list(range(node.size)), self.world.comm.group)
         near = SERVER in ranks
         if self.world.is_server:

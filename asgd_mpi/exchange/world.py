@@ -37,6 +37,10 @@ class World:
         """0-based number of this worker."""
         return self.rank - 1
 
+    def on_this_host(self) -> MPI.Comm:
+        """A new communicator of the ranks that share memory with this one, in rank order; all ranks call it."""
+        return self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+
     def share(self, value: object | None) -> object:
         """Rank 0's `value`, on every rank; anything that JSON can hold."""
         data = json.dumps(value).encode() if self.is_server else b""

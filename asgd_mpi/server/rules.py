@@ -13,7 +13,7 @@ import torch
 
 from asgd_mpi.config import RuleConfig
 
-PIECE = 131_072  # floats: 0.5 MB each of weights, velocity and gradient
+PIECE = 262_144  # floats: 1 MB each of weights, velocity and gradient; smaller ones cost more in calls than they save
 
 
 def pieces(num_floats: int) -> Iterator[slice]:

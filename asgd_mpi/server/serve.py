@@ -19,7 +19,7 @@ from asgd_mpi.record.progress import Progress
 from asgd_mpi.server.ledger import Ledger, Score, Verdict
 from asgd_mpi.server.rules import Rule, pieces
 
-POLL_EVERY = 16  # pieces: a few milliseconds of applying; an idle poll may give the core away
+POLL_EVERY = 8   # pieces: a few milliseconds of applying; an idle poll may give the core away
 
 
 @dataclass

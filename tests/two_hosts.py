@@ -1,0 +1,16 @@
+"""`python -m asgd_mpi.train` in a world that takes every other rank for one of another host: no memory is shared with it."""
+
+import sys
+
+from asgd_mpi import train
+from asgd_mpi.exchange.world import World
+
+
+def on_this_host(self):
+    return self.comm.Split(color=self.rank % 2, key=self.rank)
+
+
+World.on_this_host = on_this_host
+
+if __name__ == "__main__":
+    sys.exit(train.main())
