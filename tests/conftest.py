@@ -28,16 +28,19 @@ class Launcher:
 
     def run(self, ranks: int, *command: str, cwd: Path, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
         """`mpirun -np ranks python command...` in `cwd`; fails the test with all output if it hangs."""
+        return self.run_as_given([self.mpirun, "-np", str(ranks), sys.executable, *command], cwd, timeout_s)
+
+    def run_as_given(self, command: list[str], cwd: Path, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
+        """A command that calls this mpirun."""
         env = os.environ | self.env | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-        process = subprocess.Popen(
-            [self.mpirun, "-np", str(ranks), sys.executable, *command], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
             out, err = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
-            pytest.fail(f"{self.name}, {ranks} ranks: {' '.join(command)} hung for {timeout_s} s\n{out}\n{err}")
+            pytest.fail(f"{self.name}: {' '.join(command)} hung for {timeout_s} s\n{out}\n{err}")
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def train(self, ranks: int, *options: str, cwd: Path, timeout_s: float = TIMEOUT_S,
