@@ -100,6 +100,7 @@ def _write_shard(path: Path, samples: list[Sample], attributes: dict, num_classe
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        layout.set_obj_track_times(False)  # or the second it was made is written into the file
         space = h5py.h5s.create_simple(shape)
         images_at = h5py.h5d.create(file.id, name, h5py.h5t.STD_U8LE, space, layout).get_offset()
     with path.open("r+b") as plain:

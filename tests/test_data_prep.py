@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def test_labels_follow_the_sorted_class_directories_and_sizes_are_width_and_heig
 
 def test_the_same_seed_gives_byte_identical_files_for_any_number_of_workers_and_another_seed_does_not(tree, tmp_path):
     for name, seed, workers in (("a", 1, 1), ("b", 1, 3), ("c", 2, 1)):
+        time.sleep(1.1)  # a time stamp in the file would be another one
         prepare(tree, tmp_path / name, shard_size=7, seed=seed, workers=workers)
     files = {name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "abc"}
     assert len(files["a"]) == 4 + 2 + 1  # 24 train and 9 val images in shards of 7, and the manifest
