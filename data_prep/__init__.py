@@ -16,10 +16,13 @@ class _DashedParser(ArgumentParser):
         return super().add_argument(*names, **settings)
 
 
-def run(prepare: Callable[..., None], args: list[str] | None = None) -> None:
-    """Call `prepare` with the command line's options; a UserError is one line on stderr and exit status 2."""
+def run(command: Callable[..., None], positional: bool = False) -> None:
+    """Call `command` with the command line's options; a UserError is one line on stderr and exit status 2.
+
+    With `positional`, what has no default is given without its name.
+    """
     try:
-        CLI(prepare, args=args, as_positional=False, parser_class=_DashedParser)
+        CLI(command, as_positional=positional, parser_class=_DashedParser)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 
 from asgd_mpi.data.shards import Manifest, SplitEntry
 from data_prep import run
-from data_prep.writer import Sample, make_root, software, write_manifest, write_split
+from data_prep.writer import Sample, check_space, make_root, software, write_manifest, write_split
 
 SEED = 0
 SHARD_SIZE = 512
@@ -30,7 +30,8 @@ def prepare(out: Path) -> None:
     train, val = train_test_split(
         np.arange(len(images)), test_size=NUM_VAL, stratify=digits.target, random_state=SEED
     )
-    make_root(out, num_bytes=2 * images.nbytes)
+    make_root(out)
+    check_space(out, num_bytes=2 * images.nbytes)
     splits = {name: _write(out, name, rows, images, digits.target) for name, rows in (("train", train), ("val", val))}
     write_manifest(
         out,
@@ -52,7 +53,7 @@ def prepare(out: Path) -> None:
 def _write(out: Path, split: str, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> SplitEntry:
     samples = [Sample(images[row], int(labels[row]), images.shape[2:0:-1], f"digits/{row}") for row in rows]
     shards = [samples[begin : begin + SHARD_SIZE] for begin in range(0, len(samples), SHARD_SIZE)]
-    entries = write_split(out, split, shards, len(shards), num_classes=10, seed=SEED)
+    entries = write_split(out, split, shards, num_classes=10, seed=SEED)
     return SplitEntry(num_samples=len(samples), shards=entries)
 
 

@@ -1,245 +1,129 @@
-"""An ImageNet-style tree as shards: `train/<synset>/*.JPEG` and `val/<synset>/*.JPEG`.
+"""ImageNet, or any tree of class directories, as shards.
 
-In: a directory tree. Out: JPEG shards. All images of a split are shuffled once with the seed before they are written,
-so every shard holds every class and a run may read in blocks. A grey or RGB JPEG file is kept byte for byte; CMYK
-files, PNG files and, with --short-side, larger images become RGB or grey JPEG files. Every image is decoded once.
+In: the archives of ILSVRC2012 as they are distributed, or a tree (see sources). Out: shards, in the format of
+asgd_mpi.data.shards. All images of a split are shuffled once with the seed before they are written, so every shard
+holds every class and a run may read in blocks. Under `srun` or `mpirun`, the tasks share the shards out.
 """
 
-import io
 import os
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
-from asgd_mpi.data.shards import Manifest, SplitEntry
-from asgd_mpi.errors import ConfigError, DataError
+from asgd_mpi.data.shards import MANIFEST, Manifest, SplitEntry
+from asgd_mpi.errors import ConfigError
 from data_prep import run
-from data_prep.writer import Sample, make_root, software, write_manifest, write_split
-
-SPLITS = ("train", "val")
-EXTENSIONS = (".jpeg", ".jpg", ".png")
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's train images in 0..1, the usual constants
+from data_prep.encode import BadImage, Encoding, mean_and_std
+from data_prep.packing import Done, Plan, finish, pack, read_done, start, unfinished
+from data_prep.sources import SPLITS, Photo, Source, find_source
+from data_prep.tasks import rank_and_size
+from data_prep.writer import check_space, make_root, software
 
 
 def prepare(
     source: Path,
     out: Path,
-    shard_size: int = 8192,
-    seed: int = 0,
+    mode: Literal["jpeg", "raw"] = "jpeg",
     short_side: int | None = None,
     quality: int = 90,
+    raw_size: int = 256,
+    shard_size: int = 8192,
+    seed: int = 0,
+    check: Literal["full", "header"] = "full",
     on_bad_image: Literal["stop", "skip"] = "stop",
+    num_measured: int = 20_000,
     workers: int | None = None,
 ) -> None:
-    """Pack an ImageNet-style tree of JPEG files into HDF5 shards.
+    """Pack ImageNet into HDF5 shards. If it is killed, the same command goes on where it stopped.
 
     Args:
-        source: directory with train/<synset>/*.JPEG and val/<synset>/*.JPEG
+        source: directory with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with
+            train/<synset>/*.JPEG and val/<synset>/*.JPEG; archives are read in place
         out: directory for the data set; created if missing, refused if it already holds one
-        shard_size: images per shard; one shard is held in memory (8192 ImageNet images: 0.9 GB)
-        seed: of the shuffle before writing; the same seed gives the same shards
-        short_side: shrink larger images to this many pixels on the short side; files are kept as they are if not given
+        mode: jpeg keeps the files' bytes wherever possible; raw stores pixels, short side to --raw-size and centre crop
+        short_side: of jpeg: shrink larger images to this many pixels on the short side; else files are kept as they are
         quality: of the JPEG files that have to be encoded again, 1 to 95
+        raw_size: of raw: side of the stored squares, in pixels
+        shard_size: images per shard; each worker holds one shard in memory (8192 ImageNet images: 0.9 GB)
+        seed: of the shuffle before writing; the same seed gives the same shards
+        check: full decodes every image once; header trusts kept images but for their headers and end marks
         on_bad_image: stop at an image that does not decode, or skip it, name it and list it in the manifest
-        workers: threads that read and check images; one per core if not given
+        num_measured: training images, evenly spread, that mean and std are measured on
+        workers: processes that read, check and write; one per core if not given
     """
-    at_least_one = [number for number in (shard_size, short_side, workers) if number is not None]
-    if min(at_least_one) < 1 or seed < 0 or not 1 <= quality <= 95:
+    numbers = [number for number in (shard_size, short_side, workers, raw_size, num_measured) if number is not None]
+    if min(numbers) < 1 or seed < 0 or not 1 <= quality <= 95:
         raise ConfigError(
-            f"--shard-size {shard_size}, --short-side {short_side} and --workers {workers} must be 1 or more, "
-            f"--seed {seed} 0 or more, --quality {quality} 1 to 95"
+            f"--shard-size {shard_size}, --short-side {short_side}, --raw-size {raw_size}, --num-measured {num_measured} "
+            f"and --workers {workers} must be 1 or more, --seed {seed} 0 or more, --quality {quality} 1 to 95"
         )
-    synsets = find_classes(source)
-    photos = {split: find_photos(source, split, synsets) for split in SPLITS}
-    for number, split in enumerate(SPLITS):
-        np.random.default_rng([seed, number]).shuffle(photos[split])
-    make_root(out, num_bytes=sum(_estimate_bytes(photos[split]) for split in SPLITS))
-    splits: dict[str, SplitEntry] = {}
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        for split in SPLITS:
-            packer = Packer(pool, partial(read_photo, source, short_side, quality), on_bad_image == "skip", [])
-            num_shards = -(-len(photos[split]) // shard_size)
-            shards = packer.shards(split, photos[split], shard_size)
-            entries = write_split(out, split, shards, num_shards, len(synsets), seed)
-            splits[split] = SplitEntry(sum(entry.num_samples for entry in entries), entries, packer.skipped)
-    names = class_names(synsets)
-    write_manifest(
-        out,
-        Manifest(encoding="jpeg", image_shape=None, class_names=names, synsets=synsets, mean=MEAN, std=STD, seed=seed,
-                 splits=splits, software=software()),
-    )  # fmt: skip
+    rank, size = rank_and_size()
+    encoding = Encoding(mode, short_side, raw_size, quality, check)
+    found = find_source(source)
+    photos = {split: shuffled(found.photos[split], seed, split) for split in SPLITS}
+    plan = Plan(out, photos, found.synsets, encoding, shard_size, seed, num_measured)
+    if size > 1 and (out / MANIFEST).exists():
+        print(f"{out} holds a complete data set; task {rank} of {size} has nothing to do")
+        return
+    make_root(out)
+    check_space(out, _estimate_bytes(plan, unfinished(plan)))
+    left = start(plan)
+    mine = [shard for place, shard in enumerate(plan.shards) if place % size == rank and shard in left]
+    pack(plan, mine, on_bad_image == "skip", workers or len(os.sched_getaffinity(0)), show_progress=rank == 0)
+    _finish_if_done(plan, found)
+
+
+def shuffled(photos: list[Photo], seed: int, split: str) -> list[Photo]:
+    """Return the photos of a split, sorted by name, in the order in which they are packed."""
+    order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(len(photos))
+    return [photos[place] for place in order]
+
+
+def _estimate_bytes(plan: Plan, shards: set[tuple[str, int]]) -> int:
+    """Return the size of some shards: exact but for images that are shrunk, of which a few are tried."""
+    photos = [photo for shard in shards for photo in plan.slice(*shard)]
+    if plan.encoding.mode == "raw":
+        return len(photos) * 3 * plan.encoding.raw_size**2
+    total = sum(photo.num_bytes for photo in photos)
+    if plan.encoding.short_side is None:
+        return total
+    before, after = 1, 1
+    for photo in photos[:64]:
+        try:
+            after += plan.encoding.sample(photo, photo.read(), 0).image.nbytes
+            before += photo.num_bytes
+        except BadImage:
+            pass  # it is reported when its turn comes
+    return total * after // before
+
+
+def _finish_if_done(plan: Plan, found: Source) -> None:
+    done = {shard: read_done(plan, *shard) for shard in plan.shards}
+    missing = sum(one is None for one in done.values())
+    if missing:
+        print(f"{plan.out}: {missing} of {len(done)} shards are still left to other tasks")
+        return
+    splits = {split: _entry([done[shard] for shard in plan.shards if shard[0] == split]) for split in SPLITS}
+    mean, std = mean_and_std(np.sum([one.histogram for one in done.values()], axis=0))
+    side = plan.encoding.raw_size
+    raw = plan.encoding.mode == "raw"
+    finish(plan, Manifest(
+        encoding=plan.encoding.mode, image_shape=(side, side, 3) if raw else None, class_names=found.class_names,
+        synsets=found.synsets, mean=mean, std=std, seed=plan.seed, splits=splits, software=software(),
+    ))  # fmt: skip
     for split, entry in splits.items():
         num_bytes = sum(shard.num_bytes for shard in entry.shards)
-        print(f"{split}: {entry.num_samples} images of {len(synsets)} classes in {len(entry.shards)} shards, "
+        print(f"{split}: {entry.num_samples} images of {len(found.synsets)} classes in {len(entry.shards)} shards, "
               f"{num_bytes / 1e6:,.1f} MB, {len(entry.skipped)} skipped")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Photo:
-    path: str
-    label: int
-
-
-class BadImage(Exception):
-    """An image file that does not decode."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(f"{name} is no readable image: {reason}")
-        self.name = name
-
-
-@dataclass(frozen=True)
-class Packer:
-    """Reads photos in a thread pool, one shard's worth at a time."""
-
-    pool: ThreadPoolExecutor
-    read: partial  # read_photo with all arguments but the photo
-    skip: bool
-    skipped: list[str]  # grows by one file name an image left out
-
-    def shards(self, split: str, photos: list[Photo], shard_size: int) -> Iterator[list[Sample]]:
-        """Yield the samples of each shard; raise DataError at a bad image, unless skipping."""
-        with tqdm(total=len(photos), desc=split, unit="img") as progress:
-            for begin in range(0, len(photos), shard_size):
-                samples = []
-                for result in self.pool.map(partial(_try, self.read), photos[begin : begin + shard_size]):
-                    progress.update()
-                    if isinstance(result, BadImage):
-                        self._leave_out(result)
-                    else:
-                        samples.append(result)
-                if not samples:
-                    raise DataError(
-                        f"not one of {len(photos[begin : begin + shard_size])} {split} images in a row decodes; "
-                        f"the source is damaged, so skipping does not help; restore it and start again"
-                    )
-                yield samples
-
-    def _leave_out(self, bad: BadImage) -> None:
-        if not self.skip:
-            raise DataError(f"{bad}; replace the file, or leave such images out with --on-bad-image skip") from bad
-        self.skipped.append(bad.name)
-        tqdm.write(f"skipped: {bad}", file=sys.stderr)
-
-
-def find_classes(source: Path) -> list[str]:
-    """Return the sorted class directories of train; their positions are the labels."""
-    return _class_directories(source, "train")
-
-
-def find_photos(source: Path, split: str, synsets: list[str]) -> list[Photo]:
-    """Return the images of a split, sorted by class and name; raise DataError if classes are empty or unknown."""
-    found = _class_directories(source, split)
-    unknown = sorted(set(found) - set(synsets))
-    if unknown:
-        raise DataError(
-            f"{source / split} has {len(unknown)} classes that are not in train ({_some(unknown)}), so they have no "
-            f"label; train and val need the same {len(synsets)} class directories"
-        )
-    photos, empty, others = [], [], []
-    for synset in found:
-        names = sorted(entry.name for entry in _listing(source / split / synset))
-        images = [name for name in names if name.lower().endswith(EXTENSIONS)]
-        others += [f"{synset}/{name}" for name in names if not name.lower().endswith(EXTENSIONS)]
-        photos += [Photo(str(source / split / synset / name), synsets.index(synset)) for name in images]
-        if not images:
-            empty.append(synset)
-    if empty:
-        raise DataError(
-            f"{len(empty)} of {len(found)} classes in {source / split} have no image ({_some(empty)}); images end in "
-            f"{', '.join(EXTENSIONS)}; unpack the archive again, or delete the empty class directories"
-        )
-    if others:
-        print(f"{split}: {len(others)} files are no images and stay out ({_some(others)})", file=sys.stderr)
-    return photos
-
-
-def _class_directories(source: Path, split: str) -> list[str]:
-    if not (source / split).is_dir():
-        raise DataError(f"{source} has no directory {split}; images are expected in {source}/{split}/<synset>/*.JPEG")
-    entries = _listing(source / split)
-    found = sorted(entry.name for entry in entries if entry.is_dir())
-    if not found:
-        raise DataError(
-            f"{source / split} has {len(entries)} files and no class directory; images are expected in "
-            f"{source}/{split}/<synset>/*.JPEG. ImageNet's validation archive comes without them: sort its files "
-            f"into one directory per synset first"
-        )
-    return found
-
-
-def read_photo(source: Path, short_side: int | None, quality: int, photo: Photo) -> Sample:
-    """Return a photo as a JPEG file, with its own bytes if possible; raise BadImage if it does not decode."""
-    name = os.path.relpath(photo.path, source)
-    with _readable(photo.path):  # a file that cannot be read is no bad image: it always stops the packing
-        data = Path(photo.path).read_bytes()
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(name, f"{str(error) or type(error).__name__} ({len(data)} bytes)") from error
-    keep = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
-    if short_side is not None and short_side < min(image.size):
-        scale = short_side / min(image.size)
-        image, keep = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC), False
-    if not keep:
-        encoded = io.BytesIO()
-        image.save(encoded, "JPEG", quality=quality)
-        data = encoded.getvalue()
-    return Sample(np.frombuffer(data, dtype=np.uint8), photo.label, image.size, name)
-
-
-def _try(read: partial, photo: Photo) -> Sample | BadImage:
-    try:
-        return read(photo)
-    except BadImage as error:
-        return error
-
-
-def class_names(synsets: list[str]) -> list[str]:
-    """Return names to show: ImageNet's if these are its 1000 synsets, else the directories' own."""
-    if len(synsets) != 1000 or (synsets[0], synsets[-1]) != ("n01440764", "n15075141"):
-        return synsets
-    from torchvision.models import ResNet50_Weights  # slow to import, and only here
-
-    return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-
-
-def _estimate_bytes(photos: list[Photo]) -> int:
-    """Estimate the size of shuffled photos from the first thousand; exact below that, and enough when shrinking."""
-    some, num_bytes = photos[:1000], 0
-    for photo in some:
-        with _readable(photo.path):
-            num_bytes += os.path.getsize(photo.path)
-    return num_bytes * len(photos) // len(some)
-
-
-def _listing(directory: Path) -> list[os.DirEntry]:
-    with _readable(directory), os.scandir(directory) as entries:
-        return list(entries)
-
-
-@contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check its permissions and its disk") from error
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _entry(shards: list[Done]) -> SplitEntry:
+    return SplitEntry(
+        num_samples=sum(done.entry.num_samples for done in shards),
+        shards=[done.entry for done in shards],
+        skipped=[name for done in shards for name in done.skipped],
+    )
 
 
 if __name__ == "__main__":

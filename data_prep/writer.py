@@ -8,7 +8,7 @@ give byte-identical shards.
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,8 +32,8 @@ class Sample:
     source: str  # e.g. train/n01440764/n01440764_10026.JPEG
 
 
-def make_root(root: Path, num_bytes: int) -> None:
-    """Create the data set directory; raise DataError if it holds a data set or has no room for num_bytes."""
+def make_root(root: Path) -> None:
+    """Create the data set directory; raise DataError if it holds a data set."""
     if (root / MANIFEST).exists():
         raise DataError(
             f"{root} already holds a complete data set, and nothing is overwritten; "
@@ -41,7 +41,11 @@ def make_root(root: Path, num_bytes: int) -> None:
         )
     with explained(root):
         root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(root).free
+
+
+def check_space(root: Path, num_bytes: int) -> None:
+    """Raise DataError if the data set directory has no room for num_bytes."""
+    free = shutil.disk_usage(root).free
     if free < num_bytes:
         raise DataError(
             f"{root} needs about {num_bytes / 1e9:.3f} GB, and its disk has {free / 1e9:.3f} GB free; "
@@ -49,23 +53,24 @@ def make_root(root: Path, num_bytes: int) -> None:
         )
 
 
-def write_split(root: Path, split: str, shards: Iterable[list[Sample]], num_shards: int, num_classes: int,
-                seed: int) -> list[ShardEntry]:  # fmt: skip
-    """Write the shards of one split in order and return their manifest entries; raise DataError."""
-    entries: list[ShardEntry] = []
-    first_sample = 0
+def write_shard(path: Path, name: str, samples: list[Sample], split: str, number: int, num_shards: int,
+                num_classes: int, seed: int) -> ShardEntry:  # fmt: skip
+    """Write one shard to `path` and return its manifest entry under `name`."""
+    attributes = {
+        "format": FORMAT, "version": FORMAT_VERSION, "split": split, "shard": number, "num_shards": num_shards,
+        "num_samples": len(samples), "seed": seed, "encoding": "jpeg" if samples[0].image.ndim == 1 else "raw",
+    }  # fmt: skip
+    _write_shard(path, samples, attributes, num_classes)
+    return ShardEntry(name, len(samples), path.stat().st_size, file_xxh3(path))
+
+
+def write_split(root: Path, split: str, shards: list[list[Sample]], num_classes: int, seed: int) -> list[ShardEntry]:
+    """Write all shards of a small split and return their manifest entries; raise DataError."""
+    entries = []
     for number, samples in enumerate(shards):
-        name = f"{split}-{number:05d}-of-{num_shards:05d}.h5"
-        attributes = {
-            "format": FORMAT, "version": FORMAT_VERSION, "split": split, "shard": number, "num_shards": num_shards,
-            "first_sample": first_sample, "num_samples": len(samples), "seed": seed,
-            "encoding": "jpeg" if samples[0].image.ndim == 1 else "raw",
-        }  # fmt: skip
+        name = f"{split}-{number:05d}-of-{len(shards):05d}.h5"
         with replacing(root / name) as temporary:
-            _write_shard(temporary, samples, attributes, num_classes)
-            digest = _file_xxh3(temporary)
-        entries.append(ShardEntry(name, len(samples), (root / name).stat().st_size, digest))
-        first_sample += len(samples)
+            entries.append(write_shard(temporary, name, samples, split, number, len(shards), num_classes, seed))
     return entries
 
 
@@ -100,6 +105,7 @@ def _write_shard(path: Path, samples: list[Sample], attributes: dict, num_classe
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        layout.set_obj_track_times(False)  # or the second it was made is written into the file
         space = h5py.h5s.create_simple(shape)
         images_at = h5py.h5d.create(file.id, name, h5py.h5t.STD_U8LE, space, layout).get_offset()
     with path.open("r+b") as plain:
@@ -122,7 +128,7 @@ def _index(samples: list[Sample], num_classes: int) -> dict[str, np.ndarray]:
     }
 
 
-def _file_xxh3(path: Path) -> str:
+def file_xxh3(path: Path) -> str:
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
@@ -131,9 +137,9 @@ def _file_xxh3(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; afterwards the file is on disk as `path`, or there is nothing."""
-    temporary = path.with_name(path.name + ".tmp")
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary name, beside `path` if not given; afterwards the file is on disk as `path`, or nothing is."""
+    temporary = temporary or path.with_name(path.name + ".tmp")
     with explained(path):
         try:
             yield temporary

@@ -1,5 +1,7 @@
 """The loader and the augmentations: the same pixels however the work is cut, and nothing dropped in silence."""
 
+import io
+
 import h5py
 import numpy as np
 import pytest
@@ -7,8 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from photos import encoded, photo, write_odd_files, write_tree
+from PIL import Image
 
-from asgd_mpi.data.augment import POLICIES, Normalise, decode, make_policy, sample_rng
+from asgd_mpi.data.augment import COLOUR, POLICIES, Normalise, make_policy, resize, sample_rng, shift_colour
+from asgd_mpi.data.decode import decode_pillow, decode_simplejpeg
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import DamagedSample, ShardSet
@@ -122,37 +126,37 @@ def test_raw_digits_come_through_unchanged_without_augmentation(tmp_path):
 
 
 def test_shift_moves_an_image_by_at_most_one_pixel_and_brings_in_zeros():
-    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8)
+    image = np.arange(1, 65, dtype=np.uint8).reshape(8, 8, 1)
     shift, seen = make_policy("shift", 8, (8, 8, 1)), set()
     for index in range(200):
         moved = shift(image, sample_rng(0, 0, index))
-        matches = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if torch.equal(moved, _moved(image, dy, dx))]
+        matches = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if np.array_equal(moved, _moved(image, dy, dx))]
         seen.update(matches)
         assert len(matches) == 1
     assert len(seen) == 9
 
 
 def _moved(image, dy, dx):
-    rolled = image.roll((dy, dx), (1, 2)).clone()
-    rolled[:, [0] if dy > 0 else [-1] if dy < 0 else [], :] = 0
-    rolled[:, :, [0] if dx > 0 else [-1] if dx < 0 else []] = 0
+    rolled = np.roll(image, (dy, dx), (0, 1))
+    rolled[[0] if dy > 0 else [-1] if dy < 0 else []] = 0
+    rolled[:, [0] if dx > 0 else [-1] if dx < 0 else []] = 0
     return rolled
 
 
 @pytest.mark.parametrize("policy", ["none", "paper", "reference"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 200), (200, 3), (32, 32), (28, 28), (300, 400)])
 def test_every_policy_gives_the_asked_size_for_any_image_shape(policy, height, width):
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image = np.zeros((height, width, 3), dtype=np.uint8)
     for index in range(5):
         out = make_policy(policy, SIZE)(image, sample_rng(0, 0, index))
-        assert (out.shape, out.dtype) == ((3, SIZE, SIZE), torch.uint8)
+        assert (out.shape, out.dtype) == ((SIZE, SIZE, 3), np.uint8)
 
 
 def test_half_of_the_images_are_mirrored():
-    image = torch.arange(32, dtype=torch.uint8).expand(3, 32, 32)  # brighter to the right
+    image = np.tile(np.arange(32, dtype=np.uint8)[:, None], (32, 1, 3))  # brighter to the right
     crop = make_policy("paper", SIZE)
     crops = [crop(image, sample_rng(0, 0, index)) for index in range(1000)]
-    mirrored = sum(bool(out[0, 0, 0] > out[0, 0, -1]) for out in crops)
+    mirrored = sum(bool(out[0, 0, 0] > out[0, -1, 0]) for out in crops)
     assert 437 < mirrored < 563  # 4 standard deviations
 
 
@@ -170,11 +174,54 @@ def test_the_random_resized_crop_draws_the_area_and_aspect_of_torchvision():
     assert np.log(aspects).mean() == pytest.approx(np.log(theirs[:, 3] / theirs[:, 2]).mean(), abs=0.02)
 
 
-def test_a_grey_jpeg_decodes_to_three_equal_channels():
+@pytest.mark.parametrize("decode", [decode_simplejpeg, decode_pillow])
+def test_a_grey_jpeg_decodes_to_three_equal_channels(decode):
     data = encoded(photo(np.random.default_rng(0), 40, 30).convert("L"))
-    image = decode(np.frombuffer(data, dtype=np.uint8).copy())
-    assert image.shape == (3, 30, 40)
-    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+    image = decode(np.frombuffer(data, dtype=np.uint8))
+    assert image.shape == (30, 40, 3)
+    assert np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}])
+def test_both_decoders_give_the_same_pixels(options):
+    for number in range(5):
+        image, file = photo(np.random.default_rng(number), 333 + number, 250 - number), io.BytesIO()
+        image.save(file, "JPEG", quality=90, **options)
+        data = np.frombuffer(file.getvalue(), dtype=np.uint8)
+        assert np.array_equal(decode_simplejpeg(data), decode_pillow(data))
+
+
+@pytest.mark.parametrize("decode", [decode_simplejpeg, decode_pillow])
+@pytest.mark.parametrize("data", [b"", b"not an image", encoded(photo(np.random.default_rng(0), 9, 9), "PNG")])
+def test_what_is_no_jpeg_is_a_value_error_of_either_decoder(decode, data):
+    with pytest.raises(ValueError):
+        decode(np.frombuffer(data, dtype=np.uint8))
+
+
+def test_a_resized_crop_is_pillows_to_less_than_half_a_level():
+    rng, differences = np.random.default_rng(0), []
+    for number in range(20):
+        image = photo(rng, 500, 375)
+        top, left = (int(side) for side in rng.integers(0, 100, 2))
+        height, width = (int(side) for side in rng.integers(60, 270, 2))
+        theirs = image.resize((224, 224), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+        ours = resize(np.array(image)[top : top + height, left : left + width], 224, 224)
+        differences.append(np.abs(ours.astype(int) - np.asarray(theirs)).mean())
+    assert max(differences) < 0.5
+
+
+def test_the_colour_shift_moves_every_pixel_by_the_same_whole_levels_and_saturates():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    shifted = shift_colour(image, np.array([20.4, -7.0, 0.3]) / 255)
+    assert np.array_equal(shifted, np.clip(image.astype(int) + [20, -7, 0], 0, 255))
+
+
+def test_the_paper_policy_shifts_colours_along_the_principal_components_with_deviation_a_tenth():
+    image, crop = np.full((32, 32, 3), 128, dtype=np.uint8), make_policy("paper", SIZE)
+    shifts = np.array([crop(image, sample_rng(0, 0, index))[0, 0] for index in range(4000)]) - 128.0
+    expected = COLOUR @ COLOUR.T * (0.1 * 255) ** 2 + np.eye(3) / 12  # 1/12: rounding to whole levels
+    assert np.abs(shifts.mean(axis=0)).max() < 4 * 3.3 / np.sqrt(4000)
+    np.testing.assert_allclose(np.cov(shifts.T), expected, rtol=0.1)
 
 
 def test_normalise_gives_zero_mean_and_unit_variance_and_leaves_its_input_alone():
@@ -187,6 +234,15 @@ def test_normalise_gives_zero_mean_and_unit_variance_and_leaves_its_input_alone(
     torch.testing.assert_close(
         out.double().std(dim=(0, 2, 3), correction=0), torch.ones(3, dtype=torch.double), atol=1e-5, rtol=0
     )
+
+
+def test_normalise_on_the_cpu_reuses_its_memory_and_a_smaller_batch_does_not_see_the_larger_one():
+    normalise = Normalise((0.5,), (0.25,))
+    first = normalise(torch.zeros(4, 1, 5, 5, dtype=torch.uint8))
+    assert first.unique().tolist() == [-2]
+    second = normalise(torch.full((2, 1, 5, 5), 255, dtype=torch.uint8))
+    assert (second.shape, second.unique().tolist()) == ((2, 1, 5, 5), [2])
+    assert first.data_ptr() == second.data_ptr()
 
 
 def test_an_unknown_augmentation_lists_those_that_there_are():

@@ -1,7 +1,9 @@
 """The shard reader: it returns what was packed, or says what is wrong with which file."""
 
 import json
+import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import h5py
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from photos import write_tree
 
+from asgd_mpi.data import patient
 from asgd_mpi.data.shards import MANIFEST, DamagedSample, ShardSet
 from asgd_mpi.errors import DataError
 from data_prep.imagenet import prepare
@@ -21,6 +24,11 @@ def pristine(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
     prepare(write_tree(root / "tree"), root / "shards", shard_size=10)
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(patient, "WAITS_S", (0.0, 0.05, 0.2))
 
 
 @pytest.fixture
@@ -147,12 +155,45 @@ def test_a_shard_truncated_by_one_byte_is_refused_with_both_sizes(root):
 
 
 def test_a_shard_truncated_while_it_is_read_is_an_error_that_is_never_skipped(root):
-    shards = ShardSet.open(root, "train")
+    retries = []
+    shards = ShardSet.open(root, "train", retries.append)
     (root / SHARD).write_bytes((root / SHARD).read_bytes()[:5000])
-    with pytest.raises(DataError, match="truncated while in use") as raised:
-        for index in range(10, 20):
-            shards.read(index)
+    with pytest.raises(DataError, match=f"sample 9 of shard .*{SHARD} .*truncated while in use.*after 4 attempts") as raised:
+        shards.read(19)
     assert not isinstance(raised.value, DamagedSample)
+    assert [f"sample 9 of {root / SHARD} cannot be read" in retry for retry in retries] == [True] * 3
+
+
+def test_a_shard_that_is_gone_while_it_is_read_is_an_error_with_its_name(root, monkeypatch):
+    shards = ShardSet.open(root, "train", on_retry=lambda message: None)
+    monkeypatch.setattr(patient.PatientFile, "_try_to_read", lambda *_: "Stale file handle")
+    (root / SHARD).unlink()
+    with pytest.raises(DataError, match=f"sample 2 of shard .*{SHARD} cannot be read: No such file or directory, after 4"):
+        shards.read(12)
+
+
+def test_a_shard_that_comes_back_is_read_on_by_all_threads(root):
+    retries = []
+    shards = ShardSet.open(root, "train", retries.append)
+    expected, contents = [shards.read(i).tobytes() for i in range(24)], (root / SHARD).read_bytes()
+    os.truncate(root / SHARD, 0)
+    with ThreadPoolExecutor(9) as pool:
+        pending = [pool.submit(shards.read, i) for i in range(10, 18)]
+        while len(retries) < 8:
+            time.sleep(0.001)
+        (root / "copy").write_bytes(contents)
+        (root / "copy").rename(root / SHARD)
+        assert [future.result().tobytes() for future in pending] == expected[10:18]
+    assert [shards.read(i).tobytes() for i in range(24)] == expected
+
+
+def test_a_shard_that_comes_back_with_other_contents_never_gives_wrong_data(root):
+    shards = ShardSet.open(root, "train", on_retry=lambda message: None)
+    os.truncate(root / SHARD, 0)
+    (root / "copy").write_bytes(bytes(100_000))
+    (root / "copy").rename(root / SHARD)
+    with pytest.raises(DamagedSample, match="checksum"):
+        shards.read(10)
 
 
 def test_an_unfinished_shard_is_refused(root):

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from asgd_mpi.data.augment import Policy, decode, sample_rng
+from asgd_mpi.data.augment import Policy, sample_rng
+from asgd_mpi.data.decode import decode
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import DamagedSample, ShardSet
 from asgd_mpi.errors import DataError
@@ -63,7 +64,7 @@ class Loader:
         good = np.ones(len(indices), dtype=bool)
         for row, index in enumerate(indices.tolist()):
             try:
-                images[row] = self._image(epoch, index).numpy()
+                images[row] = self._image(epoch, index).transpose(2, 0, 1)
             except DamagedSample as error:
                 if self.on_bad_image != "skip":
                     raise
@@ -87,15 +88,13 @@ class Loader:
         """Drop the batches not yet started and wait for the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _image(self, epoch: int, index: int) -> torch.Tensor:
-        """Return one augmented image, uint8 (C, S, S)."""
-        data = self.shards.read(index)
-        if self.shards.encoding == "raw":
-            image = torch.from_numpy(data).permute(2, 0, 1)
-        else:
+    def _image(self, epoch: int, index: int) -> np.ndarray:
+        """Return one augmented image, uint8 (S, S, C)."""
+        image = self.shards.read(index)
+        if self.shards.encoding == "jpeg":
             try:
-                image = decode(data)
-            except RuntimeError as error:
+                image = decode(image)
+            except ValueError as error:
                 raise DamagedSample(
                     f"{self.shards.source(index)} in {self.shards.root} does not decode as JPEG: {error}; prepare the "
                     f"data set again without it, or leave such samples out (on_bad_image: skip)"

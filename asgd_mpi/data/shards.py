@@ -11,13 +11,14 @@ A data set is a directory with HDF5 shards and one `manifest.json`, which is wri
     /source  bytes (n,)          where the sample came from; fixed length
 
 All are contiguous and unfiltered, so HDF5 only says where the bytes lie. `ShardSet.open` reads the small arrays through
-h5py and closes the file; samples are read by `preadv`, which takes neither h5py's lock nor the interpreter's, so any
-number of threads may read at once. Invariant: `read` returns what was packed, or raises.
+h5py and closes the file; samples are read by `preadv` (see patient), which takes neither h5py's lock nor the
+interpreter's, so any number of threads may read at once. Invariant: `read` returns what was packed, or raises.
 """
 
-import os
+import warnings
 import weakref
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from asgd_mpi.data.patient import PatientFile
 from asgd_mpi.errors import DataError
 
 FORMAT = "asgd-shard"
@@ -103,10 +105,10 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Where one shard's samples lie: an open file descriptor and the small arrays."""
+    """Where one shard's samples lie: an open file and the small arrays."""
 
     path: Path
-    fd: int
+    file: PatientFile
     offset: np.ndarray  # (n + 1,) uint64: sample i is bytes offset[i] to offset[i + 1] of the file
     label: np.ndarray  # (n,) int64
     xxh3: np.ndarray  # (n,) uint64
@@ -134,8 +136,11 @@ class ShardSet:
         self._close = weakref.finalize(self, _close_all, shards)
 
     @classmethod
-    def open(cls, root: str | Path, split: str) -> "ShardSet":
-        """Open every shard of a split, reading labels, offsets and checksums; raise DataError."""
+    def open(cls, root: str | Path, split: str, on_retry: Callable[[str], None] = warnings.warn) -> "ShardSet":
+        """Open every shard of a split, reading labels, offsets and checksums; raise DataError.
+
+        `on_retry` gets a message each time a read has to be repeated, from any thread.
+        """
         root = Path(root)
         manifest, fingerprint = read_manifest(root)
         if split not in manifest.splits:
@@ -149,7 +154,7 @@ class ShardSet:
                     "num_shards": len(entries), "num_samples": entry.num_samples, "encoding": manifest.encoding,
                     "complete": 1,
                 }  # fmt: skip
-                shards.append(_open_shard(root / entry.file, entry.num_bytes, expected))
+                shards.append(_open_shard(root / entry.file, entry.num_bytes, expected, on_retry))
             shard_set = cls(root, split, manifest, fingerprint, shards)
         except BaseException:
             _close_all(shards)
@@ -168,7 +173,7 @@ class ShardSet:
         """
         shard, row = self._locate(index)
         begin, end = int(shard.offset[row]), int(shard.offset[row + 1])
-        data = _pread(shard, begin, end - begin)
+        data = shard.file.read(begin, end - begin, f"sample {row}")
         if checksum(data, shard.label[row]) != shard.xxh3[row]:
             raise DamagedSample(
                 f"sample {row} of {shard.path} ({self.source(index)}, {end - begin} bytes) does not match its "
@@ -180,7 +185,7 @@ class ShardSet:
     def source(self, index: int) -> str:
         """Return where a sample came from, e.g. `train/n01440764/n01440764_10026.JPEG`."""
         shard, row = self._locate(index)
-        name = _pread(shard, shard.source_at + row * shard.source_width, shard.source_width)
+        name = shard.file.read(shard.source_at + row * shard.source_width, shard.source_width, f"the name of sample {row}")
         return name.tobytes().rstrip(b"\0").decode(errors="replace")
 
     def close(self) -> None:
@@ -202,7 +207,7 @@ class ShardSet:
             )
 
 
-def _open_shard(path: Path, num_bytes: int, expected: dict) -> _Shard:
+def _open_shard(path: Path, num_bytes: int, expected: dict, on_retry: Callable[[str], None]) -> _Shard:
     """Check one shard against the manifest and return where its samples lie."""
     again = "copy it again from a good copy, or prepare the data set again"
     try:
@@ -219,12 +224,12 @@ def _open_shard(path: Path, num_bytes: int, expected: dict) -> _Shard:
             wrong = [f"{name} is {found[name]}, not {want}" for name, want in expected.items() if found[name] != want]
             if wrong:
                 raise DataError(f"shard {path} is not the one in {MANIFEST}: {'; '.join(wrong)}; {again}")
-            return _read_index(path, file)
+            return _read_index(path, file, on_retry)
     except (OSError, KeyError, RuntimeError) as error:
         raise DataError(f"shard {path} is damaged: {error}; {again}") from error
 
 
-def _read_index(path: Path, file: h5py.File) -> _Shard:
+def _read_index(path: Path, file: h5py.File, on_retry: Callable[[str], None]) -> _Shard:
     if file.attrs["encoding"] == "jpeg":
         samples, offset = file["jpeg"], file["offset"][:]
     else:
@@ -236,7 +241,7 @@ def _read_index(path: Path, file: h5py.File) -> _Shard:
                         f"byte offsets; prepare the data set again")  # fmt: skip
     return _Shard(
         path=path,
-        fd=os.open(path, os.O_RDONLY | os.O_CLOEXEC),
+        file=PatientFile(path, on_retry),
         offset=offset + np.uint64(data_at),
         label=label,
         xxh3=file["xxh3"][:],
@@ -245,20 +250,6 @@ def _read_index(path: Path, file: h5py.File) -> _Shard:
     )
 
 
-def _pread(shard: _Shard, at: int, num_bytes: int) -> np.ndarray:
-    data = np.empty(num_bytes, dtype=np.uint8)
-    try:
-        got = os.preadv(shard.fd, [data], at)
-    except OSError as error:
-        raise DataError(f"shard {shard.path} cannot be read at byte {at}: {error.strerror}; check the disk") from error
-    if got != num_bytes:
-        raise DataError(
-            f"shard {shard.path} was truncated while in use: {got} of {num_bytes} bytes at byte {at}; "
-            f"restore it from a good copy and resume the run"
-        )
-    return data
-
-
 def _close_all(shards: list[_Shard]) -> None:
     while shards:
-        os.close(shards.pop().fd)
+        shards.pop().file.close()

@@ -1,0 +1,73 @@
+"""The development kit of ILSVRC2012: which synset an image of the validation set shows, and what a synset is called.
+
+In: ILSVRC2012_devkit_t12.tar.gz, or the directory unpacked. `data/ILSVRC2012_validation_ground_truth.txt` holds one
+ILSVRC2012_ID a line, for ILSVRC2012_val_00000001.JPEG and on; `data/meta.mat` maps these ids (1 to 1000, which are not
+in the order of the synsets) to WordNet synsets and their words. A label here is the place in the sorted synsets.
+"""
+
+import io
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import scipy.io
+
+from asgd_mpi.errors import DataError
+
+NAME = "ILSVRC2012_devkit_t12"
+GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+META = "data/meta.mat"
+
+
+@dataclass(frozen=True)
+class Devkit:
+    words: dict[str, str]  # of a synset: `tench, Tinca tinca`
+    truth: list[str]  # the synset of each validation image, in the order of their numbers
+
+    def class_names(self, synsets: list[str]) -> list[str]:
+        """Return the first word of each synset, or all its words where two synsets share the first (crane)."""
+        first = [self.words[synset].split(",")[0] for synset in synsets]
+        return [word if first.count(word) == 1 else self.words[synset] for word, synset in zip(first, synsets)]
+
+
+def read_devkit(source: Path) -> Devkit | None:
+    """Return the development kit that lies in `source`, None if there is none; raise DataError if it is damaged."""
+    archive, directory = source / f"{NAME}.tar.gz", source / NAME
+    if archive.exists():
+        with _explained(archive), tarfile.open(archive) as tar:
+            return _parse(archive, lambda name: tar.extractfile(f"{NAME}/{name}").read())
+    if directory.is_dir():
+        with _explained(directory):
+            return _parse(directory, lambda name: (directory / name).read_bytes())
+    return None
+
+
+def _parse(path: Path, read) -> Devkit:
+    meta = scipy.io.loadmat(io.BytesIO(read(META)), squeeze_me=True)["synsets"]
+    leaves = [row for row in meta.reshape(-1) if row["num_children"] == 0]  # the other synsets are their ancestors
+    synset_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
+    numbers = [int(line) for line in read(GROUND_TRUTH).decode().split()]
+    unknown = sorted(set(numbers) - set(synset_of))
+    if unknown:
+        raise DataError(f"{path}: {GROUND_TRUTH} names the class ids {unknown[:3]}, which {META} does not have; "
+                        f"get the development kit again")  # fmt: skip
+    return Devkit(
+        words={str(row["WNID"]): str(row["words"]) for row in leaves}, truth=[synset_of[number] for number in numbers]
+    )
+
+
+class _explained:
+    """Turn what a damaged kit may raise into DataError."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, (OSError, tarfile.TarError, EOFError, KeyError, ValueError, AttributeError, TypeError)):
+            raise DataError(
+                f"{self.path} is no development kit of ILSVRC2012, or is damaged ({type(error).__name__}: {error}); "
+                f"it should hold {META} and {GROUND_TRUTH}"
+            ) from error

@@ -1,0 +1,224 @@
+"""Packs a plan of shards, in several processes and from several tasks, so that it can be killed at any moment.
+
+In: the photos of each split, already shuffled, and the options. Out: shards, then the manifest. While it goes on, the
+data set directory holds `.packing/`: `plan.json` (what is packed, so that nothing else is ever mixed in) and, for each
+shard that is whole and on disk, `<shard>.json` with its manifest entry. A shard is a pure function of the plan. Tasks
+share the shards out by number and send no messages: whoever finds that every shard is done writes the manifest.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from asgd_mpi.data.shards import MANIFEST, ShardEntry
+from asgd_mpi.errors import DataError
+from data_prep.encode import BadImage, Encoding, histogram
+from data_prep.sources import Photo
+from data_prep.writer import explained, replacing, write_shard
+
+ROOM = ".packing"  # inside the data set directory
+COUNT_EVERY = 16  # images between two signs of life of a worker process
+
+
+class Done(msgspec.Struct, frozen=True):
+    """One finished shard."""
+
+    entry: ShardEntry
+    skipped: list[str]
+    histogram: list[list[int]]  # (3, 256): of the images that mean and std are measured on
+
+
+class PlanFile(msgspec.Struct, frozen=True):
+    options: dict[str, str]
+    photos: str  # xxh3 of every photo's name, size and label, in order
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the shards depend on."""
+
+    out: Path
+    photos: dict[str, list[Photo]]  # by split, shuffled
+    synsets: list[str]
+    encoding: Encoding
+    shard_size: int
+    seed: int
+    num_measured: int  # images that mean and std are measured on
+
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """(split, number) of every shard."""
+        return [(split, number) for split in self.photos for number in range(self.num_shards(split))]
+
+    def num_shards(self, split: str) -> int:
+        return -(-len(self.photos[split]) // self.shard_size)
+
+    def slice(self, split: str, number: int) -> list[Photo]:
+        return self.photos[split][number * self.shard_size : (number + 1) * self.shard_size]
+
+    def file(self, split: str, number: int) -> str:
+        return f"{split}-{number:05d}-of-{self.num_shards(split):05d}.h5"
+
+    def measured(self, split: str, number: int) -> range:
+        """The places in a shard of images that mean and std are measured on: every n-th of train."""
+        stride = max(1, len(self.photos["train"]) // self.num_measured)
+        first = -(number * self.shard_size) % stride
+        return range(first, self.shard_size if split == "train" else 0, stride)
+
+    def describe(self) -> PlanFile:
+        digest = xxhash.xxh3_64()
+        for photos in self.photos.values():
+            digest.update("\n".join(f"{photo.name} {photo.num_bytes} {photo.synset}" for photo in photos).encode())
+        options = {"shard_size": self.shard_size, "seed": self.seed, "num_measured": self.num_measured} | vars(self.encoding)
+        return PlanFile({name: str(value) for name, value in options.items()}, digest.hexdigest())
+
+
+def start(plan: Plan) -> set[tuple[str, int]]:
+    """Make `.packing`, or check that what it holds belongs to this plan; return the shards that are left to do."""
+    room, ours = plan.out / ROOM, plan.describe()
+    with explained(room):
+        room.mkdir(exist_ok=True)
+    if (room / "plan.json").exists():
+        theirs = msgspec.json.decode((room / "plan.json").read_bytes(), type=PlanFile)
+        differ = [f"{name} {theirs.options.get(name)} there, {value} here" for name, value in ours.options.items()
+                  if theirs.options.get(name) != value]  # fmt: skip
+        if theirs.photos != ours.photos:
+            differ.append("other images")
+        if differ:
+            raise DataError(f"{plan.out} holds part of a data set that was packed otherwise ({'; '.join(differ)}); go on "
+                            f"with the options from there, choose another --out, or delete that directory")  # fmt: skip
+    else:
+        write_json(room / "plan.json", ours)
+    return unfinished(plan)
+
+
+def unfinished(plan: Plan) -> set[tuple[str, int]]:
+    """Return the shards that are left to do."""
+    return {shard for shard in plan.shards if read_done(plan, *shard) is None}
+
+
+def read_done(plan: Plan, split: str, number: int) -> Done | None:
+    """Return what is known of a finished shard, None if it is not finished."""
+    name = plan.file(split, number)
+    try:
+        done = msgspec.json.decode((plan.out / ROOM / f"{name}.json").read_bytes(), type=Done)
+        return done if (plan.out / name).stat().st_size == done.entry.num_bytes else None
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def pack(plan: Plan, shards: list[tuple[str, int]], skip: bool, workers: int, show_progress: bool) -> None:
+    """Write some shards; raise DataError at an image that does not decode, unless skipping."""
+    total = sum(len(plan.slice(*shard)) for shard in shards)
+    with tqdm(total=total, desc="packing", unit="img", disable=not show_progress, smoothing=0.05) as progress:
+        if workers == 1:
+            for shard in shards:
+                _report(pack_shard(plan, *shard, skip, progress.update))
+        else:
+            _pack_in_processes(plan, shards, skip, workers, progress)
+
+
+def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[[int], None]) -> list[str]:
+    """Write one shard and then the word that it is done; return what was skipped, and why.
+
+    `count` is told of images as they are read.
+    """
+    photos, samples, skipped = plan.slice(split, number), [], []
+    labels = {synset: label for label, synset in enumerate(plan.synsets)}
+    counts, measured = np.zeros((3, 256), dtype=np.int64), set(plan.measured(split, number))
+    for place, photo in enumerate(photos):
+        try:
+            sample = plan.encoding.sample(photo, photo.read(), labels[photo.synset])
+            if place in measured:
+                counts += histogram(sample)
+            samples.append(sample)
+        except BadImage as bad:
+            if not skip:
+                raise DataError(f"{bad}; replace the file, or leave such images out with --on-bad-image skip") from bad
+            skipped.append(bad)
+        if place % COUNT_EVERY == COUNT_EVERY - 1:
+            count(COUNT_EVERY)
+    count(len(photos) % COUNT_EVERY)
+    if not samples:
+        raise DataError(f"not one of {len(photos)} {split} images in a row decodes; the source is damaged, so skipping "
+                        f"does not help; restore it and start again")  # fmt: skip
+    name = plan.file(split, number)
+    with replacing(plan.out / name, plan.out / ROOM / f"{name}.tmp") as temporary:
+        entry = write_shard(temporary, name, samples, split, number, plan.num_shards(split), len(plan.synsets), plan.seed)
+    done = Done(entry, [bad.name for bad in skipped], counts.tolist())
+    write_json(plan.out / ROOM / f"{name}.json", done)
+    return [str(bad) for bad in skipped]
+
+
+def write_json(path: Path, content: msgspec.Struct) -> None:
+    """Put a file in its place at once, even if several tasks do so."""
+    temporary = path.parent / f"{path.name}.{socket.gethostname()}.{os.getpid()}"
+    with replacing(path, temporary):
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+
+
+def finish(plan: Plan, manifest: msgspec.Struct) -> None:
+    """Write the manifest, from then on the data set is complete, and clear `.packing` away."""
+    write_json(plan.out / MANIFEST, manifest)
+    shutil.rmtree(plan.out / ROOM, ignore_errors=True)  # another task may be at the same
+
+
+_in_process: tuple = ()  # (plan, skip, counter), handed to a worker process by its fork
+
+
+def _pack_in_processes(plan: Plan, shards: list, skip: bool, workers: int, progress: tqdm) -> None:
+    fork = multiprocessing.get_context("fork")  # the plan is inherited and not sent; neither MPI nor a thread runs here
+    counter = fork.Value("q", 0)
+    with ProcessPoolExecutor(workers, fork, _start_process, (plan, skip, counter)) as pool:
+        futures = [pool.submit(_pack_in_process, shard) for shard in shards]
+        try:
+            for done in _as_they_finish(futures, lambda: progress.update(counter.value - progress.n)):
+                _report(done.result())
+        except BrokenProcessPool as error:
+            raise DataError("a packing process was killed, most likely for want of memory: each holds one shard; give "
+                            "fewer --workers or a smaller --shard-size, and start again to go on") from error  # fmt: skip
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _as_they_finish(futures: list[Future], meanwhile) -> Iterator[Future]:
+    waiting = set(futures)
+    while waiting:
+        finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+        meanwhile()
+        yield from finished
+
+
+def _start_process(*inherited) -> None:
+    global _in_process
+    _in_process = inherited
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it, and stops
+
+
+def _pack_in_process(shard: tuple[str, int]) -> list[str]:
+    plan, skip, counter = _in_process
+
+    def count(images: int) -> None:
+        with counter.get_lock():
+            counter.value += images
+
+    return pack_shard(plan, *shard, skip, count)
+
+
+def _report(skipped: list[str]) -> None:
+    for reason in skipped:
+        tqdm.write(f"skipped: {reason}", file=sys.stderr)
