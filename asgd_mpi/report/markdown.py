@@ -1,4 +1,4 @@
-"""The report as Markdown: one template, filled from a `Summary`; every value is escaped."""
+"""The reports as Markdown: templates, filled from a `Summary` or a `Comparison`; every value is escaped."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from asgd_mpi.record.events import PHASES
 from asgd_mpi.record.summary import Summary
 from asgd_mpi.report import units
 from asgd_mpi.report.advice import advise
+from asgd_mpi.report.compare import Comparison
 from asgd_mpi.report.cost import Cost
 
 MAX_ROWS = 20     # of a table that grows with the length of the run or the number of ranks
@@ -21,15 +22,24 @@ MARKUP = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")  # an undersco
 
 
 def render(summary: Summary, cost: Cost | None = None) -> str:
-    """Lay out the Markdown."""
+    """Lay out the Markdown of one run."""
+    return _template("report.md.j2").render(
+        s=summary, cost=cost, advice=advise(summary, cost), phases=PHASES,
+        epochs=list(zip(summary.epochs, summary.audit.epochs, strict=True)))
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Lay out the Markdown of several runs."""
+    return _template("comparison.md.j2").render(c=comparison)
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_plain)
     environment.filters.update(number=units.number, rate=units.rate, percent=units.percent, seconds=units.seconds,
                                size=units.size, thin=thin, left_out=left_out, bar=_bar)
-    return environment.get_template("report.md.j2").render(
-        s=summary, cost=cost, advice=advise(summary, cost), phases=PHASES,
-        epochs=list(zip(summary.epochs, summary.audit.epochs, strict=True)))
+    return environment.get_template(name)
 
 
 def thin(rows: Sequence[Any]) -> list[Any]:
