@@ -2,8 +2,8 @@
 
 In: `config.yaml`, `versions.json`, `metrics/rankNNN.jsonl`, `pushes.log`, any of the last three missing or damaged.
 Out: one `Summary`, with what is missing or damaged named in `problems`. The files are read once, line by line, and
-added up while they are read: memory grows with the ranks, the epochs and the validations, never with the pushes. No
-text is laid out here (`report.py`), nothing is written, and neither MPI nor torch is needed.
+added up while they are read (`readings`): memory grows with the ranks, the epochs and the validations, never with the
+pushes. No text is laid out here (`report`), nothing is written, and neither MPI nor torch is needed.
 
 Images are those applied at the server (`pushes.log`) or, without that file, those trained by the workers (metrics).
 """
@@ -13,40 +13,21 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from collections import Counter
+from typing import Any
 
 import msgspec
 import yaml
 
 from asgd_mpi.record.audit import Audit, audit
-from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, Note, Push, Start, Validation,
-                                    read_events, read_pushes)
+from asgd_mpi.record.events import Checkpoint, Validation, read_events, read_pushes
+from asgd_mpi.record.readings import COUNTERS, Epoch, Lines, Metrics, Rank, RankNote, Status, Training
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.timeline import Bins, Timeline
 
 CONFIG_KEYS = ("model.name", "data.path", "data.batch_size", "run.epochs", "run.seed", "rule.name", "rule.momentum",
                "schedule.lr")
-COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched")
 MAX_BINS = 20         # of the staleness histogram
-MAX_NOTES = 50        # kept; the rest is counted
-Status = Literal["finished", "failed", "unfinished"]
-
-
-class Rank(msgspec.Struct):
-    """One metrics file: the sums of its intervals."""
-
-    rank: int
-    role: str
-    host: str = "unknown"
-    device: str = "unknown"
-    status: Status = "unfinished"
-    reason: str = ""
-    ended: float | None = None                 # Unix seconds of the End event
-    seconds: float = 0.0                       # covered by intervals
-    phases: dict[str, float] = msgspec.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # seconds
-    counts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
 
 class Worker(msgspec.Struct):
@@ -63,13 +44,6 @@ class Worker(msgspec.Struct):
     is_straggler: bool                         # below half of the median images/s
 
 
-class Epoch(msgspec.Struct):
-    epoch: int
-    pushes: int = 0
-    images: int = 0
-    mean_loss: float | None = None             # training loss, every image weighing the same
-
-
 class Bin(msgspec.Struct):
     low: int                                   # staleness from low to high, both included
     high: int
@@ -80,12 +54,6 @@ class Staleness(msgspec.Struct):
     mean: float
     max: int
     histogram: list[Bin]
-
-
-class RankNote(msgspec.Struct):
-    t: float
-    rank: int
-    text: str
 
 
 class Summary(msgspec.Struct):
@@ -123,6 +91,10 @@ class Summary(msgspec.Struct):
     checkpoints: list[Checkpoint]
     notes: list[RankNote]
     notes_left_out: int
+    num_parameters: int
+    apply_s: float | None                      # the server's time for one update, mean
+    server_busy: float | None                  # 0..1: apply and checkpoint, of the server's covered time
+    timeline: Timeline
     audit: Audit
 
     @property
@@ -130,115 +102,10 @@ class Summary(msgspec.Struct):
         return [worker for worker in self.workers if worker.is_straggler]
 
 
-class _Lines:
-    """Reads files line by line; counts what cannot be read instead of stopping."""
-
-    def __init__(self, run: RunDir):
-        self._run = run
-        self.problems: list[str] = []
-        self.unreadable: dict[str, int] = {}
-
-    def read(self, reader: Callable[[Path], Iterator[Any]], path: Path) -> Iterator[Any]:
-        name, unreadable = str(path.relative_to(self._run.path)), 0
-        try:
-            for item in reader(path):
-                if item is None:
-                    unreadable += 1
-                else:
-                    yield item
-        except (OSError, UnicodeError) as error:
-            self.problems.append(f"{name} cannot be read to its end ({type(error).__name__}); the rest is left out.")
-        if unreadable:
-            self.unreadable[name] = unreadable
-            self.problems.append(f"{name}: {unreadable} unreadable line{'s' * (unreadable > 1)} left out "
-                                 "(cut off, damaged, or of a newer version).")
-
-
-class _Metrics:
-    """The sums over all metrics files."""
-
-    def __init__(self) -> None:
-        self.ranks: dict[int, Rank] = {}
-        self.num_workers = self.num_samples = self.total_samples = 0   # samples: of an epoch, of the run
-        self.reads_own_pushes = True
-        self.started = math.inf
-        self.last_t = -math.inf
-        self.validations: list[Validation] = []
-        self.checkpoints: list[Checkpoint] = []
-        self.notes: list[RankNote] = []
-        self.notes_left_out = 0
-
-    def read(self, number: int, events: Iterable[Event]) -> None:
-        rank = self.ranks[number] = Rank(number, "worker" if number else "server")
-        for event in events:
-            self._add(rank, event)
-
-    def _add(self, rank: Rank, event: Event) -> None:
-        self.last_t = max(self.last_t, event.t1 if isinstance(event, Interval) else event.t)
-        match event:
-            case Interval():
-                rank.seconds += event.t1 - event.t0
-                for phase in PHASES:
-                    rank.phases[phase] += getattr(event, phase)
-                for counter in COUNTERS:
-                    rank.counts[counter] += getattr(event, counter)
-            case Start():
-                rank.role, rank.host, rank.device = event.role, event.host, event.device
-                self.started = min(self.started, event.t)
-                self.num_workers = max(self.num_workers, event.num_workers)
-                self.reads_own_pushes = self.reads_own_pushes and event.reads_own_pushes
-                self.num_samples = max(self.num_samples, event.num_samples)
-                self.total_samples = max(self.total_samples, event.total_samples)
-            case Validation():
-                self.validations.append(event)
-            case Checkpoint():
-                self.checkpoints.append(event)
-            case Note() if len(self.notes) < MAX_NOTES:
-                self.notes.append(RankNote(event.t, rank.rank, event.text))
-            case Note():
-                self.notes_left_out += 1
-            case End():
-                rank.status, rank.reason, rank.ended = event.status, event.reason, event.t
-
-
-class _Training:
-    """The sums over `pushes.log`."""
-
-    def __init__(self) -> None:
-        self.first: Push | None = None
-        self.last: Push | None = None
-        self.last_t = -math.inf
-        self.positions = self.images = self.skipped = 0
-        self.staleness: Counter[int] = Counter()                        # staleness -> pushes
-        self.by_worker: dict[int, Counter[str]] = defaultdict(Counter)  # 0-based -> pushes, images, staleness
-        self.epochs: dict[int, Epoch] = {}
-
-    def watch(self, pushes: Iterable[Push]) -> Iterator[Push]:
-        """Add up the pushes on their way to somebody else."""
-        for push in pushes:
-            images = push.positions - push.skipped
-            self.first, self.last = self.first or push, push
-            self.last_t = max(self.last_t, push.t)
-            self.positions += push.positions
-            self.images += images
-            self.skipped += push.skipped
-            self.staleness[push.staleness] += 1
-            worker = self.by_worker[push.worker]
-            worker["pushes"] += 1
-            worker["images"] += images
-            worker["staleness"] += push.staleness
-            epoch = self.epochs.setdefault(push.epoch, Epoch(push.epoch))
-            epoch.pushes += 1
-            if images:
-                epoch.mean_loss = epoch.mean_loss or 0.0
-                epoch.images += images
-                epoch.mean_loss += (push.loss - epoch.mean_loss) * images / epoch.images
-            yield push
-
-
 def summarize(run: RunDir) -> Summary:
     """Compute the `Summary` of a run: finished, failed, killed or still going."""
-    lines, metrics, training = _Lines(run), _Metrics(), _Training()
+    lines, bins = Lines(run), Bins()
+    metrics, training = Metrics(bins), Training(bins)
     for path in sorted(run.metrics.glob("rank*.jsonl")):
         number = path.stem.removeprefix("rank")
         if number.isdecimal():
@@ -251,8 +118,10 @@ def summarize(run: RunDir) -> Summary:
     sent = {counter: sum(rank.counts[counter] for rank in ranks if rank.rank) for counter in COUNTERS}  # by the workers
     started = metrics.started if metrics.started < math.inf else training.first and training.first.t
     last_t = max(metrics.last_t, training.last_t)
-    training_s = _elapsed(started, training.last_t if training.last else last_t)
+    stopped = training.last_t if training.last else last_t
+    training_s = _elapsed(started, stopped)
     images = training.images if training.last else sent["images"]
+    server = metrics.ranks.get(0, Rank(0, "server"))
     validations = sorted(metrics.validations, key=lambda validation: validation.t)
     settings, versions = _read_config(run, lines.problems), _read_versions(run, lines.problems)
     status, reason = _status(run, ranks)
@@ -270,7 +139,10 @@ def summarize(run: RunDir) -> Summary:
         workers=_workers(metrics, training, checked.num_workers, images, training_s), ranks=ranks,
         staleness=_staleness(training.staleness), epochs=[epoch for _, epoch in sorted(training.epochs.items())],
         validations=validations, checkpoints=sorted(metrics.checkpoints, key=lambda checkpoint: checkpoint.t),
-        notes=sorted(metrics.notes, key=lambda note: note.t), notes_left_out=metrics.notes_left_out, audit=checked)
+        notes=sorted(metrics.notes, key=lambda note: note.t), notes_left_out=metrics.notes_left_out,
+        num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
+        server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
+        timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked)
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:
@@ -281,7 +153,7 @@ def _elapsed(start: float | None, stop: float) -> float | None:
     return stop - start if start is not None and stop > start else None
 
 
-def _workers(metrics: _Metrics, training: _Training, num_workers: int, images: int,
+def _workers(metrics: Metrics, training: Training, num_workers: int, images: int,
              training_s: float | None) -> list[Worker]:
     workers = []
     for number in range(1, num_workers + 1):
@@ -324,7 +196,7 @@ def _status(run: RunDir, ranks: list[Rank]) -> tuple[Status, str]:
     return "unfinished", "killed or still running"
 
 
-def _problems(run: RunDir, metrics: _Metrics, num_workers: int) -> list[str]:
+def _problems(run: RunDir, metrics: Metrics, num_workers: int) -> list[str]:
     """What the metrics lack."""
     problems = []
     if not metrics.ranks:

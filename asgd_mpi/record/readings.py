@@ -1,0 +1,168 @@
+"""What is read from the files of a run directory, added up while it is read: ranks, events, pushes.
+
+Damaged lines and files are counted and named (`Lines`), never fatal. Memory grows with the ranks, the epochs and the
+validations, never with the pushes or the intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from asgd_mpi.record.events import PHASES, Checkpoint, End, Event, Interval, Note, Push, Start, Validation
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.timeline import Bins
+
+COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched")
+MAX_NOTES = 50        # kept; the rest is counted
+Status = Literal["finished", "failed", "unfinished"]
+
+
+class Rank(msgspec.Struct):
+    """One metrics file: the sums of its intervals."""
+
+    rank: int
+    role: str
+    host: str = "unknown"
+    device: str = "unknown"
+    status: Status = "unfinished"
+    reason: str = ""
+    ended: float | None = None                 # Unix seconds of the End event
+    last_t: float | None = None                # Unix seconds of the last thing it wrote
+    num_threads: int = 1
+    seconds: float = 0.0                       # covered by intervals
+    phases: dict[str, float] = msgspec.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # seconds
+    counts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+
+
+class Epoch(msgspec.Struct):
+    epoch: int
+    pushes: int = 0
+    images: int = 0
+    mean_loss: float | None = None             # training loss, every image weighing the same
+
+
+class RankNote(msgspec.Struct):
+    t: float
+    rank: int
+    text: str
+
+
+class Lines:
+    """Reads files line by line; counts what cannot be read instead of stopping."""
+
+    def __init__(self, run: RunDir):
+        self._run = run
+        self.problems: list[str] = []
+        self.unreadable: dict[str, int] = {}
+
+    def read(self, reader: Callable[[Path], Iterator[Any]], path: Path) -> Iterator[Any]:
+        name, unreadable = str(path.relative_to(self._run.path)), 0
+        try:
+            for item in reader(path):
+                if item is None:
+                    unreadable += 1
+                else:
+                    yield item
+        except (OSError, UnicodeError) as error:
+            self.problems.append(f"{name} cannot be read to its end ({type(error).__name__}); the rest is left out.")
+        if unreadable:
+            self.unreadable[name] = unreadable
+            self.problems.append(f"{name}: {unreadable} unreadable line{'s' * (unreadable > 1)} left out "
+                                 "(cut off, damaged, or of a newer version).")
+
+
+class Metrics:
+    """The sums over all metrics files."""
+
+    def __init__(self, bins: Bins) -> None:
+        self._bins = bins
+        self.ranks: dict[int, Rank] = {}
+        self.num_workers = self.num_samples = self.total_samples = 0   # samples: of an epoch, of the run
+        self.num_parameters = 0
+        self.reads_own_pushes = True
+        self.started = math.inf
+        self.last_t = -math.inf
+        self.validations: list[Validation] = []
+        self.checkpoints: list[Checkpoint] = []
+        self.notes: list[RankNote] = []
+        self.notes_left_out = 0
+
+    def read(self, number: int, events: Iterable[Event]) -> None:
+        rank = self.ranks[number] = Rank(number, "worker" if number else "server")
+        for event in events:
+            self._add(rank, event)
+
+    def _add(self, rank: Rank, event: Event) -> None:
+        t = event.t1 if isinstance(event, Interval) else event.t
+        self.last_t = max(self.last_t, t)
+        rank.last_t = t if rank.last_t is None else max(rank.last_t, t)
+        match event:
+            case Interval():
+                rank.seconds += event.t1 - event.t0
+                for phase in PHASES:
+                    rank.phases[phase] += getattr(event, phase)
+                for counter in COUNTERS:
+                    rank.counts[counter] += getattr(event, counter)
+                self._bins.add_interval(event, rank.rank)
+            case Start():
+                rank.role, rank.host, rank.device = event.role, event.host, event.device
+                rank.num_threads = event.threads
+                self.num_parameters = max(self.num_parameters, event.num_parameters)
+                self.started = min(self.started, event.t)
+                self.num_workers = max(self.num_workers, event.num_workers)
+                self.reads_own_pushes = self.reads_own_pushes and event.reads_own_pushes
+                self.num_samples = max(self.num_samples, event.num_samples)
+                self.total_samples = max(self.total_samples, event.total_samples)
+            case Validation():
+                self.validations.append(event)
+            case Checkpoint():
+                self.checkpoints.append(event)
+            case Note() if len(self.notes) < MAX_NOTES:
+                self.notes.append(RankNote(event.t, rank.rank, event.text))
+            case Note():
+                self.notes_left_out += 1
+            case End():
+                rank.status, rank.reason, rank.ended = event.status, event.reason, event.t
+
+
+class Training:
+    """The sums over `pushes.log`."""
+
+    def __init__(self, bins: Bins) -> None:
+        self._bins = bins
+        self.first: Push | None = None
+        self.last: Push | None = None
+        self.last_t = -math.inf
+        self.positions = self.images = self.skipped = 0
+        self.staleness: Counter[int] = Counter()                        # staleness -> pushes
+        self.by_worker: dict[int, Counter[str]] = defaultdict(Counter)  # 0-based -> pushes, images, staleness
+        self.epochs: dict[int, Epoch] = {}
+
+    def watch(self, pushes: Iterable[Push]) -> Iterator[Push]:
+        """Add up the pushes on their way to somebody else."""
+        for push in pushes:
+            images = push.positions - push.skipped
+            self._bins.add_push(push)
+            self.first, self.last = self.first or push, push
+            self.last_t = max(self.last_t, push.t)
+            self.positions += push.positions
+            self.images += images
+            self.skipped += push.skipped
+            self.staleness[push.staleness] += 1
+            worker = self.by_worker[push.worker]
+            worker["pushes"] += 1
+            worker["images"] += images
+            worker["staleness"] += push.staleness
+            epoch = self.epochs.setdefault(push.epoch, Epoch(push.epoch))
+            epoch.pushes += 1
+            if images:
+                epoch.mean_loss = epoch.mean_loss or 0.0
+                epoch.images += images
+                epoch.mean_loss += (push.loss - epoch.mean_loss) * images / epoch.images
+            yield push

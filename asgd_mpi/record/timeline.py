@@ -1,0 +1,200 @@
+"""What a run did over time, in a bounded number of equally wide bins, whatever the length of the run.
+
+In: pushes (`add_push`) and the intervals of the metrics files (`add_interval`), in any order. Out: a `Timeline`, whose
+lists have one entry a bin; None stands for a number that the bin does not give. The bins start fine; when the run
+outgrows MAX_BINS of them their width doubles, so memory grows with the workers and never with the pushes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+
+import msgspec
+
+from asgd_mpi.record.events import Interval, Push
+
+FINEST_S = 0.25
+MAX_BINS = 128
+MAX_SERIES = 12       # workers with a line of their own; of more, the slowest and the fastest half of that
+
+
+class WorkerSeries(msgspec.Struct):
+    rank: int
+    images_per_s: list[float]
+
+
+class Timeline(msgspec.Struct):
+    """Times are seconds after the first Start; rates are per second over the bin."""
+
+    width_s: float = FINEST_S
+    t: list[float] = msgspec.field(default_factory=list)            # middle of the bin
+    images_per_s: list[float] = msgspec.field(default_factory=list)
+    staleness: list[float | None] = msgspec.field(default_factory=list)       # mean
+    staleness_max: list[int | None] = msgspec.field(default_factory=list)
+    loss: list[float | None] = msgspec.field(default_factory=list)            # training loss, mean over images
+    lr: list[float | None] = msgspec.field(default_factory=list)              # mean over pushes
+    server_busy: list[float | None] = msgspec.field(default_factory=list)     # 0..1 of the time covered by intervals
+    pushed_bytes_per_s: list[float] = msgspec.field(default_factory=list)
+    fetched_bytes_per_s: list[float] = msgspec.field(default_factory=list)
+    worker_lowest: list[float] = msgspec.field(default_factory=list)          # images/s of the slowest in the bin
+    worker_median: list[float] = msgspec.field(default_factory=list)
+    worker_highest: list[float] = msgspec.field(default_factory=list)
+    workers: list[WorkerSeries] = msgspec.field(default_factory=list)
+
+
+@dataclass
+class _Bin:
+    """Sums, so that two bins can be merged."""
+
+    images: int = 0
+    pushes: int = 0
+    staleness: int = 0
+    staleness_max: int = -1
+    loss: float = 0.0                          # times images
+    lr: float = 0.0                            # over pushes
+    applied: Counter[int] = field(default_factory=Counter)     # worker, 0-based -> images
+    trained: Counter[float] = field(default_factory=Counter)   # the same by the worker's own metrics
+    busy_s: float = 0.0                        # of the server
+    covered_s: float = 0.0                     # by the server's intervals
+    bytes_pushed: float = 0.0
+    bytes_fetched: float = 0.0
+
+    def take(self, other: _Bin) -> None:
+        for name in ("images", "pushes", "staleness", "loss", "lr", "busy_s", "covered_s", "bytes_pushed",
+                     "bytes_fetched"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.staleness_max = max(self.staleness_max, other.staleness_max)
+        self.applied.update(other.applied)
+        self.trained.update(other.trained)
+
+
+@dataclass
+class _Span:
+    """A bin cut to what the run covers of it."""
+
+    start: float
+    stop: float
+    sums: _Bin
+
+    @property
+    def seconds(self) -> float:
+        return self.stop - self.start
+
+
+class Bins:
+    """Adds up a run by time; `timeline` reads the result."""
+
+    def __init__(self) -> None:
+        self._width_s = FINEST_S
+        self._bins: dict[int, _Bin] = {}       # n -> the bin of [n, n + 1) widths, in Unix time
+        self._low, self._high = math.inf, -math.inf
+
+    def add_push(self, push: Push) -> None:
+        images = push.positions - push.skipped
+        self._reach(push.t)
+        into = self._bin(math.floor(push.t / self._width_s))
+        into.images += images
+        into.pushes += 1
+        into.staleness += push.staleness
+        into.staleness_max = max(into.staleness_max, push.staleness)
+        into.loss += push.loss * images
+        into.lr += push.lr
+        into.applied[push.worker] += images
+
+    def add_interval(self, interval: Interval, rank: int) -> None:
+        """Spread an interval evenly over the bins that it touches."""
+        length = interval.t1 - interval.t0
+        if length <= 0:
+            return
+        self._reach(interval.t0)
+        self._reach(interval.t1)
+        busy_s = interval.apply + interval.checkpoint
+        for number in range(math.floor(interval.t0 / self._width_s), math.floor(interval.t1 / self._width_s) + 1):
+            covered = min(interval.t1, (number + 1) * self._width_s) - max(interval.t0, number * self._width_s)
+            into = self._bin(number)
+            if rank == 0:
+                into.busy_s += busy_s * covered / length
+                into.covered_s += covered
+            else:
+                into.trained[rank - 1] += interval.images * covered / length
+                into.bytes_pushed += interval.bytes_pushed * covered / length
+                into.bytes_fetched += interval.bytes_fetched * covered / length
+
+    def timeline(self, started: float | None, stopped: float, num_workers: int) -> Timeline:
+        """The lists over [started, stopped], Unix seconds: the first Start to the last push or, without one, the end.
+
+        Images are those applied or, if no push was recorded, those trained by the workers' metrics.
+        """
+        if started is None or not stopped > started:
+            return Timeline()
+        self._reach(started)
+        self._reach(stopped)
+        spans = _spans(self._bins, self._width_s, started, stopped)
+        counts = "applied" if any(sums.pushes for sums in self._bins.values()) else "trained"
+        workers = [[getattr(span.sums, counts)[worker] / span.seconds for span in spans] for worker in range(num_workers)]
+        return Timeline(
+            width_s=self._width_s,
+            t=[(span.start + span.stop) / 2 - started for span in spans],
+            images_per_s=[sum(getattr(span.sums, counts).values()) / span.seconds for span in spans],
+            staleness=_means(spans, "staleness", "pushes"),
+            staleness_max=[span.sums.staleness_max if span.sums.pushes else None for span in spans],
+            loss=_means(spans, "loss", "images"), lr=_means(spans, "lr", "pushes"),
+            server_busy=_means(spans, "busy_s", "covered_s"),
+            pushed_bytes_per_s=[span.sums.bytes_pushed / span.seconds for span in spans],
+            fetched_bytes_per_s=[span.sums.bytes_fetched / span.seconds for span in spans],
+            worker_lowest=[min(rates) for rates in zip(*workers)],
+            worker_median=[statistics.median(rates) for rates in zip(*workers)],
+            worker_highest=[max(rates) for rates in zip(*workers)],
+            workers=_chosen(workers))
+
+    def _bin(self, number: int) -> _Bin:
+        found = self._bins.get(number)
+        if found is None:
+            found = self._bins[number] = _Bin()
+        return found
+
+    def _reach(self, t: float) -> None:
+        """Widen the bins until MAX_BINS of them reach from the earliest time to the latest."""
+        if self._low <= t <= self._high:
+            return
+        self._low, self._high = min(self._low, t), max(self._high, t)
+        while math.floor(self._high / self._width_s) - math.floor(self._low / self._width_s) >= MAX_BINS:
+            self._width_s *= 2
+            bins, self._bins = self._bins, {}
+            for number, sums in bins.items():
+                self._bin(number // 2).take(sums)
+
+
+def _spans(bins: dict[int, _Bin], width_s: float, started: float, stopped: float) -> list[_Span]:
+    """One span a bin between the two times; a piece of a bin at either end goes with its neighbour."""
+    spans = []
+    for number in range(math.floor(started / width_s), math.floor(stopped / width_s) + 1):
+        start, stop = max(started, number * width_s), min(stopped, (number + 1) * width_s)
+        if stop > start:
+            spans.append(_Span(start, stop, bins.get(number, _Bin())))
+    for here, there in ((0, 1), (-1, -2)):
+        if len(spans) > 1 and spans[here].seconds < width_s / 2:
+            short, beside = spans.pop(here), spans[here]
+            beside.start, beside.stop = min(beside.start, short.start), max(beside.stop, short.stop)
+            merged = _Bin()
+            merged.take(beside.sums)
+            merged.take(short.sums)
+            beside.sums = merged
+    return spans
+
+
+def _means(spans: list[_Span], amount: str, weight: str) -> list[float | None]:
+    return [getattr(span.sums, amount) / getattr(span.sums, weight) if getattr(span.sums, weight) else None
+            for span in spans]
+
+
+def _chosen(workers: list[list[float]]) -> list[WorkerSeries]:
+    """All workers or, of many, the slowest and the fastest."""
+    numbers = range(len(workers))
+    if len(workers) > MAX_SERIES:
+        by_speed = sorted(numbers, key=lambda worker: sum(workers[worker]))
+        numbers = sorted(by_speed[:MAX_SERIES // 2] + by_speed[-(MAX_SERIES // 2):])
+    return [WorkerSeries(worker + 1, workers[worker]) for worker in numbers]

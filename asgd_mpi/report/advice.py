@@ -1,0 +1,163 @@
+"""What the numbers of a run suggest: a pure function from a `Summary` to sentences with the numbers in them.
+
+Every sentence says what was measured, what follows, and which option to turn. A rule that lacks its numbers is silent.
+"""
+
+from __future__ import annotations
+
+from asgd_mpi.record.events import PHASES
+from asgd_mpi.record.summary import Summary
+from asgd_mpi.report.cost import Cost
+from asgd_mpi.report.units import number, percent, seconds, short
+
+SATURATED = 0.8       # share of the time that the server is busy, from which more workers hardly help
+WAITS = 0.15          # share of the workers' time from which a phase is worth a word
+TORN = 0.05           # torn reads for each fetch
+PLATEAU = 0.001       # top-1 error that the last third of a run should at least gain
+MIN_VALIDATIONS = 6   # to speak of a plateau
+
+
+def advise(summary: Summary, cost: Cost | None = None) -> list[str]:
+    """The sentences, the weightiest first."""
+    rules = (_audit, _saturated, _waiting, _data, _fetch, _lease, _validate, _room, _stragglers, _torn, _skipped)
+    found = [sentence for rule in rules if (sentence := rule(summary))]
+    plateau = _plateau(summary, cost)
+    return [*found, plateau] if plateau else found
+
+
+def worker_shares(summary: Summary) -> dict[str, float]:
+    """Phase -> share of the time that all workers' intervals cover, 0..1; empty without intervals."""
+    workers = [rank for rank in summary.ranks if rank.rank]
+    total = sum(rank.seconds for rank in workers)
+    return {phase: sum(rank.phases[phase] for rank in workers) / total for phase in PHASES} if total else {}
+
+
+def seconds_per_push(summary: Summary) -> dict[str, float]:
+    """Phase -> a worker's seconds for one push, mean over all; empty without pushes."""
+    workers = [rank for rank in summary.ranks if rank.rank]
+    pushes = sum(rank.counts["pushes"] for rank in workers)
+    return {phase: sum(rank.phases[phase] for rank in workers) / pushes for phase in PHASES} if pushes else {}
+
+
+def _audit(summary: Summary) -> str | None:
+    if not summary.audit.violations:
+        return None
+    return (f"The record contradicts itself ({'; '.join(summary.audit.violations)}): do not trust the weights of this run "
+            "before the cause is known.")
+
+
+def _saturated(summary: Summary) -> str | None:
+    step = seconds_per_push(summary)
+    if (summary.server_busy or 0) < SATURATED or not summary.apply_s or not step or not summary.images_per_s:
+        return None
+    pushes = sum(worker.pushes for worker in summary.workers)
+    batch = summary.images / pushes
+    own = step["data"] + step["compute"]
+    doubled = min(2 * batch / summary.apply_s,
+                  summary.num_workers * 2 * batch / (2 * own + step["fetch"] + summary.apply_s))
+    gain = doubled / summary.images_per_s - 1
+    text = (f"The server is busy {percent(summary.server_busy, 0)} of the time: one update takes {short(summary.apply_s)}, "
+            f"so it applies at most {number(batch / summary.apply_s, 0)} images/s at {number(batch, 0)} images a push. "
+            "More workers will not help.")
+    if gain > 0.05:
+        text += (f" Twice the batch (--data.batch_size {round(2 * batch)}) halves the updates for each image: expected up to "
+                 f"+{percent(gain, 0)}, if a step then takes twice as long. Choose the learning rate anew.")
+    return text
+
+
+def _waiting(summary: Summary) -> str | None:
+    share = worker_shares(summary).get("push", 0.0)
+    if share < WAITS or summary.server_busy is None or summary.server_busy >= SATURATED:
+        return None
+    hosts = {rank.host for rank in summary.ranks}
+    text = (f"The workers spend {percent(share, 0)} of their time in push while the server is busy only "
+            f"{percent(summary.server_busy, 0)}: they wait for the message to travel, not for the update. ")
+    if len(hosts) == 1 and not any(worker.device.startswith("cuda") for worker in summary.workers):
+        return text + (f"All {summary.num_workers + 1} ranks compute on the CPUs of one host: give each rank a core of its "
+                       "own, or start fewer.")
+    return text + ("Compare the bandwidth below with the link's, see that the server has a core of its own, and send less "
+                   "often: a larger --data.batch_size.")
+
+
+def _data(summary: Summary) -> str | None:
+    share = worker_shares(summary).get("data", 0.0)
+    if share < WAITS:
+        return None
+    return (f"The workers wait {percent(share, 0)} of their time for images: raise --data.threads, or keep the shards on a "
+            f"faster disk. Without that wait up to +{percent(share / (1 - share), 0)} images/s." if share < 1 else None)
+
+
+def _fetch(summary: Summary) -> str | None:
+    share, step = worker_shares(summary).get("fetch", 0.0), seconds_per_push(summary)
+    if share < WAITS or not step:
+        return None
+    return (f"Fetching the weights takes {percent(share, 0)} of the workers' time, {short(step['fetch'])} for each push: a "
+            "larger --data.batch_size fetches less often.")
+
+
+def _lease(summary: Summary) -> str | None:
+    share = worker_shares(summary).get("idle", 0.0)
+    if share < WAITS:
+        return None
+    return (f"The workers are idle {percent(share, 0)} of their time: they hold no lease, as at the end of a run. A "
+            "smaller --data.lease_batches shares the rest out more evenly.")
+
+
+def _validate(summary: Summary) -> str | None:
+    share = worker_shares(summary).get("validate", 0.0)
+    if share < WAITS:
+        return None
+    return (f"Validation takes {percent(share, 0)} of the workers' time ({len(summary.validations)} validations): a larger "
+            "--run.validate_every gives it back to training.")
+
+
+def _room(summary: Summary) -> str | None:
+    """How many workers like these keep the server busy all the time."""
+    step = seconds_per_push(summary)
+    if (summary.server_busy or 0) >= SATURATED or not summary.apply_s or not step:
+        return None
+    cycle = step["data"] + step["compute"] + step["fetch"]
+    limit = int(1 + cycle / summary.apply_s)
+    return (f"The server is busy {percent(summary.server_busy, 0)} of the time; one update takes {short(summary.apply_s)}, a "
+            f"worker's step {short(cycle)}. It can serve about {limit:,} workers like these before it is the limit, if the link and "
+            "the cores allow.")
+
+
+def _stragglers(summary: Summary) -> str | None:
+    slow = summary.stragglers
+    if not slow:
+        return None
+    names = ", ".join(f"rank {worker.rank} ({worker.device} on {worker.host}): {number(worker.images_per_s)} images/s"
+                      for worker in slow[:5])
+    more = f", and {len(slow) - 5} more" if len(slow) > 5 else ""
+    share = sum(worker.share or 0.0 for worker in slow)
+    return (f"Below half of the median speed: {names}{more}. Nobody waits for them; they did {percent(share)} of the work, "
+            "with the stalest gradients. Look at what else runs there, or leave them out.")
+
+
+def _torn(summary: Summary) -> str | None:
+    if not summary.fetches or summary.torn_reads < TORN * summary.fetches:
+        return None
+    return (f"{summary.torn_reads:,} reads of {summary.fetches:,} fetches were torn and done again: raise --exchange.ring, so that "
+            "a snapshot stays longer before it is overwritten.")
+
+
+def _skipped(summary: Summary) -> str | None:
+    if not summary.skipped_images:
+        return None
+    return f"{summary.skipped_images:,} damaged images were left out: the notes name them; make their shards again."
+
+
+def _plateau(summary: Summary, cost: Cost | None) -> str | None:
+    scores = summary.validations
+    if len(scores) < MIN_VALIDATIONS or summary.started is None or not summary.duration_s:
+        return None
+    last = -(-2 * len(scores) // 3)
+    best = min(scores[:last], key=lambda score: score.top1_error)
+    if min(score.top1_error for score in scores[last:]) < best.top1_error - PLATEAU:
+        return None
+    rest = max(0.0, 1 - (best.t - summary.started) / summary.duration_s)
+    price = f", {cost.total * rest:,.2f} of the {cost.total:,.2f} it cost" if cost else ""
+    return (f"No better since epoch {best.epoch:.1f} ({percent(best.top1_error, 2)} top-1 error): the last {percent(rest, 0)} of "
+            f"the run ({seconds(rest * summary.duration_s)}{price}) gained nothing. Stop earlier, or lower the learning rate "
+            "sooner.")

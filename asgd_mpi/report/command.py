@@ -1,0 +1,98 @@
+"""`python -m asgd_mpi.report RUN_DIR [RUN_DIR ...]`: what runs did and where their time went, from their directories alone.
+
+Several are compared (`compare`). For one, prints Markdown and writes `report/report.html`, `report/report.md` and `report/report.json` (a `Summary`, and the advice).
+Works on a run that finished, failed, was killed or is still going, on any machine: it imports neither MPI nor torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import jsonargparse
+import msgspec
+
+from asgd_mpi.errors import RunDirError, UserError
+from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.summary import Summary, summarize
+from asgd_mpi.report.advice import advise
+from asgd_mpi.report.compare import compare
+from asgd_mpi.report.cost import Cost, price
+from asgd_mpi.report.markdown import render, render_comparison
+
+
+def make_parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m asgd_mpi.report", description="Report what a run did and where its time went, or compare several.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=str, nargs="+", help="A directory that asgd_mpi.train made; several "
+                        "are compared, and the comparison is written to --out.")
+    parser.add_argument("--no-write", action="store_true", help="Only print; leave RUN_DIR/report as it is.")
+    parser.add_argument("--price-per-gpu-hour", type=Optional[float], metavar="PRICE",
+                        help="What a GPU costs in an hour, in any currency: adds the cost.")
+    parser.add_argument("--target-accuracy", type=Optional[float], metavar="PERCENT", help="Of a comparison: top-1 accuracy "
+                        "whose time and cost are compared (default: the best that all runs reach).")
+    parser.add_argument("--out", type=str, default="comparison", metavar="DIR", help="Where a comparison is written.")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    try:
+        runs = [RunDir.open(path) for path in options.run_dir]
+        if len(runs) > 1:
+            _compare(runs, options)
+        else:
+            _report(runs[0], options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _report(run: RunDir, options: jsonargparse.Namespace) -> None:
+    summary = summarize(run)
+    cost = None if options.price_per_gpu_hour is None else price(summary, options.price_per_gpu_hour)
+    markdown = render(summary, cost)
+    print(markdown, end="")
+    if not options.no_write:
+        write(run, summary, markdown, cost)
+
+
+def _compare(runs: list[RunDir], options: jsonargparse.Namespace) -> None:
+    summaries = [summarize(run) for run in runs]
+    target = None if options.target_accuracy is None else options.target_accuracy / 100
+    comparison = compare(summaries, target, options.price_per_gpu_hour)
+    markdown = render_comparison(comparison)
+    print(markdown, end="")
+    if not options.no_write:
+        from asgd_mpi.report.comparison import page
+
+        out = _directory(Path(options.out))
+        write_whole(out / "comparison.md", markdown.encode())
+        write_whole(out / "comparison.json", _json(msgspec.to_builtins(comparison)))
+        write_whole(out / "comparison.html", page(comparison, summaries).encode())
+
+
+def write(run: RunDir, summary: Summary, markdown: str, cost: Cost | None = None) -> None:
+    """Write `report/report.html`, `report.md` and `report.json`. Raises RunDirError."""
+    from asgd_mpi.report.page import page  # loads matplotlib: a rank of a run that only trains does without
+
+    facts = msgspec.to_builtins(summary) | {"advice": advise(summary, cost), "cost": msgspec.to_builtins(cost)}
+    out = _directory(run.report)
+    write_whole(out / "report.md", markdown.encode())
+    write_whole(out / "report.json", _json(facts))
+    write_whole(out / "report.html", page(summary, cost).encode())
+
+
+def _directory(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(f"cannot make {path}: {error.strerror}. --no-write only prints the report.") from error
+    return path
+
+
+def _json(facts: dict) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n"

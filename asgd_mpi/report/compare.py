@@ -1,0 +1,173 @@
+"""Several runs side by side: what more workers bring in images/s, in time to an accuracy, and for the money. Pure.
+
+Speed-up and efficiency are against the runs with the fewest workers, taken as ideal. The limit is fitted:
+images/s X(N) = 1 / (c / N + b), with c a worker's seconds for an image and b the seconds that the shared part (server,
+link, cores) needs for one; 1 / b is the limit. Least squares on the relative error: X_i c / N_i + X_i b = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from asgd_mpi.record.events import Validation
+from asgd_mpi.record.summary import Summary
+from asgd_mpi.report import cost as costs
+from asgd_mpi.report.units import number, percent, seconds
+
+
+class Reached(msgspec.Struct):
+    """The first validation at the target accuracy or better."""
+
+    seconds: float                             # since the first Start
+    samples: int
+    epoch: float
+    images_per_s: float                        # samples / seconds, validations and start included
+    cost: float | None
+
+
+class Entry(msgspec.Struct):
+    """One run of the comparison."""
+
+    name: str
+    status: str
+    num_workers: int
+    images_per_s: float | None
+    speedup: float | None
+    efficiency: float | None                   # speedup / workers
+    mean_staleness: float | None
+    server_busy: float | None
+    best_accuracy: float | None                # 0..1, top-1
+    reached: Reached | None
+    cost: float | None                         # of the whole run
+
+
+class Fit(msgspec.Struct):
+    """X(N) = 1 / (worker_s / N + shared_s)."""
+
+    worker_s: float
+    shared_s: float
+
+    def images_per_s(self, num_workers: float) -> float:
+        return 1 / (self.worker_s / num_workers + self.shared_s)
+
+    @property
+    def limit(self) -> float | None:
+        """Images/s with any number of workers; None if the runs show none."""
+        return 1 / self.shared_s if self.shared_s > 0 else None
+
+    @property
+    def half_gain_workers(self) -> float | None:
+        """Where a further worker adds half of what the first one does: the slope is worker_s / (worker_s + N shared_s)^2."""
+        return (math.sqrt(2) - 1) * self.worker_s / self.shared_s if self.shared_s > 0 else None
+
+
+class Comparison(msgspec.Struct):
+    entries: list[Entry]                       # by workers
+    differences: dict[str, list[str]]          # setting -> its values, if they differ
+    target_accuracy: float | None              # 0..1
+    fit: Fit | None
+    sentences: list[str]
+
+
+def compare(summaries: Sequence[Summary], target_accuracy: float | None = None,
+            price_per_gpu_hour: float | None = None) -> Comparison:
+    """Put the runs side by side; without a target it is the best accuracy that all of them reach, to 0.1 %."""
+    summaries = sorted(summaries, key=lambda summary: (summary.num_workers, summary.name))
+    best = [max((1 - score.top1_error for score in summary.validations), default=None) for summary in summaries]
+    if target_accuracy is None and best and None not in best:
+        target_accuracy = math.floor(1000 * min(best) + 1e-9) / 1000
+    base = _base([summary for summary in summaries if summary.images_per_s])
+    entries = [_entry(summary, accuracy, base, target_accuracy, price_per_gpu_hour)
+               for summary, accuracy in zip(summaries, best)]
+    found = fit([(entry.num_workers, entry.images_per_s) for entry in entries if entry.images_per_s])
+    return Comparison(entries, _differences(summaries), target_accuracy, found,
+                      _sentences(entries, found, target_accuracy))
+
+
+def fit(points: Sequence[tuple[int, float]]) -> Fit | None:
+    """Fit the limit to (workers, images/s); None with fewer than two different numbers of workers."""
+    if len({num_workers for num_workers, _ in points}) < 2:
+        return None
+    rows = [(rate / num_workers, rate) for num_workers, rate in points]
+    uu, uv, vv = (sum(a * b for a, b in pairs) for pairs in (
+        [(u, u) for u, _ in rows], [(u, v) for u, v in rows], [(v, v) for _, v in rows]))
+    u1, v1 = sum(u for u, _ in rows), sum(v for _, v in rows)
+    determinant = uu * vv - uv * uv
+    worker_s, shared_s = (u1 * vv - v1 * uv) / determinant, (v1 * uu - u1 * uv) / determinant
+    if worker_s <= 0:                          # more workers brought nothing at all
+        return Fit(0.0, v1 / vv)
+    return Fit(worker_s, shared_s) if shared_s > 0 else Fit(u1 / uu, 0.0)
+
+
+def first_at(scores: Sequence[Validation], accuracy: float) -> Validation | None:
+    return next((score for score in scores if 1 - score.top1_error >= accuracy - 1e-9), None)
+
+
+def _base(summaries: list[Summary]) -> float | None:
+    """Images/s of one worker in the runs with the fewest."""
+    if not summaries:
+        return None
+    fewest = summaries[0].num_workers
+    rates = [summary.images_per_s / fewest for summary in summaries if summary.num_workers == fewest]
+    return sum(rates) / len(rates)
+
+
+def _entry(summary: Summary, accuracy: float | None, base: float | None, target: float | None,
+           price_per_gpu_hour: float | None) -> Entry:
+    cost = None if price_per_gpu_hour is None else costs.price(summary, price_per_gpu_hour)
+    speedup = summary.images_per_s / base if summary.images_per_s and base else None
+    score = first_at(summary.validations, target) if target is not None else None
+    reached = None
+    if score and summary.started is not None and score.t > summary.started:
+        elapsed = score.t - summary.started
+        reached = Reached(elapsed, score.samples, score.epoch, score.samples / elapsed,
+                          cost and cost.num_gpus * cost.price_per_gpu_hour * elapsed / 3600)
+    return Entry(summary.name, summary.status, summary.num_workers, summary.images_per_s, speedup,
+                 speedup and speedup / summary.num_workers, summary.staleness and summary.staleness.mean,
+                 summary.server_busy, accuracy, reached, cost and cost.total)
+
+
+def _differences(summaries: list[Summary]) -> dict[str, list[str]]:
+    """The settings that the runs do not share: whoever compares must know."""
+    keys = {key: None for summary in summaries for key in summary.config}
+    values = {key: [str(summary.config.get(key, "n/a")) for summary in summaries] for key in keys}
+    return {key: list(dict.fromkeys(found)) for key, found in values.items() if len(set(found)) > 1}
+
+
+def _sentences(entries: list[Entry], found: Fit | None, target: float | None) -> list[str]:
+    """What the comparison says, with the numbers."""
+    sentences = []
+    if found and found.limit:
+        most = max(entry.num_workers for entry in entries)
+        sentences.append(
+            f"More workers of this kind reach at most about {number(found.limit, 0)} images/s; from "
+            f"{_workers(max(1, round(found.half_gain_workers)))} on, a further one adds less than half of what the first did"
+            f"{'' if found.half_gain_workers <= most else f' (beyond the {most} measured: an extrapolation)'}.")
+    elif found:
+        sentences.append("Up to here images/s grow in proportion to the workers: these runs show no limit.")
+    there = [entry for entry in entries if entry.reached]
+    if target is not None and there:
+        fastest = min(there, key=lambda entry: entry.reached.seconds)
+        sentences.append(f"{percent(target)} top-1 accuracy was reached first by {fastest.name} ({_workers(fastest.num_workers)}), "
+                         f"after {seconds(fastest.reached.seconds)}.")
+        first, last = there[0], there[-1]
+        if last.num_workers > first.num_workers:
+            speed = last.reached.images_per_s / first.reached.images_per_s
+            samples = last.reached.samples / first.reached.samples
+            sentences.append(
+                f"From {first.num_workers} to {last.num_workers} workers: {speed:.2f} times the images/s, {samples:.2f} times the "
+                f"samples to that accuracy, so {speed / samples:.2f} times as fast to it.")
+        if all(entry.reached.cost is not None for entry in there):
+            cheapest = min(there, key=lambda entry: entry.reached.cost)
+            sentences.append(f"Cheapest to that accuracy: {cheapest.name} ({_workers(cheapest.num_workers)}), "
+                             f"{cheapest.reached.cost:.4g}.")
+    if short := [entry.name for entry in entries if target is not None and not entry.reached]:
+        sentences.append(f"Not reached by {', '.join(short)}.")
+    return sentences
+
+
+def _workers(count: int) -> str:
+    return f"{count:,} worker{'s' * (count != 1)}"

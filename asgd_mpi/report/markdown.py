@@ -1,0 +1,64 @@
+"""The reports as Markdown: templates, filled from a `Summary` or a `Comparison`; every value is escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from asgd_mpi.record.events import PHASES
+from asgd_mpi.record.summary import Summary
+from asgd_mpi.report import units
+from asgd_mpi.report.advice import advise
+from asgd_mpi.report.compare import Comparison
+from asgd_mpi.report.cost import Cost
+
+MAX_ROWS = 20     # of a table that grows with the length of the run or the number of ranks
+BAR_WIDTH = 40    # characters
+MARKUP = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is harmless
+
+
+def render(summary: Summary, cost: Cost | None = None) -> str:
+    """Lay out the Markdown of one run."""
+    return _template("report.md.j2").render(
+        s=summary, cost=cost, advice=advise(summary, cost), phases=PHASES,
+        epochs=list(zip(summary.epochs, summary.audit.epochs, strict=True)))
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Lay out the Markdown of several runs."""
+    return _template("comparison.md.j2").render(c=comparison)
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_plain)
+    environment.filters.update(number=units.number, rate=units.rate, percent=units.percent, seconds=units.seconds,
+                               size=units.size, thin=thin, left_out=left_out, bar=_bar)
+    return environment.get_template(name)
+
+
+def thin(rows: Sequence[Any]) -> list[Any]:
+    """Keep at most MAX_ROWS, evenly, with the first and the last."""
+    if len(rows) <= MAX_ROWS:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
+
+
+def left_out(rows: Sequence[Any]) -> int:
+    return max(0, len(rows) - MAX_ROWS)
+
+
+def _plain(value: Any) -> Any:
+    """Keep a name from being read as Markdown: jinja2 passes every value that it prints through here."""
+    if value is None:
+        return units.NONE
+    return MARKUP.sub(r"\\\g<0>", " ".join(value.splitlines())) if isinstance(value, str) else value
+
+
+def _bar(count: int, largest: int) -> str:
+    return "#" * -(-BAR_WIDTH * count // largest)  # rounded up: one push is seen

@@ -1,0 +1,106 @@
+"""Several runs side by side: the fit, the time to an accuracy, the cost, the page."""
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asgd_mpi import report
+from asgd_mpi.record.summary import summarize
+from asgd_mpi.report.compare import Fit, compare, fit
+from asgd_mpi.report.comparison import page
+from test_page import Reader
+from test_report import T0, make_pushes, make_run
+
+
+def make_summary(path, num_workers, images_per_s, errors, **changes):
+    """A run of `num_workers` whose k-th validation, at k seconds and k * 100 samples per worker, has the k-th error."""
+    summary = summarize(make_run(path / f"run{num_workers}", make_pushes(), validations=len(errors)))
+    for number, (score, error) in enumerate(zip(summary.validations, errors), start=1):
+        score.t, score.samples, score.epoch, score.top1_error = T0 + number, 100 * number * num_workers, float(number), error
+    return msgspec.structs.replace(summary, num_workers=num_workers, images_per_s=images_per_s, **changes)
+
+
+@pytest.fixture
+def summaries(tmp_path):
+    return [make_summary(tmp_path, 4, 320.0, [0.4, 0.1, 0.05]), make_summary(tmp_path, 1, 100.0, [0.5, 0.3, 0.2, 0.1])]
+
+
+@given(st.floats(1e-4, 1.0), st.floats(1e-6, 1.0))
+def test_the_fit_finds_the_law_that_made_the_numbers(worker_s, shared_s):
+    law = Fit(worker_s, shared_s)
+    found = fit([(n, law.images_per_s(n)) for n in (1, 2, 4, 8, 16)])
+    assert found.limit == pytest.approx(1 / shared_s, rel=1e-3) or found.shared_s < 1e-3 * worker_s / 16
+    assert [found.images_per_s(n) for n in (1, 5, 16)] == pytest.approx([law.images_per_s(n) for n in (1, 5, 16)], rel=1e-4)
+
+
+def test_the_half_gain_is_where_the_slope_is_half_of_the_first():
+    law = Fit(0.01, 0.0005)
+    n, step = law.half_gain_workers, 1e-4
+    slope = (law.images_per_s(n + step) - law.images_per_s(n)) / step
+    first = 1 / law.worker_s                       # the slope at no workers
+    assert slope / first == pytest.approx(0.5, rel=1e-3)
+
+
+def test_runs_in_proportion_show_no_limit_and_one_number_of_workers_no_fit():
+    assert fit([(1, 100.0), (2, 200.0), (4, 400.0)]).limit is None or fit([(1, 100.0), (4, 400.0)]).limit > 1e9
+    assert fit([(1, 100.0), (2, 230.0)]).limit is None
+    assert fit([(3, 100.0), (3, 110.0)]) is None
+
+
+def test_workers_that_bring_nothing_give_a_flat_fit():
+    found = fit([(1, 100.0), (4, 90.0)])
+    assert found.images_per_s(1) == found.images_per_s(100) == pytest.approx(95, abs=1)
+
+
+def test_speed_up_and_efficiency_are_against_the_smallest_run(summaries):
+    small, large = compare(summaries).entries
+    assert (small.num_workers, small.speedup, small.efficiency) == (1, 1.0, 1.0)
+    assert (large.speedup, large.efficiency) == (3.2, 0.8)
+
+
+def test_the_time_to_a_target_is_samples_over_images_per_second(summaries):
+    found = compare(summaries)
+    assert found.target_accuracy == pytest.approx(0.9)          # the best that both reach
+    small, large = (entry.reached for entry in found.entries)
+    assert (small.seconds, small.samples, small.images_per_s) == (4.0, 400, 100.0)
+    assert (large.seconds, large.samples, large.images_per_s) == (2.0, 800, 400.0)
+    assert "4.00 times the images/s, 2.00 times the samples to that accuracy, so 2.00 times as fast" in " ".join(found.sentences)
+
+
+def test_the_cost_to_a_target_is_that_of_the_gpus_until_then(summaries):
+    entries = compare(summaries, price_per_gpu_hour=3600.0).entries      # both recorded on 2 GPUs (see make_run)
+    assert [entry.reached.cost for entry in entries] == [2 * 4.0, 2 * 2.0]
+
+
+def test_a_target_that_a_run_misses_is_said(summaries):
+    found = compare(summaries, target_accuracy=0.93)
+    assert [entry.reached is not None for entry in found.entries] == [False, True]
+    assert "Not reached by run1." in found.sentences
+
+
+def test_other_settings_that_differ_are_named(summaries):
+    summaries[0].config = summaries[0].config | {"run.seed": 4}
+    assert compare(summaries).differences == {"run.seed": ["3", "4"]}
+    assert "run.seed: 3, 4" in Reader(page(compare(summaries), summaries)).text
+
+
+def test_runs_without_numbers_are_compared_as_far_as_they_go(summaries):
+    summaries[0] = msgspec.structs.replace(summaries[0], images_per_s=None, validations=[], started=None)
+    found = compare(summaries, price_per_gpu_hour=1.0)
+    assert found.fit is None and found.target_accuracy is None
+    assert Reader(page(found, summaries)).tags.count("svg") == 3
+
+
+def test_the_command_compares_several_runs_and_escapes_their_names(tmp_path, capsys):
+    paths = [make_run(tmp_path / name, make_pushes()).path for name in ("a<script>", "c|d")]
+    out = tmp_path / "out"
+    assert report.main([*map(str, paths), "--out", str(out), "--price-per-gpu-hour", "1"]) == 0
+    markdown = capsys.readouterr().out
+    assert (out / "comparison.md").read_text() == markdown and r"a\<script\>" in markdown and r"c\|d" in markdown
+    assert json.loads((out / "comparison.json").read_bytes())["entries"][0]["name"] == "a<script>"
+    seen = Reader((out / "comparison.html").read_text())
+    assert "script" not in seen.tags and "a<script>" in seen.text
+    assert not any(path.joinpath("report", "report.md").exists() for path in paths)

@@ -1,0 +1,271 @@
+"""The page: its numbers against the raw lines of recorded runs, nothing from outside, everything escaped, every kind of run."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from asgd_mpi import report
+from asgd_mpi.record.events import End, Interval, Note, Push, Start
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
+from asgd_mpi.record.timeline import FINEST_S, MAX_BINS, MAX_SERIES, Bins
+from asgd_mpi.report import units
+from asgd_mpi.report.advice import advise
+from asgd_mpi.report.cost import price
+from asgd_mpi.report.page import page
+from asgd_mpi.report.svg import VARIABLES
+from test_report import T0, cut, make_pushes, make_run, raw, write_log
+
+RUNS = Path(__file__).parent / "runs"
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Reader(HTMLParser):
+    """Collects what a page holds, and checks that its tags are balanced."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(params=["finished", "oldest"])
+def recorded(request, tmp_path):
+    """A recorded run of 3 workers on the digits; `oldest` has every line in its shortest form, and a log cut short."""
+    return RunDir.open(shutil.copytree(RUNS / request.param, tmp_path / request.param))
+
+
+def server_intervals(run):
+    return [line for line in raw(run.metrics_of(0)) if line["event"] == "interval"]
+
+
+def test_the_numbers_on_the_page_are_those_of_the_raw_lines(recorded):
+    pushes = raw(recorded.pushes)
+    started = min(raw(recorded.metrics_of(rank))[0]["t"] for rank in range(4))
+    images = sum(push[6] - push[5] for push in pushes)
+    busy = sum(line.get("apply", 0) for line in server_intervals(recorded))
+    covered = sum(line["t1"] - line["t0"] for line in server_intervals(recorded))
+    text = Reader(page(summarize(recorded))).text
+    assert f"{images / (pushes[-1][0] - started):,.0f} images/s by 3 workers" in text
+    assert f"{100 * busy / (covered):.0f} % of the time the server is busy" in text
+    assert f"{sum(p[1] - p[3] for p in pushes) / len(pushes):.2f} mean staleness" in text
+    assert f"{images:,} applied" in text
+    for worker in range(3):
+        own = [push for push in pushes if push[2] == worker]
+        rate = sum(push[6] - push[5] for push in own) / (pushes[-1][0] - started)
+        assert f"{worker + 1} cpu node0 {rate:,.1f} " in text
+
+
+def test_the_time_line_adds_up_to_the_raw_lines(recorded):
+    pushes, summary = raw(recorded.pushes), summarize(recorded)
+    line = summary.timeline
+    edges = [summary.started]
+    for middle in line.t:
+        edges.append(2 * (summary.started + middle) - edges[-1])
+    assert edges[-1] == pytest.approx(pushes[-1][0], abs=1e-6)
+    for number, (low, high) in enumerate(zip(edges, edges[1:])):
+        last = number == len(line.t) - 1
+        own = [push for push in pushes if low - 1e-6 <= push[0] < high - 1e-6 or last and push[0] >= high - 1e-6]
+        assert line.images_per_s[number] * (high - low) == pytest.approx(sum(push[6] - push[5] for push in own), rel=1e-4)
+        if own:
+            assert line.staleness[number] == pytest.approx(sum(push[1] - push[3] for push in own) / len(own))
+            assert line.staleness_max[number] == max(push[1] - push[3] for push in own)
+            assert line.lr[number] == pytest.approx(sum(push[7] for push in own) / len(own))
+        each = [series.images_per_s[number] for series in line.workers]
+        assert sum(each) == pytest.approx(line.images_per_s[number])
+        assert (line.worker_lowest[number], line.worker_highest[number]) == (min(each), max(each))
+
+
+def test_the_page_takes_nothing_from_outside_and_its_ids_are_its_own(recorded):
+    text = page(summarize(recorded))
+    seen = Reader(text)
+    assert not {"script", "link", "img", "iframe", "object"} & set(seen.tags)
+    assert not [value for name, value in seen.attributes if name in ("src", "href") and not value.startswith("#")]
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    ids = [value for name, value in seen.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 100
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    assert used and used <= set(ids)
+
+
+def test_every_figure_is_drawn_and_has_units_and_takes_the_colours_of_the_page(recorded):
+    text = page(summarize(recorded))
+    assert Reader(text).tags.count("svg") == 6 and "Not drawn" not in text
+    for label in ("images/s, total", "share of the rank's time (%)", "staleness (versions)", "accuracy (%)", "samples applied",
+                  "learning rate", "server busy (%)", "traffic (MB/s)", "time (s)"):
+        assert label in Reader(text).texts or label in text
+    assert "var(--ink)" in text and "prefers-color-scheme: dark" in text and "@media print" in text
+    assert not [colour for colour in VARIABLES if colour in text]  # no marker colour is left
+
+
+def test_a_page_is_the_same_bytes_each_time(recorded):
+    assert page(summarize(recorded)) == page(summarize(recorded))
+
+
+def test_what_users_named_is_escaped_everywhere(tmp_path):
+    evil = "<script>alert('1')</script>&\"$x_$"
+    run = make_run(tmp_path / "run", make_pushes(), model=evil)
+    write_log(run.metrics_of(1), [Note(T0, evil), Start(T0, 1, "worker", evil, evil, 3, 10), End(T0 + 8, "failed", evil)])
+    run.versions.write_text(json.dumps({evil: evil}))
+    seen = Reader(page(summarize(run), price(summarize(run), 1.0)))
+    assert "script" not in seen.tags and seen.text.count(evil) >= 6
+
+
+def test_a_killed_run_has_a_page_that_says_what_is_missing(recorded):
+    for path in [recorded.pushes, *(recorded.metrics_of(rank) for rank in range(4))]:
+        cut(path, 9)
+    text = Reader(page(summarize(recorded))).text
+    assert "killed or still running" in text and "no End event from rank 0, 1, 2, 3" in text
+    assert "pushes.log: 1 unreadable line left out" in text
+
+
+def test_without_pushes_the_page_shows_the_images_of_the_metrics(recorded):
+    recorded.pushes.unlink()
+    summary = summarize(recorded)
+    assert summary.timeline.images_per_s and "Not drawn, for lack of data: staleness, learning rate" in page(summary)
+    trained = sum(line["images"] for rank in (1, 2, 3) for line in raw(recorded.metrics_of(rank)) if "images" in line)
+    assert f"{trained:,} trained by the workers" in Reader(page(summary)).text
+
+
+def test_a_run_directory_with_nothing_but_a_configuration_has_a_page(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    seen = Reader(page(summarize(RunDir.open(tmp_path))))
+    assert "svg" not in seen.tags and "metrics/ holds no file" in seen.text
+
+
+def test_the_command_writes_the_page_beside_markdown_and_json(recorded, capsys):
+    assert report.main([str(recorded.path), "--price-per-gpu-hour", "2"]) == 0
+    written = (recorded.report / "report.html").read_text()
+    summary = summarize(recorded)
+    assert written == page(summary, price(summary, 2.0))
+    facts = json.loads((recorded.report / "report.json").read_bytes())
+    assert facts["advice"] == advise(summary, price(summary, 2.0)) and "## Cost" in capsys.readouterr().out
+    assert facts["cost"]["total"] == pytest.approx(3 * 2 * summary.duration_s / 3600)
+
+
+def test_the_page_needs_neither_torch_nor_mpi(tmp_path):
+    code = (f"import sys, asgd_mpi.report as r; r.main([{str(shutil.copytree(RUNS / 'oldest', tmp_path / 'run'))!r}]);"
+            "print(sorted({'torch', 'mpi4py', 'h5py'} & set(sys.modules)), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=RUNS.parents[1], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(RUNS.parents[1])})
+    assert (done.stderr, done.returncode) == ("[]\n", 0)
+
+
+def test_the_time_line_of_a_long_run_stays_short_and_complete():
+    bins, count = Bins(), 5000
+    for number in range(count):
+        bins.add_push(Push(T0 + 3.0 * number, number, number % 20, number, 0, 10 * number, 10 * number + 10, 0.1, 1.0))
+    line = bins.timeline(T0, T0 + 3.0 * (count - 1), num_workers=20)
+    assert MAX_BINS / 2 - 1 <= len(line.t) <= MAX_BINS and line.width_s > FINEST_S
+    assert sum(line.images_per_s) * line.width_s == pytest.approx(10 * count, rel=0.02)
+    assert len(line.workers) == MAX_SERIES
+
+
+def test_a_clock_far_off_does_not_stop_the_time_line():
+    bins = Bins()
+    for t in (T0, T0 + 1, 1e17):
+        bins.add_push(Push(t, 0, 0, 0, 0, 0, 10, 0.1, 1.0))
+    assert len(bins.timeline(T0, 1e17, num_workers=1).t) <= MAX_BINS
+
+
+def test_intervals_are_spread_over_the_bins_that_they_touch():
+    bins = Bins()
+    bins.add_interval(Interval(T0, T0 + 2, apply=1.0), rank=0)
+    bins.add_interval(Interval(T0 + 1, T0 + 2, bytes_pushed=800), rank=1)
+    line = bins.timeline(T0, T0 + 2, num_workers=1)
+    assert line.server_busy == pytest.approx([0.5] * 8)
+    assert line.pushed_bytes_per_s == pytest.approx([0] * 4 + [800] * 4)
+
+
+@pytest.mark.parametrize("value, text", [(None, "n/a"), (0.00047, "470 us"), (0.0186, "18.6 ms"), (2.5, "2.5 s"), (0, "0 us")])
+def test_short_durations_have_a_fitting_unit(value, text):
+    assert units.short(value) == text
+
+
+def make_summary(tmp_path, **changes):
+    return msgspec.structs.replace(summarize(make_run(tmp_path / "run", make_pushes())), **changes)
+
+
+def test_workers_that_share_a_gpu_cost_one_gpu(tmp_path):
+    summary = make_summary(tmp_path, duration_s=7200.0)   # cuda:0 on node0, node1 and, of two workers, node1
+    cost = price(summary, 3.0)
+    assert (cost.num_gpus, cost.gpu_hours, cost.total) == (2, 4.0, 12.0)
+    assert cost.per_epoch == pytest.approx(12.0 / 5) and cost.per_million_images == pytest.approx(12e6 / summary.images)
+
+
+def test_a_busy_server_is_named_with_the_gain_of_a_larger_batch(tmp_path):
+    summary = make_summary(tmp_path)                      # apply 6 s of 8 for 60 pushes: 0.1 s an update
+    summary.server_busy = 0.92
+    sentence = next(text for text in advise(summary) if "busy 92 %" in text)
+    assert "one update takes 100 ms, so it applies at most 100 images/s at 10 images a push" in sentence
+    # a step of 0.75 s without waits, twice the batch: 3 workers x 20 images in 1.6 s, a rate below the bound 200
+    gain = (3 * 20 / (2 * 0.75 + 0.1)) / summary.images_per_s - 1
+    assert gain < 0.05 and "--data.batch_size" not in sentence
+    summary.images_per_s = 25.0
+    assert "--data.batch_size 20" in next(text for text in advise(summary) if "busy 92 %" in text)
+    assert "+50 %" in next(text for text in advise(summary) if "busy 92 %" in text)
+
+
+def test_a_server_with_room_says_for_how_many_workers(tmp_path):
+    summary = make_summary(tmp_path, server_busy=0.1, apply_s=0.01)   # a step of 0.75 s
+    assert any("about 76 workers" in text for text in advise(summary))
+
+
+def test_each_long_wait_is_named_with_its_share_and_its_option(tmp_path):
+    summary = make_summary(tmp_path, server_busy=0.1)
+    for phase, option in (("data", "--data.threads"), ("fetch", "--data.batch_size"), ("idle", "--data.lease_batches"),
+                          ("validate", "--run.validate_every"), ("push", "they wait for the message")):
+        for rank in summary.ranks:
+            rank.phases = {**dict.fromkeys(rank.phases, 0.0), "compute": 0.6 * rank.seconds, phase: 0.4 * rank.seconds}
+        assert any("40 %" in text and option in text for text in advise(summary)), phase
+
+
+def test_stragglers_torn_reads_and_damaged_images_are_named_with_their_numbers(tmp_path):
+    text = " ".join(advise(make_summary(tmp_path, torn_reads=10, fetches=100, skipped_images=3)))
+    assert "rank 3 (cuda:0 on node1)" in text and "10 reads of 100 fetches were torn" in text and "3 damaged images" in text
+
+
+def test_a_plateau_is_named_with_what_it_cost(tmp_path):
+    summary = summarize(make_run(tmp_path / "run", make_pushes(), validations=9))
+    summary.duration_s = 8.0
+    for number, score in enumerate(summary.validations):
+        score.top1_error, score.t = max(0.1, 0.5 - 0.1 * number), T0 + number
+    found = [text for text in advise(summary, price(summary, 3600.0)) if text.startswith("No better since epoch 5.0")]
+    assert found and "10.00 % top-1 error" in found[0] and "the last 50 % of the run (4.0 s, 8.00 of the 16.00" in found[0]
+    for number, score in enumerate(summary.validations):
+        score.top1_error = 0.5 - 0.05 * number
+    assert not any(text.startswith("No better") for text in advise(summary))
+
+
+def test_a_run_without_numbers_gets_no_advice(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    assert advise(summarize(RunDir.open(tmp_path))) == []
