@@ -80,12 +80,16 @@ class RuleConfig:
 
     Args:
         name: asgd applies every gradient on arrival
-        momentum: heavy-ball momentum, kept by the server; 0 for plain SGD (default: the network's recipe)
-        weight_decay: L2 penalty, as in torch.optim.SGD (default: the network's recipe)
+        momentum: 0 for plain SGD (default: the network's recipe)
+        momentum_at: who keeps the velocity; dana (each worker, looking ahead), worker, or server (the least stable one)
+        staleness: weight of a gradient by its staleness; delay_adaptive, inverse or constant
+        weight_decay: L2 penalty (default: the network's recipe)
     """
 
     name: Literal["asgd"] = "asgd"
     momentum: Optional[float] = None
+    momentum_at: Literal["dana", "worker", "server"] = "dana"
+    staleness: Literal["delay_adaptive", "inverse", "constant"] = "delay_adaptive"
     weight_decay: Optional[float] = None
 
 

@@ -24,23 +24,25 @@ from asgd_mpi.record.events import Push, Start, read_events, read_pushes
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.server.rules import RULES, pieces
 from asgd_mpi.task import Task, open_task
+from asgd_mpi.worker.momentum import Momentum
 from asgd_mpi.worker.step import compute_gradient_
 
 
 def replay(task: Task, pushes: Iterable[Push], num_workers: int) -> FlatModel:
     """Apply `pushes` from the first weights on; returns the network after the last one. Raises RunDirError.
 
-    Memory: one (P,) vector for each version that a worker may still have computed on.
+    Memory: one (P,) vector for each version that a worker may still have computed on, and one for each worker's momentum.
     """
     config = task.config
     flat = FlatModel(task.build_module(), torch.device("cpu"))
     rule = RULES[config.rule.name](flat.num_floats, config.rule)
     schedule, loader, samples = task.schedule(num_workers), task.train_loader(), 0
     held: dict[int, int] = dict.fromkeys(range(num_workers), 0)   # worker -> the version it read last
+    momenta = [Momentum(config.rule, flat.weights) for _ in range(num_workers)]
     snapshots = {0: flat.weights.clone()}
     version = 0
     for push in pushes:
-        _check(push, version, schedule(samples), snapshots)
+        _check(push, version, schedule(samples, push.staleness), snapshots)
         flat.weights.copy_(snapshots[push.read_version])
         losses = [compute_gradient_(flat, task.normalise, batch, config.run.seed, accumulate=number > 0)
                   for number, batch in enumerate(_batches(push, loader, config.data.batch_size))]
@@ -48,6 +50,7 @@ def replay(task: Task, pushes: Iterable[Push], num_workers: int) -> FlatModel:
         if loss != push.loss:
             raise RunDirError(f"the push that made version {version + 1} recorded a loss of {push.loss!r}, the replay "
                               f"computes {loss!r}: the log, the data or the arithmetic (threads, library) differ.")
+        momenta[push.worker].push_(flat.gradient)
         fresh = snapshots[version].clone()
         for piece in pieces(len(fresh)):
             rule.apply_(fresh, flat.gradient, push.lr, piece)

@@ -59,8 +59,9 @@ class Task:
                     data.lease_batches, run.validate_every)
 
     def schedule(self, num_workers: int) -> Schedule:
-        samples = self.train.num_samples
-        return Schedule(self.config.schedule, samples, round(self.config.run.epochs * samples), num_workers)
+        samples, config = self.train.num_samples, self.config
+        return Schedule(config.schedule, samples, round(config.run.epochs * samples), num_workers, config.rule.staleness,
+                        in_flight=num_workers * (1 + config.exchange.overlap))
 
     def _loader(self, shards: ShardSet, order: Order | Sequential, augment: str, on_skip) -> Loader:
         data = self.config.data

@@ -93,7 +93,8 @@ def _prepare(arguments: list[str], hosts: list[str]) -> dict:
     num_train, num_val = task.train.num_samples, task.val.num_samples
     print(f"{places.num_workers} workers and 1 server on {len(set(hosts))} host(s); {config.model.name} on {num_train} "
           f"training and {num_val} validation images of {task.train.num_classes} classes from {config.data.path}\n"
-          f"expect a staleness of about {places.num_workers - 1}; the run directory is {run.path}", flush=True)
+          f"expect a staleness of about {places.num_workers * (1 + config.exchange.overlap) - 1}; the run directory is "
+          f"{run.path}", flush=True)
     return {"config": configuration.to_yaml(config), "run": str(run.path), "hosts": hosts}
 
 
@@ -128,7 +129,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
     if world.is_server:
         summary = report.summarize(run)
         report.write(run, summary, report.render(summary))
-        print(f"report: {run.report / 'report.md'}", flush=True)
+        print(f"report: {run.report / 'report.html'}", flush=True)
 
 
 def _serve(world: World, task: Task, run: RunDir, plan: Plan, flat: FlatModel, window: ServerWindow, meter: Meter,
@@ -179,9 +180,8 @@ def _work(world: World, task: Task, module: nn.Module, device: torch.device, win
     outbox = Outbox(world, window)
     in_place = device.type == "cpu" and not exchange.overlap      # compute the gradient where the server reads it
     flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap)
-    Worker(world.worker, Courier(window, outbox, flat, meter, exchange.overlap), flat, task.normalise, loaders,
-           config.data.batch_size, config.run.seed, exchange.n_push, exchange.n_fetch, exchange.overlap, meter,
-           log if config.record.hash_snapshots else None).run()
+    Worker(world.worker, Courier(window, outbox, flat, meter, exchange.overlap), flat, task.normalise, loaders, config,
+           meter, log if config.record.hash_snapshots else None).run()
     for loader in loaders:
         loader.close()
 

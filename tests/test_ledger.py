@@ -19,7 +19,7 @@ class Game:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.ledger = Ledger(plan, lr_at=lambda samples: 1.0)
+        self.ledger = Ledger(plan, lr_at=lambda samples, staleness: 1.0)
         self.mail: dict[int, Mail] = dict(self.ledger.take_news())
         self.sent = [0] * plan.num_workers
         self.at = [0] * plan.num_workers            # position within the current lease
@@ -126,7 +126,7 @@ def test_each_epoch_is_validated_once_and_the_last_version_by_everybody():
 
 
 def test_the_clock_of_the_rate_is_the_samples_applied():
-    ledger = Ledger(PLAN, lr_at=lambda samples: 1.0 / (1 + samples))
+    ledger = Ledger(PLAN, lr_at=lambda samples, staleness: 1.0 / (1 + samples))
     rates = [ledger.judge(Header(Kind.GRADIENT, worker, 1, 0, 1, 12 * worker, 4)).lr for worker in range(3)]
     assert rates == [1.0, 1 / 5, 1 / 9]
 
@@ -137,7 +137,7 @@ def test_the_clock_of_the_rate_is_the_samples_applied():
     ({"start": 4}, "position 0 of the lease is due"), ({"count": 25}, "1 positions more than the worker was lent"),
     ({"count": 0}, "1 position or more")])
 def test_a_packet_that_contradicts_the_ledger_is_refused_and_changes_nothing(change, claim):
-    ledger = Ledger(PLAN, lr_at=lambda samples: 1.0)
+    ledger = Ledger(PLAN, lr_at=lambda samples, staleness: 1.0)
     good = Header(Kind.GRADIENT, worker=0, packet=1, read_version=0, lease=1, start=0, count=4)
     with pytest.raises(LedgerError, match=claim):
         ledger.judge(dataclasses.replace(good, **change))
@@ -145,7 +145,7 @@ def test_a_packet_that_contradicts_the_ledger_is_refused_and_changes_nothing(cha
 
 
 def test_a_push_may_cover_several_leases_and_is_answered_with_as_many_new_ones():
-    ledger = Ledger(PLAN, lr_at=lambda samples: 1.0)
+    ledger = Ledger(PLAN, lr_at=lambda samples, staleness: 1.0)
     first = dict(ledger.take_news())[0].leases
     verdict = ledger.judge(Header(Kind.GRADIENT, 0, 1, 0, 1, first[0].start, 24))
     assert [(s.epoch, s.start, s.stop) for s in verdict.segments] == [(x.epoch, x.start, x.stop) for x in first]
@@ -162,7 +162,7 @@ def test_a_header_survives_the_wire():
 
 
 def test_mail_survives_the_window_and_half_written_mail_is_told_from_mail():
-    ledger = Ledger(PLAN, lr_at=lambda samples: 1.0)
+    ledger = Ledger(PLAN, lr_at=lambda samples, staleness: 1.0)
     old = dict(ledger.take_news())[0]
     ledger.judge(Header(Kind.GRADIENT, 0, 1, 0, 1, 0, 4))
     new = dict(ledger.take_news())[0]

@@ -48,9 +48,7 @@ class Cluster:
         loaders = self.task.train_loader(), self.task.val_loader()
         outbox, meter = FakeOutbox(self.exchange, max(flat.num_floats, flat.num_statistics)), Meter(log, 1.0)
         courier = Courier(FakeWorkerWindow(self.exchange, number), outbox, flat, meter, exchange.overlap)
-        config = self.task.config
-        Worker(number, courier, flat, self.task.normalise, loaders, config.data.batch_size, config.run.seed,
-               exchange.n_push, exchange.n_fetch, exchange.overlap, meter, log).run()
+        Worker(number, courier, flat, self.task.normalise, loaders, self.task.config, meter, log).run()
         log.close()
 
     def train(self):

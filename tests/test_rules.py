@@ -7,7 +7,8 @@ import torch
 
 from asgd_mpi.config import RuleConfig, ScheduleConfig
 from asgd_mpi.server.rules import PIECE, Asgd, pieces
-from asgd_mpi.server.schedule import Schedule
+from asgd_mpi.server.schedule import WEIGHTS, Schedule
+from asgd_mpi.worker.momentum import Momentum
 
 
 def step(rule, weights, gradient, lr):
@@ -24,7 +25,7 @@ def test_one_worker_equals_torch_sgd_to_the_bit(momentum, weight_decay):
     size = 2 * PIECE + 48
     parameter = torch.nn.Parameter(torch.randn(size))
     optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=momentum, weight_decay=weight_decay, foreach=False)
-    rule, weights = Asgd(size, RuleConfig(momentum=momentum, weight_decay=weight_decay)), parameter.detach().clone()
+    rule, weights = Asgd(size, RuleConfig(momentum=momentum, momentum_at="server", weight_decay=weight_decay)), parameter.detach().clone()
     for k in range(5):
         parameter.grad = torch.randn(size)
         optimizer.param_groups[0]["lr"] = lr = 0.1 / (k + 1)
@@ -33,13 +34,16 @@ def test_one_worker_equals_torch_sgd_to_the_bit(momentum, weight_decay):
         assert torch.equal(weights, parameter)
 
 
-def trace(workers, pushes, eta, momentum=0.0):
+def trace(workers, pushes, eta, momentum=0.0, momentum_at="server", staleness="constant"):
     """x0 = 1, gradient x, all workers pull version 0, round robin, a worker pulls again right after its push."""
-    rule, x = Asgd(1, RuleConfig(momentum=momentum, weight_decay=0.0)), torch.ones(1)
-    held, seen = [x] * workers, [1.0]
+    config, x = RuleConfig(momentum=momentum, momentum_at=momentum_at, weight_decay=0.0), torch.ones(1)
+    rule, momenta = Asgd(1, config), [Momentum(config, x) for _ in range(workers)]
+    held, read, seen = [x] * workers, [0] * workers, [1.0]
     for k in range(pushes):
-        x = step(rule, x, held[k % workers], eta)
-        held[k % workers] = x
+        pushed = held[k % workers].clone()
+        momenta[k % workers].push_(pushed)
+        x = step(rule, x, pushed, eta * WEIGHTS[staleness](k - read[k % workers], workers))
+        held[k % workers], read[k % workers] = x, k + 1
         seen.append(x.item())
     return seen
 
@@ -53,6 +57,45 @@ def test_the_trace_of_heavy_ball_on_the_server_is_the_exact_one():
     assert trace(2, 6, 1 / 4, momentum=1 / 2) == [1, 3 / 4, 3 / 8, 0, -9 / 32, -27 / 64, -27 / 64]
 
 
+def test_the_trace_of_dana_is_the_exact_one():
+    assert trace(2, 5, 1 / 4, momentum=1 / 2, momentum_at="dana") == [1, 0.625, 0.25, -0.046875, -0.203125, -0.255859375]
+
+
+def test_the_trace_of_staleness_aware_sgd_is_the_exact_one():
+    expected = [1, 1 / 2, 0, -1 / 4, -3 / 8, -3 / 8, -5 / 16, -7 / 32, -1 / 8]
+    assert trace(3, 8, 1 / 2, staleness="inverse") == expected
+
+
+@pytest.mark.parametrize("momentum_at, limit", [("server", 0.0158), ("worker", 0.0279), ("dana", 0.0971)])
+def test_the_edge_of_stability_of_eight_workers_is_the_one_that_is_documented(momentum_at, limit):
+    for factor in (0.97, 1.03):
+        seen = [abs(x) for x in trace(8, 12_000, factor * limit, 0.9, momentum_at)]
+        early, late = max(seen[3000:5000]), max(seen[10_000:])
+        assert late < 0.9 * early if factor < 1 else not late < 1.1 * early
+
+
+@pytest.mark.parametrize("momentum_at, nesterov", [("dana", True), ("worker", False)])
+def test_one_worker_with_its_own_momentum_equals_torch_sgd_to_the_bit(momentum_at, nesterov):
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(1600))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, nesterov=nesterov, foreach=False)
+    config = RuleConfig(momentum=0.9, momentum_at=momentum_at, weight_decay=0.0)
+    rule, own, weights = Asgd(1600, config), Momentum(config, parameter.detach()), parameter.detach().clone()
+    for _ in range(5):
+        parameter.grad = torch.randn(1600)
+        pushed = parameter.grad.clone()
+        optimizer.step()
+        own.push_(pushed)
+        weights = step(rule, weights, pushed, 0.1)
+        assert torch.equal(weights, parameter)
+
+
+def test_a_gradient_that_is_staler_than_usual_loses_weight():
+    adaptive = schedule(staleness="delay_adaptive", in_flight=4)
+    assert [adaptive(0, staleness) for staleness in (0, 3, 7, 15)] == [1, 1, 0.5, 0.25]
+    assert schedule(staleness="inverse")(0, 5) == pytest.approx(0.2) and schedule()(0, 50) == 1.0
+
+
 @pytest.mark.parametrize("delay, limit", list(enumerate([2, 1, 0.618033988750, 0.445041867913, 0.347296355334])))
 def test_the_edge_of_stability_is_where_theory_puts_it(delay, limit):
     assert limit == pytest.approx(2 * math.sin(math.pi / (2 * (2 * delay + 1))))
@@ -60,8 +103,9 @@ def test_the_edge_of_stability_is_where_theory_puts_it(delay, limit):
     assert not abs(trace(delay + 1, 2000, 1.03 * limit)[-1]) < 1e3  # or no number any more
 
 
-def schedule(workers=4, **fields):
-    return Schedule(ScheduleConfig(**{"name": "constant", "lr": 1.0, "warmup_epochs": 0.0} | fields), 100, 1000, workers)
+def schedule(workers=4, staleness="constant", in_flight=1, **fields):
+    config = ScheduleConfig(**{"name": "constant", "lr": 1.0, "warmup_epochs": 0.0} | fields)
+    return Schedule(config, 100, 1000, workers, staleness, in_flight)
 
 
 def test_the_rate_is_a_function_of_the_samples_applied():

@@ -109,9 +109,9 @@ class _Account:
 
 
 class Ledger:
-    """See the module. `lr_at(samples)` is the schedule."""
+    """See the module. `lr_at(samples, staleness)` is the schedule."""
 
-    def __init__(self, plan: Plan, lr_at: Callable[[int], float]):
+    def __init__(self, plan: Plan, lr_at: Callable[[int, int], float]):
         self.plan = plan
         self.version = 0
         self.samples = 0                                    # applied
@@ -137,7 +137,8 @@ class Ledger:
     def judge(self, header: Header) -> Verdict:
         """Take a gradient into account. Raises LedgerError if it cannot be one of this run's."""
         segments = self._settle(header, {Work.TRAIN})
-        verdict = Verdict(self.version, self.version - header.read_version, self._lr_at(self.samples), segments)
+        staleness = self.version - header.read_version
+        verdict = Verdict(self.version, staleness, self._lr_at(self.samples, staleness), segments)
         before = self._epochs_validated(self.samples)
         self.version += 1
         self.samples += header.count

@@ -27,17 +27,18 @@ class Rule(Protocol):
 
 
 class Asgd:
-    """Apply each gradient on arrival: v <- m v + (g + wd w); w <- w - lr v.
+    """Apply each gradient on arrival: x <- x - lr (u + wd x), where u is what a worker pushes.
 
-    State: the velocity v, (P,) float32, if the momentum m is not 0. With one worker, to the bit torch.optim.SGD that is
-    not fused; so long as pieces hold a multiple of 16 floats, as those of FlatModel do: the fused kernel rounds the
-    rest of a vector in another way. Source: Downpour SGD with n_push = n_fetch = 1 (Dean et al. 2012), momentum on the server.
+    With the momentum at the server (heavy ball), v <- m v + (u + wd x) and x <- x - lr v. State: v, (P,) float32. With one
+    worker, to the bit torch.optim.SGD that is not fused; so long as pieces hold a multiple of 16 floats, as those of
+    FlatModel do: the fused kernel rounds the rest of a vector in another way. Otherwise no state; weight decay acts on
+    the server's fresh weights, apart from the momentum. Source: Downpour SGD with n_push = n_fetch = 1 (Dean et al. 2012).
     """
 
     def __init__(self, num_parameters: int, config: RuleConfig):
-        self.momentum = config.momentum
+        self.momentum = config.momentum if config.momentum_at == "server" else 0.0
         self.weight_decay = config.weight_decay
-        self.velocity = torch.zeros(num_parameters) if config.momentum else None
+        self.velocity = torch.zeros(num_parameters) if self.momentum else None
 
     def apply_(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
         torch._fused_sgd_(

@@ -1,6 +1,6 @@
-"""The learning rate as a function of the samples that the server has applied: one clock for all workers. Pure.
+"""The learning rate of a gradient: of the samples that the server has applied, and of its staleness. Pure.
 
-Counters of the workers' own would give them different rates at the same moment, and stretch the schedule with their
+One clock serves all workers. Counters of the workers' own would give them different rates at the same moment, and stretch the schedule with their
 number (MXNet #625, gluon-cv #540).
 """
 
@@ -12,18 +12,30 @@ from dataclasses import dataclass
 from asgd_mpi.config import ScheduleConfig
 
 
+WEIGHTS = {
+    "constant": lambda staleness, in_flight: 1.0,
+    # Zhang et al. 2016 (arXiv:1511.05950), staleness-aware SGD; staleness 1 is not reduced
+    "inverse": lambda staleness, in_flight: 1.0 / max(1, staleness),
+    # Mishchenko et al. 2022 (arXiv:2206.07638): only what is staler than usual loses weight
+    "delay_adaptive": lambda staleness, in_flight: min(1.0, in_flight / (staleness + 1)),
+}
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """lr(samples); `total` and the epochs of `config` are measured in samples by `samples_per_epoch`."""
+    """schedule(samples, staleness) is a rate; epochs in `config` count `samples_per_epoch` each."""
 
     config: ScheduleConfig
     samples_per_epoch: int
     total_samples: int
     num_workers: int
+    staleness: str = "constant"   # a name of WEIGHTS
+    in_flight: int = 1            # gradients that are under way at any time
 
-    def __call__(self, samples: int) -> float:
-        """The rate of the gradient that is applied after `samples` samples."""
-        return self.config.lr * self._warmup(samples) * self._decay(samples)
+    def __call__(self, samples: int, staleness: int = 0) -> float:
+        """The rate of a gradient of that staleness, applied after `samples` samples."""
+        return self.config.lr * self._warmup(samples) * self._decay(samples) * WEIGHTS[self.staleness](
+            staleness, self.in_flight)
 
     def _warmup(self, samples: int) -> float:
         ramp = self.config.warmup_epochs * self.samples_per_epoch

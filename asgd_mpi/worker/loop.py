@@ -6,11 +6,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Literal
 
 import torch
 import xxhash
 
+from asgd_mpi.config import Config
 from asgd_mpi.data.loader import Batch, Loader
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model import batchnorm
@@ -19,6 +19,7 @@ from asgd_mpi.record.events import EventLog, Fetch
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.server.ledger import Lease, Work
 from asgd_mpi.worker.courier import Courier
+from asgd_mpi.worker.momentum import Momentum
 from asgd_mpi.worker.step import Normalise, compute_gradient_, validate
 
 READ_AHEAD = 4  # batches of a validation
@@ -43,16 +44,16 @@ class Worker:
     """Everything a worker holds; `run` is its loop. `loaders` are those of the train and the val split."""
 
     def __init__(self, number: int, courier: Courier, flat: FlatModel, normalise: Normalise,
-                 loaders: tuple[Loader, Loader], batch_size: int, seed: int, n_push: int | Literal["auto"], n_fetch: int,
-                 overlap: bool, meter: Meter, log: EventLog | None = None):
+                 loaders: tuple[Loader, Loader], config: Config, meter: Meter, log: EventLog | None = None):
         self.number = number
         self.courier = courier
         self.flat = flat
         self.normalise = normalise
         self.train_loader, self.val_loader = loaders
-        self.batch_size = batch_size
-        self.seed = seed
-        self.n_push, self.n_fetch, self.overlap = n_push, n_fetch, overlap
+        self.batch_size = config.data.batch_size
+        self.seed = config.run.seed
+        self.exchange = config.exchange
+        self.momentum = Momentum(config.rule, flat.weights)
         self.meter = meter
         self.log = log                                         # of every fetched snapshot's hash, if asked for
         self._sum: _Sum | None = None
@@ -76,22 +77,28 @@ class Worker:
             self._sum = self._sum or _Sum(lease, batch)
             self._sum.add(batch, loss)
             self.meter.add(images=batch.stop - batch.start, skipped_images=batch.skipped)
-            if self.courier.is_back() if self.n_push == "auto" else self._sum.batches == self.n_push:
+            if self._is_due(self._sum):
                 self._push()
             self.meter.tick()
+
+    def _is_due(self, done: _Sum) -> bool:
+        """Whether to push now; n_push auto sums on while the courier is under way."""
+        return self.courier.is_back() if self.exchange.n_push == "auto" else done.batches == self.exchange.n_push
 
     def _push(self) -> None:
         """Send the courier with the sum; go on with the weights that the last trip brought, or this one without overlap."""
         version, done, self._sum = self.courier.version, self._sum, None
         self._take()
+        with self.meter.phase("compute"):
+            self.momentum.push_(self.flat.gradient)
         self._since_fetch += done.batches
-        fetch = self._since_fetch >= self.n_fetch
+        fetch = self._since_fetch >= self.exchange.n_fetch
         self._since_fetch = 0 if fetch else self._since_fetch
         self.courier.push_gradient(
             Header(Kind.GRADIENT, self.number, self.courier.sent + 1, version, done.lease, done.start, done.count,
                    done.skipped, done.loss / done.batches), fetch)
         self.meter.add(pushes=1, bytes_pushed=4 * self.flat.num_floats)
-        if not self.overlap:
+        if not self.exchange.overlap:
             self._take()
 
     def _take(self) -> None:
