@@ -60,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         examination.run()
     except StepFailed:
         examination.end(status=1)
-    return examination.report() if world.is_server and _is_first_process() else 0
+    status = examination.report() if world.is_server and _is_first_process() else 0
+    faulthandler.dump_traceback_later(3 * options.deadline_s, exit=True)
+    examination.probe.leave()
+    faulthandler.cancel_dump_traceback_later()
+    return status
 
 
 def _parse(arguments: Sequence[str]) -> jsonargparse.Namespace:
@@ -88,18 +92,20 @@ class Examination:
         from asgd_mpi.exchange import probe
 
         self.world, self.options, self.probe = world, options, probe
-        self.found = Findings([_rank(world.host, probe.facts())], world.size, patience_s=(probe.SILENCE_S - probe.PATIENCE_S) / 2)
+        own = Rank(world.host, **probe.facts(), num_cores=len(os.sched_getaffinity(0)))
+        self.found = Findings([own], world.size, patience_s=(probe.SILENCE_S - probe.PATIENCE_S) / 2)
 
     def run(self) -> None:
         """Raises StepFailed."""
         found, options = self.found, self.options
         found.launched, found.slurm_tasks = _launched(), _slurm_tasks()
         self.step("world: barrier", lambda: self.probe.talk(self.world))
-        own = asdict(found.ranks[0])
-        found.ranks = [Rank(**facts | {"gpus": tuple(facts["gpus"])}) for facts in self.step("world: facts", lambda: own)]
-        if self.world.is_server:
-            found.hdf5 = f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, {'parallel' if h5py.get_config().mpi else 'serial'}"
-            found.locking = _try_locking(Path(options.data))
+        own = found.ranks[0]
+        found.ranks = [Rank(**facts | {"gpus": tuple(facts["gpus"])})
+                       for facts in self.step("host: facts", lambda: asdict(own) | _machine_facts())]
+        found.hdf5 = f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, {'parallel' if h5py.get_config().mpi else 'serial'}"
+        locking = self.step("file: locking", lambda: asdict(_try_locking(Path(options.data))) if self.world.is_server else None)
+        found.locking = Locking(**locking[SERVER])
         found.need = Need(**self.step("model: memory", self._need)[SERVER])
         self._examine_window(found.places)
 
@@ -221,11 +227,11 @@ def _wrapped(text: str, indent: str) -> str:
     return f"\n{indent}".join([*lines, line])
 
 
-def _rank(host: str, mpi_facts: dict) -> Rank:
-    gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+def _machine_facts() -> dict:
+    """Fields of Rank that CUDA and the file system know."""
     shm = Path("/dev/shm")
-    return Rank(host, **mpi_facts, num_cores=len(os.sched_getaffinity(0)), gpus=gpus,
-                visible=os.environ.get("CUDA_VISIBLE_DEVICES"), shm_free=shutil.disk_usage(shm).free if shm.is_dir() else None)
+    return {"gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            "visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
 
 
 def _launched() -> int | None:

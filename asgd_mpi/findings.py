@@ -165,6 +165,10 @@ def _remedy(step: str, found: Findings) -> str:
     many_hosts = len(set(found.places.hosts)) > 1
     if step.startswith("model"):
         return "Give the --model and the --ring of the training."
+    if step.startswith("file"):
+        return "The file system does not answer to locks: `export HDF5_USE_FILE_LOCKING=FALSE`."
+    if step.startswith("host"):
+        return "CUDA or /dev/shm does not answer: see whether `nvidia-smi` and `df /dev/shm` do on that host."
     if step == ROOM:
         return f"Enlarge /dev/shm on {found.places.hosts[SERVER]}: `mount -o remount,size=1G /dev/shm`, or `docker run --shm-size`."
     if step.startswith("world") or step.startswith("link"):

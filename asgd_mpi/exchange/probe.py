@@ -46,6 +46,11 @@ def talk(world: World) -> None:
     world.barrier("all ranks to come to the first barrier")
 
 
+def leave() -> None:
+    """End MPI here, where somebody watches, and not when the interpreter exits."""
+    MPI.Finalize()
+
+
 class WindowProbe:
     """`num_bytes` at rank 0, carried as those of a training: each method is one step, in the order in which they stand.
 
