@@ -1,10 +1,12 @@
 """The doctor: from findings to remedies, and that it never hangs."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import hosts
 from asgd_mpi import findings
 from asgd_mpi.doctor import render
 from asgd_mpi.findings import NOTE, PROBLEM, Findings, Link, Locking, Need, Rank
@@ -130,3 +132,17 @@ def test_an_unknown_network_is_a_problem_and_a_wrong_option_is_not_a_run(openmpi
     assert done.returncode == 1 and "there is no such network" in done.stdout
     done = openmpi.run(2, "-m", "asgd_mpi.doctor", "--modle", "alexnet", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("--modle") == 1
+
+
+def test_every_host_has_its_link_to_rank_0(openmpi, tmp_path):
+    reason = hosts.why_not()
+    if reason:
+        pytest.skip(reason)
+    with hosts.hosts(3, tmp_path) as several:
+        done = openmpi.run_as_given(several.command(
+            [openmpi.mpirun, *several.mpirun_options(ranks_per_host=2), "-x", "PYTHONPATH", "-np", "5", sys.executable, "-m",
+             "asgd_mpi.doctor"]), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank, name in ((1, several.names[0]), (2, several.names[1]), (4, several.names[2])):
+        assert f"rank {rank} on {name} to rank 0: send" in done.stdout
+    assert "it waits for rank 0 to enter MPI" in " ".join(done.stdout.split())      # over TCP; within a host it does not
