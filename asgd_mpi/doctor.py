@@ -103,8 +103,9 @@ class Examination:
         own = found.ranks[0]
         found.ranks = [Rank(**facts | {"gpus": tuple(facts["gpus"])})
                        for facts in self.step("host: facts", lambda: asdict(own) | _machine_facts())]
-        found.hdf5 = f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, {'parallel' if h5py.get_config().mpi else 'serial'}"
-        locking = self.step("file: locking", lambda: asdict(_try_locking(Path(options.data))) if self.world.is_server else None)
+        build = "parallel" if h5py.get_config().mpi else "serial"
+        found.hdf5 = f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, {build}"
+        locking = self.step("file: locking", lambda: asdict(_try_locking(Path(options.data))) if self.world.is_server else {})
         found.locking = Locking(**locking[SERVER])
         found.need = Need(**self.step("model: memory", self._need)[SERVER])
         self._examine_window(found.places)
@@ -115,8 +116,8 @@ class Examination:
         probe = self.probe.WindowProbe(self.world, num_bytes)
         carried = self.step("window: allocate", probe.allocate)[SERVER]
         settings = ", ".join(f"{name}={value}" for name, value in carried["settings"].items()) or "no setting"
-        self.found.window = (f"the component cannot be asked for its name ({settings}); {carried['memory_model']} memory model; "
-                             "what it does is tried below")
+        self.found.window = (f"the component cannot be asked for its name ({settings}); {carried['memory_model']} memory "
+                             "model; what it does is tried below")
         for name in ("lock", "put", "get", "atomic", "count"):
             self.step(f"window: {name}", getattr(probe, name))
         if places.num_workers:
@@ -187,7 +188,8 @@ class Examination:
         module = networks.build(options.model, classes, channels, pixels)
         layout = Layout(num_floats(module), options.ring, places.num_workers, max(num_floats(module), num_statistics(module)))
         local = places.num_on_host_of(SERVER) - 1
-        return asdict(Need(options.model, layout.num_parameters, options.ring, layout.server_bytes, local * layout.worker_bytes))
+        return asdict(Need(options.model, layout.num_parameters, options.ring, layout.server_bytes,
+                           local * layout.worker_bytes))
 
     def _stuck(self, name: str) -> None:
         """This rank is inside MPI, or behind a rank that is, and past the limit: say so and leave."""
@@ -231,7 +233,8 @@ def _machine_facts() -> dict:
     """Fields of Rank that CUDA and the file system know."""
     shm = Path("/dev/shm")
     return {"gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-            "visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
+            "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
 
 
 def _launched() -> int | None:

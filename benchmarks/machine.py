@@ -30,7 +30,7 @@ def describe(module: str) -> dict:
 def write(path: Path, result: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {path}")
+    print(f"written: {path}", flush=True)
 
 
 def summary(values: Sequence[float]) -> dict:

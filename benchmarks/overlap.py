@@ -26,7 +26,7 @@ def main() -> int:
     cells = list(itertools.product(options.parameters, options.steps_ms, options.n_push))
     found: dict[tuple, list[dict]] = {cell: [] for cell in cells}
     failures = []
-    for round_, cell in itertools.product(range(options.rounds), cells):
+    for round_, cell in itertools.product(range(options.rounds), cells):      # a cell comes again after all others
         name = f"round {round_ + 1}, P = {cell[0]}, {cell[1]:g} ms, n_push {cell[2]}"
         try:
             found[cell].append(_measure(*cell, options))
@@ -71,9 +71,13 @@ def _measure(num_parameters: int, step_ms: float, n_push: str, options: argparse
 
 def _table(cells: list[dict]) -> str:
     return machine.table(["parameters", "step", "n_push", "images/s over the ideal (range)", "pushes/s", "server applies"], [
-        [cell["parameters"], f"{cell['step_ms']:g} ms", cell["n_push"],
-         f"{100 * cell['over_ideal']['median']:.1f} % ({100 * cell['over_ideal']['min']:.1f}-{100 * cell['over_ideal']['max']:.1f})",
-         f"{cell['pushes_per_s']['median']:.1f}", f"{100 * cell['apply_share']['median']:.0f} % of the time"] for cell in cells])
+        [cell["parameters"], f"{cell['step_ms']:g} ms", cell["n_push"], _percent(cell["over_ideal"]),
+         f"{cell['pushes_per_s']['median']:.1f}", f"{100 * cell['apply_share']['median']:.0f} % of the time"]
+        for cell in cells])
+
+
+def _percent(found: dict) -> str:
+    return f"{100 * found['median']:.1f} % ({100 * found['min']:.1f}-{100 * found['max']:.1f})"
 
 
 if __name__ == "__main__":

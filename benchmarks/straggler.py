@@ -35,7 +35,8 @@ def main() -> int:
         speeds["slow alone"].append(_ddp_speed(uneven[-1:], options))
         speeds["ours"].append(_our_speed(uneven, speeds, options))
         speeds["ddp"].append(_ddp_speed(uneven, options))
-        print(f"round {round_ + 1}: images/s: " + ", ".join(f"{name} {found[-1]:.0f}" for name, found in speeds.items()), flush=True)
+        print(f"round {round_ + 1}: images/s: " + ", ".join(f"{name} {found[-1]:.0f}" for name, found in speeds.items()),
+              flush=True)
         for rate in options.rates:
             seconds.setdefault(("ours", rate), []).append(_our_seconds(even, rate, options))
             seconds.setdefault(("ddp", rate), []).append(_ddp_seconds(even, rate, options))
@@ -55,8 +56,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement of images/s")
     parser.add_argument("--accuracy", type=float, default=0.95)
     parser.add_argument("--epochs", type=float, default=10.0, help="length of the schedule of the runs to the accuracy")
-    parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=[0.01, 0.02, 0.04, 0.08],
-                        help="learning rates that both may choose from")
+    parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")],
+                        default=[0.01, 0.02, 0.04, 0.08], help="learning rates that both may choose from")
     parser.add_argument("--train", default="", help="more options for ours, such as '--exchange.n_push auto'")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "straggler.json")
@@ -97,7 +98,8 @@ def _our_seconds(steps_ms: list[float], rate: float, options: argparse.Namespace
 
 def _ours(steps_ms: list[float], rate: float, epochs: float, deadline_s: float, options: argparse.Namespace, *more: str):
     return training.run(
-        len(steps_ms), ["--model", "benchmarks.networks:sleeping", *training.recipe(rate, epochs), *options.train.split(), *more],
+        len(steps_ms),
+        ["--model", "benchmarks.networks:sleeping", *training.recipe(rate, epochs), *options.train.split(), *more],
         {STEPS_MS: ",".join(map(str, steps_ms))}, STARTUP_S + deadline_s)
 
 

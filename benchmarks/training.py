@@ -59,7 +59,8 @@ def seconds_to(run_dir: RunDir, accuracy: float) -> float | None:
     """From when all ranks were ready to the first validation with at least that top-1 accuracy; None if there is none."""
     events = [event for path in sorted(run_dir.metrics.iterdir()) for event in read_events(path)]
     ready = max(event.t for event in events if isinstance(event, Start))
-    return next((event.t - ready for event in events if isinstance(event, Validation) and event.top1_error <= 1 - accuracy), None)
+    return next((event.t - ready for event in events
+                 if isinstance(event, Validation) and event.top1_error <= 1 - accuracy), None)
 
 
 def _middle(run_dir: RunDir) -> list[Push]:

@@ -20,7 +20,7 @@ from asgd_mpi.model.flat import FlatModel, num_floats
 from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.server.ledger import Ledger, Plan, Verdict
+from asgd_mpi.server.ledger import Ledger, Lease, Plan, Verdict
 from asgd_mpi.server.rules import RULES
 from asgd_mpi.server.serve import Server
 from asgd_mpi.worker.courier import Courier
@@ -68,10 +68,14 @@ def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, optio
 
 def work(world: World, courier: Courier, clock: protocol.Clock) -> None:
     """Push and fetch, one sample of a lease each time, until the server says stop."""
+    def granted() -> Lease | None:
+        return next((lease for lease in courier.mail.leases if lease.number == number), None)
+
     number = 1
     while True:
-        courier.await_lease(number)
-        lease = next((lease for lease in courier.mail.leases if lease.number == number), None)
+        if not granted():                              # else it came with the last trip, as it does in a training
+            courier.await_lease(number)
+        lease = granted()
         if lease is None:
             return
         courier.push_gradient(Header(Kind.GRADIENT, world.worker, courier.sent + 1, courier.version, number, lease.start, 1),
@@ -98,10 +102,11 @@ def main() -> None:
             outbox = Outbox(world, window)
             flat = FlatModel(module, torch.device("cpu"), outbox.payload)
             flat.gradient[:options.parameters].copy_(protocol.make_gradient(options.parameters))
-            courier, clock = Courier(window, outbox, flat, meter, overlap=False), protocol.Clock(options.warmup, options.seconds)
+            courier = Courier(window, outbox, flat, meter, overlap=False)
+            clock = protocol.Clock(options.warmup, options.seconds)
             work(world, courier, clock)
             result = {"rate": clock.rate, "pushes": clock.exchanges}
-            weights = flat.weights                     # those of its last fetch; the others' last pushes may be missing
+            weights = flat.weights                     # now of this worker's last push: get those of everybody's
             window.fetch(weights, at_least=courier.mail.version)
         log.close()
     results = world.gather(result)
