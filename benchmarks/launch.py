@@ -33,7 +33,8 @@ def python(module: str, *arguments: object) -> list[str]:
 
 
 def run(command: Sequence[str], deadline_s: float, env: dict[str, str] | None = None) -> str:
-    """The standard output of `command`. Raises Failed."""
+    """The standard output of `command`. Raises Failed. Whoever ends this process with SIGTERM ends the program, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))    # runs the `finally` below
     environment = os.environ | local.settings(is_root=os.geteuid() == 0) | (env or {})
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
