@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "asgd_mpi"
 ORDER = ["errors", "config", "topology", "record.rundir", "record.events", "record.audit", "record.timeline",
          "record.readings", "record.summary", "record.meter", "record.progress", "record.checkpoint", "data", "model",
          "server.ledger", "server.rules", "server.schedule", "exchange", "server.serve", "worker", "task", "report",
-         "evaluate", "replay", "train"]
+         "evaluate", "replay", "train", "findings", "doctor"]
 
 
 def place(module: str) -> int | None:

@@ -1,0 +1,269 @@
+"""`mpirun -np 4 python -m asgd_mpi.doctor`: what a training would meet here, and for each problem the one thing to change.
+
+Run it under the same launcher, on the same hosts, as the job. Every step has a deadline: one that passes it is reported
+as a problem, with everything found until then, and ends the job; it never hangs. A watchdog thread ends steps that are
+stuck inside MPI, where nothing can be polled. The exit status is 0 if all is well, 1 if a problem was found, 2 for a wrong
+option. What follows from the findings is decided in `findings.py`, which is pure.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+
+import h5py
+import jsonargparse
+import torch
+
+from asgd_mpi import findings
+from asgd_mpi.errors import ConfigError, UserError
+from asgd_mpi.findings import PROBLEM, Findings, Link, Locking, Need, Rank, Row
+from asgd_mpi.model import networks
+from asgd_mpi.model.flat import num_floats, num_statistics
+from asgd_mpi.topology import SERVER, Topology
+
+GRACE_S = 2.0            # rank 0 speaks first: the others leave so much later
+FORWARDING_S = 0.5       # the launcher drops what it has not yet forwarded when the job is ended
+DIGITS = (10, 1, 8)      # classes, channels, pixels of the embedded data,
+IMAGENET = (1000, 3, 224)  # ... and what every other network is taken to see
+LAUNCHERS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))  # Open MPI, MPICH
+WIDTH = 120              # columns of the report
+
+
+class StepFailed(Exception):
+    """A step that went wrong on one rank at least; every rank raises it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    with ExitStack() as quiet:
+        if not _is_first_process():         # one process says what is wrong with the options
+            quiet.enter_context(redirect_stdout(io.StringIO()))
+            quiet.enter_context(redirect_stderr(io.StringIO()))
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+    faulthandler.dump_traceback_later(3 * options.deadline_s, exit=True)  # MPI_Init holds the interpreter: no thread could act
+    from asgd_mpi.exchange.world import World
+
+    faulthandler.cancel_dump_traceback_later()
+    world = World(timeout_s=options.deadline_s)
+    examination = Examination(world, options)
+    try:
+        examination.run()
+    except StepFailed:
+        examination.end(status=1)
+    status = examination.report() if world.is_server and _is_first_process() else 0
+    faulthandler.dump_traceback_later(3 * options.deadline_s, exit=True)
+    examination.probe.leave()
+    faulthandler.cancel_dump_traceback_later()
+    return status
+
+
+def _parse(arguments: Sequence[str]) -> jsonargparse.Namespace:
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m asgd_mpi.doctor",
+        description="Examine MPI, shared memory, GPUs and HDF5 under the job's own launcher; see what to change.")
+    parser.add_argument("--model", default="digits_cnn", help=f"The network to be trained: {networks.FORMS}.")
+    parser.add_argument("--ring", type=int, default=3, help="Snapshots in the window (--exchange.ring).")
+    parser.add_argument("--data", default=".", help="Directory in which HDF5 file locking is tried.")
+    parser.add_argument("--megabytes", type=jsonargparse.typing.PositiveInt, default=4, help="Size of the test window.")
+    parser.add_argument("--deadline-s", type=jsonargparse.typing.PositiveFloat, default=10.0,
+                        help="Limit of what each rank does in a step; the job ends after 3 of them at the latest.")
+    return parser.parse_args(arguments)
+
+
+def _is_first_process() -> bool:
+    """Whether the launcher, too, takes this for its first process: separate worlds of one would all report."""
+    return all(os.environ.get(rank, "0") == "0" for _, rank in LAUNCHERS)
+
+
+class Examination:
+    """Takes the steps, on all ranks together, and keeps what they find."""
+
+    def __init__(self, world, options: jsonargparse.Namespace):
+        from asgd_mpi.exchange import probe
+
+        self.world, self.options, self.probe = world, options, probe
+        own = Rank(world.host, **probe.facts(), num_cores=len(os.sched_getaffinity(0)))
+        self.found = Findings([own], world.size, patience_s=(probe.SILENCE_S - probe.PATIENCE_S) / 2)
+
+    def run(self) -> None:
+        """Raises StepFailed."""
+        found, options = self.found, self.options
+        found.launched, found.slurm_tasks = _launched(), _slurm_tasks()
+        self.step("world: barrier", lambda: self.probe.talk(self.world))
+        own = found.ranks[0]
+        found.ranks = [Rank(**facts | {"gpus": tuple(facts["gpus"])})
+                       for facts in self.step("host: facts", lambda: asdict(own) | _machine_facts())]
+        build = "parallel" if h5py.get_config().mpi else "serial"
+        found.hdf5 = f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, {build}"
+        locking = self.step("file: locking", lambda: asdict(_try_locking(Path(options.data))) if self.world.is_server else {})
+        found.locking = Locking(**locking[SERVER])
+        found.need = Need(**self.step("model: memory", self._need)[SERVER])
+        self._examine_window(found.places)
+
+    def _examine_window(self, places: Topology) -> None:
+        num_bytes = self.options.megabytes << 20
+        self.step(findings.ROOM, lambda: self._demand_room(num_bytes))
+        probe = self.probe.WindowProbe(self.world, num_bytes)
+        carried = self.step("window: allocate", probe.allocate)[SERVER]
+        settings = ", ".join(f"{name}={value}" for name, value in carried["settings"].items()) or "no setting"
+        self.found.window = (f"the component cannot be asked for its name ({settings}); {carried['memory_model']} memory "
+                             "model; what it does is tried below")
+        for name in ("lock", "put", "get", "atomic", "count"):
+            self.step(f"window: {name}", getattr(probe, name))
+        if places.num_workers:
+            is_prober = self.world.rank in self.probe.probers(places)
+            took = self.step("window: silent target", lambda: probe.silent_target(is_prober))
+            self.found.silent_s = {rank: seconds for rank, seconds in enumerate(took) if seconds is not None}
+            links = self.step("link: measure", lambda: probe.links(places))[SERVER]
+            self.found.links = [Link(**link) for link in links]
+        self.step("window: free", probe.free)
+
+    def step(self, name: str, act: Callable[[], object]) -> list:
+        """Act, on all ranks; return every rank's result when all are done.
+
+        Raises StepFailed; ends the process if this rank is stuck. Acting may take one deadline, which leaves the others
+        waiting for as long: they wait half as long again.
+        """
+        deadline_s, started = self.options.deadline_s, time.perf_counter()
+        watchdog = threading.Timer(3 * deadline_s + (0 if self.world.is_server else GRACE_S), self._stuck, [name])
+        watchdog.daemon = True
+        watchdog.start()
+        value, error = None, ""
+        try:
+            value = act()
+        except Exception as caught:  # whatever it is, the others learn of it
+            error = f"{self._who()}: {_plain(caught)}"
+        self.world.timeout_s = 1.5 * deadline_s
+        try:
+            values, errors = zip(*self.world.gather([value, error]))
+        except Exception as caught:
+            values, errors = (), (error or f"{self._who()} did its part, but not all others did: {_plain(caught)}",)
+        self.world.timeout_s = deadline_s
+        watchdog.cancel()
+        if any(errors):
+            self.found.failed = (name, "; ".join(filter(None, errors)))
+            raise StepFailed(name)
+        self.found.steps.append((name, time.perf_counter() - started))
+        return list(values)
+
+    def report(self) -> int:
+        """Print the report; the exit status."""
+        rows = findings.diagnose(self.found)
+        print(render(rows, findings.gpu_map(self.found)), flush=True)
+        return int(any(row.verdict == PROBLEM for row in rows))
+
+    def end(self, status: int) -> None:
+        """Report, and end all ranks; rank 0 first."""
+        if self.world.is_server:
+            self.report()
+            time.sleep(FORWARDING_S)
+        else:
+            time.sleep(self.options.deadline_s + GRACE_S)       # rank 0 may just have begun to wait for the others
+        self.world.abort(status)
+
+    def _demand_room(self, num_bytes: int) -> None:
+        """Raises ConfigError: writing to shared memory that is not there would kill the process."""
+        free = self.found.ranks[SERVER].shm_free
+        if free is not None and free < num_bytes:
+            raise ConfigError(f"/dev/shm has {free} bytes free, and the test window needs {num_bytes}")
+
+    def _need(self) -> dict | None:
+        """The fields of Need, from rank 0. Raises ConfigError."""
+        from asgd_mpi.exchange.window import Layout
+
+        places, options = self.found.places, self.options
+        if not self.world.is_server:
+            return None
+        classes, channels, pixels = DIGITS if options.model == "digits_cnn" else IMAGENET
+        module = networks.build(options.model, classes, channels, pixels)
+        layout = Layout(num_floats(module), options.ring, places.num_workers, max(num_floats(module), num_statistics(module)))
+        local = places.num_on_host_of(SERVER) - 1
+        return asdict(Need(options.model, layout.num_parameters, options.ring, layout.server_bytes,
+                           local * layout.worker_bytes))
+
+    def _stuck(self, name: str) -> None:
+        """This rank is inside MPI, or behind a rank that is, and past the limit: say so and leave."""
+        self.found.failed = (name, f"{self._who()} is still in it after {3 * self.options.deadline_s:g} s")
+        if self.world.is_server:
+            self.report()
+        else:
+            print(f"{PROBLEM}: {name}: {self.found.failed[1]}", file=sys.stderr, flush=True)
+        time.sleep(FORWARDING_S)
+        os._exit(1)  # MPI cannot be asked to abort by a thread if it is stuck in another; the launcher ends the rest
+
+    def _who(self) -> str:
+        return f"rank {self.world.rank} on {self.world.host}"
+
+
+def render(rows: list[Row], gpus: list[tuple[int, str, str, str]]) -> str:
+    """The report: a table of the checks, the GPU map, and the problems with their remedies."""
+    indent = " " * 24
+    lines = [f"{row.verdict:8s} {row.topic:15s}{_wrapped(row.fact, indent)}" for row in rows]
+    lines += ["", "rank  host                  role    device"]
+    lines += [f"{rank:4d}  {host:20s}  {role:6s}  {device}" for rank, host, role, device in gpus]
+    problems = [row for row in rows if row.verdict == PROBLEM]
+    lines += ["", f"{len(problems)} problem(s)" if problems else "no problem found"]
+    for number, row in enumerate(problems, start=1):
+        lines += [f"{number}. {row.topic}: {_wrapped(row.fact, '   ')}", f"   -> {_wrapped(row.remedy, '      ')}"]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str) -> str:
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(indent) + len(line) + 1 + len(word) > WIDTH:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return f"\n{indent}".join([*lines, line])
+
+
+def _machine_facts() -> dict:
+    """Fields of Rank that CUDA and the file system know."""
+    shm = Path("/dev/shm")
+    return {"gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
+
+
+def _launched() -> int | None:
+    sizes = [int(os.environ[size]) for size, _ in LAUNCHERS if size in os.environ]
+    return max(sizes, default=None)
+
+
+def _slurm_tasks() -> int | None:
+    tasks = os.environ.get("SLURM_NTASKS")
+    return int(tasks) if tasks else None
+
+
+def _try_locking(directory: Path) -> Locking:
+    """Make, lock and remove a small HDF5 file in `directory`."""
+    setting = os.environ.get("HDF5_USE_FILE_LOCKING")
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".asgd_mpi_doctor_") as place:
+            with h5py.File(Path(place) / "probe.h5", "w", locking=True) as file:
+                file["x"] = 1
+    except OSError as error:
+        return Locking(str(directory), str(error), setting)
+    return Locking(str(directory), "", setting)
+
+
+def _plain(error: Exception) -> str:
+    """An error in one line; a deadline without the advice that is meant for a training."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return text.partition(" (--run.timeout_s)")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

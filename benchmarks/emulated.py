@@ -1,0 +1,25 @@
+"""`asgd_mpi.train` with emulated GPUs: a step sleeps ASGD_BENCH_STEPS_MS, and the gradient is there, at no cost.
+
+So the host's processors and memory have the exchange to themselves, as beside GPUs: the gradient (zeros) lies where the
+worker wants it. Everything else is the training itself: same options, same loops.
+"""
+
+import os
+import sys
+import time
+
+from asgd_mpi import train
+from asgd_mpi.worker import loop
+from benchmarks.networks import STEPS_MS
+
+
+def sleep_(*_: object, accumulate: bool = False) -> float:
+    """In place of `compute_gradient_`: the loss."""
+    time.sleep(float(os.environ[STEPS_MS]) / 1e3)
+    return 0.0
+
+
+if __name__ == "__main__":
+    assert callable(loop.compute_gradient_)     # what is replaced must be what the worker calls
+    loop.compute_gradient_ = sleep_
+    sys.exit(train.main())

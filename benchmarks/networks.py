@@ -1,0 +1,53 @@
+"""Networks whose steps take a given time: `--model benchmarks.networks:NAME`; what they need comes in the environment."""
+
+import os
+import time
+
+import torch
+from torch import nn
+
+from asgd_mpi.model import networks
+
+STEPS_MS = "ASGD_BENCH_STEPS_MS"          # of each worker, "20,20,20,100"
+PARAMETERS = "ASGD_BENCH_PARAMETERS"      # P of `vector`
+RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+class Sleep(nn.Module):
+    """Passes its input on after `seconds`, in training only."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            time.sleep(self.seconds)
+        return images
+
+
+def sleeping_digits(num_classes: int, channels: int, step_s: float) -> nn.Module:
+    return nn.Sequential(Sleep(step_s), networks.digits_cnn(num_classes, channels))
+
+
+def sleeping(num_classes: int, channels: int) -> nn.Module:
+    """The network of the digits, on this rank's worker as slow as the environment says."""
+    rank = int(next(os.environ[name] for name in RANKS if name in os.environ))
+    steps = [float(step) / 1e3 for step in os.environ[STEPS_MS].split(",")]
+    return sleeping_digits(num_classes, channels, steps[rank - 1] if rank else 0.0)
+
+
+class Vector(nn.Module):
+    """P parameters that cost nothing: the scores are those of no knowledge, and depend on the first of them only."""
+
+    def __init__(self, num_parameters: int, num_classes: int):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(num_parameters))
+        self.num_classes = num_classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.weights[:1].expand(len(images), self.num_classes)
+
+
+def vector(num_classes: int) -> nn.Module:
+    return Vector(int(os.environ[PARAMETERS]), num_classes)

@@ -1,0 +1,122 @@
+"""asgd_mpi itself: `mpirun -np N+1`. The package's own server, ledger, window and courier; only computing is left out.
+
+The gradient lies where a training on the CPU computes it: in the memory that the server reads in place.
+"""
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from asgd_mpi.config import RuleConfig
+from asgd_mpi.exchange.link import Inbox, Outbox
+from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
+from asgd_mpi.exchange.wire import Header, Kind
+from asgd_mpi.exchange.world import World
+from asgd_mpi.model.flat import FlatModel, num_floats
+from asgd_mpi.record.events import EventLog
+from asgd_mpi.record.meter import Meter
+from asgd_mpi.record.progress import Progress
+from asgd_mpi.server.ledger import Ledger, Lease, Plan, Verdict
+from asgd_mpi.server.rules import RULES
+from asgd_mpi.server.serve import Server
+from asgd_mpi.worker.courier import Courier
+from benchmarks.peers import protocol
+
+ENDLESS = 1 << 40     # samples
+
+
+class TimedLedger(Ledger):
+    """Lends until the time is over, which begins with the first push; what is lent by then is the whole run."""
+
+    def __init__(self, num_workers: int, seconds: float):
+        super().__init__(Plan(num_workers, ENDLESS, 0, ENDLESS, batch_size=1, lease_batches=1, validate_every=1.0),
+                         lr_at=lambda samples: protocol.LR)
+        self._seconds, self._ends = seconds, None
+
+    def judge(self, header: Header) -> Verdict:
+        self._ends = self._ends or time.monotonic() + self._seconds
+        if time.monotonic() > self._ends and self.plan.total_samples == ENDLESS:
+            self.plan = dataclasses.replace(self.plan, total_samples=self._lent)
+        return super().judge(header)
+
+
+class Vector(nn.Module):
+    """P parameters."""
+
+    def __init__(self, num_parameters: int):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(num_parameters))
+
+
+def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, options) -> int:
+    """Serve for the time; the number of pushes."""
+    rule = RULES["asgd"](window.layout.num_parameters, RuleConfig("asgd", protocol.MOMENTUM, 0.0))
+    with tempfile.TemporaryDirectory() as place:
+        pushes = EventLog(Path(place) / "pushes.log")
+        server = Server(window, Inbox(world, window), TimedLedger(options.workers, options.warmup + options.seconds), rule,
+                        meter, log, pushes, Progress("none", ENDLESS, ENDLESS), world.timeout_s)
+        server.publish_first(torch.zeros(window.layout.num_parameters))
+        server.run()
+        server.inbox.close()
+        pushes.close()
+    return server.ledger.version
+
+
+def work(world: World, courier: Courier, clock: protocol.Clock) -> None:
+    """Push and fetch, one sample of a lease each time, until the server says stop."""
+    def granted() -> Lease | None:
+        return next((lease for lease in courier.mail.leases if lease.number == number), None)
+
+    number = 1
+    while True:
+        if not granted():                              # else it came with the last trip, as it does in a training
+            courier.await_lease(number)
+        lease = granted()
+        if lease is None:
+            return
+        courier.push_gradient(Header(Kind.GRADIENT, world.worker, courier.sent + 1, courier.version, number, lease.start, 1),
+                              fetch=True)
+        courier.wait()
+        clock.tick()
+        number += 1
+
+
+def main() -> None:
+    options, world = protocol.options(), World(timeout_s=60)
+    torch.set_num_threads(options.threads if world.is_server else 1)
+    module = Vector(options.parameters)
+    capacity = num_floats(module)
+    window = (ServerWindow if world.is_server else WorkerWindow)(world, Layout(capacity, 3, options.workers, capacity))
+    window.open()
+    with tempfile.TemporaryDirectory() as place:
+        log = EventLog(Path(place) / "metrics.jsonl")
+        meter = Meter(log, interval_s=1.0)
+        if world.is_server:
+            result = {"rate": 0.0, "pushes": serve(world, window, log, meter, options)}
+            weights = window.latest.clone()
+        else:
+            outbox = Outbox(world, window)
+            flat = FlatModel(module, torch.device("cpu"), outbox.payload)
+            flat.gradient[:options.parameters].copy_(protocol.make_gradient(options.parameters))
+            courier = Courier(window, outbox, flat, meter, overlap=False)
+            clock = protocol.Clock(options.warmup, options.seconds)
+            work(world, courier, clock)
+            result = {"rate": clock.rate, "pushes": clock.exchanges}
+            weights = flat.weights                     # now of this worker's last push: get those of everybody's
+            window.fetch(weights, at_least=courier.mail.version)
+        log.close()
+    results = world.gather(result)
+    pushes = results[0]["pushes"]
+    everything = pushes == sum(worker["pushes"] for worker in results[1:])
+    right = world.gather(protocol.are_right(weights[:options.parameters], pushes))
+    if world.is_server:
+        protocol.report([worker["rate"] for worker in results], pushes, everything and all(right))
+    world.barrier("all ranks to be done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The benchmarks' own claims: that wrong weights are seen, that a rate is a rate, and that a small run of each works."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from asgd_mpi.exchange import wait
+from asgd_mpi.record.events import EventLog, Push, Start, Validation
+from asgd_mpi.record.rundir import RunDir
+from benchmarks import exchange, launch, training
+from benchmarks.peers import protocol
+
+ROOT = Path(__file__).parent.parent
+WHOLE = 100_003      # parameters: no multiple of the gradient's period
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 3000])
+@pytest.mark.parametrize("num_summed", [1, 3])
+def test_the_closed_form_is_momentum_sgd_and_a_step_more_or_less_is_seen(steps, num_summed):
+    weights, gradient = torch.zeros(WHOLE), protocol.make_gradient(WHOLE)
+    velocity = torch.zeros(WHOLE)
+    for _ in range(steps):
+        gradient *= num_summed                     # what an all-reduce leaves; the step makes it the mean again
+        protocol.step_(weights, gradient, velocity, num_summed)
+    assert protocol.are_right(weights, steps)
+    assert not protocol.are_right(weights, steps + 1)
+    assert steps == 0 or not protocol.are_right(weights, steps - 1)
+
+
+def test_one_step_lost_in_one_piece_is_seen():
+    weights, gradient, velocity = torch.zeros(WHOLE), protocol.make_gradient(WHOLE), torch.zeros(WHOLE)
+    for step in range(4):
+        last = WHOLE if step < 3 else WHOLE - 5
+        protocol.step_(weights[:last], gradient[:last], velocity[:last])
+    assert not protocol.are_right(weights, 4)
+
+
+def test_the_step_is_that_of_torch():
+    start = torch.randn(1000)
+    weights, velocity, gradient = start.clone(), torch.zeros(1000), torch.randn(1000)
+    reference = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([reference], protocol.LR, protocol.MOMENTUM)
+    for _ in range(3):
+        protocol.step_(weights, gradient, velocity)
+        reference.grad = gradient.clone()
+        optimizer.step()
+    torch.testing.assert_close(weights, reference.detach())
+
+
+def test_a_clock_leaves_the_warm_up_out():
+    clock, pause = protocol.Clock(warmup_s=0.2, seconds=0.3), 0.1
+    going = True
+    while going:
+        time.sleep(pause)
+        pause = 0.01 if clock.exchanges >= 2 else pause       # slow only while it warms up
+        going = clock.tick()
+    assert clock.exchanges > 5
+    assert 0.3 / 0.01 / 4 < clock.rate < 100
+
+
+def test_a_program_that_hangs_is_ended_with_its_children():
+    script = "import subprocess, sys; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); child.wait()"
+    started = time.monotonic()
+    with pytest.raises(launch.Failed, match="not done after 2 s") as failed:
+        launch.run([sys.executable, "-c", script], deadline_s=2)
+    assert time.monotonic() - started < 30
+    child = Path("/proc") / str(failed.value).splitlines()[-1]
+    wait.until(lambda: not child.exists(), 20, "the test waits for the child to be gone")
+
+
+def test_rates_and_times_are_read_from_a_run(tmp_path):
+    run = RunDir.create(tmp_path / "run", "x")
+    log, pushes = EventLog(run.metrics_of(0)), EventLog(run.pushes)
+    log.write(Start(100.0, 0, "server", "a", "cpu", 2, 10))
+    for k in range(100):                                     # 10 pushes of 16 images a second, the first 10 slower
+        at = 100.0 + (k if k < 10 else 9 + (k - 9) / 10)
+        pushes.write(Push(at, k, 0, k, 0, 16 * k, 16 * k + 10, 0.1, 0.0, 0, [(1, 0, 6)]))
+    for t, error in ((103.0, 0.2), (107.0, 0.05), (109.0, 0.01)):
+        log.write(Validation(t, 1, 1, 1.0, 360, error, 0.0, 0.1))
+    log.close(), pushes.close()
+    assert training.images_per_s(run) == pytest.approx(160)
+    assert training.pushes_per_s(run) == pytest.approx(10)
+    assert training.seconds_to(run, 0.95) == pytest.approx(7)
+    assert training.seconds_to(run, 0.999) is None
+
+
+def test_the_table_shows_ours_over_each_other_and_the_limit():
+    values = {(10**6, 4, "ours"): [300.0, 200.0, 250.0], (10**6, 4, "gloo"): [100.0]}
+    values |= {("memory", name): [28e6 * 125] for name in exchange.MEMORY}         # bytes/s: 125 exchanges of 28 MB
+    rates, ratios = exchange._tables(exchange._result([(10**6, 4)], ["ours", "gloo", "rpc"], values), ["ours", "gloo", "rpc"])
+    assert "| 1000000 | 4 | 250.0 (200.0-300.0) | 100.0 (100.0-100.0) | failed | 125.0 |" in rates
+    assert "| 1000000 | 4 | 2.50 | failed | 2.00 |" in ratios
+
+
+def small(module: str, openmpi, out: Path, *arguments: object) -> dict:
+    environment = {"PATH": f"{Path(openmpi.mpirun).parent}{os.pathsep}{os.environ['PATH']}"}
+    launch.run(launch.python(module, *arguments, "--rounds", 1, "--out", out), deadline_s=300, env=environment)
+    return json.loads(out.read_text())
+
+
+def test_a_small_exchange_is_right_in_every_system(openmpi, tmp_path):
+    result = small("benchmarks.exchange", openmpi, tmp_path / "result.json", "--parameters", WHOLE, "--workers", 2, "--seconds",
+                   0.5, "--warmup", 0.1, "--peers", "ours,rpc,blocking,allreduce,gloo")
+    [cell] = result["cells"]
+    assert set(cell["exchanges_per_s"]) == {"ours", "rpc", "blocking", "allreduce", "gloo"}
+    assert all(found["median"] > 0 for found in cell["exchanges_per_s"].values())
+    assert result["machine"]["cores"] and result["versions"]["torch"] and "--workers 2" in result["command"]
+
+
+def test_a_small_overlap_keeps_emulated_workers_busy(openmpi, tmp_path):
+    result = small("benchmarks.overlap", openmpi, tmp_path / "result.json", "--parameters", 10_000, "--steps-ms", 50, "--n-push",
+                   "1", "--workers", 2, "--seconds", 3)
+    [cell] = result["cells"]
+    assert 0.2 < cell["over_ideal"]["median"] <= 1.1      # a busy machine may be slow, but nobody is faster than the sleep
