@@ -1,6 +1,6 @@
 """Where the momentum should live: accuracy on the digits by number of workers, rate, and keeper of the velocity.
 
-    python benchmarks/momentum.py --workers 1,8,16,32 --epochs 12 --seeds 2
+    python -m benchmarks.momentum --workers 1,8,16,32 --epochs 12 --seeds 2
 
 Simulated in one process: workers take turns, so that the staleness is workers - 1; gradients, rule, momentum, schedule
 and data are the package's own. Prints a Markdown table and writes benchmarks/results/momentum.json.
@@ -8,13 +8,8 @@ and data are the package's own. Prints a Markdown table and writes benchmarks/re
 
 from __future__ import annotations
 
-import json
-import platform
-import shlex
 import statistics
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
@@ -26,8 +21,8 @@ from asgd_mpi.server.rules import RULES, pieces
 from asgd_mpi.task import Task, complete, open_task
 from asgd_mpi.worker.momentum import Momentum
 from asgd_mpi.worker.step import compute_gradient_, validate
+from benchmarks import machine
 
-RESULTS = Path(__file__).parent / "results" / "momentum.json"
 KEEPERS = ("server", "worker", "dana", "none")
 FACTORS = (0.3, 1.0, 3.0)   # of the stock rate
 
@@ -73,20 +68,21 @@ def main(workers: str = "1,8,16,32", epochs: float = 12, seeds: int = 2) -> None
         seeds: runs of each setting
     """
     torch.set_num_threads(1)
-    settings = [(int(n), keeper, factor) for n in workers.split(",") for keeper in KEEPERS for factor in FACTORS]
+    settings = [(n, keeper, factor) for n in machine.integers(workers) for keeper in KEEPERS for factor in FACTORS]
     accuracy = {setting: [train(configured(setting[1], setting[2], seed, epochs), setting[0]) for seed in range(seeds)]
                 for setting in tqdm(settings)}
     rows = [{"workers": n, "momentum": keeper, "rate": factor, "accuracy": runs}
             for (n, keeper, factor), runs in accuracy.items()]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"command": shlex.join(["python", *sys.argv]), "torch": str(torch.__version__),
-                                   "machine": platform.processor() or platform.machine(), "rows": rows}, indent=1) + "\n")
-    print("| workers | momentum | " + " | ".join(f"{factor:g}x rate" for factor in FACTORS) + " |\n|---:|---|---:|---:|---:|")
-    for n in dict.fromkeys(n for n, _, _ in settings):
-        for keeper in KEEPERS:
-            cells = [accuracy[n, keeper, factor] for factor in FACTORS]
-            print(f"| {n} | {keeper} | " + " | ".join(
-                f"{100 * statistics.mean(runs):.1f} ({100 * min(runs):.1f} to {100 * max(runs):.1f})" for runs in cells) + " |")
+    machine.write(machine.RESULTS / "momentum.json", machine.describe("benchmarks.momentum") | {"rows": rows})
+
+    def cell(runs: list[float]) -> str:
+        return f"{100 * statistics.mean(runs):.1f} ({100 * min(runs):.1f} to {100 * max(runs):.1f})"
+
+    print(machine.table(
+        ["workers", "momentum", *(f"{factor:g}x rate" for factor in FACTORS)],
+        [[n, keeper, *(cell(accuracy[n, keeper, factor]) for factor in FACTORS)]
+         for n in dict.fromkeys(n for n, _, _ in settings) for keeper in KEEPERS]))
+
 
 
 if __name__ == "__main__":
