@@ -42,7 +42,9 @@ def seconds_per_push(summary: Summary) -> dict[str, float]:
 def _audit(summary: Summary) -> str | None:
     if not summary.audit.violations:
         return None
-    return (f"The record contradicts itself ({'; '.join(summary.audit.violations)}): do not trust the weights of this run "
+    more = len(summary.audit.violations) - 3
+    named = "; ".join(summary.audit.violations[:3]) + (f"; and {more} more, see the audit" if more > 0 else "")
+    return (f"The record contradicts itself ({named}): do not trust the weights of this run "
             "before the cause is known.")
 
 
