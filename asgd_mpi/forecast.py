@@ -6,8 +6,8 @@ Pure discrete-event simulation, one heap, three events for each push:
     SERVE   the server applies it, one after the other in order of arrival: `apply_s + overhead_s` each
     FETCH   the worker, told of it, reads the latest weights over the link from the server, then computes a step
 
-What it leaves out: ranks that share cores (calibrate with as many ranks as the hosts will hold), validation, the end of a
-run, the loader falling behind, and links other than the server's.
+What it leaves out: ranks that share cores (but see `calibrate`), validation, the end of a run, the loader falling behind,
+and links other than the server's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Costs:
     apply_s: float                             # the update, on the server
     fetch_s: float                             # one read of the weights
     travel_s: float = 0.0                      # from the end of a step to the server's turn, and back to the worker's notice
-    overhead_s: float = 0.0                    # of the server for a push, beside the update: nobody else is served
+    overhead_s: float = 0.0                    # for a push, beside the update: nobody else is served
     spread: float = 0.0                        # standard deviation of a step over its mean
     link_s: float = 0.0                        # the weights' or a gradient's time on the server's link, one at a time
 
@@ -72,7 +72,8 @@ class Outcome:
     images_per_s: float
     staleness: float                           # mean
     staleness_max: int
-    server_busy: float                         # 0..1
+    server_busy: float                         # 0..1, with updates: what a report measures
+    queue_busy: float                          # 0..1, with updates and overhead: at 1 it is the limit
     wait_s: float                              # mean time that a push waits for the server's turn
 
 
@@ -108,12 +109,12 @@ def simulate(costs: Costs, num_workers: int, seed: int = 0) -> Outcome:
         heapq.heappush(heap, (following[0], next(order), following[1], worker))
     pushes, elapsed = total - counted_from, done[-1] - done[counted_from - 1]
     return Outcome(num_workers, costs.batch * pushes / elapsed, sum(staleness) / pushes, max(staleness),
-                   min(1.0, costs.serve_s * pushes / elapsed), waits / pushes)
+                   min(1.0, costs.apply_s * pushes / elapsed), min(1.0, costs.serve_s * pushes / elapsed), waits / pushes)
 
 
 def _steps(costs: Costs, clock: random.Random):
     """Step times: log-normal with the given mean and spread, or constant."""
-    if not costs.spread:
+    if not costs.spread or not costs.step_s:
         return lambda: costs.step_s
     sigma2 = math.log(1 + costs.spread ** 2)
     mu, sigma = math.log(costs.step_s) - sigma2 / 2, math.sqrt(sigma2)
@@ -130,29 +131,37 @@ class Observation:
 
 
 def calibrate(observations: Sequence[Observation]) -> Costs:
-    """Fill in what no clock measures, so that the model gives the measured images/s.
+    """Fill in what no clock measures, so that the model gives the measured images/s of the smallest and the largest run.
 
-    From one run, or runs of one size, `travel_s`, taking `overhead_s` as 0; from several sizes also `overhead_s`. The step
-    and the update are those of the smallest run: in a larger one on the same cores they are slowed by the others.
+    The smallest run gives `travel_s`: what its cycle holds beside step, update and fetch. A larger one gives what of that
+    cycle the workers cannot do at the same time: its update, slower where ranks share cores and memory, and `overhead_s`,
+    the server's other work and the rest of such sharing. Both come off travel, step and fetch, in this order.
     """
     smallest = min(observations, key=lambda observation: observation.num_workers)
-    several = len({observation.num_workers for observation in observations}) > 1
+    largest = max(observations, key=lambda observation: observation.num_workers)
 
-    def error(costs: Costs) -> float:
-        return sum(math.log(simulate(costs, one.num_workers).images_per_s / one.images_per_s) ** 2 for one in observations)
+    def travel(seconds: float) -> Costs:
+        return replace(smallest.costs, travel_s=seconds)
 
-    free_s = smallest.num_workers * smallest.costs.batch / smallest.images_per_s   # a push's whole cycle, queues included
-    best = replace(smallest.costs, travel_s=_solve(
-        lambda travel_s: simulate(replace(smallest.costs, travel_s=travel_s), smallest.num_workers).images_per_s,
-        smallest.images_per_s, free_s))
-    if not several:
-        return best
-    span = best.travel_s + smallest.costs.apply_s
-    for _ in range(4):                         # the overhead is also on the way of the smallest run: take it off the travel
-        candidates = [replace(best, overhead_s=overhead, travel_s=max(0.0, best.travel_s + best.overhead_s - overhead))
-                      for step in range(-4, 5) if (overhead := best.overhead_s + step * span / 4) >= 0]
-        best, span = min(candidates, key=error), span / 3
-    return best
+    cycle_s = smallest.num_workers * smallest.costs.batch / smallest.images_per_s   # queues included
+    alone = travel(_solve(lambda seconds: simulate(travel(seconds), smallest.num_workers).images_per_s,
+                          smallest.images_per_s, cycle_s))
+    if largest.num_workers == smallest.num_workers:
+        return alone
+    shared = _move(alone, "apply_s", largest.costs.apply_s - alone.apply_s)
+    return _move(shared, "overhead_s", _solve(
+        lambda seconds: simulate(_move(shared, "overhead_s", seconds), largest.num_workers).images_per_s,
+        largest.images_per_s, shared.cycle_s - shared.serve_s))
+
+
+def _move(costs: Costs, into: str, seconds: float) -> Costs:
+    """Move up to `seconds` of a push's cycle from where workers are independent to where only one at a time can be."""
+    changed, rest = {}, max(0.0, seconds)
+    for name in ("travel_s", "step_s", "fetch_s"):
+        taken = min(rest, getattr(costs, name))
+        changed[name], rest = getattr(costs, name) - taken, rest - taken
+    changed[into] = getattr(costs, into) + max(0.0, seconds) - rest
+    return replace(costs, **changed)
 
 
 def _solve(rate, target: float, high: float) -> float:
@@ -166,7 +175,7 @@ def _solve(rate, target: float, high: float) -> float:
 
 CHANGES = (
     ("the update twice as fast", lambda costs: replace(costs, apply_s=costs.apply_s / 2)),
-    ("the server's other work for a push halved", lambda costs: replace(costs, overhead_s=costs.overhead_s / 2)),
+    ("what is done one worker at a time beside the update, halved", lambda costs: replace(costs, overhead_s=costs.overhead_s / 2)),
     ("messages twice as fast", lambda costs: replace(costs, travel_s=costs.travel_s / 2, link_s=costs.link_s / 2)),
     ("fetches twice as fast", lambda costs: replace(costs, fetch_s=costs.fetch_s / 2)),
     ("twice the batch, in steps twice as long", lambda costs: replace(costs, batch=2 * costs.batch, step_s=2 * costs.step_s)),

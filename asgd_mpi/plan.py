@@ -84,14 +84,15 @@ def _spread(intervals: list[Interval], mean_s: float) -> float:
 def describe(costs: Costs, outcomes: Sequence[Outcome], moves: Sequence[tuple[str, float, float]]) -> list[str]:
     """The plan, as lines of text."""
     lines = [f"one push of {number(costs.batch, 0)} images: step {short(costs.step_s)} (spread {percent(costs.spread, 0)}), "
-             f"travel {short(costs.travel_s)}, update {short(costs.apply_s)} and {short(costs.overhead_s)} beside it, "
+             f"travel {short(costs.travel_s)}, update {short(costs.apply_s)}, {short(costs.overhead_s)} more one at a time, "
              f"fetch {short(costs.fetch_s)}" + (f", link {short(costs.link_s)} each way" if costs.link_s else ""),
-             "workers    images/s  efficiency  staleness  server busy"]
+             "workers    images/s  efficiency  staleness  server busy  queue busy"]
     one = costs.batch / costs.cycle_s
     lines += [f"{row.num_workers:7,} {row.images_per_s:11,.1f} {percent(row.images_per_s / one / row.num_workers, 0):>11} "
-              f"{row.staleness:10,.1f} {percent(row.server_busy, 0):>12}" for row in outcomes]
+              f"{row.staleness:10,.1f} {percent(row.server_busy, 0):>12} "
+              f"{percent(row.queue_busy, 0):>11}" for row in outcomes]
     lines.append(f"the knee is at {number(costs.knee)} workers: with more, {number(costs.limit, 0)} images/s is the limit"
-                 + (" (the link's)" if costs.link_s > costs.serve_s else " (the server's)"))
+                 + (" (the link's)" if costs.link_s > costs.serve_s else " (the queue's: the update and what else is done one at a time)"))
     lines.append(f"what would move {outcomes[-1].num_workers:,} workers:")
     lines += [f"  {name}: {100 * gain:+.0f} % images/s, the knee at {number(knee)}" for name, gain, knee in moves]
     return lines

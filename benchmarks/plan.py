@@ -15,6 +15,7 @@ from pathlib import Path
 from asgd_mpi.forecast import calibrate, simulate
 from asgd_mpi.plan import observe
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
 
 HERE = Path(__file__).parent
 WORKERS = (1, 2, 4, 7)
@@ -44,7 +45,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     out = options.out.resolve()
     for network in ("small", "large"):
-        seen = {count: observe(train(out, network, count, options.epochs * count, options.step_s)) for count in WORKERS}
+        runs = {count: train(out, network, count, options.epochs * count, options.step_s) for count in WORKERS}
+        seen, measured = ({count: read(run) for count, run in runs.items()} for read in (observe, summarize))
         for basis in ((1,), (1, 7)):
             costs = calibrate([seen[count] for count in basis])
             print(f"{network}, calibrated with {' and '.join(map(str, basis))} worker(s): step {1e3 * costs.step_s:.1f} ms, travel "
@@ -52,7 +54,9 @@ def main() -> None:
             for count, one in seen.items():
                 found = simulate(costs, count)
                 print(f"  {count} workers: measured {one.images_per_s:8.1f} images/s, predicted {found.images_per_s:8.1f} "
-                      f"({100 * (found.images_per_s / one.images_per_s - 1):+.1f} %), server busy {found.server_busy:.0%}")
+                      f"({100 * (found.images_per_s / one.images_per_s - 1):+.1f} %); staleness "
+                      f"{measured[count].staleness.mean:.2f} and {found.staleness:.2f}; server busy "
+                      f"{measured[count].server_busy:.1%} and {found.server_busy:.1%}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def test_below_the_knee_equal_workers_end_up_taking_turns_without_waiting(num_wo
 def test_above_the_knee_the_server_sets_the_pace_and_staleness_is_workers_less_one(num_workers):
     found = simulate(COSTS, num_workers)
     assert found.images_per_s == pytest.approx(COSTS.limit) == pytest.approx(32 / 0.005)
-    assert (found.server_busy, found.staleness) == (pytest.approx(1.0), pytest.approx(num_workers - 1, rel=0.05))
+    assert (found.queue_busy, found.server_busy, found.staleness) == (
+        pytest.approx(1.0), pytest.approx(0.8), pytest.approx(num_workers - 1, rel=0.05))
 
 
 @settings(deadline=None, max_examples=20)
@@ -52,7 +53,7 @@ def test_workers_equal_pushes_per_second_times_cycle_and_wait(num_workers, sprea
 
 def test_a_link_slower_than_the_server_is_the_limit():
     found = simulate(replace(COSTS, link_s=0.01), 50)
-    assert found.images_per_s == pytest.approx(32 / 0.01, rel=1e-3) and found.server_busy == pytest.approx(0.5, rel=0.01)
+    assert found.images_per_s == pytest.approx(32 / 0.01, rel=1e-3) and found.queue_busy == pytest.approx(0.5, rel=0.01)
 
 
 def test_the_same_seed_gives_the_same_outcome():
@@ -76,6 +77,14 @@ def test_runs_of_two_sizes_tell_the_servers_overhead_and_so_the_sizes_between(ov
     found = calibrate([observed(known, 1), observed(known, 20)])
     for num_workers in (2, 7, 14, 40):
         assert simulate(found, num_workers).images_per_s == pytest.approx(simulate(known, num_workers).images_per_s, rel=0.05)
+
+
+def test_an_update_slowed_by_many_ranks_is_taken_from_the_larger_run():
+    alone, crowded = replace(COSTS, overhead_s=0.0), replace(COSTS, apply_s=0.012, overhead_s=0.0)
+    found = calibrate([observed(alone, 1), observed(crowded, 20)])
+    assert found.apply_s == pytest.approx(0.012) and found.cycle_s == pytest.approx(alone.cycle_s, rel=0.01)
+    assert simulate(found, 40).server_busy == pytest.approx(1.0, abs=0.05)
+    assert simulate(found, 40).images_per_s == pytest.approx(32 / 0.012, rel=0.05)
 
 
 def test_what_moves_a_saturated_server_is_its_own_time_and_the_batch():

@@ -14,12 +14,13 @@ from typing import Optional
 import jsonargparse
 import msgspec
 
-from asgd_mpi.errors import RunDirError, UserError
+from asgd_mpi.errors import ConfigError, RunDirError, UserError
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.compare import compare
 from asgd_mpi.report.cost import Cost, price
+from asgd_mpi.report.follow import follow
 from asgd_mpi.report.markdown import render, render_comparison
 
 
@@ -29,6 +30,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=str, nargs="+", help="A directory that asgd_mpi.train made; several "
                         "are compared, and the comparison is written to --out.")
     parser.add_argument("--no-write", action="store_true", help="Only print; leave RUN_DIR/report as it is.")
+    parser.add_argument("--follow", action="store_true", help="Show the state of one run until it ends, and write nothing.")
     parser.add_argument("--price-per-gpu-hour", type=Optional[float], metavar="PRICE",
                         help="What a GPU costs in an hour, in any currency: adds the cost.")
     parser.add_argument("--target-accuracy", type=Optional[float], metavar="PERCENT", help="Of a comparison: top-1 accuracy "
@@ -41,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         runs = [RunDir.open(path) for path in options.run_dir]
-        if len(runs) > 1:
+        if options.follow and len(runs) > 1:
+            raise ConfigError(f"--follow shows one run at a time, and {len(runs)} are given: start it once for each.")
+        if options.follow:
+            follow(runs[0])
+        elif len(runs) > 1:
             _compare(runs, options)
         else:
             _report(runs[0], options)

@@ -91,6 +91,6 @@ def _curves(comparison: Comparison, summaries: Sequence[Summary]) -> Figure | No
         axes.set_xlim(left=0)
     by_time.set(xlabel=f"time ({unit})", ylabel="top-1 accuracy (%)")
     by_samples.set(xlabel="samples applied")
-    by_samples.xaxis.set_major_locator(MaxNLocator(4))
+    in_thousands(by_samples.xaxis, 4)
     figure.legend(loc="outside upper left", ncols=4)
     return figure

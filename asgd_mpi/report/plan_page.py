@@ -35,16 +35,20 @@ def _draw(costs: Costs, observations: Sequence[Observation], outcomes: Sequence[
         for axes in (speed, busy, stale):
             axes.axvline(costs.knee, color=RED, linestyle=":", linewidth=0.8)
         speed.set_ylim(0, 1.6 * costs.limit)
-    busy.plot(counts, [100 * outcome.server_busy for outcome in outcomes], color=BLUE, marker="o", markersize=3)
-    busy.set_ylim(0, 105)
+    busy.plot(counts, [100 * outcome.queue_busy for outcome in outcomes], color=BLUE, marker="o", markersize=3,
+              label="updates and what else is done one at a time")
+    busy.plot(counts, [100 * outcome.server_busy for outcome in outcomes], color=ORANGE, marker="o", markersize=3,
+              label="updates")
     stale.plot(counts, [outcome.staleness for outcome in outcomes], color=PURPLE, marker="o", markersize=3)
-    for axes, label in ((speed, "images/s"), (busy, "server busy (%)"), (stale, "mean staleness (versions)")):
+    for axes, label in ((speed, "images/s"), (busy, "busy (%)"), (stale, "staleness (versions)")):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         in_thousands(axes.yaxis)
     stale.set_xlabel("workers")
     if counts[-1] > 16:
         stale.set_xscale("log", base=2)
-    in_thousands(stale.xaxis) if counts[-1] <= 16 else stale.set_xticks(counts, [f"{count:,}" for count in counts])
-    speed.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1)
+        stale.set_xticks(counts, [f"{count:,}" for count in counts])
+    busy.set_ylim(0, 105)
+    for axes in (speed, busy):
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1)
     return figure
