@@ -175,10 +175,12 @@ def _solve(rate, target: float, high: float) -> float:
 
 CHANGES = (
     ("the update twice as fast", lambda costs: replace(costs, apply_s=costs.apply_s / 2)),
-    ("what is done one worker at a time beside the update, halved", lambda costs: replace(costs, overhead_s=costs.overhead_s / 2)),
+    ("what is done one worker at a time beside the update, halved",
+     lambda costs: replace(costs, overhead_s=costs.overhead_s / 2)),
     ("messages twice as fast", lambda costs: replace(costs, travel_s=costs.travel_s / 2, link_s=costs.link_s / 2)),
     ("fetches twice as fast", lambda costs: replace(costs, fetch_s=costs.fetch_s / 2)),
-    ("twice the batch, in steps twice as long", lambda costs: replace(costs, batch=2 * costs.batch, step_s=2 * costs.step_s)),
+    ("twice the batch, in steps twice as long",
+     lambda costs: replace(costs, batch=2 * costs.batch, step_s=2 * costs.step_s)),
     ("workers twice as fast", lambda costs: replace(costs, step_s=costs.step_s / 2)),
 )
 

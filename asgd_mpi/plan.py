@@ -28,8 +28,9 @@ MAX_WORKERS = 4096
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = jsonargparse.ArgumentParser(prog="python -m asgd_mpi.plan",
-                                         description="Predict images/s, staleness and server load for other numbers of workers.")
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m asgd_mpi.plan",
+        description="Predict images/s, staleness and server load for other numbers of workers.")
     parser.add_argument("run_dir", metavar="RUN_DIR", type=str, nargs="+",
                         help="Runs to calibrate with; of two sizes (1 worker, and as many as a host holds) is best.")
     parser.add_argument("--workers", type=str, default=DEFAULT_WORKERS, metavar="N,N,...", help=f"Up to {MAX_WORKERS}.")
@@ -59,8 +60,8 @@ def observe(run: RunDir) -> Observation:
     summary = summarize(run)
     workers = [rank for rank in summary.ranks if rank.rank and rank.counts["pushes"]]
     if not workers or not summary.apply_s:
-        raise RunDirError(f"{run.path} holds no worker's intervals with pushes, or none of the server's: nothing to calibrate "
-                          "with. Take a run that trained for a few seconds.")
+        raise RunDirError(f"{run.path} holds no worker's intervals with pushes, or none of the server's: nothing to "
+                          "calibrate with. Take a run that trained for a few seconds.")
     pushes = sum(rank.counts["pushes"] for rank in workers)
     batch = sum(rank.counts["images"] for rank in workers) / pushes
     total = {phase: sum(rank.phases[phase] for rank in workers) for phase in ("data", "compute", "fetch")}
@@ -75,7 +76,7 @@ def observe(run: RunDir) -> Observation:
 
 
 def _spread(intervals: list[Interval], mean_s: float) -> float:
-    """Standard deviation of a step over its mean, from the means over intervals: that of n steps varies by 1 / n of one's."""
+    """Standard deviation of a step over its mean, from means over intervals: that of n steps has 1 / n of the variance."""
     weighted = [(interval.data + interval.compute - interval.pushes * mean_s) ** 2 / interval.pushes
                 for interval in intervals if interval.pushes]
     return min(1.0, math.sqrt(sum(weighted) / len(weighted)) / mean_s) if weighted and mean_s else 0.0
@@ -91,8 +92,9 @@ def describe(costs: Costs, outcomes: Sequence[Outcome], moves: Sequence[tuple[st
     lines += [f"{row.num_workers:7,} {row.images_per_s:11,.1f} {percent(row.images_per_s / one / row.num_workers, 0):>11} "
               f"{row.staleness:10,.1f} {percent(row.server_busy, 0):>12} "
               f"{percent(row.queue_busy, 0):>11}" for row in outcomes]
-    lines.append(f"the knee is at {number(costs.knee)} workers: with more, {number(costs.limit, 0)} images/s is the limit"
-                 + (" (the link's)" if costs.link_s > costs.serve_s else " (the queue's: the update and what else is done one at a time)"))
+    whose = "link's" if costs.link_s > costs.serve_s else "queue's: the update and what else is done one at a time"
+    lines.append(f"the knee is at {number(costs.knee)} workers: with more, {number(costs.limit, 0)} images/s is the limit "
+                 f"(the {whose})")
     lines.append(f"what would move {outcomes[-1].num_workers:,} workers:")
     lines += [f"  {name}: {100 * gain:+.0f} % images/s, the knee at {number(knee)}" for name, gain, knee in moves]
     return lines

@@ -256,8 +256,10 @@ KINDS = (
          "apply and checkpoint are the server's work.", _split),
     Kind("staleness", "Staleness", "Versions applied between the fetch that a gradient was computed on and its own "
          "application. With equally fast workers the mean is just under workers - 1.", _staleness),
-    Kind("accuracy", "Accuracy", "On the validation split: against time, and against epochs and samples applied.", _accuracy),
-    Kind("rate", "Learning rate and training loss", "As the server applied them: the rate follows the samples applied.", _rate),
-    Kind("load", "Server load and traffic", "Busy is apply and checkpoint. A server at 100 % is the limit of the run. Traffic "
-         "is the sum over all workers.", _load),
+    Kind("accuracy", "Accuracy", "On the validation split: against time, and against epochs and samples applied.",
+         _accuracy),
+    Kind("rate", "Learning rate and training loss", "As the server applied them: the rate follows the samples applied.",
+         _rate),
+    Kind("load", "Server load and traffic", "Busy is apply and checkpoint. A server at 100 % is the limit of the run. "
+         "Traffic is the sum over all workers.", _load),
 )

@@ -40,15 +40,16 @@ def screen(summary: Summary, now: float) -> str:
     """The state at `now`, Unix seconds, as lines of at most 80 columns or so."""
     line, last = summary.timeline, summary.validations[-1] if summary.validations else None
     ran_s = None if summary.started is None else (now if summary.status == "unfinished" else _end(summary)) - summary.started
+    reason = f" ({_plain(summary.reason)})" if summary.status == "failed" else ""
     rows = [
-        ("run", f"{_plain(summary.name)}, {summary.status}{f' ({_plain(summary.reason)})' if summary.status == 'failed' else ''}, "
-                f"{seconds(ran_s)}, {summary.num_workers} workers"),
+        ("run", f"{_plain(summary.name)}, {summary.status}{reason}, {seconds(ran_s)}, {summary.num_workers} workers"),
         ("images/s", f"{number(line.images_per_s[-1] if line.t else None, 0)} now, {number(summary.images_per_s, 0)} mean"),
         ("", _spark(line.images_per_s[-60:])),
         ("epochs", f"{number(summary.epochs_done, 2)}, {summary.images:,} images"),
         ("loss", f"{number(_newest(line.loss), 4)}, learning rate {_newest(line.lr) or 0:.4g}"),
         ("accuracy", f"{percent(1 - last.top1_error, 2)} at epoch {last.epoch:.1f}" if last else "not validated yet"),
-        ("staleness", f"{number(_newest(line.staleness), 2)} now, {summary.staleness.max if summary.staleness else 'n/a'} at most"),
+        ("staleness", f"{number(_newest(line.staleness), 2)} now, "
+                      f"{number(summary.staleness and summary.staleness.max, 0)} at most"),
         ("server", f"busy {percent(_newest(line.server_busy), 0)}"),
     ]
     if summary.stragglers:

@@ -17,8 +17,8 @@ def page(costs: Costs, observations: Sequence[Observation], outcomes: Sequence[O
     """`lines` is the plan as text."""
     with matplotlib.rc_context(SETTINGS):
         title = "Predicted images/s, server load and staleness"
-        picture = Picture(title, "Dashed: without any queue. Dotted: the limit, and where the knee is. Points: the runs that the "
-                          "model was calibrated with.", to_svg(_draw(costs, observations, outcomes), "plan", title))
+        picture = Picture(title, "Dashed: without any queue. Dotted: the limit, and where the knee is. Points: the runs "
+                          "that the model was calibrated with.", to_svg(_draw(costs, observations, outcomes), "plan", title))
     return template("plan.html.j2").render(css=css(), picture=picture, lines=lines)
 
 
@@ -27,7 +27,8 @@ def _draw(costs: Costs, observations: Sequence[Observation], outcomes: Sequence[
     figure, (speed, busy, stale) = canvas(3, height=6.0, sharex=True)
     ideal = [count * costs.batch / costs.cycle_s for count in counts]
     speed.plot(counts, ideal, color=FAINT, linestyle="--", linewidth=1, label="no queue")
-    speed.plot(counts, [outcome.images_per_s for outcome in outcomes], color=BLUE, marker="o", markersize=3, label="predicted")
+    speed.plot(counts, [outcome.images_per_s for outcome in outcomes], color=BLUE, marker="o", markersize=3,
+               label="predicted")
     speed.plot([one.num_workers for one in observations], [one.images_per_s for one in observations], "s", color=ORANGE,
                markersize=5, label="measured")
     if costs.limit < ideal[-1]:
