@@ -11,13 +11,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from asgd_mpi import report
 from asgd_mpi.record.events import End, Interval, Note, Push, Start
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.record.timeline import FINEST_S, MAX_BINS, MAX_SERIES, Bins
-from asgd_mpi.report import units
+from asgd_mpi.report import follow, units
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.cost import price
 from asgd_mpi.report.page import page
@@ -148,6 +150,40 @@ def test_a_killed_run_has_a_page_that_says_what_is_missing(recorded):
     assert "pushes.log: 1 unreadable line left out" in text
 
 
+def test_a_failure_and_a_rank_that_fell_silent_are_on_the_time_axis(recorded):
+    assert ">failed</text>" not in page(summarize(recorded)) and ">ended early</text>" not in page(summarize(recorded))
+    first = raw(recorded.metrics_of(2))[0]["t"]
+    write_log(recorded.metrics_of(1), [End(first + 1, "failed", "gone")])
+    write_log(recorded.metrics_of(3), [Note(first + 60, "the last word, long after rank 2's")])
+    text = page(summarize(recorded))
+    assert ">failed</text>" in text and ">ended early</text>" in text
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["pushes.log", "config.yaml", "versions.json", "metrics/rank000.jsonl", "metrics/rank002.jsonl"]),
+       st.lists(st.tuples(st.integers(0, 10_000), st.binary(max_size=6)), min_size=1, max_size=8), st.integers(0, 10_000))
+def test_no_damage_to_a_file_stops_the_report(tmp_path, name, changes, length):
+    shutil.copytree(RUNS / "finished", tmp_path, dirs_exist_ok=True)
+    content = bytearray((tmp_path / name).read_bytes())
+    for at, what in changes:
+        at %= len(content)
+        content[at:at + len(what)] = what
+    (tmp_path / name).write_bytes(content[:len(content) - length % len(content)])
+    summary = summarize(RunDir.open(tmp_path))
+    assert report.render(summary, price(summary, 1.0)) and follow.screen(summary, T0)
+
+
+@pytest.mark.parametrize("field, value", [(0, 1e300), (2, 10 ** 9), (2, -1), (6, 0), (8, 1e200), (9, 1000)])
+def test_a_push_that_no_run_can_have_made_is_left_out_and_counted(recorded, field, value):
+    lines = raw(recorded.pushes)
+    lines[5] = [*lines[5], 0][:10]                        # the oldest form has no count of skipped images
+    lines[5][field] = value
+    recorded.pushes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = summarize(recorded)
+    assert summary.unreadable_lines == {"pushes.log": 1} and summary.audit.num_pushes == len(lines) - 1
+    assert report.render(summary)
+
+
 def test_without_pushes_the_page_shows_the_images_of_the_metrics(recorded):
     recorded.pushes.unlink()
     summary = summarize(recorded)
@@ -215,11 +251,12 @@ def make_summary(tmp_path, **changes):
     return msgspec.structs.replace(summarize(make_run(tmp_path / "run", make_pushes())), **changes)
 
 
-def test_workers_that_share_a_gpu_cost_one_gpu(tmp_path):
-    summary = make_summary(tmp_path, duration_s=7200.0)   # cuda:0 on node0, node1 and, of two workers, node1
+def test_every_worker_costs_a_gpu_unless_their_number_is_given(tmp_path):
+    summary = make_summary(tmp_path, duration_s=7200.0)
     cost = price(summary, 3.0)
-    assert (cost.num_gpus, cost.gpu_hours, cost.total) == (2, 4.0, 12.0)
-    assert cost.per_epoch == pytest.approx(12.0 / 5) and cost.per_million_images == pytest.approx(12e6 / summary.images)
+    assert (cost.num_gpus, cost.gpu_hours, cost.total) == (3, 6.0, 18.0)
+    assert cost.per_epoch == pytest.approx(18.0 / 5) and cost.per_million_images == pytest.approx(18e6 / summary.images)
+    assert price(summary, 3.0, num_gpus=2).total == 12.0
 
 
 def test_a_busy_server_is_named_with_the_gain_of_a_larger_batch(tmp_path):
@@ -260,7 +297,7 @@ def test_a_plateau_is_named_with_what_it_cost(tmp_path):
     for number, score in enumerate(summary.validations):
         score.top1_error, score.t = max(0.1, 0.5 - 0.1 * number), T0 + number
     found = [text for text in advise(summary, price(summary, 3600.0)) if text.startswith("No better since epoch 5.0")]
-    assert found and "10.00 % top-1 error" in found[0] and "the last 50 % of the run (4.0 s, 8.00 of the 16.00" in found[0]
+    assert found and "10.00 % top-1 error" in found[0] and "the last 50 % of the run (4.0 s, 12.00 of the 24.00" in found[0]
     for number, score in enumerate(summary.validations):
         score.top1_error = 0.5 - 0.05 * number
     assert not any(text.startswith("No better") for text in advise(summary))

@@ -19,6 +19,8 @@ from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins
 
 COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched")
+LARGEST = 1e15        # of any number in a line: seconds, samples, bytes
+MAX_WORKERS = 1 << 16
 MAX_NOTES = 50        # kept; the rest is counted
 Status = Literal["finished", "failed", "unfinished"]
 
@@ -65,7 +67,7 @@ class Lines:
         name, unreadable = str(path.relative_to(self._run.path)), 0
         try:
             for item in reader(path):
-                if item is None:
+                if item is None or not _is_possible(item):
                     unreadable += 1
                 else:
                     yield item
@@ -75,6 +77,21 @@ class Lines:
             self.unreadable[name] = unreadable
             self.problems.append(f"{name}: {unreadable} unreadable line{'s' * (unreadable > 1)} left out "
                                  "(cut off, damaged, or of a newer version).")
+
+
+def _is_possible(item: Event | Push) -> bool:
+    """Whether the numbers of a line can be those of a run: a flipped bit may leave a line that reads well."""
+    numbers = [value for value in msgspec.structs.astuple(item) if isinstance(value, (int, float))]
+    if not all(-LARGEST < value < LARGEST for value in numbers):
+        return False
+    match item:
+        case Push():
+            return 0 <= item.worker < MAX_WORKERS and 0 <= item.skipped <= item.stop - item.start
+        case Start():
+            return 0 < item.num_workers <= MAX_WORKERS
+        case Interval():
+            return min(numbers) >= 0 and item.t1 >= item.t0
+    return True
 
 
 class Metrics:

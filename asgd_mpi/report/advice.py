@@ -11,6 +11,7 @@ from asgd_mpi.report.cost import Cost
 from asgd_mpi.report.units import number, percent, seconds, short
 
 SATURATED = 0.8       # share of the time that the server is busy, from which more workers hardly help
+QUEUES = 0.5          # ... from which pushes queue for it
 WAITS = 0.15          # share of the workers' time from which a phase is worth a word
 TORN = 0.05           # torn reads for each fetch
 PLATEAU = 0.001       # top-1 error that the last third of a run should at least gain
@@ -42,7 +43,9 @@ def seconds_per_push(summary: Summary) -> dict[str, float]:
 def _audit(summary: Summary) -> str | None:
     if not summary.audit.violations:
         return None
-    return (f"The record contradicts itself ({'; '.join(summary.audit.violations)}): do not trust the weights of this run "
+    more = len(summary.audit.violations) - 3
+    named = "; ".join(summary.audit.violations[:3]) + (f"; and {more} more, see the audit" if more > 0 else "")
+    return (f"The record contradicts itself ({named}): do not trust the weights of this run "
             "before the cause is known.")
 
 
@@ -60,14 +63,14 @@ def _saturated(summary: Summary) -> str | None:
             f"so it applies at most {number(batch / summary.apply_s, 0)} images/s at {number(batch, 0)} images a push. "
             "More workers will not help.")
     if gain > 0.05:
-        text += (f" Twice the batch (--data.batch_size {round(2 * batch)}) halves the updates for each image: expected up to "
-                 f"+{percent(gain, 0)}, if a step then takes twice as long. Choose the learning rate anew.")
+        text += (f" Twice the batch (--data.batch_size {round(2 * batch)}) halves the updates for each image: expected up "
+                 f"to +{percent(gain, 0)}, if a step then takes twice as long. Choose the learning rate anew.")
     return text
 
 
 def _waiting(summary: Summary) -> str | None:
     share = worker_shares(summary).get("push", 0.0)
-    if share < WAITS or summary.server_busy is None or summary.server_busy >= SATURATED:
+    if share < WAITS or summary.server_busy is None or summary.server_busy >= QUEUES:
         return None
     hosts = {rank.host for rank in summary.ranks}
     text = (f"The workers spend {percent(share, 0)} of their time in push while the server is busy only "
@@ -118,9 +121,9 @@ def _room(summary: Summary) -> str | None:
         return None
     cycle = step["data"] + step["compute"] + step["fetch"]
     limit = int(1 + cycle / summary.apply_s)
-    return (f"The server is busy {percent(summary.server_busy, 0)} of the time; one update takes {short(summary.apply_s)}, a "
-            f"worker's step {short(cycle)}. It can serve about {limit:,} workers like these before it is the limit, if the link and "
-            "the cores allow.")
+    return (f"The server is busy {percent(summary.server_busy, 0)} of the time; one update takes {short(summary.apply_s)}, "
+            f"a worker's step {short(cycle)}. It can serve about {limit:,} workers like these before it is the limit, if the "
+            "link and the cores allow.")
 
 
 def _stragglers(summary: Summary) -> str | None:
@@ -138,8 +141,8 @@ def _stragglers(summary: Summary) -> str | None:
 def _torn(summary: Summary) -> str | None:
     if not summary.fetches or summary.torn_reads < TORN * summary.fetches:
         return None
-    return (f"{summary.torn_reads:,} reads of {summary.fetches:,} fetches were torn and done again: raise --exchange.ring, so that "
-            "a snapshot stays longer before it is overwritten.")
+    return (f"{summary.torn_reads:,} reads of {summary.fetches:,} fetches were torn and done again: raise --exchange.ring, so "
+            "that a snapshot stays longer before it is overwritten.")
 
 
 def _skipped(summary: Summary) -> str | None:
@@ -158,6 +161,6 @@ def _plateau(summary: Summary, cost: Cost | None) -> str | None:
         return None
     rest = max(0.0, 1 - (best.t - summary.started) / summary.duration_s)
     price = f", {cost.total * rest:,.2f} of the {cost.total:,.2f} it cost" if cost else ""
-    return (f"No better since epoch {best.epoch:.1f} ({percent(best.top1_error, 2)} top-1 error): the last {percent(rest, 0)} of "
-            f"the run ({seconds(rest * summary.duration_s)}{price}) gained nothing. Stop earlier, or lower the learning rate "
-            "sooner.")
+    return (f"No better since epoch {best.epoch:.1f} ({percent(best.top1_error, 2)} top-1 error): the last "
+            f"{percent(rest, 0)} of the run ({seconds(rest * summary.duration_s)}{price}) gained nothing. Stop earlier, or "
+            "lower the learning rate sooner.")

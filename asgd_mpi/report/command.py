@@ -1,7 +1,7 @@
 """`python -m asgd_mpi.report RUN_DIR [RUN_DIR ...]`: what runs did and where their time went, from their directories alone.
 
-Several are compared (`compare`). For one, prints Markdown and writes `report/report.html`, `report/report.md` and `report/report.json` (a `Summary`, and the advice).
-Works on a run that finished, failed, was killed or is still going, on any machine: it imports neither MPI nor torch.
+Several are compared (`compare`). For one, prints Markdown and writes `report/report.html`, `report/report.md` and
+`report/report.json` (a `Summary`, and the advice). Works on a run that finished, failed, was killed or is still going, on any machine: it imports neither MPI nor torch.
 """
 
 from __future__ import annotations
@@ -14,23 +14,27 @@ from typing import Optional
 import jsonargparse
 import msgspec
 
-from asgd_mpi.errors import RunDirError, UserError
+from asgd_mpi.errors import ConfigError, RunDirError, UserError
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.compare import compare
 from asgd_mpi.report.cost import Cost, price
+from asgd_mpi.report.follow import follow
 from asgd_mpi.report.markdown import render, render_comparison
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="python -m asgd_mpi.report", description="Report what a run did and where its time went, or compare several.")
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=str, nargs="+", help="A directory that asgd_mpi.train made; several "
-                        "are compared, and the comparison is written to --out.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=str, nargs="+",
+                        help="A directory that asgd_mpi.train made; several are compared, and that is written to --out.")
     parser.add_argument("--no-write", action="store_true", help="Only print; leave RUN_DIR/report as it is.")
+    parser.add_argument("--follow", action="store_true", help="Show the state of one run until it ends, and write nothing.")
     parser.add_argument("--price-per-gpu-hour", type=Optional[float], metavar="PRICE",
                         help="What a GPU costs in an hour, in any currency: adds the cost.")
+    parser.add_argument("--num-gpus", type=Optional[int], metavar="GPUS",
+                        help="GPUs of the one run, if its workers shared them (default: one for each worker).")
     parser.add_argument("--target-accuracy", type=Optional[float], metavar="PERCENT", help="Of a comparison: top-1 accuracy "
                         "whose time and cost are compared (default: the best that all runs reach).")
     parser.add_argument("--out", type=str, default="comparison", metavar="DIR", help="Where a comparison is written.")
@@ -41,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         runs = [RunDir.open(path) for path in options.run_dir]
-        if len(runs) > 1:
+        if options.follow and len(runs) > 1:
+            raise ConfigError(f"--follow shows one run at a time, and {len(runs)} are given: start it once for each.")
+        if options.follow:
+            follow(runs[0])
+        elif len(runs) > 1:
             _compare(runs, options)
         else:
             _report(runs[0], options)
@@ -53,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(run: RunDir, options: jsonargparse.Namespace) -> None:
     summary = summarize(run)
-    cost = None if options.price_per_gpu_hour is None else price(summary, options.price_per_gpu_hour)
+    cost = None
+    if options.num_gpus is not None and options.num_gpus < 1:
+        raise ConfigError(f"--num-gpus {options.num_gpus}: give the GPUs that the workers shared, 1 or more.")
+    if options.price_per_gpu_hour is not None:
+        cost = price(summary, options.price_per_gpu_hour, options.num_gpus)
     markdown = render(summary, cost)
     print(markdown, end="")
     if not options.no_write:

@@ -151,15 +151,15 @@ def _sentences(entries: list[Entry], found: Fit | None, target: float | None) ->
     there = [entry for entry in entries if entry.reached]
     if target is not None and there:
         fastest = min(there, key=lambda entry: entry.reached.seconds)
-        sentences.append(f"{percent(target)} top-1 accuracy was reached first by {fastest.name} ({_workers(fastest.num_workers)}), "
-                         f"after {seconds(fastest.reached.seconds)}.")
+        sentences.append(f"{percent(target)} top-1 accuracy was reached first by {fastest.name} "
+                         f"({_workers(fastest.num_workers)}), after {seconds(fastest.reached.seconds)}.")
         first, last = there[0], there[-1]
         if last.num_workers > first.num_workers:
             speed = last.reached.images_per_s / first.reached.images_per_s
             samples = last.reached.samples / first.reached.samples
             sentences.append(
-                f"From {first.num_workers} to {last.num_workers} workers: {speed:.2f} times the images/s, {samples:.2f} times the "
-                f"samples to that accuracy, so {speed / samples:.2f} times as fast to it.")
+                f"From {first.num_workers} to {last.num_workers} workers: {speed:.2f} times the images/s, {samples:.2f} times "
+                f"the samples to that accuracy, so {speed / samples:.2f} times as fast to it.")
         if all(entry.reached.cost is not None for entry in there):
             cheapest = min(there, key=lambda entry: entry.reached.cost)
             sentences.append(f"Cheapest to that accuracy: {cheapest.name} ({_workers(cheapest.num_workers)}), "

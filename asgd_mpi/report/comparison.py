@@ -23,10 +23,10 @@ def page(comparison: Comparison, summaries: Sequence[Summary]) -> str:
     drawn = []
     with matplotlib.rc_context(SETTINGS):
         for name, title, caption, figure in (
-                ("scaling", "Images per second against workers", "Dashed: the ideal, in proportion to the workers of the smallest "
-                 "run. Solid: the fit, and its limit.", _scaling(comparison)),
-                ("efficiency", "Efficiency and time to the target", "Left: images/s of a worker, against that in the smallest run. "
-                 "Right: time to the target accuracy.", _efficiency(comparison)),
+                ("scaling", "Images per second against workers", "Dashed: the ideal, in proportion to the workers of the "
+                 "smallest run. Solid: the fit, and its limit.", _scaling(comparison)),
+                ("efficiency", "Efficiency and time to the target", "Left: images/s of a worker, against that in the smallest "
+                 "run. Right: time to the target accuracy.", _efficiency(comparison)),
                 ("curves", "Accuracy", f"Top-1, against time and against samples; at most {MAX_CURVES} runs are drawn.",
                  _curves(comparison, summaries))):
             if figure is not None:
@@ -91,6 +91,6 @@ def _curves(comparison: Comparison, summaries: Sequence[Summary]) -> Figure | No
         axes.set_xlim(left=0)
     by_time.set(xlabel=f"time ({unit})", ylabel="top-1 accuracy (%)")
     by_samples.set(xlabel="samples applied")
-    by_samples.xaxis.set_major_locator(MaxNLocator(4))
+    in_thousands(by_samples.xaxis, 4)
     figure.legend(loc="outside upper left", ncols=4)
     return figure

@@ -1,4 +1,8 @@
-"""What a run cost: GPU hours, and money at a price per GPU hour. The server takes no GPU and is not counted."""
+"""What a run cost: GPU hours, and money at a price per GPU hour. The server takes no GPU and is not counted.
+
+Every worker is priced as one GPU unless the user gives their number: the name `cuda:0` of two workers on one host may be
+one GPU that they share, or two if the launcher shows each worker only its own.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,12 @@ class Cost(msgspec.Struct):
     per_epoch: float | None
 
 
-def price(summary: Summary, price_per_gpu_hour: float) -> Cost:
-    """Workers that share a GPU are priced as one GPU; one without a GPU, or of unknown device, as one."""
-    places = [(worker.host, worker.device) if worker.device.startswith("cuda") else worker.rank
-              for worker in summary.workers]
-    num_gpus = len(set(places))
+def price(summary: Summary, price_per_gpu_hour: float, num_gpus: int | None = None) -> Cost:
+    """The cost of `num_gpus` (default: one for each worker) from the first Start to the last thing written."""
+    num_gpus = num_gpus or summary.num_workers
     hours = num_gpus * (summary.duration_s or 0.0) / 3600
     total = hours * price_per_gpu_hour
-    return Cost(price_per_gpu_hour, num_gpus, not any(isinstance(place, tuple) for place in places), hours, total,
+    is_cpu = not any(worker.device.startswith("cuda") for worker in summary.workers)
+    return Cost(price_per_gpu_hour, num_gpus, is_cpu, hours, total,
                 1e6 * total / summary.images if summary.images else None,
                 total / summary.epochs_done if summary.epochs_done else None)

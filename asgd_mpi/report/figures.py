@@ -71,9 +71,9 @@ def from_zero(axes) -> None:
     axes.set_xlim(left=0)
 
 
-def in_thousands(axis) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axis.set_major_locator(MaxNLocator(6))
+def in_thousands(axis, num_ticks: int = 6) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"))
+    axis.set_major_locator(MaxNLocator(num_ticks))
 
 
 def _times(summary: Summary) -> tuple[list[float], float, str]:
@@ -94,11 +94,11 @@ def _speed(summary: Summary) -> Figure | None:
         each.fill_between(t, line.worker_lowest, line.worker_highest, step="mid", color=GREY, alpha=0.3, linewidth=0,
                           label="lowest to highest")
     each.step(t, line.worker_median, where="mid", color=INK, linewidth=1.8, label="median worker", zorder=3)
-    slow = {worker.rank for worker in summary.stragglers}
+    slow = [worker.rank for worker in summary.stragglers]
     for series in line.workers:
         is_slow = series.rank in slow
         each.step(t, series.images_per_s, where="mid", color=ORANGE if is_slow else BLUE, linewidth=1.4 if is_slow else 0.7,
-                  alpha=1 if is_slow else 0.55, label=f"rank {series.rank}, straggler" if is_slow else None)
+                  alpha=1 if is_slow else 0.55, label=f"rank {series.rank}, straggler" if series.rank in slow[:2] else None)
     for axes, title in ((total, "images/s, total"), (each, "images/s, each worker")):
         axes.set_ylabel(title)
         from_zero(axes)
@@ -126,7 +126,8 @@ def _mark_events(axes, summary: Summary, scale: float) -> None:
 
 
 def _split(summary: Summary) -> Figure | None:
-    rows = _bars([rank for rank in summary.ranks if rank.seconds])
+    rows = _bars([rank for rank in summary.ranks if rank.seconds],
+                 {worker.rank: worker.images for worker in summary.workers})
     if not rows:
         return None
     figure, axes = canvas(height=1.3 + 0.24 * len(rows))
@@ -145,8 +146,8 @@ def _split(summary: Summary) -> Figure | None:
     return figure
 
 
-def _bars(ranks: list[Rank]) -> list[tuple[str, dict[str, float], float]]:
-    """(name, phases, seconds) of each rank or, of many, of the server, all workers, and the fastest and slowest."""
+def _bars(ranks: list[Rank], images: dict[int, int]) -> list[tuple[str, dict[str, float], float]]:
+    """(name, phases, seconds) of each rank or, of many, of the server, all workers, and the slowest and fastest."""
     def row(rank: Rank) -> tuple[str, dict[str, float], float]:
         return f"rank {rank.rank}" + ("" if rank.rank else ", server"), rank.phases, rank.seconds
 
@@ -155,7 +156,7 @@ def _bars(ranks: list[Rank]) -> list[tuple[str, dict[str, float], float]]:
         return [row(rank) for rank in ranks]
     total = sum(rank.seconds for rank in workers)
     mean = {phase: sum(rank.phases[phase] for rank in workers) for phase in PHASES}
-    by_speed = sorted(workers, key=lambda rank: rank.counts["images"])
+    by_speed = sorted(workers, key=lambda rank: images.get(rank.rank, 0))
     shown = [*ranks[:len(ranks) - len(workers)], *by_speed[:5], *by_speed[-5:]]
     rows = [row(rank) for rank in shown]
     rows.insert(len(ranks) - len(workers), (f"all {len(workers)} workers", mean, total))
@@ -180,7 +181,7 @@ def _staleness(summary: Summary) -> Figure | None:
     histogram.bar([(bin.low + bin.high) / 2 for bin in bins], [100 * bin.pushes / pushes for bin in bins],
                   width=[0.9 * (bin.high - bin.low + 1) for bin in bins], color=PURPLE)
     histogram.set(xlabel="staleness (versions)", ylabel="pushes (%)")
-    histogram.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    histogram.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
 
@@ -208,8 +209,7 @@ def _accuracy(summary: Summary) -> Figure | None:
         per_epoch = last.samples / last.epoch
         above = by_epoch.secondary_xaxis("top", functions=(lambda x: x * per_epoch, lambda x: x / per_epoch))
         above.set_xlabel("samples applied")
-        above.xaxis.set_major_locator(MaxNLocator(3))
-        above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        in_thousands(above.xaxis, 3)
     return figure
 
 
@@ -243,6 +243,7 @@ def _load(summary: Summary) -> Figure | None:
     traffic.step(t, [value / 1e6 for value in line.pushed_bytes_per_s], where="mid", color=RED, label="pushed")
     traffic.step(t, [value / 1e6 for value in line.fetched_bytes_per_s], where="mid", color=PURPLE, label="fetched")
     traffic.set(xlabel=label, ylabel="traffic (MB/s)")
+    in_thousands(traffic.yaxis)
     traffic.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.1)
     from_zero(traffic)
     return figure
@@ -255,8 +256,10 @@ KINDS = (
          "apply and checkpoint are the server's work.", _split),
     Kind("staleness", "Staleness", "Versions applied between the fetch that a gradient was computed on and its own "
          "application. With equally fast workers the mean is just under workers - 1.", _staleness),
-    Kind("accuracy", "Accuracy", "On the validation split: against time, and against epochs and samples applied.", _accuracy),
-    Kind("rate", "Learning rate and training loss", "As the server applied them: the rate follows the samples applied.", _rate),
-    Kind("load", "Server load and traffic", "Busy is apply and checkpoint. A server at 100 % is the limit of the run. Traffic "
-         "is the sum over all workers.", _load),
+    Kind("accuracy", "Accuracy", "On the validation split: against time, and against epochs and samples applied.",
+         _accuracy),
+    Kind("rate", "Learning rate and training loss", "As the server applied them: the rate follows the samples applied.",
+         _rate),
+    Kind("load", "Server load and traffic", "Busy is apply and checkpoint. A server at 100 % is the limit of the run. "
+         "Traffic is the sum over all workers.", _load),
 )

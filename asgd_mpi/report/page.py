@@ -61,7 +61,8 @@ def _cards(summary: Summary, cost: Cost | None) -> list[tuple[str, str]]:
         (units.seconds(summary.training_s), "training time"),
         (units.number(summary.epochs_done, 2), f"epochs, {summary.images:,} images"),
         (units.percent(summary.server_busy, 0), "of the time the server is busy"),
-        (units.number(staleness and staleness.mean, 2), f"mean staleness{f', largest {staleness.max}' if staleness else ''}"),
+        (units.number(staleness and staleness.mean, 2),
+         f"mean staleness, largest {units.number(staleness and staleness.max, 0)}"),
     ]
     if cost:
         cards.append((units.rate(cost.total), f"cost of {cost.gpu_hours:,.3g} GPU hours"))

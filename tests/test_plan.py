@@ -1,0 +1,134 @@
+"""The plan: identities of the model, its calibration, and the command on a recorded run."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asgd_mpi import plan
+from asgd_mpi.forecast import Costs, Observation, calibrate, simulate, what_moves
+from asgd_mpi.record.events import Interval
+from asgd_mpi.record.rundir import RunDir
+from test_page import Reader
+from test_report import raw
+
+RUN = Path(__file__).parent / "runs" / "finished"
+COSTS = Costs(batch=32, step_s=0.05, apply_s=0.004, fetch_s=0.003, travel_s=0.002, overhead_s=0.001)   # a knee of 12 workers
+
+
+def test_one_worker_pays_every_cost_in_turn_and_is_never_stale():
+    found = simulate(COSTS, 1)
+    assert found.images_per_s == pytest.approx(32 / (0.05 + 0.004 + 0.003 + 0.002 + 0.001))
+    assert (found.staleness, found.staleness_max, found.wait_s) == (0, 0, pytest.approx(0))
+
+
+@pytest.mark.parametrize("num_workers", [3, 6])
+def test_below_the_knee_equal_workers_end_up_taking_turns_without_waiting(num_workers):
+    found = simulate(COSTS, num_workers)
+    assert found.images_per_s == pytest.approx(num_workers * 32 / COSTS.cycle_s, rel=0.01)
+    assert found.staleness == pytest.approx(num_workers - 1, abs=0.5)
+
+
+@pytest.mark.parametrize("num_workers", [24, 100, 1000])
+def test_above_the_knee_the_server_sets_the_pace_and_staleness_is_workers_less_one(num_workers):
+    found = simulate(COSTS, num_workers)
+    assert found.images_per_s == pytest.approx(COSTS.limit) == pytest.approx(32 / 0.005)
+    assert (found.queue_busy, found.server_busy, found.staleness) == (
+        pytest.approx(1.0), pytest.approx(0.8), pytest.approx(num_workers - 1, rel=0.05))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 60), st.floats(0, 1), st.floats(0, 0.01))
+def test_workers_equal_pushes_per_second_times_cycle_and_wait(num_workers, spread, travel_s):
+    """Little's law: every worker is somewhere in its cycle, or waits."""
+    costs = replace(COSTS, spread=spread, travel_s=travel_s)
+    found = simulate(costs, num_workers)
+    assert found.images_per_s / 32 * (costs.cycle_s + found.wait_s) == pytest.approx(num_workers, rel=0.1)
+    assert found.images_per_s <= costs.limit * 1.001 and found.images_per_s <= 1.1 * num_workers * 32 / costs.cycle_s
+
+
+def test_a_link_slower_than_the_server_is_the_limit():
+    found = simulate(replace(COSTS, link_s=0.01), 50)
+    assert found.images_per_s == pytest.approx(32 / 0.01, rel=1e-3) and found.queue_busy == pytest.approx(0.5, rel=0.01)
+
+
+def test_the_same_seed_gives_the_same_outcome():
+    noisy = replace(COSTS, spread=0.5)
+    assert simulate(noisy, 9, seed=3) == simulate(noisy, 9, seed=3) != simulate(noisy, 9, seed=4)
+
+
+def observed(costs, num_workers):
+    """What a run with these costs would have measured: travel and overhead are not on any clock."""
+    return Observation(replace(costs, travel_s=0.0, overhead_s=0.0), num_workers, simulate(costs, num_workers).images_per_s)
+
+
+def test_one_run_tells_the_travel():
+    known = replace(COSTS, overhead_s=0.0)
+    assert calibrate([observed(known, 1)]).travel_s == pytest.approx(known.travel_s, rel=0.01)
+
+
+@pytest.mark.parametrize("overhead_s", [0.0, 0.001, 0.005])
+def test_runs_of_two_sizes_tell_the_servers_overhead_and_so_the_sizes_between(overhead_s):
+    known = replace(COSTS, overhead_s=overhead_s, travel_s=0.006)
+    found = calibrate([observed(known, 1), observed(known, 20)])
+    for num_workers in (2, 7, 14, 40):
+        assert simulate(found, num_workers).images_per_s == pytest.approx(simulate(known, num_workers).images_per_s, rel=0.05)
+
+
+def test_an_update_slowed_by_many_ranks_is_taken_from_the_larger_run():
+    alone, crowded = replace(COSTS, overhead_s=0.0), replace(COSTS, apply_s=0.012, overhead_s=0.0)
+    found = calibrate([observed(alone, 1), observed(crowded, 20)])
+    assert found.apply_s == pytest.approx(0.012) and found.cycle_s == pytest.approx(alone.cycle_s, rel=0.01)
+    assert simulate(found, 40).server_busy == pytest.approx(1.0, abs=0.05)
+    assert simulate(found, 40).images_per_s == pytest.approx(32 / 0.012, rel=0.05)
+
+
+def test_what_moves_a_saturated_server_is_its_own_time_and_the_batch():
+    moves = {name: (gain, knee) for name, gain, knee in what_moves(COSTS, 100)}
+    assert moves["twice the batch, in steps twice as long"][0] == pytest.approx(1.0, abs=0.01)
+    assert moves["the update twice as fast"] == (pytest.approx(5 / 3 - 1, abs=0.01), pytest.approx(58 / 3, rel=0.01))
+    assert moves["workers twice as fast"][0] == pytest.approx(0, abs=0.01)
+
+
+def test_the_spread_of_steps_is_found_from_the_means_over_intervals():
+    intervals = [Interval(0, 1, compute=10 * 0.1 + error, pushes=10) for error in (0.05, -0.05) * 20]
+    assert plan._spread(intervals, 0.1) == pytest.approx(0.05 / math.sqrt(10) / 0.1)
+
+
+def test_the_observation_of_a_run_is_that_of_its_raw_lines():
+    lines = [line for rank in (1, 2, 3) for line in raw(RunDir(RUN).metrics_of(rank)) if line["event"] == "interval"]
+    server = [line for line in raw(RunDir(RUN).metrics_of(0)) if line["event"] == "interval"]
+    pushes = sum(line.get("pushes", 0) for line in lines)
+    found = plan.observe(RunDir.open(RUN))
+    assert found.num_workers == 3
+    assert found.costs.batch == pytest.approx(sum(line.get("images", 0) for line in lines) / pushes)
+    assert found.costs.step_s == pytest.approx(sum(line.get("data", 0) + line.get("compute", 0) for line in lines) / pushes)
+    assert found.costs.apply_s == pytest.approx(sum(line.get("apply", 0) for line in server)
+                                                / sum(line.get("pushes", 0) for line in server))
+
+
+def test_the_command_plans_from_a_recorded_run(tmp_path, capsys):
+    assert plan.main([str(RUN), "--workers", "1,3,64", "--link-gbit", "1", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    facts = json.loads((tmp_path / "plan.json").read_bytes())
+    assert [row["num_workers"] for row in facts["predicted"]] == [1, 3, 64]
+    assert facts["costs"]["link_s"] == pytest.approx(4 * 151312 * 8 / 1e9)
+    assert f"the knee is at {facts['knee_workers']:.1f} workers" in printed
+    seen = Reader((tmp_path / "plan.html").read_text())
+    assert "svg" in seen.tags and printed.splitlines()[0] in seen.text
+
+
+@pytest.mark.parametrize("workers", ["", "1,x", "0,2", "5000"])
+def test_numbers_of_workers_that_make_no_sense_are_refused(workers, tmp_path, capsys):
+    assert plan.main([str(RUN), "--workers", workers, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --workers {workers}")
+
+
+def test_a_run_without_pushes_cannot_calibrate(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    assert plan.main([str(tmp_path), "--out", str(tmp_path / "plan")]) == 2
+    assert "nothing to calibrate with" in capsys.readouterr().err
