@@ -192,8 +192,11 @@ def test_both_decoders_give_the_same_pixels(options):
 
 
 @pytest.mark.parametrize("decode", [decode_simplejpeg, decode_pillow])
-@pytest.mark.parametrize("data", [b"", b"not an image", encoded(photo(np.random.default_rng(0), 9, 9), "PNG")])
-def test_what_is_no_jpeg_is_a_value_error_of_either_decoder(decode, data):
+@pytest.mark.parametrize("data", [
+    b"", b"not an image", encoded(photo(np.random.default_rng(0), 9, 9), "PNG"),
+    encoded(photo(np.random.default_rng(0), 9, 9).convert("CMYK")),
+])  # fmt: skip
+def test_what_is_no_grey_or_rgb_jpeg_is_a_value_error_of_either_decoder(decode, data):
     with pytest.raises(ValueError):
         decode(np.frombuffer(data, dtype=np.uint8))
 
