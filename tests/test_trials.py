@@ -38,12 +38,14 @@ def test_a_tree_behind_the_loader_gives_batches_and_counts_what_is_no_rgb_or_gre
     assert sorted("cmyk" in report or "really_png" in report for report in reports) == [True, True]
 
 
-def test_a_file_that_is_gone_is_an_error_and_an_empty_one_is_damaged(tree):
+def test_a_file_that_is_gone_is_an_error_and_one_that_was_cut_off_is_damaged(tree):
     folder = FolderSet(tree, "train")
     path = tree / folder.source(5)
-    path.write_bytes(b"")
-    with pytest.raises(DamagedSample, match=f"{path} is empty"):
-        folder.read(5)
+    contents = path.read_bytes()
+    for num_bytes in (len(contents) // 2, 0):
+        path.write_bytes(contents[:num_bytes])
+        with pytest.raises(DamagedSample, match=f"{path} is no JPEG file or was cut off: {num_bytes} bytes"):
+            folder.read(5)
     path.unlink()
     with pytest.raises(DataError, match=f"{path} cannot be read: No such file"):
         folder.read(5)

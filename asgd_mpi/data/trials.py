@@ -14,6 +14,7 @@ from asgd_mpi.data.shards import DamagedSample
 from asgd_mpi.errors import DataError
 
 EXTENSIONS = (".jpeg", ".jpg")
+END_MARK = b"\xff\xd9"  # of a JPEG file; some have a few bytes after it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -45,13 +46,13 @@ class FolderSet:
         return self._label[indices]
 
     def read(self, index: int) -> np.ndarray:
-        """Return a file's bytes, uint8 (n,); raise DataError if it cannot be read, DamagedSample if it is empty."""
+        """Return a file's bytes, uint8 (n,); raise DataError if it cannot be read, DamagedSample if it was cut off."""
         try:
             data = np.fromfile(self._paths[index], dtype=np.uint8)
         except OSError as error:
             raise DataError(f"{self._paths[index]} cannot be read: {error.strerror}; check the file and its disk") from error
-        if not len(data):
-            raise DamagedSample(f"{self._paths[index]} is empty")
+        if END_MARK not in data[-64:].tobytes():
+            raise DamagedSample(f"{self._paths[index]} is no JPEG file or was cut off: {len(data)} bytes, and no end mark")
         return data
 
     def source(self, index: int) -> str:
