@@ -3,9 +3,11 @@
 In: the benchmark's work directory, with its packed data. Out: one figure each.
 """
 
+import hashlib
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from statistics import median
@@ -26,20 +28,28 @@ def _loader(work: Path, threads: int) -> Loader:
     return Loader(shards, Order(shards.num_samples, 0), make_policy("reference", 224), 0, threads)
 
 
-def thread_scaling(work: Path, pairs: int = 25) -> float:
-    """Return images per wall second of 2 threads over those of 1: the median over interleaved pairs of 4 batches."""
-    loaders = {threads: _loader(work, threads) for threads in (1, 2)}
-    found = []
+def thread_scaling(work: Path, pairs: int = 25) -> tuple[float, float]:
+    """Return work per wall second of 2 threads over that of 1: of the loader, and of a hash, which needs no lock.
+
+    The second figure is what this machine has to give at the moment; if it is far below 2, the first says nothing.
+    Medians over interleaved pairs.
+    """
+    loaders, blob = {threads: _loader(work, threads) for threads in (1, 2)}, bytes(50_000_000)
+    pools = {threads: ThreadPoolExecutor(threads) for threads in (1, 2)}
+    found: dict[str, list[float]] = {"loader": [], "hash": []}
     for pair in range(pairs):
-        wall = {}
-        for threads in (1, 2) if pair % 2 else (2, 1):
-            begin = time.perf_counter()
-            futures = [loaders[threads].submit(pair, start, start + SLICE) for start in range(0, 4 * SLICE, SLICE)]
-            for future in futures:
-                future.result()
-            wall[threads] = time.perf_counter() - begin
-        found.append(wall[1] / wall[2])
-    return median(found)
+        for kind, ratios in found.items():
+            wall = {}
+            for threads in (1, 2) if pair % 2 else (2, 1):
+                begin = time.perf_counter()
+                if kind == "loader":
+                    futures = [loaders[threads].submit(pair, at, at + SLICE) for at in range(0, 4 * SLICE, SLICE)]
+                else:
+                    futures = [pools[threads].submit(hashlib.sha256, blob) for _ in range(4)]
+                wait(futures)
+                wall[threads] = time.perf_counter() - begin
+            ratios.append(wall[1] / wall[2])
+    return median(found["loader"]), median(found["hash"])
 
 
 def data_wait(work: Path, share: float = 0.9, batches: int = 25, rounds: int = 5) -> float:
@@ -55,7 +65,7 @@ def data_wait(work: Path, share: float = 0.9, batches: int = 25, rounds: int = 5
         for future in [loader.submit(*one) for one in ranges]:
             future.result()
         busy_s = (time.perf_counter() - begin) / batches / share
-        waiting, waited, begin = [loader.submit(*one) for one in ranges[:8]], 0.0, time.perf_counter()
+        waiting, waited = [loader.submit(*one) for one in ranges[:8]], 0.0
         waiting[-1].result()  # the first leases are read before the first step
         begin = time.perf_counter()
         for place in range(batches):

@@ -42,7 +42,7 @@ class Encoding:
             image = image.convert("RGB") if image.mode not in ("L", "RGB") else image
             return self._raw(image, photo, label) if self.mode == "raw" else self._jpeg(image, photo, label)
         except UNREADABLE as error:
-            reason = str(error).replace(" <_io.BytesIO", "\0").split("\0")[0] or type(error).__name__
+            reason = str(error).split(" <_io.BytesIO")[0] or type(error).__name__
             raise BadImage(photo.name, f"{reason} ({len(data)} bytes)") from error
 
     def _keeps(self, image: Image.Image) -> bool:
