@@ -30,7 +30,7 @@ class Devkit:
     def class_names(self, synsets: list[str]) -> list[str]:
         """Return the first word of each synset, or all its words where two synsets share the first (crane)."""
         first = [self.words[synset].split(",")[0] for synset in synsets]
-        return [word if first.count(word) == 1 else self.words[synset] for word, synset in zip(first, synsets)]
+        return [word if first.count(word) == 1 else self.words[synset] for word, synset in zip(first, synsets, strict=True)]
 
 
 def read_devkit(source: Path) -> Devkit | None:
