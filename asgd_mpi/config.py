@@ -46,15 +46,17 @@ class DataConfig:
 
     Args:
         path: directory of shards made by data_prep; `digits` is the embedded set, made on first use in data/digits
+        source: shards; folder reads a tree of train/<class>/*.JPEG and val/<class>/*.JPEG, to try; synthetic needs no path
         batch_size: images a gradient is averaged over, per worker (default: the network's recipe)
-        image_size: side of the square that the network sees, in pixels (default: 224, or the size of raw images)
-        augment: none, shift, paper (crops and flips of Krizhevsky 2012), reference (torchvision's) (default: recipe)
+        image_size: side of the square that the network sees, in pixels (default: 224, or the size of smaller raw images)
+        augment: none, shift, paper (crops, flips and colours of Krizhevsky 2012), reference (torchvision's) (default: recipe)
         threads: threads of each worker that read and decode
         lease_batches: batches lent to a worker at a time
         on_bad_image: stop at a damaged image, or leave it out and count it
     """
 
     path: str = "digits"
+    source: Literal["shards", "folder", "synthetic"] = "shards"
     batch_size: Optional[int] = None
     image_size: Optional[int] = None
     augment: Optional[Literal["none", "shift", "paper", "reference"]] = None

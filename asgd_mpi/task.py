@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asgd_mpi.config import Config, with_recipe
+from asgd_mpi.config import Config, DataConfig, with_recipe
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import MANIFEST, ShardSet
+from asgd_mpi.data.trials import FolderSet, SyntheticSet
 from asgd_mpi.model import networks
 from asgd_mpi.server.ledger import Plan
 from asgd_mpi.server.schedule import Schedule
@@ -71,7 +72,13 @@ class Task:
 
 def open_task(config: Config) -> Task:
     """Open the data that a complete configuration names. Raises DataError."""
-    return Task(config, ShardSet.open(config.data.path, "train"), ShardSet.open(config.data.path, "val"))
+    return Task(config, _open_split(config.data, "train"), _open_split(config.data, "val"))
+
+
+def _open_split(data: DataConfig, split: str) -> ShardSet | FolderSet | SyntheticSet:
+    if data.source == "synthetic":
+        return SyntheticSet(split)
+    return FolderSet(data.path, split) if data.source == "folder" else ShardSet.open(data.path, split)
 
 
 def complete(config: Config) -> Config:
@@ -81,13 +88,15 @@ def complete(config: Config) -> Config:
     """
     config = with_recipe(config, networks.recipe(config.model.name))
     data = config.data
-    if data.path == EMBEDDED and not Path(EMBEDDED).exists():
+    if data.source == "synthetic":
+        data = replace(data, path="synthetic")
+    if data.source == "shards" and data.path == EMBEDDED and not Path(EMBEDDED).exists():
         data = replace(data, path=str(EMBEDDED_DIR))
         if not (EMBEDDED_DIR / MANIFEST).exists():
             from data_prep import digits  # brings scikit-learn, which nothing else needs
 
             digits.prepare(EMBEDDED_DIR)
     if data.image_size is None:
-        shape = ShardSet.open(data.path, "train").image_shape
-        data = replace(data, image_size=shape[0] if shape else JPEG_SIZE)
+        shape = _open_split(data, "train").image_shape
+        data = replace(data, image_size=min(shape[0], JPEG_SIZE) if shape else JPEG_SIZE)
     return replace(config, data=data)

@@ -7,6 +7,9 @@ in the order of the synsets) to WordNet synsets and their words. A label here is
 
 import io
 import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +30,7 @@ class Devkit:
     def class_names(self, synsets: list[str]) -> list[str]:
         """Return the first word of each synset, or all its words where two synsets share the first (crane)."""
         first = [self.words[synset].split(",")[0] for synset in synsets]
-        return [word if first.count(word) == 1 else self.words[synset] for word, synset in zip(first, synsets)]
+        return [word if first.count(word) == 1 else self.words[synset] for word, synset in zip(first, synsets, strict=True)]
 
 
 def read_devkit(source: Path) -> Devkit | None:
@@ -42,7 +45,7 @@ def read_devkit(source: Path) -> Devkit | None:
     return None
 
 
-def _parse(path: Path, read) -> Devkit:
+def _parse(path: Path, read: Callable[[str], bytes]) -> Devkit:
     meta = scipy.io.loadmat(io.BytesIO(read(META)), squeeze_me=True)["synsets"]
     leaves = [row for row in meta.reshape(-1) if row["num_children"] == 0]  # the other synsets are their ancestors
     synset_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
@@ -56,18 +59,13 @@ def _parse(path: Path, read) -> Devkit:
     )
 
 
-class _explained:
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     """Turn what a damaged kit may raise into DataError."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, (OSError, tarfile.TarError, EOFError, KeyError, ValueError, AttributeError, TypeError)):
-            raise DataError(
-                f"{self.path} is no development kit of ILSVRC2012, or is damaged ({type(error).__name__}: {error}); "
-                f"it should hold {META} and {GROUND_TRUTH}"
-            ) from error
+    try:
+        yield
+    except (OSError, tarfile.TarError, EOFError, zlib.error, LookupError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"{path} is no development kit of ILSVRC2012, or is damaged ({type(error).__name__}: {error}); "
+            f"it should hold {META} and {GROUND_TRUTH}"
+        ) from error

@@ -35,19 +35,20 @@ class Encoding:
     def sample(self, photo: Photo, data: bytes, label: int) -> Sample:
         """Return what is stored of a photo; raise BadImage if it does not decode."""
         try:
-            image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])
+            image = Image.open(io.BytesIO(data))
             if self._keeps(image):
                 self._check(image, data)
                 return Sample(np.frombuffer(data, dtype=np.uint8), label, image.size, photo.name)
             image = image.convert("RGB") if image.mode not in ("L", "RGB") else image
             return self._raw(image, photo, label) if self.mode == "raw" else self._jpeg(image, photo, label)
         except UNREADABLE as error:
-            reason = str(error).replace(" <_io.BytesIO", "\0").split("\0")[0] or type(error).__name__
+            reason = str(error).split(" <_io.BytesIO")[0] or type(error).__name__
             raise BadImage(photo.name, f"{reason} ({len(data)} bytes)") from error
 
     def _keeps(self, image: Image.Image) -> bool:
         small = self.short_side is None or min(image.size) <= self.short_side
-        return self.mode == "jpeg" and image.format == "JPEG" and image.mode in ("L", "RGB") and small
+        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG file with more pictures after it
+        return self.mode == "jpeg" and is_jpeg and image.mode in ("L", "RGB") and small
 
     def _check(self, image: Image.Image, data: bytes) -> None:
         if self.check == "full":

@@ -7,7 +7,7 @@ holds every class and a run may read in blocks. Under `srun` or `mpirun`, the ta
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from asgd_mpi.errors import ConfigError
 from data_prep import run
 from data_prep.encode import BadImage, Encoding, mean_and_std
 from data_prep.packing import Done, Plan, finish, pack, read_done, start, unfinished
-from data_prep.sources import SPLITS, Photo, Source, find_source
+from data_prep.sources import SPLITS, Source, find_source
 from data_prep.tasks import rank_and_size
 from data_prep.writer import check_space, make_root, software
+
+T = TypeVar("T")
 
 
 def prepare(
@@ -74,8 +76,8 @@ def prepare(
     _finish_if_done(plan, found)
 
 
-def shuffled(photos: list[Photo], seed: int, split: str) -> list[Photo]:
-    """Return the photos of a split, sorted by name, in the order in which they are packed."""
+def shuffled(photos: list[T], seed: int, split: str) -> list[T]:
+    """Return the photos of a split, or their names, sorted by name, in the order in which they are packed."""
     order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(len(photos))
     return [photos[place] for place in order]
 

@@ -6,6 +6,7 @@ shard that is whole and on disk, `<shard>.json` with its manifest entry. A shard
 share the shards out by number and send no messages: whoever finds that every shard is done writes the manifest.
 """
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -30,6 +31,7 @@ from data_prep.sources import Photo
 from data_prep.writer import explained, replacing, write_shard
 
 ROOM = ".packing"  # inside the data set directory
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 COUNT_EVERY = 16  # images between two signs of life of a worker process
 
 
@@ -43,7 +45,7 @@ class Done(msgspec.Struct, frozen=True):
 
 class PlanFile(msgspec.Struct, frozen=True):
     options: dict[str, str]
-    photos: str  # xxh3 of every photo's name, size and label, in order
+    photos: str  # xxh3 of every photo's name, in order; not of its size, so that a bad file may be replaced
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Plan:
     def describe(self) -> PlanFile:
         digest = xxhash.xxh3_64()
         for photos in self.photos.values():
-            digest.update("\n".join(f"{photo.name} {photo.num_bytes} {photo.synset}" for photo in photos).encode())
+            digest.update("\n".join(photo.name for photo in photos).encode())
         options = {"shard_size": self.shard_size, "seed": self.seed, "num_measured": self.num_measured} | vars(self.encoding)
         return PlanFile({name: str(value) for name, value in options.items()}, digest.hexdigest())
 
@@ -176,13 +178,17 @@ def finish(plan: Plan, manifest: msgspec.Struct) -> None:
     shutil.rmtree(plan.out / ROOM, ignore_errors=True)  # another task may be at the same
 
 
-_in_process: tuple = ()  # (plan, skip, counter), handed to a worker process by its fork
+class Stopped(Exception):
+    """Another shard failed, or the user stopped the packing."""
+
+
+_in_process: tuple = ()  # (plan, skip, counter, stop), handed to a worker process by its fork
 
 
 def _pack_in_processes(plan: Plan, shards: list, skip: bool, workers: int, progress: tqdm) -> None:
     fork = multiprocessing.get_context("fork")  # the plan is inherited and not sent; neither MPI nor a thread runs here
-    counter = fork.Value("q", 0)
-    with ProcessPoolExecutor(workers, fork, _start_process, (plan, skip, counter)) as pool:
+    counter, stop = fork.Value("q", 0), fork.Event()
+    with ProcessPoolExecutor(workers, fork, _start_process, (plan, skip, counter, stop)) as pool:
         futures = [pool.submit(_pack_in_process, shard) for shard in shards]
         try:
             for done in _as_they_finish(futures, lambda: progress.update(counter.value - progress.n)):
@@ -191,6 +197,7 @@ def _pack_in_processes(plan: Plan, shards: list, skip: bool, workers: int, progr
             raise DataError("a packing process was killed, most likely for want of memory: each holds one shard; give "
                             "fewer --workers or a smaller --shard-size, and start again to go on") from error  # fmt: skip
         finally:
+            stop.set()
             for future in futures:
                 future.cancel()
 
@@ -207,12 +214,15 @@ def _start_process(*inherited) -> None:
     global _in_process
     _in_process = inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it, and stops
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # or a killed parent would leave them behind, writing
 
 
 def _pack_in_process(shard: tuple[str, int]) -> list[str]:
-    plan, skip, counter = _in_process
+    plan, skip, counter, stop = _in_process
 
     def count(images: int) -> None:
+        if stop.is_set():
+            raise Stopped
         with counter.get_lock():
             counter.value += images
 

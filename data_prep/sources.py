@@ -127,7 +127,7 @@ def _flat(root: Path, files: list[tuple[str, int, int, str]], kit: Devkit | None
     if len(files) != len(kit.truth):
         raise DataError(f"{root} has {len(files)} validation images, but the development kit has the classes of "
                         f"{len(kit.truth)}; get the archive again")  # fmt: skip
-    for synset, (file, at, num_bytes, name) in zip(kit.truth, sorted(files, key=lambda entry: entry[3])):
+    for synset, (file, at, num_bytes, name) in zip(kit.truth, sorted(files, key=lambda entry: entry[3]), strict=True):
         yield Photo(file, at, num_bytes, synset, f"val/{synset}/{name}")
 
 

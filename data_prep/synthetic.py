@@ -127,7 +127,7 @@ def _write_devkit(archives: Path, synsets: list[str], ids: np.ndarray, truth: li
     """Write the two files that are read, with the real kit's fields; one synset more is an ancestor of all."""
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train_images"]
     rows = [(int(number), synset, f"class {synset}, tint {synset}", "made up", 0, np.zeros(0), 0, 0)
-            for number, synset in sorted(zip(ids, synsets))]  # fmt: skip
+            for number, synset in sorted(zip(ids, synsets, strict=True))]  # fmt: skip
     rows.append((len(synsets) + 1, "n00000001", "anything", "made up", len(synsets), ids.astype(float), 1, 0))
     table = np.array(rows, dtype=[(name, object) for name in fields]).reshape(-1, 1)
     meta = io.BytesIO()

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def verify(root: Path, decode_all: bool = True, workers: int | None = None) -> N
                     faults.append(f"{shard.file}: its checksum is {digest}, not {shard.xxh3}")
             shards = ShardSet.open(root, split)
             pieces = [range(first, min(first + PIECE, shards.num_samples)) for first in range(0, shards.num_samples, PIECE)]
-            found = pool.map(lambda piece: _check_samples(shards, piece, decode_all), pieces)
+            found = pool.map(partial(_check_samples, shards, decode_all), pieces)
             faults += chain.from_iterable(_progress(found, f"{split} samples / {PIECE}", len(pieces)))
             faults += _check_order(manifest, split, shards)
             print(f"{split}: {shards.num_samples} samples in {len(entry.shards)} shards, {_class_counts(shards)}")
@@ -57,7 +58,7 @@ def verify(root: Path, decode_all: bool = True, workers: int | None = None) -> N
     print(f"{root} is whole")
 
 
-def _check_samples(shards: ShardSet, piece: range, decode_all: bool) -> list[str]:
+def _check_samples(shards: ShardSet, decode_all: bool, piece: range) -> list[str]:
     faults = []
     for index in piece:
         try:

@@ -192,15 +192,18 @@ def test_both_decoders_give_the_same_pixels(options):
 
 
 @pytest.mark.parametrize("decode", [decode_simplejpeg, decode_pillow])
-@pytest.mark.parametrize("data", [b"", b"not an image", encoded(photo(np.random.default_rng(0), 9, 9), "PNG")])
-def test_what_is_no_jpeg_is_a_value_error_of_either_decoder(decode, data):
+@pytest.mark.parametrize("data", [
+    b"", b"not an image", encoded(photo(np.random.default_rng(0), 9, 9), "PNG"),
+    encoded(photo(np.random.default_rng(0), 9, 9).convert("CMYK")),
+])  # fmt: skip
+def test_what_is_no_grey_or_rgb_jpeg_is_a_value_error_of_either_decoder(decode, data):
     with pytest.raises(ValueError):
         decode(np.frombuffer(data, dtype=np.uint8))
 
 
 def test_a_resized_crop_is_pillows_to_less_than_half_a_level():
     rng, differences = np.random.default_rng(0), []
-    for number in range(20):
+    for _ in range(20):
         image = photo(rng, 500, 375)
         top, left = (int(side) for side in rng.integers(0, 100, 2))
         height, width = (int(side) for side in rng.integers(60, 270, 2))

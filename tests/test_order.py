@@ -53,6 +53,20 @@ def test_a_sample_has_no_favourite_position():
     assert np.abs(places.mean(axis=0) - 31.5).max() < 4 * 18.5 / np.sqrt(800)  # 18.5: deviation of a uniform place
 
 
+def chi2_per_degree_of_freedom(labels, classes=1000, batch=256):
+    """1 for batches drawn at random; more if a batch holds too many of a class, less if too evenly mixed."""
+    order = Order(len(labels), seed=0).indices(3, 0, len(labels) // batch * batch).reshape(-1, batch)
+    counts = np.stack([np.bincount(labels[row], minlength=classes) for row in order])
+    return (((counts - batch / classes) ** 2).sum(axis=1) / (batch / classes) / (classes - 1)).mean()
+
+
+def test_batches_of_shards_that_were_shuffled_once_are_as_mixed_as_random_ones():
+    labels = np.arange(1_281_167) * 1000 // 1_281_167
+    shuffled = np.random.default_rng(0).permutation(labels)
+    assert 0.98 < chi2_per_degree_of_freedom(shuffled) < 1.02
+    assert chi2_per_degree_of_freedom(labels) > 1.5  # the order alone does not mix what is stored by class
+
+
 def test_what_a_caller_does_to_its_indices_does_not_reach_the_next_caller():
     order = Order(100, seed=0)
     first = order.indices(0, 0, 10)

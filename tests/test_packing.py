@@ -131,7 +131,7 @@ def test_killed_at_any_moment_and_started_again_it_gives_byte_identical_files(ma
         while process.poll() is None and not (tmp_path / "out/.packing/plan.json").exists():
             time.sleep(0.001)
         time.sleep(wait.uniform(0, 0.08))
-        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)  # its processes must not go on writing
         kills += process.wait() == -signal.SIGKILL
         process.communicate()
         if (tmp_path / "out" / MANIFEST).exists():
@@ -140,6 +140,16 @@ def test_killed_at_any_moment_and_started_again_it_gives_byte_identical_files(ma
         prepare(made / "archives", tmp_path / "out", shard_size=SHARD)
     assert kills > 0
     assert contents(tmp_path / "out") == contents(made / "packed")
+
+
+def test_a_bad_image_stops_all_processes_and_once_it_is_replaced_the_packing_goes_on(tmp_path):
+    synthetic.generate(tmp_path, classes=4, train=40, val=2, width=60, height=45, broken=1)
+    with pytest.raises(DataError, match=r"train/n00001021/n00001021_39.JPEG is no readable image: .*\(0 bytes\)"):
+        prepare(tmp_path / "tree", tmp_path / "out", shard_size=20, workers=2)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    shutil.copy(tmp_path / "tree/train/n00001021/n00001021_37.JPEG", tmp_path / "tree/train/n00001021/n00001021_39.JPEG")
+    prepare(tmp_path / "tree", tmp_path / "out", shard_size=20)
+    verify(tmp_path / "out")
 
 
 def test_a_finished_shard_is_not_packed_again(made, tmp_path, monkeypatch):

@@ -163,6 +163,7 @@ class Normalise:
         """Return (images / 255 - mean) / std, float32 (B, C, H, W), for images uint8 (B, C, H, W).
 
         On the CPU the result lies in memory that the next call uses again: fresh memory costs five times the arithmetic.
+        There it goes image by image, which stays in the cache.
         """
         self._scale = self._scale.to(images.device)  # copies on the first call only
         self._bias = self._bias.to(images.device)
@@ -171,4 +172,6 @@ class Normalise:
         if self._room.numel() < images.numel():
             self._room = torch.empty(images.numel())
         room = self._room[: images.numel()].view(images.shape)
-        return room.copy_(images).mul_(self._scale).add_(self._bias)
+        for image, out in zip(images, room, strict=True):
+            out.copy_(image).mul_(self._scale[0]).add_(self._bias[0])
+        return room

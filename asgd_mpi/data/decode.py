@@ -20,9 +20,13 @@ try:
 except ImportError:
     simplejpeg = None
 
+CMYK = "it is a CMYK file; data_prep converts those"
+
 
 def decode_simplejpeg(data: np.ndarray) -> np.ndarray:
     """Return uint8 (H, W, 3) for a JPEG file, uint8 (n,); raise ValueError if it is none."""
+    if simplejpeg.decode_jpeg_header(data, strict=False)[2] in ("CMYK", "YCCK"):
+        raise ValueError(CMYK)
     return simplejpeg.decode_jpeg(data, "RGB", strict=False)  # strict would refuse files that ImageNet has
 
 
@@ -30,6 +34,8 @@ def decode_pillow(data: np.ndarray) -> np.ndarray:
     """Return uint8 (H, W, 3) for a JPEG file, uint8 (n,); raise ValueError if it is none."""
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            if image.mode == "CMYK":
+                raise ValueError(CMYK)
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(str(error)) from error

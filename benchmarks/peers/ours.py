@@ -34,7 +34,7 @@ class TimedLedger(Ledger):
 
     def __init__(self, num_workers: int, seconds: float):
         super().__init__(Plan(num_workers, ENDLESS, 0, ENDLESS, batch_size=1, lease_batches=1, validate_every=1.0),
-                         lr_at=lambda samples: protocol.LR)
+                         lr_at=lambda samples, staleness: protocol.LR)
         self._seconds, self._ends = seconds, None
 
     def judge(self, header: Header) -> Verdict:
@@ -54,7 +54,7 @@ class Vector(nn.Module):
 
 def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, options) -> int:
     """Serve for the time; the number of pushes."""
-    rule = RULES["asgd"](window.layout.num_parameters, RuleConfig("asgd", protocol.MOMENTUM, 0.0))
+    rule = RULES["asgd"](window.layout.num_parameters, RuleConfig(momentum=protocol.MOMENTUM, momentum_at="server", weight_decay=0.0))
     with tempfile.TemporaryDirectory() as place:
         pushes = EventLog(Path(place) / "pushes.log")
         server = Server(window, Inbox(world, window), TimedLedger(options.workers, options.warmup + options.seconds), rule,
