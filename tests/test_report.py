@@ -85,6 +85,12 @@ def cells(markdown, first):
     return [row for row in rows if row and row[0] == first]
 
 
+def test_time_hidden_behind_the_computation_is_reported_apart_from_the_phases(run):
+    assert "Overlap:" not in report.render(summarize(run))
+    write_log(run.metrics_of(1), [Interval(T0 + 50, T0 + 51, compute=1.0, hidden=0.75), Interval(T0 + 51, T0 + 52, hidden=0.5)])
+    assert "fetched for another 1.2 s in all behind the computation" in report.render(summarize(run)) and summarize(run).ranks[1].hidden == 1.25
+
+
 def test_the_numbers_are_the_sums_over_the_raw_lines(run):
     summary = summarize(run)
     pushes = raw(run.pushes)  # [t, version, worker, read_version, epoch, start, stop, lr, loss, skipped]

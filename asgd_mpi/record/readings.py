@@ -39,6 +39,7 @@ class Rank(msgspec.Struct):
     num_threads: int = 1
     seconds: float = 0.0                       # covered by intervals
     phases: dict[str, float] = msgspec.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # seconds
+    hidden: float = 0.0                        # seconds of push and fetch behind the computation
     counts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
 
@@ -122,6 +123,7 @@ class Metrics:
         match event:
             case Interval():
                 rank.seconds += event.t1 - event.t0
+                rank.hidden += event.hidden
                 for phase in PHASES:
                     rank.phases[phase] += getattr(event, phase)
                 for counter in COUNTERS:
