@@ -21,8 +21,8 @@ from statistics import median
 import torch
 
 from asgd_mpi.data.decode import DECODER
-from benchmarks import peers, properties
-from benchmarks.peers import Contender
+from benchmarks import loader_peers, loader_properties
+from benchmarks.loader_peers import Contender
 from data_prep import imagenet, run, synthetic
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
@@ -48,7 +48,7 @@ def make_data(work: Path) -> Path:
         if not (work / name / "manifest.json").exists():
             imagenet.prepare(tree, work / name, shard_size=256, **options)
     if not (work / "max500" / "manifest.json").exists():
-        peers.shrink_tree(tree, work / "tree500", 500, 90)
+        loader_peers.shrink_tree(tree, work / "tree500", 500, 90)
         shutil.copytree(tree / "val", work / "tree500" / "val", dirs_exist_ok=True)
         imagenet.prepare(work / "tree500", work / "max500", shard_size=256)
     return tree
@@ -57,16 +57,16 @@ def make_data(work: Path) -> Path:
 def contenders(work: Path, tree: Path, only: str = "") -> dict[str, Contender]:
     """Make every contender that can be had here, or only one."""
     makers = {
-        "image_folder": lambda: peers.image_folder(tree),
-        "ours": lambda: peers.ours(work / "original"),
-        "ours_uint8": lambda: peers.ours(work / "original", threads=0, normalise=False),
-        "decoder_alone": lambda: peers.decoder_alone(work / "original"),
-        "ours_256": lambda: peers.ours(work / "short256"),
-        "web_dataset": lambda: peers.web_dataset(tree, work),
-        "ours_500": lambda: peers.ours(work / "max500"),
-        "ffcv": lambda: peers.ffcv(tree, work),
-        "open_and_read": lambda: peers.open_and_read(tree),
-        "read_shards": lambda: peers.read_shards(work / "original"),
+        "image_folder": lambda: loader_peers.image_folder(tree),
+        "ours": lambda: loader_peers.ours(work / "original"),
+        "ours_uint8": lambda: loader_peers.ours(work / "original", threads=0, normalise=False),
+        "decoder_alone": lambda: loader_peers.decoder_alone(work / "original"),
+        "ours_256": lambda: loader_peers.ours(work / "short256"),
+        "web_dataset": lambda: loader_peers.web_dataset(tree, work),
+        "ours_500": lambda: loader_peers.ours(work / "max500"),
+        "ffcv": lambda: loader_peers.ffcv(tree, work),
+        "open_and_read": lambda: loader_peers.open_and_read(tree),
+        "read_shards": lambda: loader_peers.read_shards(work / "original"),
     }
     made = {}
     for name in [only] if only else makers:
@@ -129,14 +129,14 @@ def benchmark(work: Path, rounds: int = 5, out: Path = RESULTS, only: str = "") 
     load = [os.getloadavg()[0]]
     times = measure(made, rounds)
     num_images = CLASSES * (PER_CLASS + 2)
-    scaling, limit = properties.thread_scaling(work)
+    scaling, limit = loader_properties.thread_scaling(work)
     table = compare(times) | {
         "1 to 2 decode threads, images per wall second": (scaling, 1.8),
         "  the same of a hash without locks: the machine's limit now": (limit, 2.0),
-        "waiting of an emulated GPU at 90 % of the rate, at most": (properties.data_wait(work), 0.02),
-        "packing as it is, images per CPU second": (median(properties.packing_rate(work, num_images) for _ in range(5)), 4000),
-        "class chi2/df of batches of 256, 1000 classes (0.98 to 1.02)": (properties.shuffle_quality(), 1.0),
-        "share of flipped bits noticed": (properties.detected(work), 1.0),
+        "waiting of an emulated GPU at 90 % of the rate, at most": (loader_properties.data_wait(work), 0.02),
+        "packing as it is, images per CPU second": (median(loader_properties.packing_rate(work, num_images) for _ in range(5)), 4000),
+        "class chi2/df of batches of 256, 1000 classes (0.98 to 1.02)": (loader_properties.shuffle_quality(), 1.0),
+        "share of flipped bits noticed": (loader_properties.detected(work), 1.0),
     }
     peak_mb = {name: memory(work, name) for name in ("ours", "image_folder", "web_dataset", "ffcv") if name in made}
     for name, (figure, target) in table.items():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import loader, peers, properties
+from benchmarks import loader, loader_peers, loader_properties
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +25,23 @@ def test_every_contender_that_is_installed_sees_every_image_and_is_timed(work):
 
 
 def test_every_flipped_bit_is_noticed(work):
-    assert properties.detected(work, flips=40) == 1
+    assert loader_properties.detected(work, flips=40) == 1
 
 
 def test_the_shuffle_of_the_benchmark_is_as_good_as_random(work):
-    assert 0.98 < properties.shuffle_quality(batches=1000) < 1.02
+    assert 0.98 < loader_properties.shuffle_quality(batches=1000) < 1.02
 
 
 def test_packing_again_is_timed(work):
-    assert properties.packing_rate(work, 100) > 0
+    assert loader_properties.packing_rate(work, 100) > 0
     assert not (work / "packed_again").exists()
 
 
 def test_our_loader_makes_float_batches_of_224_pixels(work):
     shapes = []
-    contender = peers.ours(work / "original", threads=0)
-    original = peers.Normalise.__call__
+    contender = loader_peers.ours(work / "original", threads=0)
+    original = loader_peers.Normalise.__call__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers.Normalise, "__call__", lambda self, images: shapes.append(images.shape) or original(self, images))
+        patch.setattr(loader_peers.Normalise, "__call__", lambda self, images: shapes.append(images.shape) or original(self, images))
         assert contender() == 80
     assert [tuple(shape) for shape in shapes] == [(80, 3, 224, 224)]
