@@ -11,8 +11,6 @@ import platform
 import sys
 import time
 import traceback
-from dataclasses import asdict
-from pathlib import Path
 
 import h5py
 import msgspec

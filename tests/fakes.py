@@ -51,7 +51,7 @@ class FakeInbox:
         self._exchange = exchange
 
     def take(self, timeout_s, who_is_due):
-        _wait(lambda: self._exchange.packets, who_is_due)
+        _wait(lambda: self._exchange.packets, who_is_due())
         return [self._exchange.packets.popleft() for _ in range(len(self._exchange.packets))]
 
     def poll(self):

@@ -8,6 +8,7 @@ the worker until it is sent, and to the server until the packet is judged.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,11 +85,11 @@ class Inbox:
         serves_other_hosts = len(window.gradients) < layout.num_workers
         self._longest_s = wait.LONGEST_S / 20 if serves_other_hosts else wait.LONGEST_S  # their reads need us inside MPI
 
-    def take(self, timeout_s: float, who_is_due: str) -> list[Arrival]:
+    def take(self, timeout_s: float, who_is_due: Callable[[], str]) -> list[Arrival]:
         """All packets that wait, at most one of a worker; waits for the first. Raises DeadlineExceeded."""
         self.poll()
         if not self._arrived:
-            wait.until(self.poll, timeout_s, f"rank 0 waits for a packet from one of: {who_is_due}", self._longest_s)
+            wait.until(self.poll, timeout_s, f"rank 0 waits for a packet from one of: {who_is_due()}", self._longest_s)
         arrived = list(self._arrived)
         self._arrived.clear()
         return arrived

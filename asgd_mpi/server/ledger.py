@@ -164,7 +164,7 @@ class Ledger:
         news, self._news = self._news, set()
         for worker in sorted(news if not self.finished else range(self.plan.num_workers)):
             account = self._accounts[worker]
-            yield worker, Mail(account.judged, account.made, self.finished, tuple(account.leases)[:LEASES_AHEAD])
+            yield worker, Mail(account.judged, account.made, self.finished, tuple(account.leases))
 
     def outstanding(self) -> str:
         """Who holds what, for a message: `worker 0 (rank 1): lease 3, epoch 1 [64, 128), 0 of 64 delivered`."""

@@ -48,7 +48,7 @@ class Server:
 
     def run(self) -> None:
         while not self.ledger.finished:
-            arrivals = self.inbox.take(self.timeout_s, self.ledger.outstanding())     # waits inside MPI
+            arrivals = self.inbox.take(self.timeout_s, self.ledger.outstanding)       # waits inside MPI
             self._apply([arrival for arrival in arrivals if arrival.header.kind == Kind.GRADIENT])
             self._score([arrival for arrival in arrivals if arrival.header.kind == Kind.VALIDATION])
             for arrival in arrivals:
