@@ -138,10 +138,12 @@ class ComputeConfig:
     Args:
         device: auto takes the GPU at the worker's position among the workers of its node, or the CPU if it has none
         threads: torch threads of each rank; 0 shares the cores of a node among its ranks
+        workers_per_gpu: how many workers may share a GPU; more than that are refused before the run
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
+    workers_per_gpu: int = 1
 
 
 @dataclass
@@ -288,4 +290,6 @@ def _check(config: Config) -> None:
            "n_push auto sums on while a push is under way, so it needs the overlap")
     demand(auto or not exchange.n_fetch or exchange.n_fetch % exchange.n_push == 0, "exchange.n_fetch", exchange.n_fetch,
            f"the batches of one push are computed on one snapshot, so give a multiple of n_push ({exchange.n_push})")
+    demand(config.compute.workers_per_gpu > 0, "compute.workers_per_gpu", config.compute.workers_per_gpu,
+           "a GPU has 1 worker or more")
     demand(config.record.interval_s > 0, "record.interval_s", config.record.interval_s, "give seconds above 0")

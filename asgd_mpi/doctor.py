@@ -23,14 +23,13 @@ from pathlib import Path
 
 import h5py
 import jsonargparse
-import torch
 
-from asgd_mpi import findings
+from asgd_mpi import findings, gpus, topology
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.findings import PROBLEM, Findings, Link, Locking, Need, Rank, Row
 from asgd_mpi.model import networks
 from asgd_mpi.model.flat import num_floats, num_statistics
-from asgd_mpi.topology import SERVER, Topology
+from asgd_mpi.topology import SERVER, Gpu, Topology
 
 GRACE_S = 2.0            # rank 0 speaks first: the others leave so much later
 FORWARDING_S = 0.5       # the launcher drops what it has not yet forwarded when the job is ended
@@ -101,7 +100,7 @@ class Examination:
         found.launched, found.slurm_tasks = _launched(), _slurm_tasks()
         self.step("world: barrier", lambda: self.probe.talk(self.world))
         own = found.ranks[0]
-        found.ranks = [Rank(**facts | {"gpus": tuple(facts["gpus"])})
+        found.ranks = [Rank(**facts | {"gpus": tuple(Gpu(*gpu) for gpu in facts["gpus"])})
                        for facts in self.step("host: facts", lambda: asdict(own) | _machine_facts())]
         build = "parallel" if h5py.get_config().mpi else "serial"
         found.hdf5 = f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, {build}"
@@ -159,7 +158,7 @@ class Examination:
     def report(self) -> int:
         """Print the report; the exit status."""
         rows = findings.diagnose(self.found)
-        print(render(rows, findings.gpu_map(self.found)), flush=True)
+        print(render(rows, self.found.places), flush=True)
         return int(any(row.verdict == PROBLEM for row in rows))
 
     def end(self, status: int) -> None:
@@ -205,12 +204,11 @@ class Examination:
         return f"rank {self.world.rank} on {self.world.host}"
 
 
-def render(rows: list[Row], gpus: list[tuple[int, str, str, str]]) -> str:
+def render(rows: list[Row], places: Topology) -> str:
     """The report: a table of the checks, the GPU map, and the problems with their remedies."""
     indent = " " * 24
     lines = [f"{row.verdict:8s} {row.topic:15s}{_wrapped(row.fact, indent)}" for row in rows]
-    lines += ["", "rank  host                  role    device"]
-    lines += [f"{rank:4d}  {host:20s}  {role:6s}  {device}" for rank, host, role, device in gpus]
+    lines += ["", topology.render(topology.table(places))]
     problems = [row for row in rows if row.verdict == PROBLEM]
     lines += ["", f"{len(problems)} problem(s)" if problems else "no problem found"]
     for number, row in enumerate(problems, start=1):
@@ -232,9 +230,7 @@ def _wrapped(text: str, indent: str) -> str:
 def _machine_facts() -> dict:
     """Fields of Rank that CUDA and the file system know."""
     shm = Path("/dev/shm")
-    return {"gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-            "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
-            "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
+    return {"gpus": gpus.visible(), "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
 
 
 def _launched() -> int | None:

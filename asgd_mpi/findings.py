@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from asgd_mpi import topology
-from asgd_mpi.topology import SERVER, Topology
+from asgd_mpi.topology import SERVER, Gpu, Topology
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 SLOW_BYTES_PER_S = 50e6     # below that a link is slower than gigabit Ethernet
@@ -27,8 +26,7 @@ class Rank:
     built_for: str                       # the MPI that mpi4py was compiled against, "Open MPI 5.0.11"
     thread_level: str
     num_cores: int                       # that it is bound to
-    gpus: tuple[str, ...] = ()           # names of the GPUs that it may use
-    visible: str | None = None           # CUDA_VISIBLE_DEVICES
+    gpus: tuple[Gpu, ...] = ()           # that it may use
     shm_free: int | None = None          # bytes of /dev/shm; None if there is none
 
 
@@ -96,7 +94,7 @@ class Findings:
 
     @property
     def places(self) -> Topology:
-        return Topology(tuple(rank.host for rank in self.ranks))
+        return Topology(tuple(rank.host for rank in self.ranks), tuple(rank.gpus for rank in self.ranks))
 
 
 def diagnose(found: Findings) -> list[Row]:
@@ -230,25 +228,10 @@ def _shared_memory(found: Findings) -> Iterator[Row]:
         yield Row("/dev/shm", OK, f"{fact}; {_size(free)} are free")
 
 
-def gpu_map(found: Findings) -> list[tuple[int, str, str, str]]:
-    """(rank, host, role, device) of every rank, as a training would place them."""
-    places, rows = found.places, []
-    for number, rank in enumerate(found.ranks):
-        if number == SERVER:
-            device = "none"
-        elif not rank.gpus:
-            device = "cpu"
-        else:
-            index = topology.device_index(places.position_on_host(number), len(rank.gpus))
-            visible = f", CUDA_VISIBLE_DEVICES={rank.visible}" if rank.visible is not None else ""
-            device = f"cuda:{index} ({rank.gpus[index]}{visible})"
-        rows.append((number, rank.host, "server" if number == SERVER else "worker", device))
-    return rows
-
-
 def _gpus(found: Findings) -> Iterator[Row]:
     workers = found.ranks[SERVER + 1:]
     without = [number for number, rank in enumerate(workers, start=1) if not rank.gpus]
+    shared = [ranks for ranks in found.places.workers_by_gpu().values() if len(ranks) > 1]
     if not workers:
         return
     if len(without) == len(workers):
@@ -256,19 +239,10 @@ def _gpus(found: Findings) -> Iterator[Row]:
     elif without:
         yield Row("GPUs", PROBLEM, f"rank {', '.join(map(str, without))} sees no GPU, others do",
                   "Ask for GPUs on every host that has workers (`#SBATCH --gpus-per-node`), and bind none to single tasks.")
-    else:
-        yield from _sharing(found)
-
-
-def _sharing(found: Findings) -> Iterator[Row]:
-    """Whether workers share GPUs; a rank's GPUs are told apart by its CUDA_VISIBLE_DEVICES."""
-    places, taken = found.places, {}
-    for number, rank in enumerate(found.ranks[SERVER + 1:], start=SERVER + 1):
-        index = topology.device_index(places.position_on_host(number), len(rank.gpus))
-        taken.setdefault((rank.host, rank.visible, index), []).append(number)
-    shared = [ranks for ranks in taken.values() if len(ranks) > 1]
-    if shared:
-        yield Row("GPUs", NOTE, f"ranks {' and '.join(', '.join(map(str, ranks)) for ranks in shared)} share a GPU")
+    elif shared:
+        yield Row("GPUs", PROBLEM, f"ranks {' and '.join(', '.join(map(str, ranks)) for ranks in shared)} share a GPU",
+                  "Start one worker for each GPU (tasks = GPUs + 1, for the server), or train with --compute.workers_per_gpu "
+                  f"{max(map(len, shared))}.")
     else:
         yield Row("GPUs", OK, "a GPU for each worker, none for the server")
 

@@ -1,27 +1,46 @@
 """Who does what: rank 0 serves, every other rank is a worker and drives one device.
 
-Pure: the host name of every rank goes in, roles and devices come out. A worker's device is its position among the
-*workers* of its host, so that a server on the same host neither takes a GPU nor shifts the map.
+Pure: what each rank sees of its host goes in, roles and devices come out. A worker's GPU is its position among the
+*workers* of its host that see the same GPUs: a server on that host neither takes a GPU nor shifts the map, hosts may
+have different numbers of GPUs, and a launcher that shows each task GPUs of its own is taken at its word.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from asgd_mpi.errors import ConfigError
 
 SERVER = 0  # the rank that serves
 
 
+class Gpu(NamedTuple):
+    """One GPU, or one slice of a GPU (MIG)."""
+
+    id: str            # tells it from all others of its host
+    name: str = ""
+
+
 @dataclass(frozen=True)
 class Topology:
-    """The hosts of all ranks, in rank order."""
+    """The hosts of all ranks, in rank order, and the GPUs that each rank may use, in its own numbering."""
 
     hosts: tuple[str, ...]
+    gpus: tuple[tuple[Gpu, ...], ...] = ()     # of each rank; empty: all compute on the CPU
+
+    @classmethod
+    def of(cls, ranks: list[dict]) -> Topology:
+        """From what each rank says: {"host": its name, "gpus": [[id, name] of each]}."""
+        return cls(tuple(rank["host"] for rank in ranks), tuple(tuple(Gpu(*gpu) for gpu in rank["gpus"]) for rank in ranks))
 
     @property
     def size(self) -> int:
         return len(self.hosts)
+
+    @property
+    def workers(self) -> range:
+        return range(SERVER + 1, self.size)
 
     @property
     def num_workers(self) -> int:
@@ -34,30 +53,113 @@ class Topology:
         """The position of a worker among the workers of its host, 0 for the first one."""
         return sum(self.hosts[other] == self.hosts[rank] for other in range(SERVER + 1, rank))
 
+    def gpu_index(self, rank: int) -> int | None:
+        """The GPU of a rank, in its own numbering; None for the server, and where there is none.
 
-def plan(hosts: list[str], tasks_of_scheduler: int | None = None) -> Topology:
-    """Give every rank its role. Raises ConfigError if there is no worker, or if the launcher made separate worlds.
+        Workers take GPUs in turn if there are fewer GPUs than workers.
+        """
+        gpus = self._gpus_of(rank)
+        if rank == SERVER or not gpus:
+            return None
+        before = sum(self.hosts[other] == self.hosts[rank] and self._gpus_of(other) == gpus
+                     for other in range(SERVER + 1, rank))
+        return before % len(gpus)
+
+    def gpu(self, rank: int) -> Gpu | None:
+        index = self.gpu_index(rank)
+        return None if index is None else self._gpus_of(rank)[index]
+
+    def workers_by_gpu(self) -> dict[tuple[str, str], list[int]]:
+        """(host, id of a GPU) -> the workers that drive it."""
+        taken: dict[tuple[str, str], list[int]] = {}
+        for rank in self.workers:
+            gpu = self.gpu(rank)
+            if gpu is not None:
+                taken.setdefault((self.hosts[rank], gpu.id), []).append(rank)
+        return taken
+
+    def _gpus_of(self, rank: int) -> tuple[Gpu, ...]:
+        return self.gpus[rank] if self.gpus else ()
+
+
+def check(places: Topology, tasks_of_scheduler: int | None = None) -> None:
+    """Raise ConfigError if there is no worker, or if the launcher made separate worlds.
 
     tasks_of_scheduler: the number of tasks that Slurm says it started, if it says so.
     """
-    if len(hosts) == 1 and (tasks_of_scheduler or 1) > 1:
+    size = places.size
+    if tasks_of_scheduler and tasks_of_scheduler > size:     # fewer are the launcher's own: one for each node
         raise ConfigError(
-            f"Slurm started {tasks_of_scheduler} tasks, but MPI sees 1 rank in each: they would be {tasks_of_scheduler} "
-            "separate trainings. The launcher does not match the MPI library that mpi4py was built with: try "
-            "`srun --mpi=pmix` (Open MPI), `srun --mpi=pmi2` (MPICH), or that library's own `mpirun`.")
-    if len(hosts) == 1:
+            f"Slurm started {tasks_of_scheduler} tasks, but every process is in a world of {size}: they would be "
+            f"{tasks_of_scheduler // size} separate trainings. The launcher does not match the MPI library that mpi4py was "
+            "built with: try `srun --mpi=pmix` (Open MPI), `srun --mpi=pmi2` (MPICH), or that library's own `mpirun`; "
+            "`python -m asgd_mpi.launch` in the allocation tries them all.")
+    if size == 1:
         raise ConfigError(
             "1 rank = 1 server + 0 workers: nobody would train. Start at least 2 ranks: `mpirun -np 2 python -m "
             "asgd_mpi.train`. If you did, this mpirun is not of the MPI library that mpi4py uses: take the one that "
             "came with it.")
-    return Topology(tuple(hosts))
 
 
-def device_index(position: int, num_devices: int) -> int:
-    """The GPU of the worker at `position` on its host; workers share GPUs in turn if there are fewer GPUs."""
-    return position % num_devices
+def demand_gpus(places: Topology, device: str, workers_per_gpu: int) -> None:
+    """Raise ConfigError unless all workers have a GPU (none has to, with `device` auto), and few enough share it."""
+    without = [rank for rank in places.workers if places.gpu(rank) is None]
+    if without and (device == "cuda" or len(without) < places.num_workers):
+        ranks = _some([f"rank {rank} on {places.hosts[rank]}" for rank in without])
+        raise ConfigError(
+            f"{len(without)} of {places.num_workers} workers see no GPU ({ranks}), and would be many times slower than the "
+            "others. Look at nvidia-smi and CUDA_VISIBLE_DEVICES there; under Slurm ask for GPUs on every node that has workers "
+            "(--gpus-per-node). Or train on the CPU everywhere: --compute.device cpu.")
+    crowds = {gpu: ranks for gpu, ranks in places.workers_by_gpu().items() if len(ranks) > workers_per_gpu}
+    if crowds:
+        (host, _), ranks = next(iter(crowds.items()))
+        num_gpus = len({gpu for one, gpu in places.workers_by_gpu() if one == host})
+        num_workers = sum(places.hosts[rank] == host for rank in places.workers)
+        raise ConfigError(
+            f"{host} shows {num_gpus} GPU{'s' if num_gpus > 1 else ''} to its {num_workers} workers, so that ranks "
+            f"{_some(list(map(str, ranks)))} would share one: each would be slower, and they share its memory. Start one "
+            f"worker for each GPU (tasks = GPUs + 1, for the server), or say that you want it: --compute.workers_per_gpu "
+            f"{max(map(len, crowds.values()))}.")
+
+
+def table(places: Topology) -> list[tuple[int, str, str, str]]:
+    """(rank, host, role, device) of every rank."""
+    rows = []
+    for rank, host in enumerate(places.hosts):
+        gpu, index = places.gpu(rank), places.gpu_index(rank)
+        device = "cpu" if gpu is None else f"cuda:{index} ({', '.join(filter(None, (gpu.name, gpu.id)))})"
+        rows.append((rank, host, *(("server", "none") if rank == SERVER else ("worker", device))))
+    return rows
+
+
+def describe(places: Topology, rank: int) -> str:
+    """One rank's row in words: `rank 3 on n2, worker, cuda:1 (H200, GPU-...)`."""
+    _, host, role, device = table(places)[rank]
+    return f"rank {rank} on {host}, {role}, {device}"
+
+
+def render(rows: list[tuple[int, str, str, str]]) -> str:
+    """The table as text, a line for each rank."""
+    width = max(4, *(len(host) for _, host, _, _ in rows))
+    lines = [("rank", "host", "role", "device"), *rows]
+    return "\n".join(f"{rank:>4}  {host:{width}}  {role:6}  {device}" for rank, host, role, device in lines)
+
+
+def identities(visible: str | None, uuids: list[str], names: list[str]) -> list[Gpu]:
+    """The GPUs that a process may use, from its CUDA_VISIBLE_DEVICES and what CUDA counts there.
+
+    CUDA shows a process one MIG slice at most, the first of its list: there the list itself says what there is.
+    """
+    tokens = [token.strip() for token in (visible or "").split(",") if token.strip()]
+    if tokens and tokens[0].startswith("MIG-"):
+        return [Gpu(token, "MIG") for token in tokens]
+    return [Gpu(uuid, name) for uuid, name in zip(uuids, names)]
 
 
 def threads_for(num_cores: int, num_bound: int, num_ranks: int) -> int:
     """Torch threads of a rank: its share of the host's cores, and no more than it is bound to."""
     return max(1, min(num_bound, num_cores // num_ranks))
+
+
+def _some(words: list[str], most: int = 4) -> str:
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

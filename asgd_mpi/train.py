@@ -21,14 +21,14 @@ from torch import nn
 
 import asgd_mpi
 from asgd_mpi import config as configuration
-from asgd_mpi import report, topology
+from asgd_mpi import gpus, report, topology
 from asgd_mpi.config import Config
 from asgd_mpi.errors import UserError
 from asgd_mpi.exchange.link import Inbox, Outbox
 from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
 from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
-from asgd_mpi.record import checkpoint
+from asgd_mpi.record import checkpoint, ranklog
 from asgd_mpi.record.events import Checkpoint, End, EventLog, Note, Start
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
@@ -53,7 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     config = configuration.from_yaml(setup["config"])
     world.timeout_s = config.run.timeout_s
     try:
-        places = Topology(tuple(setup["hosts"]))
+        places = Topology.of(setup["ranks"])
+        ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
+        if world.is_server:
+            print(setup["greeting"], flush=True)
         _train(world, config, run, places)
     except BaseException as error:  # noqa: B036 - whatever ends one rank must end all of them
         _fail(world, run, error)
@@ -62,11 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _agree(world: World, arguments: list[str]) -> dict:
     """Rank 0 reads and checks; every rank learns what to do, or the status to leave with."""
-    hosts = world.gather(world.host)
+    ranks = world.gather({"host": world.host, "gpus": [] if world.is_server else gpus.visible()})
     setup = None
     if world.is_server:
         try:
-            setup = _prepare(arguments, hosts)
+            setup = _prepare(arguments, ranks)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             setup = {"status": 2}
@@ -77,10 +80,14 @@ def _agree(world: World, arguments: list[str]) -> dict:
     return world.share(setup)
 
 
-def _prepare(arguments: list[str], hosts: list[str]) -> dict:
+def _prepare(arguments: list[str], ranks: list[dict]) -> dict:
     """Everything that can go wrong before training starts goes wrong here, on one rank. Raises UserError."""
     config = configuration.parse(arguments)
-    places = topology.plan(hosts, tasks_of_scheduler())
+    if config.compute.device == "cpu":
+        ranks = [rank | {"gpus": []} for rank in ranks]
+    places = Topology.of(ranks)
+    topology.check(places, tasks_of_scheduler())
+    topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
     config = complete(config)
     task = open_task(config)
     task.build_module()
@@ -89,11 +96,13 @@ def _prepare(arguments: list[str], hosts: list[str]) -> dict:
     run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))
     write_whole(run.config, configuration.to_yaml(config).encode())
     num_train, num_val = task.train.num_samples, task.val.num_samples
-    print(f"{places.num_workers} workers and 1 server on {len(set(hosts))} host(s); {config.model.name} on {num_train} "
-          f"training and {num_val} validation images of {task.train.num_classes} classes from {config.data.path}\n"
-          f"expect a staleness of about {places.num_workers * (1 + config.exchange.overlap) - 1}; the run directory is "
-          f"{run.path}", flush=True)
-    return {"config": configuration.to_yaml(config), "run": str(run.path), "hosts": hosts}
+    greeting = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or len(set(places.hosts)) > 1 else ""
+    greeting += (
+        f"{places.num_workers} workers and 1 server on {len(set(places.hosts))} host(s); {config.model.name} on {num_train} "
+        f"training and {num_val} validation images of {task.train.num_classes} classes from {config.data.path}\n"
+        f"expect a staleness of about {places.num_workers * (1 + config.exchange.overlap) - 1}; the run directory is "
+        f"{run.path}")
+    return {"config": configuration.to_yaml(config), "run": str(run.path), "ranks": ranks, "greeting": greeting}
 
 
 def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
@@ -103,7 +112,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
         os.cpu_count(), len(os.sched_getaffinity(0)), places.num_on_host_of(world.rank))
     torch.set_num_threads(threads)
     task = open_task(config)
-    device = torch.device("cpu") if world.is_server else _device(config, places, world.rank)
+    device = gpus.take(places, world.rank)
     module = task.build_module()
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
     plan, exchange = task.plan(places.num_workers), config.exchange
@@ -182,20 +191,6 @@ def _work(world: World, task: Task, module: nn.Module, device: torch.device, win
            meter, log if config.record.hash_snapshots else None).run()
     for loader in loaders:
         loader.close()
-
-
-def _device(config: Config, places: Topology, rank: int) -> torch.device:
-    """The GPU at this worker's position among the workers of its host, or the CPU. Raises ConfigError."""
-    num_gpus = torch.cuda.device_count() if config.compute.device != "cpu" else 0
-    if config.compute.device == "cuda" and not num_gpus:
-        raise configuration.ConfigError(
-            f"--compute.device cuda: {places.hosts[rank]} shows no GPU to rank {rank}. Look at nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES there, or train on the CPU with --compute.device cpu.")
-    if not num_gpus:
-        return torch.device("cpu")
-    device = torch.device("cuda", topology.device_index(places.position_on_host(rank), num_gpus))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _versions(everyone: list[dict]) -> dict:

@@ -45,7 +45,7 @@ class Launcher:
 
     def train(self, ranks: int, *options: str, cwd: Path, timeout_s: float = TIMEOUT_S,
               module: str = "asgd_mpi.train") -> subprocess.CompletedProcess:
-        return self.run(ranks, "-m", module, "--run.progress", "none", *options, cwd=cwd, timeout_s=timeout_s)
+        return self.run(ranks, "-m", module, "--run.progress", "none", "--compute.workers_per_gpu", "99", *options, cwd=cwd, timeout_s=timeout_s)
 
 
 def _find_openmpi() -> Launcher | None:

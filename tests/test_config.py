@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from asgd_mpi import config as configuration
-from asgd_mpi import topology
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
 
@@ -70,24 +69,3 @@ def test_settings_of_the_exchange_that_contradict_each_other_are_refused_with_th
     assert "a multiple of n_push (2)" in refused("--exchange.n_push", "2", "--exchange.n_fetch", "3")
     assert "needs the overlap" in refused("--exchange.n_push", "auto", "--exchange.overlap", "false")
     assert "every push fetches" in refused("--exchange.n_push", "auto", "--exchange.n_fetch", "3")
-
-
-def test_one_rank_is_refused_with_the_command_that_works():
-    with pytest.raises(ConfigError, match=r"1 rank = 1 server \+ 0 workers.*mpirun -np 2"):
-        topology.plan(["a"])
-
-
-def test_worlds_of_one_rank_under_slurm_are_told_from_one_rank():
-    with pytest.raises(ConfigError, match="Slurm started 4 tasks.*--mpi=pmix"):
-        topology.plan(["a"], tasks_of_scheduler=4)
-
-
-def test_the_server_neither_takes_a_gpu_nor_shifts_the_map():
-    places = topology.plan(["a", "a", "a", "b", "b", "a"])
-    assert [topology.device_index(places.position_on_host(rank), 4) for rank in range(1, 6)] == [0, 1, 0, 1, 2]
-
-
-def test_cores_are_shared_among_the_ranks_of_a_host():
-    assert topology.threads_for(num_cores=16, num_bound=16, num_ranks=4) == 4
-    assert topology.threads_for(num_cores=2, num_bound=2, num_ranks=8) == 1
-    assert topology.threads_for(num_cores=16, num_bound=2, num_ranks=4) == 2

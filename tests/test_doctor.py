@@ -10,9 +10,11 @@ import hosts
 from asgd_mpi import findings
 from asgd_mpi.doctor import render
 from asgd_mpi.findings import NOTE, PROBLEM, Findings, Link, Locking, Need, Rank
+from asgd_mpi.topology import Gpu
 
 ILL = str(Path(__file__).parent / "doctor_for_tests.py")
 RANK = Rank("a", "Open MPI v5.0.11", "Open MPI 5.0.11", "multiple", 2, shm_free=10**9)
+H200 = Gpu("GPU-1", "H200")
 LINK = Link(1, "a", 1e-6, 5e9, 1e-6, 1e10)
 
 
@@ -35,7 +37,7 @@ def with_rank(number: int, **changes) -> list[Rank]:
 
 def test_a_healthy_job_has_no_problem():
     assert not problems(healthy())
-    assert "no problem found" in render(findings.diagnose(healthy()), findings.gpu_map(healthy()))
+    assert "no problem found" in render(findings.diagnose(healthy()), healthy().places)
 
 
 @pytest.mark.parametrize(("changes", "topic", "remedy"), [
@@ -55,14 +57,15 @@ def test_a_healthy_job_has_no_problem():
     ({"links": [replace(LINK, send_bytes_per_s=1e6)]}, "link", "ranks than there are cores"),
     ({"links": [replace(LINK, host="b", read_bytes_per_s=1e6)]}, "link", "btl_tcp_if_include"),
     ({"need": Need("large", 10**9, 3, 12 * 10**9, 8 * 10**9)}, "/dev/shm", "remount,size=23842M"),
-    ({"ranks": with_rank(1, gpus=("H200",))}, "GPUs", "--gpus-per-node"),
+    ({"ranks": with_rank(1, gpus=(H200,))}, "GPUs", "--gpus-per-node"),
+    ({"ranks": [replace(RANK, gpus=(H200,))] * 3}, "GPUs", "--compute.workers_per_gpu 2"),
 ])
 def test_each_problem_comes_with_the_one_thing_to_change(changes, topic, remedy):
     found = replace(healthy(), **changes)
     [problem] = problems(found)
     assert problem.topic == topic
     assert remedy in problem.remedy
-    report = " ".join(render([problem], findings.gpu_map(found)).split())
+    report = " ".join(render([problem], found.places).split())
     assert f"1. {topic}: {problem.fact} -> {problem.remedy}" in report
 
 
@@ -70,20 +73,11 @@ def test_each_problem_comes_with_the_one_thing_to_change(changes, topic, remedy)
     ({"silent_s": {1: 0.9}, "ranks": with_rank(1, host="b")}, "silent target"),     # over TCP that is how it is
     ({"locking": Locking("/scratch", "unable to lock file, errno = 38")}, "HDF5 locking"),
     ({"slurm_tasks": 8}, "Slurm"),
-    ({"ranks": [replace(RANK, gpus=("H200",))] * 3}, "GPUs"),                         # two workers on one GPU
 ])
 def test_what_stops_no_training_is_a_note(changes, topic):
     found = replace(healthy(), **changes)
     assert not problems(found)
     assert topic in [row.topic for row in findings.diagnose(found) if row.verdict == NOTE]
-
-
-def test_the_server_takes_no_gpu_and_workers_take_theirs_by_position():
-    two = replace(RANK, gpus=("A", "B"))
-    found = Findings([two, two, two, replace(two, host="b")], 4)
-    assert findings.gpu_map(found) == [
-        (0, "a", "server", "none"), (1, "a", "worker", "cuda:0 (A)"), (2, "a", "worker", "cuda:1 (B)"),
-        (3, "b", "worker", "cuda:0 (A)")]
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

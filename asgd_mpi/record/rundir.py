@@ -43,6 +43,7 @@ class RunDir:
         self.metrics = self.path / "metrics"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report"
+        self.logs = self.path / "log"
 
     @classmethod
     def create(cls, path: str | Path | None, name: str) -> RunDir:
@@ -76,6 +77,9 @@ class RunDir:
 
     def metrics_of(self, rank: int) -> Path:
         return self.metrics / f"rank{rank:03d}.jsonl"
+
+    def log_of(self, rank: int) -> Path:
+        return self.logs / f"rank{rank:03d}.txt"
 
     def error_of(self, rank: int) -> Path:
         return self.path / f"error.rank{rank:03d}.txt"
