@@ -39,15 +39,16 @@ class Lines:
 
     def write(self, text: str) -> int:
         with self._lock:
-            whole, newline, self._unfinished = (self._unfinished + text).rpartition("\n")
             if self._at_once:
                 self._stream.write(text)
-            if newline:
+            self._unfinished += text
+            if text.endswith("\n"):                 # a text of several lines stays together
+                lines, self._unfinished = self._unfinished, ""
                 if not self._at_once:
-                    self._stream.write(whole + "\n")
+                    self._stream.write(lines)
                     self._stream.flush()
                 now = _now()
-                self._file.write("".join(f"{now} {line.rpartition(chr(13))[2]}\n" for line in whole.split("\n")))
+                self._file.write("".join(f"{now} {line.rpartition(chr(13))[2]}\n" for line in lines[:-1].split("\n")))
         return len(text)
 
     def flush(self) -> None:
