@@ -24,7 +24,7 @@ from pathlib import Path
 import h5py
 import jsonargparse
 
-from asgd_mpi import findings, gpus, topology
+from asgd_mpi import findings, gpus, launch, topology
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.findings import PROBLEM, Findings, Link, Locking, Need, Rank, Row
 from asgd_mpi.model import networks
@@ -35,7 +35,7 @@ GRACE_S = 2.0            # rank 0 speaks first: the others leave so much later
 FORWARDING_S = 0.5       # the launcher drops what it has not yet forwarded when the job is ended
 DIGITS = (10, 1, 8)      # classes, channels, pixels of the embedded data,
 IMAGENET = (1000, 3, 224)  # ... and what every other network is taken to see
-LAUNCHERS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))  # Open MPI, MPICH
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")    # of the world, as Open MPI's and MPICH's launchers have it
 WIDTH = 120              # columns of the report
 
 
@@ -45,7 +45,7 @@ class StepFailed(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as quiet:
-        if not _is_first_process():         # one process says what is wrong with the options
+        if not launch.is_first_process():         # one process says what is wrong with the options
             quiet.enter_context(redirect_stdout(io.StringIO()))
             quiet.enter_context(redirect_stderr(io.StringIO()))
         options = _parse(sys.argv[1:] if arguments is None else arguments)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         examination.run()
     except StepFailed:
         examination.end(status=1)
-    status = examination.report() if world.is_server and _is_first_process() else 0
+    status = examination.report() if world.is_server and launch.is_first_process() else 0
     faulthandler.dump_traceback_later(3 * options.deadline_s, exit=True)
     examination.probe.leave()
     faulthandler.cancel_dump_traceback_later()
@@ -77,11 +77,6 @@ def _parse(arguments: Sequence[str]) -> jsonargparse.Namespace:
     parser.add_argument("--deadline-s", type=jsonargparse.typing.PositiveFloat, default=10.0,
                         help="Limit of what each rank does in a step; the job ends after 3 of them at the latest.")
     return parser.parse_args(arguments)
-
-
-def _is_first_process() -> bool:
-    """Whether the launcher, too, takes this for its first process: separate worlds of one would all report."""
-    return all(os.environ.get(rank, "0") == "0" for _, rank in LAUNCHERS)
 
 
 class Examination:
@@ -234,13 +229,13 @@ def _machine_facts() -> dict:
 
 
 def _launched() -> int | None:
-    sizes = [int(os.environ[size]) for size, _ in LAUNCHERS if size in os.environ]
+    sizes = [int(os.environ[size]) for size in SIZES if size in os.environ]
     return max(sizes, default=None)
 
 
 def _slurm_tasks() -> int | None:
-    tasks = os.environ.get("SLURM_NTASKS")
-    return int(tasks) if tasks else None
+    allocation = launch.Allocation.of(os.environ)
+    return allocation and allocation.num_tasks
 
 
 def _try_locking(directory: Path) -> Locking:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from asgd_mpi import launch
 from asgd_mpi.topology import SERVER, Gpu, Topology
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
@@ -123,9 +124,9 @@ def _world(found: Findings) -> Iterator[Row]:
     per_host = ", ".join(f"{host}: {places.hosts.count(host)}" for host in dict.fromkeys(places.hosts))
     started = max(found.launched or 1, found.slurm_tasks or 1)
     if size == 1 and started > 1:
-        yield Row("world", PROBLEM, f"1 rank, but {started} processes were started: each is alone in its own world",
-                  "The launcher is not the one of this MPI: take the `mpirun` that came with it, or `srun --mpi=pmix` (Open "
-                  "MPI), `srun --mpi=pmi2` (MPICH).")
+        yield Row("world", PROBLEM, f"every process is rank 0 of 1, but {started} processes were started: they would be as many "
+                  "trainings", "This launcher is not the one of the MPI that mpi4py uses: take "
+                  f"{launch.own_launcher(found.ranks[0].library, in_slurm=found.slurm_tasks is not None)}.")
     elif len(found.ranks) < size:
         yield Row("world", OK, f"{size} ranks; they have not all reported yet")
     elif size == 1:

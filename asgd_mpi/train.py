@@ -21,7 +21,7 @@ from torch import nn
 
 import asgd_mpi
 from asgd_mpi import config as configuration
-from asgd_mpi import gpus, report, topology
+from asgd_mpi import gpus, launch, report, topology
 from asgd_mpi.config import Config
 from asgd_mpi.errors import UserError
 from asgd_mpi.exchange.link import Inbox, Outbox
@@ -71,7 +71,8 @@ def _agree(world: World, arguments: list[str]) -> dict:
         try:
             setup = _prepare(arguments, ranks)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if launch.is_first_process():    # not from each of many worlds of one rank
+                print(f"error: {error}", file=sys.stderr, flush=True)
             setup = {"status": 2}
         except SystemExit as leave:  # --help
             setup = {"status": leave.code or 0}

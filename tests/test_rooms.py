@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "asgd_mpi"
 # A room may import from those before it in this list, and from itself.
-ORDER = ["errors", "config", "topology", "gpus", "forecast", "record.rundir", "record.ranklog", "record.events", "record.audit", "record.timeline",
+ORDER = ["errors", "launch", "config", "topology", "gpus", "forecast", "record.rundir", "record.ranklog", "record.events", "record.audit", "record.timeline",
          "record.readings", "record.summary", "record.meter", "record.progress", "record.checkpoint", "data", "model",
          "server.ledger", "server.rules", "server.schedule", "exchange", "server.serve", "worker", "task", "report",
          "evaluate", "replay", "plan", "train", "findings", "doctor"]

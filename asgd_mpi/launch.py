@@ -1,0 +1,114 @@
+"""How ranks are started here: `python -m asgd_mpi.launch` in a Slurm allocation prints the launcher that works.
+
+Each launcher starts all tasks of the allocation on a few lines of Python, and the first by which they meet in one world, on
+all nodes, is printed (`srun --mpi=pmix`); what was wrong with the others goes to standard error. Status 1 if none works. What
+follows `--` starts Python on the nodes, from a container for example: `python -m asgd_mpi.launch -- apptainer exec --nv IMAGE python`.
+
+A wrong launcher is no error for MPI: it gives as many worlds of one rank as there are tasks. Only the standard library is
+used here, so that it runs where the packages are not.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import environ
+
+TIMEOUT_S = 90.0      # Python starts late from a busy file system
+RANK = ("import os, socket; from mpi4py import MPI; "            # one write: launchers mix the lines of ranks
+        "os.write(1, f'<rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} on {socket.gethostname()}>\\n'.encode())")
+SEEN = re.compile(r"<rank (\d+) of (\d+) on ([^<>\s]+)>")
+VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")    # a process's number, as its launcher has it
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What Slurm gave: tasks and nodes, over all groups of a heterogeneous job."""
+
+    num_tasks: int
+    num_nodes: int
+    num_groups: int = 1
+
+    @classmethod
+    def of(cls, env: Mapping[str, str]) -> Allocation | None:
+        """From the variables of a job; None outside of one."""
+        if "SLURM_JOB_ID" not in env:
+            return None
+        groups = int(env.get("SLURM_HET_SIZE", 1))
+        suffixes = [""] if groups == 1 else [f"_HET_GROUP_{group}" for group in range(groups)]
+        nodes = [int(env.get(f"SLURM_JOB_NUM_NODES{suffix}", 1)) for suffix in suffixes]
+        tasks = [int(env.get(f"SLURM_NTASKS{suffix}", number)) for suffix, number in zip(suffixes, nodes)]
+        return cls(sum(tasks), sum(nodes), groups)
+
+    def launchers(self) -> list[str]:
+        """What to try, the best first: srun passes signals on, and its status is that of the ranks."""
+        if self.num_groups > 1:          # mpirun sees the first group only
+            groups = ",".join(map(str, range(self.num_groups)))
+            return [f"srun --mpi={kind} --het-group={groups}" for kind in ("pmix", "pmi2")]
+        mpirun = f"env SLURM_MPI_TYPE=none mpirun -n {self.num_tasks}"     # mpirun starts its own daemons with srun
+        return ["srun --mpi=pmix", "srun --mpi=pmi2", mpirun]
+
+
+def is_first_process(env: Mapping[str, str] = environ) -> bool:
+    """Whether the launcher takes this for its first process: of separate worlds of one rank, one should speak."""
+    return all(env.get(name, "0") == "0" for name in VARIABLES)
+
+
+def own_launcher(library: str, in_slurm: bool) -> str:
+    """What starts programs of this MPI library ("Open MPI v5.0.11"), in words."""
+    kind = "pmix" if library.startswith("Open MPI") else "pmi2"
+    mpirun = f"the mpirun that came with {library}"
+    return f"`srun --mpi={kind}`, or {mpirun}; `python -m asgd_mpi.launch` tries all" if in_slurm else mpirun
+
+
+def judge(allocation: Allocation, status: int | None, output: str) -> str:
+    """What is wrong with a launcher, from how it ended (None: it did not) and what it printed; empty if it works."""
+    ranks = SEEN.findall(output)
+    sizes, hosts = {int(size) for _, size, _ in ranks}, {host for *_, host in ranks}
+    said = [line.strip() for line in SEEN.sub("", output).splitlines() if re.search("[a-z]{3}", line) and "arning" not in line]
+    if status is None:
+        return f"hangs: not all {allocation.num_tasks} ranks had started after {TIMEOUT_S:.0f} s"
+    if sizes == {1} and allocation.num_tasks > 1:
+        return f"every process is rank 0 of 1 ({len(ranks)} of them): it does not start the MPI that mpi4py uses"
+    if status or sizes != {allocation.num_tasks}:
+        return f"status {status}, {len(ranks)} of {allocation.num_tasks} ranks came up" + (f": {said[0]}" if said else "")
+    if len(hosts) < allocation.num_nodes:
+        return f"puts all ranks on {len(hosts)} of {allocation.num_nodes} nodes: {', '.join(sorted(hosts))}"
+    return ""
+
+
+def attempt(launcher: str, python: list[str], allocation: Allocation) -> str:
+    """Start all ranks by a launcher; what is wrong with it, or empty."""
+    try:
+        done = subprocess.run([*launcher.split(), *python, "-c", RANK], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, errors="replace", timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return judge(allocation, None, "")
+    except FileNotFoundError as error:
+        return f"there is no {error.filename}"
+    return judge(allocation, done.returncode, done.stdout)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    allocation = Allocation.of(environ)
+    if allocation is None or arguments[:1] not in ([], ["--"]):
+        print(__doc__ if arguments[:1] == ["--help"] else
+              "usage: python -m asgd_mpi.launch [-- PYTHON...], in a Slurm job (sbatch, salloc)", file=sys.stderr)
+        return 2
+    for launcher in allocation.launchers():
+        wrong = attempt(launcher, arguments[1:] or [sys.executable], allocation)
+        if not wrong:
+            print(launcher)
+            return 0
+        print(f"{launcher}: {wrong}", file=sys.stderr)
+    print(f"no launcher brings {allocation.num_tasks} ranks on {allocation.num_nodes} nodes into one world. Load the MPI that "
+          "mpi4py was built with in slurm/env.sh, or set LAUNCH there to what your site starts MPI programs with.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+# Sourced by the job scripts: start the ranks, pass signals on to them, and know what their end means.
+
+cd "${SLURM_SUBMIT_DIR:?start it with sbatch}" || exit
+[ -f slurm/env.sh ] || { echo "there is no $PWD/slurm/env.sh: submit from the directory that holds slurm/" >&2; exit 1; }
+. slurm/env.sh
+trap : USR2                                              # the time is almost up; see follow
+unset SLURM_NTASKS_PER_NODE                              # srun takes the job's own layout, and would warn of it
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun forgets it since Slurm 22.05
+groups=${SLURM_HET_SIZE:+--het-group=$(seq --separator=, 0 $((${SLURM_HET_SIZE:-1} - 1)))}
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+/seed$SLURM_ARRAY_TASK_ID}
+started=$(date +%s)
+
+# choose_launcher: set LAUNCH to what starts all ranks in one world, unless slurm/env.sh has set it.
+choose_launcher() {
+  [ -n "$LAUNCH" ] || LAUNCH=$(python3 -m asgd_mpi.launch -- $PYTHON) || exit 1
+  echo "launcher: $LAUNCH"
+}
+
+# value_of NAME OPTION...: the value of an option, given as `NAME VALUE` or as NAME=VALUE; empty if it is not given.
+value_of() {
+  local name=$1 value=""
+  while shift && [ $# -gt 0 ]; do
+    case $1 in "$name") value=${2:-} ;; "$name"=*) value=${1#*=} ;; esac
+  done
+  echo "$value"
+}
+
+# follow SIGNAL COMMAND...: run a command to its end and set `status`. When the time is almost up it gets SIGNAL, and `stopped`
+# is set; a TERM to this script is Slurm ending the job, which reaches the ranks too, and sets `ended`.
+follow() {
+  local signal=$1 process
+  shift
+  stopped="" ended=""
+  "$@" &
+  process=$!
+  trap 'stopped=yes; kill -"$signal" $process 2> /dev/null' USR2
+  trap 'ended=yes' TERM
+  while wait $process; status=$?; kill -0 $process 2> /dev/null; do :; done
+}
+
+# again WHY: have Slurm start this job anew, with the same command.
+again() {
+  echo "$1: job $SLURM_JOB_ID goes back into the queue"
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  echo "Slurm does not requeue it: the same sbatch command goes on where this job stopped" >&2
+  exit 75
+}
+
+# all_nodes_answer: whether every node of the job can still start something.
+all_nodes_answer() {
+  timeout 30 srun --mpi=none --overlap --gres=none $groups --ntasks-per-node=1 --cpus-per-task=1 true > /dev/null 2>&1
+}
+
+changed_since_start() { [ -n "$(find "$@" -maxdepth 0 -newermt "@$started" 2> /dev/null)" ]; }
+
+# train OPTION...: start or resume a training in --run.dir (or runs/JOB; an array's tasks in seedN below it), and end the job
+# as the training did. Success is DIR/finished.json, which rank 0 writes last; the launcher's status alone proves nothing.
+train() {
+  local run signal=USR2 threads=${SLURM_CPUS_PER_TASK_HET_GROUP_1:-${SLURM_CPUS_PER_TASK:-2}}
+  run=$(value_of --run.dir "$@")
+  run=${run:+$run${SLURM_ARRAY_TASK_ID:+/seed$SLURM_ARRAY_TASK_ID}}
+  run=${run:-runs/$job}
+  choose_launcher
+  case $($LAUNCH --version 2>&1) in *HYDRA*) signal=TERM ;; esac     # MPICH's mpirun dies of USR2, and passes TERM on
+
+  follow $signal $LAUNCH $PYTHON -m asgd_mpi.train --data.threads "$threads" \
+    ${SLURM_ARRAY_TASK_ID:+--run.seed "$SLURM_ARRAY_TASK_ID"} "$@" --run.dir "$run" --resume auto
+
+  [ -f "$run/finished.json" ] && { echo "finished: $run"; exit 0; }
+  [ -z "$ended" ] || { echo "ended by Slurm before the training was finished: $run"; exit 1; }
+  [ "$status" != 75 ] || again "checkpoint written"
+  if ! all_nodes_answer; then
+    echo "status $status, and not every node answers: Slurm will notice, and start the job again from the last checkpoint"
+    sleep 900 & wait $!
+    exit 1
+  fi
+  changed_since_start "$run"/error.rank*.txt && { echo "failed with status $status: $run/error.rank*.txt" >&2; exit 1; }
+  changed_since_start "$run/checkpoints" && again "the launcher ended with status $status before the training did, after a checkpoint"
+  echo "failed: the launcher ended with status $status, with neither a checkpoint nor an error in $run" >&2
+  exit 1
+}

@@ -1,0 +1,58 @@
+"""Which launcher works: from what it printed to a verdict."""
+
+import sys
+
+import pytest
+
+from asgd_mpi import launch
+from asgd_mpi.launch import Allocation
+
+TWO_NODES = Allocation(num_tasks=3, num_nodes=2)
+WHOLE = "<rank 0 of 3 on n1>\n<rank 2 of 3 on n2><rank 1 of 3 on n1>\n"
+
+
+def test_ranks_of_one_world_on_all_nodes_are_what_is_wanted():
+    assert launch.judge(TWO_NODES, 0, WHOLE) == ""
+
+
+@pytest.mark.parametrize(("status", "output", "says"), [
+    (0, "<rank 0 of 1 on n1>\n<rank 0 of 1 on n1>\n<rank 0 of 1 on n2>\n", "every process is rank 0 of 1 (3 of them)"),
+    (None, "", "hangs"),
+    (1, "----\nsrun: Warning: x\nsrun: error: Couldn't find the specified plugin name for mpi/pmix\n", "0 of 3 ranks came up: srun: error"),
+    (0, WHOLE.replace("n2", "n1"), "all ranks on 1 of 2 nodes: n1"),      # an oversubscribing mpirun
+    (14, WHOLE, "status 14"),
+])
+def test_every_other_outcome_is_told_with_what_was_seen(status, output, says):
+    assert says in launch.judge(TWO_NODES, status, output)
+
+
+def test_the_allocation_is_read_from_the_job_and_a_heterogeneous_one_is_the_sum_of_its_groups():
+    assert Allocation.of({}) is None
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "9", "SLURM_JOB_NUM_NODES": "2"}
+    assert Allocation.of(job) == Allocation(9, 2)
+    groups = {"SLURM_HET_SIZE": "2", "SLURM_NTASKS_HET_GROUP_0": "1", "SLURM_NTASKS_HET_GROUP_1": "4",
+              "SLURM_JOB_NUM_NODES_HET_GROUP_0": "1", "SLURM_JOB_NUM_NODES_HET_GROUP_1": "2"}
+    both = Allocation.of(job | groups)
+    assert both == Allocation(5, 3, 2)
+    assert all(one.startswith("srun") and one.endswith("--het-group=0,1") for one in both.launchers())
+
+
+def test_the_first_launcher_that_works_is_printed_and_what_is_wrong_with_the_others_is_told(monkeypatch, capsys):
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "3", "SLURM_JOB_NUM_NODES": "2"}.items():
+        monkeypatch.setitem(launch.environ, name, value)
+    monkeypatch.setattr(launch, "attempt", lambda launcher, python, allocation: "" if "pmi2" in launcher else "is not here")
+    assert launch.main([]) == 0
+    assert capsys.readouterr() == ("srun --mpi=pmi2\n", "srun --mpi=pmix: is not here\n")
+    monkeypatch.setattr(launch, "attempt", lambda launcher, python, allocation: f"cannot start {python}")
+    assert launch.main(["--", "apptainer", "exec"]) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("cannot start ['apptainer', 'exec']") == 3 and "slurm/env.sh" in told.err
+
+
+def test_a_launcher_that_is_not_installed_is_named():
+    assert launch.attempt("no-such-launcher -n 3", [sys.executable], TWO_NODES) == "there is no no-such-launcher"
+
+
+def test_of_many_worlds_the_first_process_speaks():
+    assert launch.is_first_process({}) and launch.is_first_process({"SLURM_PROCID": "0", "PMI_RANK": "0"})
+    assert not launch.is_first_process({"SLURM_PROCID": "3"})
