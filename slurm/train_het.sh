@@ -16,6 +16,7 @@
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
 #SBATCH --requeue
 . "${SLURM_SUBMIT_DIR:-.}/slurm/job.sh" || exit
 train "$@"
