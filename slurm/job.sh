@@ -6,7 +6,6 @@ cd "${SLURM_SUBMIT_DIR:?start it with sbatch}" || exit
 trap : USR2                                              # the time is almost up; see follow
 unset SLURM_NTASKS_PER_NODE                              # srun takes the job's own layout, and would warn of it
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun forgets it since Slurm 22.05
-groups=${SLURM_HET_SIZE:+--het-group=$(seq --separator=, 0 $((${SLURM_HET_SIZE:-1} - 1)))}
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+/seed$SLURM_ARRAY_TASK_ID}
 started=$(date +%s)
 
@@ -48,7 +47,12 @@ again() {
 
 # all_nodes_answer: whether every node of the job can still start something.
 all_nodes_answer() {
-  timeout 30 srun --mpi=none --overlap --gres=none $groups --ntasks-per-node=1 --cpus-per-task=1 true > /dev/null 2>&1
+  local group nodes
+  for group in $(seq 0 $((${SLURM_HET_SIZE:-1} - 1))); do
+    nodes=SLURM_JOB_NUM_NODES${SLURM_HET_SIZE:+_HET_GROUP_$group}
+    timeout 30 srun ${SLURM_HET_SIZE:+--het-group=$group} --mpi=none --overlap --gpus-per-node=0 --cpus-per-task=1 \
+      --nodes="${!nodes}" --ntasks="${!nodes}" --ntasks-per-node=1 true > /dev/null 2>&1 || return
+  done
 }
 
 changed_since_start() { [ -n "$(find "$@" -maxdepth 0 -newermt "@$started" 2> /dev/null)" ]; }

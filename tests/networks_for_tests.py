@@ -7,6 +7,8 @@ import time
 import torch
 from torch import nn
 
+from asgd_mpi.model import networks
+
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "-1")))
 
 
@@ -62,3 +64,8 @@ def explodes(num_classes: int, channels: int) -> nn.Module:
             return scores * torch.inf if self.training else scores
 
     return nn.Sequential(small(num_classes, channels), Infinite())
+
+
+def unhurried(num_classes: int, channels: int) -> nn.Module:
+    """The digits' own network, at 50 ms a step: time enough to interrupt a training."""
+    return nn.Sequential(Behaviour(lambda: time.sleep(0.05)), networks.build("digits_cnn", num_classes, channels, 8))

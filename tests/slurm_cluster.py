@@ -95,6 +95,7 @@ class Cluster:
         self.home = home
         self.env = _environment() | {"SLURM_CONF": str(home / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen] = {}
+        self._down: set[str] = set()
 
     # ---- its life
 
@@ -136,16 +137,19 @@ class Cluster:
         self.down(node)
 
     def down(self, node: str) -> None:
+        """Slurm takes it for lost, and the jobs that run there."""
+        self._down.add(node)
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def bring_back(self) -> None:
-        """Every node idle again, however it was left."""
+        """No job, and every node idle again, however it was left."""
         self.run("scancel", "--user=root")
-        for name in NODES:
+        for name in sorted(self._down):
             if name in self._daemons:
                 self._daemons[name].kill()
                 self._daemons.pop(name).wait()
             self.power_on(name)
+        self._down.clear()
         self.until(lambda: self._idle() == len(NODES), START_S, "all nodes to be idle again")
 
     # ---- its users

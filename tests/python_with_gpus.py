@@ -1,0 +1,29 @@
+"""`python python_with_gpus.py -m MODULE OPTION...` or `-c CODE`: Python where CUDA_VISIBLE_DEVICES is all that CUDA looks at.
+
+The GPUs of the test cluster are files that nobody can open: each worker chooses one, and computes on the CPU.
+"""
+
+import os
+import runpy
+import sys
+
+
+def pretend() -> None:
+    import torch
+
+    from asgd_mpi import gpus
+    from asgd_mpi.topology import Gpu
+
+    tokens = [token for token in os.environ.get(gpus.VARIABLE, "").split(",") if token]
+    gpus.visible = lambda: [Gpu(f"{os.uname().nodename}-{token}", "fake") for token in tokens]
+    gpus.take = lambda places, rank: torch.device("cpu")
+
+
+flag, what, *arguments = sys.argv[1:]
+if flag == "-c":
+    exec(what, {"__name__": "__main__"})
+else:
+    if what in ("asgd_mpi.train", "asgd_mpi.doctor"):
+        pretend()
+    sys.argv = [what, *arguments]
+    runpy.run_module(what, run_name="__main__", alter_sys=True)

@@ -1,0 +1,214 @@
+"""The job scripts on a real Slurm: what users submit, and what becomes of it. See slurm_cluster.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import slurm_cluster
+from asgd_mpi.config import RunConfig
+from asgd_mpi.record.audit import audit
+from asgd_mpi.record.events import Start, read_events
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
+from photos import write_tree
+
+TESTS = Path(__file__).parent
+JOB_S = 120.0                                # of any job here; on a quiet machine they take 5 to 40 s
+SMALL = ["--cpus-per-task=1", "--time=20"]   # the cluster's CPUs are fewer than it says
+CLUSTER_OF_6_GPUS = ["--nodes=3", "--ntasks=7", "--ntasks-per-node=3", "--gpus-per-node=2"]
+TWO_NODES = ["--nodes=2", "--ntasks=5", "--ntasks-per-node=3", "--gpus-per-node=2"]
+resumes = pytest.mark.skipif("resume" not in {field.name for field in fields(RunConfig)}, reason="needs --resume")
+
+
+@dataclass
+class Site:
+    """A user's directory on the cluster: a copy of slurm/ with an env.sh of its own."""
+
+    cluster: slurm_cluster.Cluster
+    home: Path
+    data: Path
+
+    def submit(self, *arguments: str, env: dict[str, str] | None = None) -> str:
+        return self.cluster.sbatch(*arguments, cwd=self.home, env=env)
+
+    def train(self, *sbatch: str, script: str = "slurm/train.sh", run: str = "run", options: tuple[str, ...] = ()) -> str:
+        return self.submit(*SMALL, "--output=job.log", *sbatch, script, "--data", str(self.data), "--compute.threads", "1",
+                           "--run.dir", run, *options)
+
+    def wait(self, job: str, state: str, timeout_s: float = JOB_S) -> dict[str, str]:
+        """The job when it has ended; fails the test with its log if not in `state`."""
+        try:
+            ended = self.cluster.wait(job, timeout_s)
+        except TimeoutError as error:
+            pytest.fail(f"{error}\n{self.log()}")
+        assert ended["JobState"] == state, f"{ended}\n{self.log()}"
+        return ended
+
+    def log(self, name: str = "job.log") -> str:
+        file = self.home / name
+        return file.read_text() if file.exists() else f"there is no {name}"
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    reason = slurm_cluster.why_not()
+    if reason:
+        pytest.skip(reason)
+    with slurm_cluster.cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def site(cluster, openmpi, digits, tmp_path) -> Site:
+    shutil.copytree(TESTS.parent / "slurm", tmp_path / "slurm")
+    root = "\n".join(f"export {name}=1" for name in openmpi.env if "ROOT" in name)
+    (tmp_path / "slurm" / "env.sh").write_text(
+        f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={TESTS.parent}:{TESTS}\n"
+        f"unset PRTE_MCA_rmaps_default_mapping_policy   # it puts all ranks on the first node\n{root}\n"
+        f"PYTHON='python {TESTS}/python_with_gpus.py'\nLAUNCH=${{ASGD_TEST_LAUNCH:-}}\n")
+    yield Site(cluster, tmp_path, digits)
+    cluster.bring_back()
+
+
+def hosts_of(run: RunDir) -> list[str]:
+    """The host of every rank, as it recorded it."""
+    return [next(event.host for event in read_events(file) if isinstance(event, Start))
+            for file in sorted(run.metrics.glob("rank???.jsonl"))]
+
+
+def demand_finished(run: RunDir) -> dict:
+    """`finished.json`, of a run in which every push and every sample counts once."""
+    found = summarize(run).audit
+    assert not found.violations and not any(epoch.missing or epoch.repeated for epoch in found.epochs)
+    return msgspec.json.decode((run.path / "finished.json").read_bytes())
+
+
+@resumes
+def test_a_training_runs_on_all_nodes_and_gpus(site):
+    job = site.train(*CLUSTER_OF_6_GPUS, options=("--epochs", "6"))
+    ended = site.wait(job, "COMPLETED")
+    assert ended["ExitCode"] == "0:0" and ended["Restarts"] == "0"
+    [accounted] = site.cluster.accounting(job)
+    assert accounted["JobState"] == "COMPLETED" and accounted["NodeList"] == "n[1-3]"
+    run, log = RunDir.open(site.home / "run"), site.log()
+    assert demand_finished(run)["top1_error"] < 0.1
+    assert hosts_of(run) == ["n1", "n1", "n1", "n2", "n2", "n3", "n3"]
+    assert "launcher: srun --mpi=pmix" in log and "\r" not in log
+    for rank, host, gpu in ((1, "n1", 0), (2, "n1", 1), (3, "n2", 0), (4, "n2", 1), (5, "n3", 0), (6, "n3", 1)):
+        assert f"{rank:4}  {host}    worker  cuda:{gpu} (fake, {host}-{gpu})" in log
+        kept = (run.path / "log" / f"rank{rank:03d}.txt").read_text()
+        assert f"rank {rank} on {host}, worker, cuda:{gpu} (fake, {host}-{gpu})" in kept and f"job {job}, start 1" in kept
+
+
+@resumes
+def test_scancel_ends_a_job_for_good(site):
+    job = site.train(*TWO_NODES, options=("--model", "networks_for_tests:unhurried", "--epochs", "100"))
+    metrics = site.home / "run" / "metrics" / "rank004.jsonl"
+    site.cluster.until(metrics.exists, JOB_S, "the training to start")
+    site.cluster.run("scancel", job)
+    ended = site.wait(job, "CANCELLED")
+    assert ended["Restarts"] == "0"
+    assert [one["JobState"] for one in site.cluster.accounting(job)] == ["CANCELLED"]
+    assert not (site.home / "run" / "finished.json").exists()
+    site.cluster.until(lambda: "CG" not in site.cluster.run("squeue", "--noheader", "--format=%t"), JOB_S, "the nodes to be free")
+
+
+@resumes
+def test_a_sweep_is_arrays_of_seeds_and_a_report_that_waits_for_them(site):
+    header = site.home / "slurm" / "train.sh"
+    header.write_text(header.read_text().replace("--gpus-per-node=4", "--gpus-per-node=2"))     # what this cluster's nodes have
+    env = {"WORKERS": "1 3", "SEEDS": "0-1", "OUT": "poc", "SBATCH": " ".join(SMALL)}
+    said = site.cluster.run("slurm/poc.sh", "--data", str(site.data), "--epochs", "3", "--compute.threads", "1",
+                            cwd=site.home, env=env)
+    *arrays, report = re.findall(r"job (\d+)", said)
+    assert site.cluster.job(report)["Dependency"] != "(null)"
+    assert site.wait(report, "COMPLETED")["JobState"] == "COMPLETED"
+    runs = {f"workers{workers}/seed{seed}" for workers in (1, 3) for seed in (0, 1)}
+    for name in runs:
+        run = RunDir.open(site.home / "poc" / name)
+        demand_finished(run)
+        assert len(hosts_of(run)) == int(name[7]) + 1 and (run.report / "report.html").exists()
+        assert f"seed: {name[-1]}\n" in run.config.read_text()
+    for array in arrays:
+        assert {one["JobState"] for one in site.cluster.accounting(array)} <= {"COMPLETED"}
+    comparison = (site.home / "poc" / "comparison" / "comparison.md").read_text()
+    assert all(name in comparison for name in runs)
+
+
+@resumes
+def test_a_heterogeneous_job_has_its_server_on_a_node_without_gpus(site):
+    workers = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"]
+    job = site.submit(*SMALL, "--output=job.log", "--nodes=1", "--ntasks=1", ":", *SMALL, *workers, "slurm/train_het.sh", "--data",
+                      str(site.data), "--epochs", "3", "--compute.threads", "1", "--run.dir", "run")
+    site.wait(job, "COMPLETED")
+    run = RunDir.open(site.home / "run")
+    demand_finished(run)
+    assert hosts_of(run) == ["c1", "n1", "n1", "n2", "n2"]
+    assert "srun --mpi=pmix --het-group=0,1" in site.log() and "cuda:1 (fake, n2-1)" in site.log()
+    assert {one["NodeList"] for one in site.cluster.accounting(job)} == {"c1"}
+
+
+@resumes
+def test_two_workers_on_one_gpu_are_refused_before_the_run(site):
+    job = site.train("--nodes=1", "--ntasks=4", "--ntasks-per-node=4", "--gpus-per-node=2")
+    site.wait(job, "FAILED")
+    assert "n1 shows 2 GPUs to its 3 workers" in site.log() and "--compute.workers_per_gpu 2" in site.log()
+    assert not (site.home / "run" / "config.yaml").exists()
+
+
+def test_the_doctor_finds_all_well_and_prints_the_line_to_use(site):
+    job = site.submit(*SMALL, "--output=job.log", *CLUSTER_OF_6_GPUS, "slurm/doctor.sh")
+    site.wait(job, "COMPLETED")
+    log = site.log()
+    assert "no problem found" in log and "a GPU for each worker, none for the server" in log
+    assert "7 ranks = 1 server + 6 workers; ranks by host: n1: 3, n2: 2, n3: 2" in log
+    assert "to start a training here: srun --mpi=pmix python" in log
+
+
+@pytest.mark.parametrize(("launch", "binding", "gpus"), [
+    ("srun --mpi=pmix", "--gpus-per-task=1", ["n1-1", "n2-0", "n2-1"]),          # the server's own is wasted
+    ("mpirun -n 4 --bind-to none", "--gpus-per-node=2", ["n1-0", "n2-0", "n2-1"])])
+def test_workers_take_the_gpus_that_they_are_shown(site, launch, binding, gpus):
+    """Slurm binds one GPU to each task of srun, or shows all of the node's to each."""
+    script = site.home / "doctor.sh"
+    script.write_text("#!/bin/bash\n. slurm/job.sh\n$LAUNCH $PYTHON -m asgd_mpi.doctor\n")
+    job = site.submit(*SMALL, "--output=job.log", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", binding, "doctor.sh",
+                      env={"ASGD_TEST_LAUNCH": launch})
+    site.wait(job, "COMPLETED")
+    assert re.findall(r"worker  cuda:\d \(fake, (n\d-\d)\)", site.log()) == gpus
+
+
+def test_the_doctor_names_the_wrong_launcher_once(site):
+    job = site.submit(*SMALL, "--output=job.log", *TWO_NODES, "slurm/doctor.sh", env={"ASGD_TEST_LAUNCH": "srun --mpi=none"})
+    site.wait(job, "FAILED")
+    log = " ".join(site.log().split())
+    assert log.count("every process is rank 0 of 1, but 5 processes were started") == 2     # in the table, and below it
+    assert "take `srun --mpi=pmix`" in log
+
+
+def test_mpich_gets_the_launcher_that_works_for_it(site, mpich):
+    script = site.home / "launcher.sh"
+    script.write_text(f"#!/bin/bash\n. slurm/job.sh\nexport MPI4PY_LIBMPI={mpich.env['MPI4PY_LIBMPI']}\nchoose_launcher\n")
+    job = site.submit(*SMALL, "--output=job.log", "--nodes=2", "--ntasks=4", "launcher.sh")
+    site.wait(job, "COMPLETED")
+    assert "srun --mpi=pmix: status 16, 0 of 4 ranks came up" in site.log() and "launcher: srun --mpi=pmi2\n" in site.log()
+
+
+def test_shards_are_packed_on_several_nodes_and_a_second_job_has_nothing_to_do(site):
+    source = write_tree(site.home / "photos", train=12, val=4)
+    command = [*SMALL, "--output=job.log", "--nodes=3", "--ntasks-per-node=1", "slurm/data_prep.sh", "--source", str(source),
+               "--out=shards", "--shard-size", "6", "--workers", "1"]
+    assert site.wait(site.submit(*command), "COMPLETED")["NumNodes"] == "3"
+    assert (site.home / "shards" / "manifest.json").exists()
+    packed = {file.name: file.stat().st_mtime_ns for file in site.home.glob("shards/**/*.h5")}
+    assert len(packed) == 36 // 6 + 12 // 6
+    site.wait(site.submit(*command), "COMPLETED")
+    assert packed == {file.name: file.stat().st_mtime_ns for file in site.home.glob("shards/**/*.h5")}
