@@ -6,7 +6,6 @@ cd "${SLURM_SUBMIT_DIR:?start it with sbatch}" || exit
 trap : USR2                                              # the time is almost up; see follow
 unset SLURM_NTASKS_PER_NODE                              # srun takes the job's own layout, and would warn of it
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun forgets it since Slurm 22.05
-job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+/seed$SLURM_ARRAY_TASK_ID}
 started=$(date +%s)
 
 # choose_launcher: set LAUNCH to what starts all ranks in one world, unless slurm/env.sh has set it.
@@ -57,13 +56,12 @@ all_nodes_answer() {
 
 changed_since_start() { [ -n "$(find "$@" -maxdepth 0 -newermt "@$started" 2> /dev/null)" ]; }
 
-# train OPTION...: start or resume a training in --run.dir (or runs/JOB; an array's tasks in seedN below it), and end the job
+# train OPTION...: start or resume a training in --run.dir (or runs/JOB; with an array the tasks are seeds, in DIR-seedN), and end the job
 # as the training did. Success is DIR/finished.json, which rank 0 writes last; the launcher's status alone proves nothing.
 train() {
   local run signal=USR2 threads=${SLURM_CPUS_PER_TASK_HET_GROUP_1:-${SLURM_CPUS_PER_TASK:-2}}
   run=$(value_of --run.dir "$@")
-  run=${run:+$run${SLURM_ARRAY_TASK_ID:+/seed$SLURM_ARRAY_TASK_ID}}
-  run=${run:-runs/$job}
+  run=${run:-runs/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${SLURM_ARRAY_TASK_ID:+-seed$SLURM_ARRAY_TASK_ID}
   choose_launcher
   case $($LAUNCH --version 2>&1) in *HYDRA*) signal=TERM ;; esac     # MPICH's mpirun dies of USR2, and passes TERM on
 
@@ -73,6 +71,11 @@ train() {
   [ -f "$run/finished.json" ] && { echo "finished: $run"; exit 0; }
   [ -z "$ended" ] || { echo "ended by Slurm before the training was finished: $run"; exit 1; }
   [ "$status" != 75 ] || again "checkpoint written"
+  if [ -n "$stopped" ]; then
+    changed_since_start "$run/checkpoints" && again "the time is up, and the last checkpoint is some minutes old"
+    echo "the time was up before there was a checkpoint: --time has to be much longer than the seconds of --signal" >&2
+    exit 1
+  fi
   if ! all_nodes_answer; then
     echo "status $status, and not every node answers: Slurm will notice, and start the job again from the last checkpoint"
     sleep 900 & wait $!

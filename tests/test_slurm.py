@@ -125,13 +125,13 @@ def test_scancel_ends_a_job_for_good(site):
 def test_a_sweep_is_arrays_of_seeds_and_a_report_that_waits_for_them(site):
     header = site.home / "slurm" / "train.sh"
     header.write_text(header.read_text().replace("--gpus-per-node=4", "--gpus-per-node=2"))     # what this cluster's nodes have
-    env = {"WORKERS": "1 3", "SEEDS": "0-1", "OUT": "poc", "SBATCH": " ".join(SMALL)}
+    env = {"WORKERS": "1 2", "SEEDS": "0-1", "OUT": "poc", "SBATCH": " ".join(SMALL)}
     said = site.cluster.run("slurm/poc.sh", "--data", str(site.data), "--epochs", "3", "--compute.threads", "1",
                             cwd=site.home, env=env)
     *arrays, report = re.findall(r"job (\d+)", said)
     assert site.cluster.job(report)["Dependency"] != "(null)"
     assert site.wait(report, "COMPLETED")["JobState"] == "COMPLETED"
-    runs = {f"workers{workers}/seed{seed}" for workers in (1, 3) for seed in (0, 1)}
+    runs = {f"workers{workers}-seed{seed}" for workers in (1, 2) for seed in (0, 1)}
     for name in runs:
         run = RunDir.open(site.home / "poc" / name)
         demand_finished(run)
@@ -212,3 +212,71 @@ def test_shards_are_packed_on_several_nodes_and_a_second_job_has_nothing_to_do(s
     assert len(packed) == 36 // 6 + 12 // 6
     site.wait(site.submit(*command), "COMPLETED")
     assert packed == {file.name: file.stat().st_mtime_ns for file in site.home.glob("shards/**/*.h5")}
+
+
+# ---- one training in several allocations
+
+TRAINING = ("--epochs", "12", "--checkpoint.every_s", "2", "--run.progress", "lines")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(openmpi, digits, tmp_path_factory) -> float:
+    """The top-1 error of the same training in one piece."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    done = openmpi.train(5, "--data", str(digits), "--model", "networks_for_tests:unhurried", "--compute.threads", "1",
+                         "--run.dir", "run", *TRAINING, cwd=directory)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return demand_finished(RunDir.open(directory / "run"))["top1_error"]
+
+
+def requeued_by_hand(site: Site, job: str) -> None:
+    site.cluster.run("scontrol", "requeue", job)
+
+
+def node_of_workers_lost(site: Site, job: str) -> None:
+    """Its daemon dies, Slurm takes the node for lost, and the ranks there live on for a while: two writers, for a moment."""
+    site.cluster.kill_slurmd("n2")
+
+
+def node_of_server_lost(site: Site, job: str) -> None:
+    """Without power: the batch script is gone, too."""
+    site.cluster.power_off("n1")
+
+
+def preempted(site: Site, job: str) -> None:
+    site.submit("--partition=gpu", "--nodes=3", "--time=5", "--wrap", "sleep 2")
+
+
+def told_to_stop(site: Site, job: str) -> None:
+    """The signal that comes before the time limit."""
+    site.cluster.run("scancel", "--signal=USR2", "--batch", job)
+
+
+@resumes
+@pytest.mark.parametrize("interruption", [requeued_by_hand, node_of_workers_lost, node_of_server_lost, preempted, told_to_stop],
+                         ids=lambda interruption: interruption.__name__)
+def test_a_job_goes_on_where_it_was_interrupted(site, uninterrupted, interruption):
+    partition = "low" if interruption is preempted else "gpu"
+    job = site.train(*TWO_NODES, "--partition", partition, options=("--model", "networks_for_tests:unhurried", *TRAINING))
+    site.cluster.until(lambda: list(site.home.glob("run/checkpoints/v*")), JOB_S, "the first checkpoint")
+    interruption(site, job)
+    demand_resumed(site, job, uninterrupted)
+
+
+@resumes
+def test_a_job_goes_on_after_its_time_limit(site, uninterrupted):
+    """Slurm looks at limits every 30 s: the signal comes in the first 30 s of each minute, and the training takes longer."""
+    job = site.train(*TWO_NODES, "--time=1", "--signal=B:USR2@30", options=("--model", "networks_for_tests:slow", *TRAINING))
+    demand_resumed(site, job, uninterrupted, timeout_s=2 * JOB_S)
+
+
+def demand_resumed(site: Site, job: str, uninterrupted: float, timeout_s: float = JOB_S) -> None:
+    """The job was started more than once, and left one whole run, as good as one in one piece."""
+    ended = site.wait(job, "COMPLETED", timeout_s)
+    starts = 1 + int(ended["Restarts"])
+    assert starts > 1 and site.cluster.accounting(job)[-1]["JobState"] == "COMPLETED"
+    run = RunDir.open(site.home / "run")
+    assert demand_finished(run)["top1_error"] <= uninterrupted + 0.03
+    kept = (run.path / "log" / "rank000.txt").read_text()
+    assert re.findall(rf"job {job}, start (\d+)", kept) == [str(number) for number in range(1, starts + 1)]
+    assert site.log().count("launcher: ") == starts            # one log of all of them
