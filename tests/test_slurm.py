@@ -244,7 +244,7 @@ def node_of_server_lost(site: Site, job: str) -> None:
 
 
 def preempted(site: Site, job: str) -> None:
-    site.submit("--partition=gpu", "--nodes=3", "--time=5", "--wrap", "sleep 2")
+    site.submit("--partition=gpu", "--nodes=3", "--exclusive", "--time=5", "--wrap", "sleep 2")
 
 
 def told_to_stop(site: Site, job: str) -> None:
