@@ -72,7 +72,7 @@ train() {
   [ -z "$ended" ] || { echo "ended by Slurm before the training was finished: $run"; exit 1; }
   [ "$status" != 75 ] || again "checkpoint written"
   if [ -n "$stopped" ]; then
-    changed_since_start "$run/checkpoints" && again "the time is up, and the last checkpoint is some minutes old"
+    changed_since_start "$run"/checkpoints/v* && again "the time is up, and the last checkpoint is some minutes old"
     echo "the time was up before there was a checkpoint: --time has to be much longer than the seconds of --signal" >&2
     exit 1
   fi
@@ -82,7 +82,7 @@ train() {
     exit 1
   fi
   changed_since_start "$run"/error.rank*.txt && { echo "failed with status $status: $run/error.rank*.txt" >&2; exit 1; }
-  changed_since_start "$run/checkpoints" && again "the launcher ended with status $status before the training did, after a checkpoint"
+  changed_since_start "$run"/checkpoints/v* && again "the launcher ended with status $status before the training did, after a checkpoint"
   echo "failed: the launcher ended with status $status, with neither a checkpoint nor an error in $run" >&2
   exit 1
 }
