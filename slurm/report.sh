@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The report of each run below a directory, and their comparison in DIR/comparison: sbatch slurm/report.sh DIR
+# The comparison of all runs below a directory, in DIR/comparison: sbatch slurm/report.sh DIR. A finished training has written
+# its own report; those that are not finished are named, and get theirs here.
 # More options go to the comparison, e.g. --target-accuracy 57 --price-per-gpu-hour 2.5.
 #SBATCH --job-name=asgd-report
 #SBATCH --ntasks=1
@@ -12,7 +13,8 @@ shift
 mapfile -t runs < <(find "$directory" -name config.yaml -printf '%h\n' | sort)
 [ ${#runs[@]} -gt 0 ] || { echo "there is no run below $directory" >&2; exit 1; }
 for run in "${runs[@]}"; do
-  [ -f "$run/finished.json" ] || echo "not finished: $run"
+  [ -f "$run/finished.json" ] && continue
+  echo "not finished: $run"
   $PYTHON -m asgd_mpi.report "$run" || exit
 done
 [ ${#runs[@]} = 1 ] || $PYTHON -m asgd_mpi.report "${runs[@]}" --out "$directory/comparison" "$@"
