@@ -30,6 +30,10 @@ class RunConfig:
         validate_every: epochs between two validations
         timeout_s: the longest that any rank waits for another one, in seconds
         progress: a live bar, plain lines for a log file, nothing, or auto (a bar on a terminal)
+        resume: run directory to go on with; auto for that of --run.dir, if it holds a run, and a new run otherwise
+        override: settings that may differ from those of the resumed run, such as schedule.lr,run.epochs
+        dry_run: say what would be done, or restored and lost by --resume, and end
+        inject: failures to rehearse, such as slow:3x@rank4,raise@step200:rank2,kill@t=30s:rank1 (docs/reliability.md)
     """
 
     dir: str = ""
@@ -38,6 +42,10 @@ class RunConfig:
     validate_every: float = 1.0
     timeout_s: float = 600.0
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    resume: str = ""
+    override: str = ""
+    dry_run: bool = False
+    inject: str = ""
 
 
 @dataclass
@@ -71,9 +79,13 @@ class ModelConfig:
 
     Args:
         name: digits_cnn, alexnet, resnet18, resnet50, torchvision:NAME, or package.module:function
+        weights: state_dict file (torchvision's or your own) or checkpoint to begin with, in place of random weights
+        partial_weights: take what fits of it, such as all but a head for other classes
     """
 
     name: str = "digits_cnn"
+    weights: str = ""
+    partial_weights: bool = False
 
 
 @dataclass
@@ -160,6 +172,38 @@ class RecordConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When the run is saved, beside at the end and on a signal.
+
+    Args:
+        every_s: seconds between two checkpoints; 0 for none by time
+        every_samples: images trained between two checkpoints; 0 for none by images
+        keep: checkpoints that are kept beside the best version
+    """
+
+    every_s: float = 600.0
+    every_samples: int = 0
+    keep: int = 3
+
+
+@dataclass
+class FailureConfig:
+    """What becomes of a rank that fails or falls behind.
+
+    Args:
+        retire_after_s: a worker that holds work and is not heard of for so long is retired, until it is heard of again
+        max_nonfinite: gradients in a row that are not finite, until their worker is retired for good
+        grace_s: how long the server waits for the workers to finish their step when the run ends or is left
+        stall_s: without progress for so long, the stacks of all ranks are written to stalls/ of the run directory
+    """
+
+    retire_after_s: float = 300.0
+    max_nonfinite: int = 3
+    grace_s: float = 30.0
+    stall_s: float = 120.0
+
+
+@dataclass
 class Config:
     """All sections; `--section.key value` on the command line, the same nesting in YAML."""
 
@@ -171,6 +215,8 @@ class Config:
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    failure: FailureConfig = field(default_factory=FailureConfig)
 
 
 @dataclass(frozen=True)
@@ -189,7 +235,8 @@ class Recipe:
 
 SHORTHANDS = {"--data": "--data.path", "--model": "--model.name", "--rule": "--rule.name", "--seed": "--run.seed",
               "--epochs": "--run.epochs", "--lr": "--schedule.lr", "--batch-size": "--data.batch_size",
-              "--n-sync": "--exchange.n_push"}
+              "--n-sync": "--exchange.n_push", "--resume": "--run.resume", "--override": "--run.override",
+              "--dry-run": "--run.dry_run", "--inject": "--run.inject", "--weights": "--model.weights"}
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -202,11 +249,21 @@ def make_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def parse(arguments: list[str]) -> Config:
-    """Read a command line (with `--config FILE` anywhere in it). Raises ConfigError; SystemExit(0) for --help."""
+def parse(arguments: list[str], base: Config | None = None) -> Config:
+    """Read a command line (with `--config FILE` anywhere in it); what it does not give is taken from `base`.
+
+    What is said of one start only (--resume, --override, --dry-run, --inject) is not taken.
+
+    Raises ConfigError; SystemExit(0) for --help.
+    """
     parser = make_parser()
     try:
         with redirect_stderr(io.StringIO()):
+            if base:
+                once = {name: getattr(RunConfig(), name) for name in ("resume", "override", "dry_run", "inject")}
+                base = dataclasses.replace(base, run=dataclasses.replace(base.run, **once))
+                parser.set_defaults({f"{section}.{name}": value for section, values in dataclasses.asdict(base).items()
+                                     for name, value in values.items()})
             namespace = parser.parse_args([_long_form(argument) for argument in arguments])
     except jsonargparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), parser)) from None
@@ -249,6 +306,8 @@ def with_recipe(config: Config, recipe: Recipe) -> Config:
 
 def _long_form(argument: str) -> str:
     name, equals, value = argument.partition("=")
+    if argument == "--dry-run":
+        return "--run.dry_run=true"
     return SHORTHANDS.get(name, name) + equals + value
 
 
@@ -285,11 +344,19 @@ def _check(config: Config) -> None:
     auto = exchange.n_push == "auto"
     demand(auto or exchange.n_push > 0, "exchange.n_push", exchange.n_push, "a push holds 1 batch or more; or give auto")
     demand(exchange.n_fetch is None or exchange.n_fetch > 0, "exchange.n_fetch", exchange.n_fetch, "give 1 batch or more")
-    demand(not (auto and exchange.n_fetch), "exchange.n_fetch", exchange.n_fetch, "with n_push auto every push fetches")
+    demand(not (auto and exchange.n_fetch not in (None, 1)), "exchange.n_fetch", exchange.n_fetch, "with n_push auto every push fetches")
     demand(not (auto and exchange.overlap is False), "exchange.overlap", "false",
            "n_push auto sums on while a push is under way, so it needs the overlap")
     demand(auto or not exchange.n_fetch or exchange.n_fetch % exchange.n_push == 0, "exchange.n_fetch", exchange.n_fetch,
            f"the batches of one push are computed on one snapshot, so give a multiple of n_push ({exchange.n_push})")
     demand(config.compute.workers_per_gpu > 0, "compute.workers_per_gpu", config.compute.workers_per_gpu,
            "a GPU has 1 worker or more")
+    every, failure = config.checkpoint, config.failure
+    demand(every.every_s >= 0, "checkpoint.every_s", every.every_s, "give seconds, or 0 for none by time")
+    demand(every.every_samples >= 0, "checkpoint.every_samples", every.every_samples, "give images, or 0 for none by images")
+    demand(every.keep > 0, "checkpoint.keep", every.keep, "a run that keeps no checkpoint cannot be resumed; give 1 or more")
+    demand(failure.retire_after_s > 0, "failure.retire_after_s", failure.retire_after_s, "give seconds above 0")
+    demand(failure.max_nonfinite > 0, "failure.max_nonfinite", failure.max_nonfinite, "give 1 or more")
+    demand(failure.grace_s > 0, "failure.grace_s", failure.grace_s, "workers need some time to say goodbye; give more than 0")
+    demand(failure.stall_s > 0, "failure.stall_s", failure.stall_s, "give seconds above 0")
     demand(config.record.interval_s > 0, "record.interval_s", config.record.interval_s, "give seconds above 0")

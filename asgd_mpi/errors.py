@@ -27,3 +27,11 @@ class TrainingDiverged(UserError):
 
 class DeadlineExceeded(UserError):
     """A wait that took longer than its limit; the message says who waited for whom, for what."""
+
+
+class ServerLost(UserError):
+    """The server's process has ended; the workers cannot go on."""
+
+
+class WorkersLost(UserError):
+    """No worker is left; the message says what became of them."""

@@ -2,14 +2,15 @@
 
 `pushes.log` says which worker pushed what in which order, and on which version it had computed. Nothing else is
 needed: a gradient is a pure function of (weights, epoch, positions, seed). On the CPU, in float32, with the thread
-count of the run, the weights come out the same to the bit. Every entry goes through a ledger of its own invariants
-(versions in order, staleness not negative, the rate that the schedule gives).
+count of the run, the weights come out the same to the bit, over failures and restarts of the run. Every entry goes
+through a ledger of its own invariants (versions in order, staleness not negative, the rate that the schedule gives).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import jsonargparse
 import torch
@@ -20,28 +21,56 @@ from asgd_mpi.data.loader import Batch, Loader
 from asgd_mpi.errors import RunDirError, UserError
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint
-from asgd_mpi.record.events import Push, Start, read_events, read_pushes
+from asgd_mpi.record.events import Member, Push, Resume, Start, Turn, read_events, read_log
+from asgd_mpi.record.history import Session, lineage
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.server.rules import RULES, pieces
+from asgd_mpi.server.rules import RULES, Rule, pieces
 from asgd_mpi.task import Task, open_task
 from asgd_mpi.worker.momentum import Momentum
 from asgd_mpi.worker.step import compute_gradient_
 
+State = dict[str, torch.Tensor]
 
-def replay(task: Task, pushes: Iterable[Push], num_workers: int) -> FlatModel:
-    """Apply `pushes` from the first weights on; returns the network after the last one. Raises RunDirError.
 
-    Memory: one (P,) vector for each version that a worker may still have computed on, and one for each worker's momentum.
+@dataclass
+class Point:
+    """Where a start of a run begins: what its checkpoint held."""
+
+    version: int
+    samples: int
+    weights: torch.Tensor                                              # (P,) float32
+    rule: State = field(default_factory=dict)
+    momenta: list[State] = field(default_factory=list)                 # by worker; empty: from nothing
+
+
+def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: Point | None = None,
+           successor: Resume | None = None) -> tuple[FlatModel, Point | None]:
+    """Apply the entries of one start's log; returns the network after the last push, and where `successor` begins.
+
+    `begin`: None for the first weights. What was applied after the successor's checkpoint is computed, too: momenta may
+    hold a little of it. Memory: one (P,) vector for each version that a worker may still have computed on, and one for
+    each worker's momentum. Raises RunDirError.
     """
     config = task.config
-    flat = FlatModel(task.build_module(), torch.device("cpu"))
+    flat = FlatModel(task.first_module(), torch.device("cpu"))
     rule = RULES[config.rule.name](flat.num_floats, config.rule)
-    schedule, loader, samples = task.schedule(num_workers), task.train_loader(), 0
-    held: dict[int, int] = dict.fromkeys(range(num_workers), 0)   # worker -> the version it read last
+    begin = begin or Point(0, 0, flat.weights.clone())
+    _load(rule, begin.rule)
+    schedule, loader, samples, version = task.schedule(num_workers), task.train_loader(), begin.samples, begin.version
+    held: dict[int, int] = dict.fromkeys(range(num_workers), version)  # worker -> the version it read last
     momenta = [Momentum(config.rule, flat.weights) for _ in range(num_workers)]
-    snapshots = {0: flat.weights.clone()}
-    version = 0
-    for push in pushes:
+    for momentum, state in zip(momenta, begin.momenta):
+        momentum.load_(state)
+    snapshots = {version: begin.weights}
+    handover = _Handover(successor, rule, version, samples, begin.weights, momenta)
+    for entry in pushes:
+        if isinstance(entry, Member):
+            held[entry.worker] = entry.version
+            momenta[entry.worker].load_({})
+            handover.see_momentum(entry.worker, entry.version, momenta[entry.worker])
+        if not isinstance(entry, Push):
+            continue
+        push = entry
         _check(push, version, schedule(samples, push.staleness), snapshots)
         flat.weights.copy_(snapshots[push.read_version])
         losses = [compute_gradient_(flat, task.normalise, batch, config.run.seed, accumulate=number > 0)
@@ -57,12 +86,49 @@ def replay(task: Task, pushes: Iterable[Push], num_workers: int) -> FlatModel:
         version += 1
         samples += push.positions
         snapshots[version] = fresh
+        handover.see_version(version, samples, fresh, rule)
+        handover.see_momentum(push.worker, version, momenta[push.worker])
         held[push.worker] = push.read_version                    # a worker never reads an older version again
         for old in [old for old in snapshots if old < min(held.values())]:
             del snapshots[old]
     flat.weights.copy_(snapshots[version])
     loader.close()
-    return flat
+    return flat, handover.point()
+
+
+class _Handover:
+    """Collects, on the way, what the successor's checkpoint held."""
+
+    def __init__(self, successor: Resume | None, rule: Rule, version: int, samples: int, weights: torch.Tensor,
+                 momenta: list[Momentum]):
+        self._successor = successor
+        self._point: Point | None = None
+        self._momenta: list[State] = [{} for _ in successor.momenta] if successor else []
+        self.see_version(version, samples, weights, rule)
+        for worker, momentum in enumerate(momenta):
+            self.see_momentum(worker, version, momentum)
+
+    def see_version(self, version: int, samples: int, weights: torch.Tensor, rule: Rule) -> None:
+        if self._successor and self._successor.version == version:
+            self._point = Point(version, samples, weights.clone(), _clone(rule.state), self._momenta)
+
+    def see_momentum(self, worker: int, made: int, momentum: Momentum) -> None:
+        if worker < len(self._momenta) and self._successor.momenta[worker] == made:
+            self._momenta[worker] = _clone(momentum.state)
+
+    def point(self) -> Point | None:
+        if self._successor and self._point is None:
+            raise RunDirError(f"a later start goes on from version {self._successor.version}, which the log does not reach.")
+        return self._point
+
+
+def _clone(state: State) -> State:
+    return {name: vector.clone() for name, vector in state.items()}
+
+
+def _load(rule: Rule, state: State) -> None:
+    for name in rule.state.keys() & state.keys():
+        rule.state[name].copy_(state[name])
 
 
 def _batches(push: Push, loader: Loader, batch_size: int) -> Iterator[Batch]:
@@ -91,22 +157,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _replay_and_compare(run: RunDir) -> int:
-    start = next((event for event in read_events(run.metrics_of(1)) if isinstance(event, Start)), None)
-    pushes = [push for push in read_pushes(run.pushes)]
-    if start is None or None in pushes or not pushes:
-        raise RunDirError(f"{run.path}: the log of pushes or the metrics of rank 1 are missing or damaged: a replay needs "
-                          "every push.")
-    torch.set_num_threads(start.threads)
-    task = open_task(configuration.from_yaml(run.config.read_text()))
-    flat = replay(task, tqdm(pushes, unit=" pushes"), start.num_workers)
-    saved, manifest = checkpoint.load(run.checkpoint(len(pushes)))
+    flat, point, done = None, None, 0
+    sessions = lineage(run)
+    for session, successor in zip(sessions, [*sessions[1:], None]):
+        flat, point, last = _replay_session(run, session, successor and successor.begin, point)
+        done += last
+    found, version = _newest(run, sessions[-1].restart)
     replayed = dict(flat.module.named_parameters())
-    different = [name for name, parameter in replayed.items() if not torch.equal(parameter, saved[name])]
+    different = [name for name, parameter in replayed.items() if not torch.equal(parameter, found[name])]
     if different:
-        print(f"version {manifest.version} differs from its replay in {', '.join(different)}")
+        print(f"version {version} differs from its replay in {', '.join(different)}")
         return 1
-    print(f"version {manifest.version}: {len(pushes)} pushes replayed, the weights are the same to the bit")
+    print(f"version {version}: {done} pushes replayed, the weights are the same to the bit")
     return 0
+
+
+def _replay_session(run: RunDir, session: Session, successor: Resume | None, begin: Point | None) -> tuple[FlatModel, Point | None, int]:
+    """Replay one start of the run; also returns the number of its pushes."""
+    start = next((event for worker in run.metrics_files if worker[:2] == (1, session.restart)
+                  for event in read_events(worker[2]) if isinstance(event, Start)), None)
+    entries = list(read_log(session.log)) if session.log.exists() else []
+    if successor is not None:                 # what came after its checkpoint is needed for the momenta only
+        needed = max([successor.version, *successor.momenta])
+        entries = [entry for entry in entries if entry and (not isinstance(entry, Push) or entry.version < needed)]
+    if start is None or None in entries or not entries and successor is None:
+        raise RunDirError(f"{run.path}: the log of pushes or the metrics of rank 1 are missing or damaged (start "
+                          f"{session.restart}): a replay needs every push.")
+    torch.set_num_threads(start.threads)
+    task = open_task(configuration.from_yaml(run.config_of(session.restart).read_text()))
+    pushes = sum(isinstance(entry, Push) for entry in entries)
+    flat, point = replay(task, tqdm(entries, unit=" pushes"), start.num_workers, begin, successor)
+    return flat, point, pushes
+
+
+def _newest(run: RunDir, restart: int) -> tuple[State, int]:
+    """The network of the newest checkpoint of a start of the run."""
+    for directory, manifest in checkpoint.resumable(run):
+        if manifest and manifest.restart == restart:
+            return checkpoint.load(directory)[0], manifest.version
+    raise RunDirError(f"{run.path} holds no checkpoint of its last start to compare with.")
 
 
 if __name__ == "__main__":

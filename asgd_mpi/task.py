@@ -47,6 +47,13 @@ class Task:
         torch.manual_seed(self.config.run.seed)
         return networks.build(self.config.model.name, self.train.num_classes, self.channels, self.config.data.image_size)
 
+    def first_module(self) -> nn.Module:
+        """The network with the weights that training begins with: random, or from a file. Raises ConfigError."""
+        module, model = self.build_module(), self.config.model
+        if model.weights:
+            networks.load_weights_(module, model.weights, model.partial_weights)
+        return module
+
     def train_loader(self, on_skip=print) -> Loader:
         order = Order(self.train.num_samples, self.config.run.seed)
         return self._loader(self.train, order, self.config.data.augment, on_skip)
@@ -57,7 +64,7 @@ class Task:
     def plan(self, num_workers: int) -> Plan:
         data, run, samples = self.config.data, self.config.run, self.train.num_samples
         return Plan(num_workers, samples, self.val.num_samples, round(run.epochs * samples), data.batch_size,
-                    data.lease_batches, run.validate_every)
+                    data.lease_batches, run.validate_every, self.config.failure.max_nonfinite)
 
     def schedule(self, num_workers: int) -> Schedule:
         samples, config = self.train.num_samples, self.config

@@ -1,66 +1,90 @@
 """Train a network by asynchronous SGD: `mpirun -np 8 python -m asgd_mpi.train` (1 server, 7 workers).
 
 Rank 0 reads the command line, checks everything that can be checked, makes the run directory and tells the others;
-then it serves and they work. A rank that fails ends the job at once, with its own error as the first thing to see.
+then it serves and they work. A worker that fails is retired, and the others go on; a server that fails ends the job,
+with its own error as the first thing to see.
+
+Status: 0 finished; 3 finished, but with fewer workers than at the beginning; 75 asked to end by a signal, to be resumed
+(`--resume`); 2 something that the user can put right; 1 anything else. `finished.json` in the run directory is written
+last, and only when the training is finished: launchers are known to return 0 without that.
 """
 
 from __future__ import annotations
+
+from asgd_mpi import signals
+
+if __name__ == "__main__":
+    signals.install()              # before anything heavy is imported
 
 import os
 import platform
 import sys
 import time
 import traceback
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
 
 import h5py
 import msgspec
 import numpy
 import torch
-import torchvision
 from torch import nn
 
 import asgd_mpi
 from asgd_mpi import config as configuration
-from asgd_mpi import gpus, launch, report, topology
+from asgd_mpi import gpus, inject, launch, report, resume, topology
 from asgd_mpi.config import Config
-from asgd_mpi.errors import UserError
+from asgd_mpi.errors import DeadlineExceeded, ServerLost, UserError
+from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.link import Inbox, Outbox
 from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
+from asgd_mpi.inject import Injector
 from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
 from asgd_mpi.record import checkpoint, ranklog
-from asgd_mpi.record.events import Checkpoint, End, EventLog, Note, Start
+from asgd_mpi.record.events import End, EventLog, Note, Resume, Start
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir, write_whole
-from asgd_mpi.server.ledger import Ledger, Plan
+from asgd_mpi.record.watch import Watch
+from asgd_mpi.server.ledger import Ledger, Orders, Plan
 from asgd_mpi.server.rules import RULES
+from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
 from asgd_mpi.task import Task, complete, open_task
 from asgd_mpi.topology import Topology
 from asgd_mpi.worker.courier import Courier
+from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.loop import Worker
+from asgd_mpi.worker.momentum import is_kept_by_workers
 
 FORWARDING_S = 0.5  # the launcher forwards output at leisure, and drops what it still holds when the job is aborted
+DEGRADED, RESUME_ME = 3, 75   # statuses; 75 is EX_TEMPFAIL of sysexits.h
 
 
 def main(arguments: list[str] | None = None) -> int:
+    signals.install()
     world = World()
     setup = _agree(world, sys.argv[1:] if arguments is None else arguments)
     if "status" in setup:
-        return setup["status"]
+        return setup["status"] if world.is_server else 0
     run = RunDir.open(setup["run"])
     config = configuration.from_yaml(setup["config"])
     world.timeout_s = config.run.timeout_s
     try:
         places = Topology.of(setup["ranks"])
         ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
-        if world.is_server:
-            print(setup["greeting"], flush=True)
-        _train(world, config, run, places)
-    except BaseException as error:  # noqa: B036 - whatever ends one rank must end all of them
+        with ExitStack() as stack:
+            if world.is_server:
+                print(setup["greeting"], flush=True)
+                stack.enter_context(run.locked())
+            status = _train(world, config, run, places, setup["restart"], setup["checkpoint"])
+            signals.ignore()
+            return status
+    except BaseException as error:  # noqa: B036 - whatever ends one rank here must end all of them
         _fail(world, run, error)
-    return 0
+    return 1
 
 
 def _agree(world: World, arguments: list[str]) -> dict:
@@ -84,18 +108,44 @@ def _agree(world: World, arguments: list[str]) -> dict:
 def _prepare(arguments: list[str], ranks: list[dict]) -> dict:
     """Everything that can go wrong before training starts goes wrong here, on one rank. Raises UserError."""
     config = configuration.parse(arguments)
+    run, point = _find_run(config)
+    changes = []
+    if point:
+        old = configuration.from_yaml(run.config_of(max(point.restart - 1, 0)).read_text())
+        config = complete(configuration.parse(arguments, base=old))
+        changes = resume.demand_same(old, config)
     if config.compute.device == "cpu":
         ranks = [rank | {"gpus": []} for rank in ranks]
     places = Topology.of(ranks)
-    topology.check(places, tasks_of_scheduler())
-    topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
+    if places.size > 1 or not config.run.dry_run:
+        topology.check(places, tasks_of_scheduler())
+        topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
     config = complete(config)
+    inject.parse(config.run.inject)
     task = open_task(config)
-    task.build_module()
+    task.first_module()
     task.train_loader().close()
-    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=places.num_workers, capacity=1)
-    run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))
-    write_whole(run.config, configuration.to_yaml(config).encode())
+    num_workers = max(1, places.num_workers)
+    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers, capacity=1)
+    total = task.plan(num_workers).total_samples
+    if point:
+        if point.manifest:
+            resume.demand_same_data(point.manifest, task.train.fingerprint, task.train.num_classes, config.data.path)
+        for line in [*resume.describe(run, point, places.num_workers or None, total), *changes]:
+            print(line, flush=True)
+        if run.finished.exists() and point.manifest and point.manifest.samples >= total:
+            print(f"{run.path} is finished: nothing is left to do. To train on, give more --epochs with --override run.epochs.")
+            return {"status": 0}
+    if config.run.dry_run:
+        return {"status": 0}
+    if point:
+        with run.locked():
+            resume.clean(run)
+            run.finished.unlink(missing_ok=True)
+    else:
+        run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))
+    restart = point.restart if point else 0
+    write_whole(run.config_of(restart), configuration.to_yaml(config).encode())
     num_train, num_val = task.train.num_samples, task.val.num_samples
     greeting = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or len(set(places.hosts)) > 1 else ""
     greeting += (
@@ -103,11 +153,28 @@ def _prepare(arguments: list[str], ranks: list[dict]) -> dict:
         f"training and {num_val} validation images of {task.train.num_classes} classes from {config.data.path}\n"
         f"expect a staleness of about {places.num_workers * (1 + config.exchange.overlap) - 1}; the run directory is "
         f"{run.path}")
-    return {"config": configuration.to_yaml(config), "run": str(run.path), "ranks": ranks, "greeting": greeting}
+    directory = point.directory if point else None
+    return {"config": configuration.to_yaml(config), "run": str(run.path), "ranks": ranks, "restart": restart,
+            "checkpoint": str(directory) if directory else None, "greeting": greeting}
 
 
-def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
-    log = EventLog(run.metrics_of(world.rank))
+def _find_run(config: Config) -> tuple[RunDir | None, resume.Point | None]:
+    """The run to go on with, and where; None for a new one. Raises UserError."""
+    if not config.run.resume:
+        return None, None
+    path = config.run.resume
+    if path == "auto":
+        if not config.run.dir:
+            raise configuration.ConfigError("--resume auto goes on with the run in --run.dir, or begins one there: give --run.dir DIR.")
+        path = config.run.dir
+        if not RunDir(Path(path)).config.exists():
+            return None, None
+    run = RunDir.open(path)
+    return run, resume.find(run)
+
+
+def _train(world: World, config: Config, run: RunDir, places: Topology, restart: int, directory: str | None) -> int:
+    log = EventLog(run.metrics_of(world.rank, restart))
     meter = Meter(log, config.record.interval_s)
     threads = config.compute.threads or topology.threads_for(
         os.cpu_count(), len(os.sched_getaffinity(0)), places.num_on_host_of(world.rank))
@@ -120,91 +187,181 @@ def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
     log.write(Start(time.time(), world.rank, "server" if world.is_server else "worker", world.host, str(device),
                     plan.num_workers, num_floats(module), plan.num_samples, plan.total_samples,
                     not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads))
+    log.flush()                    # the replay of a killed run needs it
     capacity = max(num_floats(module), num_statistics(module))
     layout = Layout(num_floats(module), exchange.ring, plan.num_workers, capacity)
     window = (ServerWindow if world.is_server else WorkerWindow)(world, layout)
     window.open()
+    part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log)
+    watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
+                  lambda: (wait.now.what, wait.now.since) if wait.now else None, part.version)
     if world.is_server:
         write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
-        _serve(world, task, run, plan, FlatModel(module, device), window, meter, log)
+        status = part.serve(plan)
     else:
-        _work(world, task, module, device, window, meter, log)
-    window.close()
-    meter.flush()
-    log.write(End(time.time(), "finished"))
-    log.close()
-    world.barrier("all ranks to close their metrics files")
-    if world.is_server:
-        summary = report.summarize(run)
-        report.write(run, summary, report.render(summary))
-        print(f"report: {run.report / 'report.html'}", flush=True)
+        status = part.work(module, device, watch)
+    watch.close()
+    return status
 
 
-def _serve(world: World, task: Task, run: RunDir, plan: Plan, flat: FlatModel, window: ServerWindow, meter: Meter,
-           log: EventLog) -> None:
-    config = task.config
-    pushes = EventLog(run.pushes)
-    server = Server(
-        window, Inbox(world, window), Ledger(plan, task.schedule(plan.num_workers)),
-        RULES[config.rule.name](flat.num_floats, config.rule), meter, log, pushes,
-        Progress(config.run.progress, plan.total_samples, plan.num_samples), world.timeout_s,
-        config.record.hash_snapshots, torch.zeros(flat.num_statistics) if flat.statistics else None)
-    server.publish_first(flat.weights)
-    server.run()
-    server.inbox.close()
-    pushes.close()
-    server.progress.close()
-    with meter.phase("checkpoint"):
-        _save(server, task, run, flat)
-    score = server.final_score
-    print(f"version {score.version}: {100 * (1 - score.top1_error):.2f} % of {score.num_images} validation images right "
-          f"(top-5 {100 * (1 - score.top5_error):.2f} %)\ncheckpoint: {run.checkpoint(score.version)}", flush=True)
+class _Part:
+    """What one rank does in a run: `serve` or `work`. `directory`: the checkpoint to go on from."""
 
+    def __init__(self, world: World, task: Task, run: RunDir, restart: int, directory: Path | None,
+                 window: ServerWindow | WorkerWindow, meter: Meter, log: EventLog):
+        self.world, self.task, self.run, self.restart, self.directory = world, task, run, restart, directory
+        self.window, self.meter, self.log = window, meter, log
+        self.manifest = checkpoint.read_manifest(directory) if directory else None
+        self.injector = Injector(inject.parse(task.config.run.inject), world.rank)
+        self.version = lambda: 0       # for the watchdog
 
-def _save(server: Server, task: Task, run: RunDir, flat: FlatModel) -> None:
-    """Write the final version, with the statistics it was validated with."""
-    started, score, data = time.time(), server.final_score, task.train
-    flat.weights.copy_(server.window.latest)
-    if server.statistics is not None:
-        flat.load_statistics_(server.statistics)
-    directory = run.checkpoint(score.version)
-    num_bytes = checkpoint.save(directory, flat.module.state_dict(), checkpoint.Manifest(
-        score.version, server.ledger.samples, task.config.model.name, data.num_classes, task.channels,
-        task.config.data.image_size, data.fingerprint, list(data.mean), list(data.std), score.top1_error, score.top5_error))
-    server.log.write(Checkpoint(time.time(), score.version, str(directory.relative_to(run.path)), time.time() - started,
-                                num_bytes))
+    def serve(self, plan: Plan) -> int:
+        """Rank 0; returns the status of the job."""
+        task, config = self.task, self.task.config
+        flat = FlatModel(task.first_module(), torch.device("cpu"))
+        rule = RULES[config.rule.name](flat.num_floats, config.rule)
+        ledger = Ledger(plan, task.schedule(plan.num_workers), self._restore(flat, rule))
+        statistics = None
+        if flat.statistics:
+            statistics = torch.zeros(flat.num_statistics)
+            flat.save_statistics(statistics)
+        first = flat.weights.clone()
+        pushes = self._begin_log(ledger)
+        progress = Progress(config.run.progress, plan.total_samples, plan.num_samples, ledger.samples)
+        saver = Saver(self.run, self.restart, self._about(), flat, rule, config.checkpoint.keep, pushes.sync)
+        server = Server(
+            self.window, Inbox(self.world, self.window), ledger, rule, self.meter, self.log, pushes, progress,
+            self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots, statistics,
+            is_kept_by_workers(config.rule), signals.asked_to_leave, self.injector.step)
+        self.version = lambda: ledger.version
+        server.publish_first(first)
+        try:
+            server.run()
+        except UserError:
+            with ExitStack() as stack:     # say what happened, whether or not it can be saved
+                stack.callback(pushes.close)
+                server.save()
+            raise
+        server.inbox.close()
+        pushes.close()
+        progress.close()
+        saver.close()
+        return self._finish(server)
 
+    def work(self, module: nn.Module, device: torch.device, watch: Watch) -> int:
+        """Every other rank; returns its own status."""
+        config, world = self.task.config, self.world
+        exchange = config.exchange
 
-def _work(world: World, task: Task, module: nn.Module, device: torch.device, window: WorkerWindow, meter: Meter,
-          log: EventLog) -> None:
-    config = task.config
-    exchange = config.exchange
+        def on_skip(text: str) -> None:
+            self.log.write(Note(time.time(), text))
+            print(f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
 
-    def on_skip(text: str) -> None:
-        log.write(Note(time.time(), text))
-        print(f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
+        world.hold_on_to_server()
+        loaders = self.task.train_loader(on_skip), self.task.val_loader(on_skip)
+        outbox = Outbox(world, self.window)
+        in_place = device.type == "cpu" and not exchange.overlap      # compute the gradient where the server reads it
+        flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap)
+        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap)
+        worker = Worker(
+            world.worker, courier, flat, self.task.normalise, loaders, config, self.meter,
+            Keeper(self.run, self.restart, world.worker), self.log if config.record.hash_snapshots else None,
+            signals.asked_to_leave, self.injector.step)
+        self._restore_momentum(worker)
+        self.version = lambda: courier.version
+        status, reason = "finished", ""
+        try:
+            worker.run()
+        except (ServerLost, DeadlineExceeded):
+            raise
+        except Exception as error:
+            status, reason = "failed", _tell(world, self.run, error)
+            watch.close()                  # it rests from now on, and that is no stall
+            worker.rest()
+        for loader in loaders:
+            loader.close()
+        world.let_go_of_server()
+        self._close("left" if courier.mail.orders == Orders.LEAVE and not reason else status, reason)
+        return 0
 
-    loaders = task.train_loader(on_skip), task.val_loader(on_skip)
-    outbox = Outbox(world, window)
-    in_place = device.type == "cpu" and not exchange.overlap      # compute the gradient where the server reads it
-    flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap)
-    Worker(world.worker, Courier(window, outbox, flat, meter, exchange.overlap), flat, task.normalise, loaders, config,
-           meter, log if config.record.hash_snapshots else None).run()
-    for loader in loaders:
-        loader.close()
+    def _finish(self, server: Server) -> int:
+        """Close the books; the report, and the marker of success."""
+        self._close("left" if server.left_because else "finished", server.left_because)
+        summary = report.summarize(self.run)
+        report.write(self.run, summary, report.render(summary))
+        print(f"report: {self.run.report / 'report.html'}", flush=True)
+        where = self.run.checkpoint(server.ledger.version, self.restart)
+        if server.left_because:
+            print(f"left at version {server.ledger.version}, {server.ledger.samples} of {server.ledger.plan.total_samples} "
+                  f"images; checkpoint: {where}\ngo on with --resume {self.run.path}", flush=True)
+            status = RESUME_ME
+        else:
+            score = server.final_score
+            print(f"version {score.version}: {100 * (1 - score.top1_error):.2f} % of {score.num_images} validation images "
+                  f"right (top-5 {100 * (1 - score.top5_error):.2f} %)\ncheckpoint: {where}", flush=True)
+            status = DEGRADED if server.is_degraded else 0
+            write_whole(self.run.finished, msgspec.json.format(msgspec.json.encode({
+                "status": status, "version": score.version, "top1_error": score.top1_error, "top5_error": score.top5_error,
+                "restart": self.restart, "retired": [loss.rank for loss in server.losses if loss.for_good]})))
+        if absent := set(server.ledger.present) - server.inbox.dead:
+            print(f"rank {', '.join(str(worker + 1) for worker in sorted(absent))} does not answer: the job is ended with it",
+                  file=sys.stderr, flush=True)
+            time.sleep(FORWARDING_S)
+            self.world.abort(status or DEGRADED)
+        return status
+
+    def _close(self, status: str, reason: str) -> None:
+        self.window.close()
+        self.meter.flush()
+        self.log.write(End(time.time(), status, reason))
+        self.log.close()
+
+    def _restore(self, flat: FlatModel, rule) -> dict | None:
+        """Load the checkpoint into the network and the rule; returns the ledger's state."""
+        if self.directory is None:
+            return None
+        state, _ = checkpoint.load(self.directory)
+        flat.module.load_state_dict(state)
+        if rule.state and checkpoint.SERVER in self.manifest.files:
+            saved = checkpoint.read_tensors(self.directory / checkpoint.SERVER)
+            for name, vector in rule.state.items():
+                if name in saved:
+                    vector.copy_(saved[name])
+        return checkpoint.read_ledger(self.directory)
+
+    def _restore_momentum(self, worker: Worker) -> None:
+        if str(self.world.worker) in (self.manifest.momenta if self.manifest else {}):
+            worker.momentum.load_(checkpoint.read_tensors(self.directory / checkpoint.worker_file(self.world.worker)))
+
+    def _begin_log(self, ledger: Ledger) -> EventLog:
+        pushes = EventLog(self.run.pushes_of(self.restart))
+        if self.restart:
+            momenta = self.manifest.momenta if self.manifest else {}
+            pushes.write(Resume(
+                time.time(), self.restart, self.manifest.restart if self.manifest else self.restart - 1, ledger.version,
+                ledger.samples, ledger.plan.num_workers,
+                [momenta.get(str(worker), -1) for worker in range(ledger.plan.num_workers)]))
+            pushes.sync()
+        return pushes
+
+    def _about(self) -> checkpoint.Manifest:
+        data, config = self.task.train, self.task.config
+        return checkpoint.Manifest(
+            0, 0, config.model.name, data.num_classes, self.task.channels, config.data.image_size, data.fingerprint,
+            list(data.mean), list(data.std), software={"asgd_mpi": asgd_mpi.__version__, "torch": str(torch.__version__)})
 
 
 def _versions(everyone: list[dict]) -> dict:
     return {
         "asgd_mpi": asgd_mpi.__version__, "python": platform.python_version(), "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__), "numpy": numpy.__version__, "h5py": h5py.__version__,
+        "torchvision": metadata.version("torchvision"), "numpy": numpy.__version__, "h5py": h5py.__version__,
         "mpi": library(), "machine": platform.platform(), "processor": torch.backends.cpu.get_cpu_capability(),
         "ranks": everyone,
     }
 
 
-def _fail(world: World, run: RunDir | None, error: BaseException) -> None:
-    """Say what ended this rank, and end the job."""
+def _tell(world: World, run: RunDir | None, error: BaseException) -> str:
+    """Say what ended this rank, on stderr and in the run directory; returns it."""
     who = f"rank {world.rank} on {world.host}"
     text = f"error: {who}: {error}" if isinstance(error, UserError) else f"{who} failed:\n{traceback.format_exc()}"
     print(text, file=sys.stderr, flush=True)
@@ -213,6 +370,12 @@ def _fail(world: World, run: RunDir | None, error: BaseException) -> None:
             run.error_of(world.rank).write_text(text + "\n")
         except OSError as second:
             print(f"{who}: the error could not be written to the run directory: {second}", file=sys.stderr, flush=True)
+    return f"{type(error).__name__}: {error}"
+
+
+def _fail(world: World, run: RunDir | None, error: BaseException) -> None:
+    """Say what ended this rank, and end the job."""
+    _tell(world, run, error)
     time.sleep(FORWARDING_S)
     world.abort(2 if isinstance(error, UserError) else 1)
 

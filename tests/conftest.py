@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from asgd_mpi import local
 
 TESTS = Path(__file__).parent
 TIMEOUT_S = 180
+QUIET = ["--run.progress", "none", "--compute.workers_per_gpu", "99"]      # whatever GPUs there are
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,64 @@ class Launcher:
 
     def run_as_given(self, command: list[str], cwd: Path, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
         """A command that calls this mpirun."""
-        env = os.environ | self.env | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-        process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, start_new_session=True)
-        try:
-            out, err = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-            pytest.fail(f"{self.name}: {' '.join(command)} hung for {timeout_s} s\n{out}\n{err}")
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
+        return finish(self.start_as_given(command, cwd), timeout_s)
+
+    def start_as_given(self, command: list[str], cwd: Path) -> subprocess.Popen:
+        """Start a command in a session of its own; end it with `finish`."""
+        env = os.environ | self.env | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "PYTHONFAULTHANDLER": "1"}
+        return subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def start_training(self, ranks: int, *options: str, cwd: Path, launcher_options: tuple[str, ...] = ()) -> subprocess.Popen:
+        return self.start_as_given([self.mpirun, *launcher_options, "-np", str(ranks), sys.executable, "-m", "asgd_mpi.train",
+                                    *QUIET, *options], cwd)
 
     def train(self, ranks: int, *options: str, cwd: Path, timeout_s: float = TIMEOUT_S,
               module: str = "asgd_mpi.train") -> subprocess.CompletedProcess:
-        return self.run(ranks, "-m", module, "--run.progress", "none", "--compute.workers_per_gpu", "99", *options, cwd=cwd, timeout_s=timeout_s)
+        return self.run(ranks, "-m", module, *QUIET, *options, cwd=cwd, timeout_s=timeout_s)
+
+
+def finish(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
+    """Wait for a started command; fails the test with all output if it hangs, and ends all that it has started."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        for pid in session_of(process.pid):   # where the Python processes stand, on their stderr
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+        time.sleep(1.0)
+        kill_session(process.pid)
+        out, err = process.communicate()
+        pytest.fail(f"{' '.join(process.args)} hung for {timeout_s} s\n{out}\n{err}")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def session_of(leader: int) -> list[int]:
+    """The processes of a session that are still there: mpirun gives its ranks groups of their own."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def kill_session(leader: int) -> None:
+    for pid in session_of(leader):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def ranks_of(process: subprocess.Popen) -> dict[int, int]:
+    """rank -> process id, of a training under Open MPI that has been started."""
+    found = {}
+    for pid in session_of(process.pid):
+        with suppress(OSError):
+            environment = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+            if "python" in Path(f"/proc/{pid}/cmdline").read_text() and "OMPI_COMM_WORLD_RANK" in environment:
+                found[int(environment["OMPI_COMM_WORLD_RANK"])] = pid
+    return found
 
 
 def _find_openmpi() -> Launcher | None:

@@ -49,9 +49,12 @@ class FakeServerWindow:
 class FakeInbox:
     def __init__(self, exchange: Exchange):
         self._exchange = exchange
+        self.dead = set()
 
-    def take(self, timeout_s, who_is_due):
-        _wait(lambda: self._exchange.packets, who_is_due())
+    def take(self, seconds):
+        until = time.monotonic() + seconds
+        while not self._exchange.packets and time.monotonic() < until:
+            time.sleep(0.0005)
         return [self._exchange.packets.popleft() for _ in range(len(self._exchange.packets))]
 
     def poll(self):
@@ -65,15 +68,12 @@ class FakeWorkerWindow:
     def __init__(self, exchange: Exchange, worker: int):
         self._exchange, self._worker = exchange, worker
 
-    def await_mail(self, packets, with_lease=None):
+    def await_mail(self, packets, until=lambda mail: True, for_what=""):
         def poll():
             mail = self._exchange.mail.get(self._worker)
-            if mail is None or mail.judged < packets:
-                return None
-            granted = with_lease is None or mail.stop or with_lease in [lease.number for lease in mail.leases]
-            return mail if granted else None
+            return mail if mail is not None and mail.judged >= packets and until(mail) else None
 
-        return _wait(poll, f"mail of worker {self._worker}")
+        return _wait(poll, f"mail of worker {self._worker}: {for_what}")
 
     def fetch(self, into, at_least):
         with self._exchange.lock:
@@ -90,7 +90,7 @@ class FakeOutbox:
 
     def send(self, header, num_floats):
         self.sent += 1
-        self._exchange.packets.append(Arrival(header, self.payload.clone()))
+        self._exchange.packets.append(Arrival(header.worker, header, self.payload.clone()))
 
     def wait(self):
         pass

@@ -1,6 +1,5 @@
 """Both loops, driven in one process by a fake exchange: the worker's and the server's code without MPI."""
 
-import dataclasses
 import threading
 
 import pytest
@@ -12,17 +11,23 @@ from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import EventLog, Publish, read_events, read_pushes
 from asgd_mpi.record.meter import Meter
+from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.progress import Progress
+from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.replay import replay
-from asgd_mpi.server.ledger import Ledger
+from asgd_mpi.server.ledger import Ledger, Mail, Orders
 from asgd_mpi.server.rules import Asgd
+from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
 from asgd_mpi.task import complete, open_task
 from asgd_mpi.worker.courier import Courier
+from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.loop import Worker
+from asgd_mpi.worker.momentum import is_kept_by_workers
 from fakes import Exchange, FakeInbox, FakeOutbox, FakeServerWindow, FakeWorkerWindow
 
 CPU = torch.device("cpu")
+ABOUT = Manifest(0, 0, "digits_cnn", 10, 1, 8, "", [0.0], [1.0])
 
 
 class Cluster:
@@ -33,22 +38,28 @@ class Cluster:
         self.plan = task.plan(num_workers)
         flat = FlatModel(task.build_module(), CPU)
         self.exchange = Exchange(flat.num_floats)
-        self.log, self.pushes = EventLog(directory / "rank000.jsonl"), EventLog(directory / "pushes.log")
+        self.run = RunDir.create(directory / "run", "test")
+        self.log, self.pushes = EventLog(self.run.metrics_of(0)), EventLog(self.run.pushes)
+        rule = Asgd(flat.num_floats, task.config.rule)
+        saver = Saver(self.run, 0, ABOUT, FlatModel(task.build_module(), CPU), rule, keep=3, sync=self.pushes.sync)
         self.server = Server(
             FakeServerWindow(self.exchange), FakeInbox(self.exchange), Ledger(self.plan, task.schedule(num_workers)),
-            Asgd(flat.num_floats, task.config.rule), Meter(self.log, 1.0), self.log, self.pushes,
-            Progress("none", self.plan.total_samples, self.plan.num_samples), timeout_s=20, hash_snapshots=True,
-            statistics=torch.zeros(flat.num_statistics) if flat.statistics else None)
+            rule, Meter(self.log, 1.0), self.log, self.pushes,
+            Progress("none", self.plan.total_samples, self.plan.num_samples), 20, task.config.failure,
+            task.config.checkpoint, saver, hash_snapshots=True,
+            statistics=torch.zeros(flat.num_statistics) if flat.statistics else None,
+            workers_keep_momentum=is_kept_by_workers(task.config.rule))
         self.first_weights = flat.weights
 
     def work(self, number):
         exchange = self.task.config.exchange
         flat = FlatModel(self.task.build_module(), CPU, spare=exchange.overlap)
-        log = EventLog(self.directory / f"rank{number + 1:03d}.jsonl")
+        log = EventLog(self.run.metrics_of(number + 1))
         loaders = self.task.train_loader(), self.task.val_loader()
         outbox, meter = FakeOutbox(self.exchange, max(flat.num_floats, flat.num_statistics)), Meter(log, 1.0)
         courier = Courier(FakeWorkerWindow(self.exchange, number), outbox, flat, meter, exchange.overlap)
-        Worker(number, courier, flat, self.task.normalise, loaders, self.task.config, meter, log).run()
+        Worker(number, courier, flat, self.task.normalise, loaders, self.task.config, meter,
+               Keeper(self.run, 0, number), log).run()
         log.close()
 
     def train(self):
@@ -62,7 +73,7 @@ class Cluster:
             assert not thread.is_alive()
         self.log.close()
         self.pushes.close()
-        return list(read_pushes(self.directory / "pushes.log"))
+        return list(read_pushes(self.run.pushes))
 
 
 def make_task(digits, *options, epochs=1.5):
@@ -87,13 +98,13 @@ def test_a_run_uses_every_sample_once_and_applies_every_push_once(digits, tmp_pa
 def test_the_replay_of_a_run_gives_the_same_weights_to_the_bit(digits, tmp_path, options):
     cluster = Cluster(make_task(digits, *options), 1, tmp_path)
     pushes = cluster.train()
-    assert torch.equal(replay(cluster.task, pushes, 1).weights, cluster.server.window.latest)
+    assert torch.equal(replay(cluster.task, pushes, 1)[0].weights, cluster.server.window.latest)
 
 
 def test_snapshots_are_published_in_order_up_to_the_last_version(digits, tmp_path):
     cluster = Cluster(make_task(digits, epochs=0.5), 1, tmp_path)
     pushes = cluster.train()
-    published = [event.version for event in read_events(tmp_path / "rank000.jsonl") if isinstance(event, Publish)]
+    published = [event.version for event in read_events(cluster.run.metrics_of(0)) if isinstance(event, Publish)]
     assert published == sorted(set(published)) and published[0] == 0 and published[-1] == len(pushes)
 
 
@@ -109,7 +120,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):
     thread = threading.Thread(target=cluster.work, args=[0], daemon=True)
     cluster.server.publish_first(cluster.first_weights)
     thread.start()
-    with pytest.raises(TrainingDiverged, match="(?s)loss is (nan|inf).*--schedule.lr"):
+    with pytest.raises(TrainingDiverged, match="(?s)rank 1: 3 gradients in a row were not finite.*--schedule.lr"):
         cluster.server.run()
-    cluster.exchange.mail[0] = dataclasses.replace(cluster.exchange.mail[0], judged=10**9, stop=True, leases=())
+    cluster.exchange.mail[0] = Mail(judged=10**9, version=0, orders=Orders.STOP)
     thread.join(20)

@@ -8,7 +8,6 @@ the worker until it is sent, and to the server until the packet is judged.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from mpi4py import MPI
 from asgd_mpi.exchange import wait, wire
 from asgd_mpi.exchange.window import ServerWindow, WorkerWindow
 from asgd_mpi.exchange.wire import HEADER_BYTES, Header
-from asgd_mpi.exchange.world import World
+from asgd_mpi.exchange.world import PROCESS_FAILED, World
 from asgd_mpi.topology import SERVER
 
 TAG = 1
@@ -60,7 +59,7 @@ class Outbox:
 
     def wait(self) -> None:
         """Return when the packet has left."""
-        wait.until(self._request.Test, self.world.timeout_s,
+        wait.until(lambda: self._request.Test() or self.world.demand_server(), self.world.timeout_s,
                    f"rank {self.world.rank} waits for rank 0 to take its packet {self.sent}")
 
 
@@ -68,8 +67,10 @@ class Outbox:
 class Arrival:
     """A received packet; `payload` is (capacity,) float32, valid until the arrival is released."""
 
-    header: Header
+    worker: int
+    header: Header | None                 # None if it could not be read: then `fault` says why
     payload: torch.Tensor
+    fault: str = ""
 
 
 class Inbox:
@@ -80,39 +81,53 @@ class Inbox:
         layout = window.layout
         workers = range(layout.num_workers)
         self._packets = [_Packet(layout.capacity, window.gradients.get(worker)) for worker in workers]
-        self._requests = [self._receive(worker) for worker in workers]
+        self._requests = {worker: self._receive(worker) for worker in workers}
         self._arrived: deque[Arrival] = deque()
+        self.dead: set[int] = set()           # workers whose process the MPI library reports as failed
         serves_other_hosts = len(window.gradients) < layout.num_workers
         self._longest_s = wait.LONGEST_S / 20 if serves_other_hosts else wait.LONGEST_S  # their reads need us inside MPI
 
-    def take(self, timeout_s: float, who_is_due: Callable[[], str]) -> list[Arrival]:
-        """All packets that wait, at most one of a worker; waits for the first. Raises DeadlineExceeded."""
-        self.poll()
-        if not self._arrived:
-            wait.until(self.poll, timeout_s, f"rank 0 waits for a packet from one of: {who_is_due()}", self._longest_s)
+    def take(self, seconds: float) -> list[Arrival]:
+        """All packets that wait, at most one of a worker; waits so long for the first."""
+        wait.for_a_while(self.poll, seconds, self._longest_s)
         arrived = list(self._arrived)
         self._arrived.clear()
         return arrived
 
     def poll(self) -> bool:
         """Let MPI make progress; whether a packet is there."""
-        for worker in MPI.Request.Testsome(self._requests) or []:
-            packet = self._packets[worker]
-            header = wire.unpack_header(packet.bytes[:HEADER_BYTES].tobytes())
-            if header.worker != worker:
-                raise ValueError(f"rank {worker + 1} sent a packet in the name of worker {header.worker}: {header}")
-            self._arrived.append(Arrival(header, packet.payload))
+        for worker, request in list(self._requests.items()):
+            try:
+                if not request.Test():
+                    continue
+                self._arrived.append(self._open(worker))
+            except MPI.Exception as error:    # under mpirun --with-ft ulfm
+                if error.Get_error_class() not in PROCESS_FAILED:
+                    raise
+                self.dead.add(worker)
+                self.world.has_lost_ranks = True
+            del self._requests[worker]
         return bool(self._arrived)
 
     def release(self, arrival: Arrival) -> None:
         """The payload has been used: the worker's next packet may overwrite it."""
-        worker = arrival.header.worker
-        self._requests[worker] = self._receive(worker)
+        if arrival.worker not in self.dead:
+            self._requests[arrival.worker] = self._receive(arrival.worker)
 
     def close(self) -> None:
-        for request in self._requests:
+        for request in self._requests.values():
             request.Cancel()
             request.Free()
+
+    def _open(self, worker: int) -> Arrival:
+        packet = self._packets[worker]
+        try:
+            header = wire.unpack_header(packet.bytes[:HEADER_BYTES].tobytes())
+            if header.worker != worker:
+                raise ValueError(f"rank {worker + 1} sent a packet in the name of worker {header.worker}: {header}")
+        except ValueError as error:
+            return Arrival(worker, None, packet.payload, str(error))
+        return Arrival(worker, header, packet.payload)
 
     def _receive(self, worker: int) -> MPI.Request:
         return self.world.comm.Irecv([self._packets[worker].bytes, MPI.BYTE], source=worker + 1, tag=TAG)

@@ -20,10 +20,11 @@ window (Win_create). Requests end by polling, with a deadline. Source of the cal
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from asgd_mpi.exchange import wait, wire
 from asgd_mpi.exchange.world import World
 from asgd_mpi.server.ledger import Mail
 from asgd_mpi.topology import SERVER
+
+T = TypeVar("T")
 
 PAGE = 4096
 CONTROL_WORDS = 16
@@ -106,11 +109,9 @@ class _Window:
         self.world.barrier("all ranks to open the window")  # the first access needs the server inside MPI once
 
     def close(self) -> None:
-        """Give the memory back; all ranks call this together, and hold no view of it any more."""
-        self.world.barrier("all ranks to leave the window")
+        """End the access; the memory is given back at the end of the process, when nobody waits for a dead rank."""
         for window in reversed(self._windows):
             window.Unlock_all()
-            window.Free()
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         """Take views of the shared segments, by rank: those of the server's host, none elsewhere."""
@@ -201,25 +202,20 @@ class WorkerWindow(_Window):
         self._get(self._mail, self.layout.mail(self.world.worker), "its mail")
         return wire.unpack_mail(self._mail.tolist())
 
-    def await_mail(self, packets: int, with_lease: int | None = None) -> Mail:
-        """The first mail that knows of `packets` judged packets (and holds lease `with_lease`, or the word to stop)."""
+    def await_mail(self, packets: int, until: Callable[[Mail], bool] = lambda mail: True, for_what: str = "") -> Mail:
+        """The first mail that knows of `packets` judged packets, and of which `until` holds."""
         def poll() -> Mail | None:
             mail = self.read_mail()
-            if mail is None or mail.judged < packets:
-                return None
-            granted = with_lease is None or mail.stop or with_lease in [lease.number for lease in mail.leases]
-            return mail if granted else None
+            return mail if mail is not None and mail.judged >= packets and until(mail) else None
 
-        what = f"judge its packet {packets}" + (f" and to grant lease {with_lease}" if with_lease else "")
-        return wait.until(poll, self.world.timeout_s, self._waits(what))
+        return self._until(poll, for_what or f"judge its packet {packets}")
 
     def fetch(self, into: torch.Tensor, at_least: int) -> Snapshot:
         """Read the latest snapshot into `into`, (P,) float32 on the host: one whole version, `at_least` or newer."""
         torn_reads = 0
         weights = into.numpy()
         while True:
-            wait.until(lambda: self._read_control()[LATEST] >= at_least, self.world.timeout_s,
-                       self._waits(f"publish version {at_least}"))
+            self._until(lambda: self._read_control()[LATEST] >= at_least, f"publish version {at_least}")
             slot = int(self._control[SLOT])
             version = int(self._control[FIRST_WORD + slot])
             if version >= at_least:
@@ -234,7 +230,8 @@ class WorkerWindow(_Window):
 
     def _get(self, into: np.ndarray, offset: int, what: str) -> None:
         request = self._win.Rget(into, self._target, target=(offset, into.nbytes, MPI.BYTE))
-        wait.until(request.Test, self.world.timeout_s, self._waits(f"let it read {what}"))
+        self._until(request.Test, f"let it read {what}")
 
-    def _waits(self, what: str) -> str:
-        return f"rank {self.world.rank} (worker {self.world.worker} on {self.world.host}) waits for rank 0 to {what}"
+    def _until(self, poll: Callable[[], T | None], what: str) -> T:
+        return wait.until(lambda: poll() or self.world.demand_server(), self.world.timeout_s,
+                          f"rank {self.world.rank} (worker {self.world.worker} on {self.world.host}) waits for rank 0 to {what}")

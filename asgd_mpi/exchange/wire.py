@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-from asgd_mpi.server.ledger import Lease, Mail, Work
+from asgd_mpi.server.ledger import Lease, Mail, Orders, Work
 
 MAGIC = 0x41534744_4D504931  # "ASGDMPI1"
 
@@ -17,6 +17,13 @@ MAGIC = 0x41534744_4D504931  # "ASGDMPI1"
 class Kind(IntEnum):
     GRADIENT = 1     # payload: the flat gradient, (P,) float32
     VALIDATION = 2   # payload: the flat float buffers of the network (batch-norm statistics), float32
+    # without a payload:
+    NONFINITE = 3    # the gradient of this range is not finite
+    SAVED = 4        # the worker has written its own state for the checkpoint that was asked for
+    BEST = 8         # the worker has written the model of `read_version`, which it has validated
+    SIGNAL = 5       # the worker has been asked to end by a signal
+    FAILED = 6       # the worker cannot go on; it rests until the run ends
+    GOODBYE = 7      # the worker's last words
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,14 @@ def unpack_header(packet: bytes | memoryview) -> Header:
     return Header(Kind(kind), *rest)
 
 
-MAIL_WORDS = 16
+MAIL_WORDS = 24
+_MAIL_FIELDS = 6   # before the leases
 _LEASE_WORDS = 5
 
 
 def pack_mail(mail: Mail) -> list[int]:
     """MAIL_WORDS words; the last one is a check over the others, so that half-written mail is told from mail."""
-    words = [mail.judged, mail.version, int(mail.stop)]
+    words = [mail.judged, mail.version, mail.orders, mail.dropped, mail.save, mail.best]
     for lease in mail.leases:
         words += [lease.number, lease.work, lease.epoch, lease.start, lease.stop]
     words += [0] * (MAIL_WORDS - 1 - len(words))
@@ -72,13 +80,13 @@ def unpack_mail(words: list[int]) -> Mail | None:
     """The mail in MAIL_WORDS words; None if it was being written while it was read."""
     if words[-1] != _check(words[:-1]):
         return None
-    judged, version, stop = words[:3]
+    judged, version, orders, dropped, save, best = words[:_MAIL_FIELDS]
     leases = []
-    for at in range(3, MAIL_WORDS - _LEASE_WORDS, _LEASE_WORDS):
+    for at in range(_MAIL_FIELDS, MAIL_WORDS - _LEASE_WORDS, _LEASE_WORDS):
         number, work, epoch, first, last = words[at:at + _LEASE_WORDS]
         if number:
             leases.append(Lease(number, Work(work), epoch, first, last))
-    return Mail(judged, version, bool(stop), tuple(leases))
+    return Mail(judged, version, Orders(orders), dropped, save, best, tuple(leases))
 
 
 def _check(words: list[int]) -> int:

@@ -15,7 +15,13 @@ import numpy as np
 from mpi4py import MPI
 
 from asgd_mpi import topology
+from asgd_mpi.errors import ServerLost
 from asgd_mpi.exchange import wait
+
+
+PROCESS_FAILED = {getattr(MPI, name) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
+                  if hasattr(MPI, name)} - {MPI.ERR_UNKNOWN}
+LIFELINE = 2   # tag of a message that never comes: its receive fails when the server's process does
 
 
 class World:
@@ -27,6 +33,8 @@ class World:
         self.size = self.comm.size
         self.host = socket.gethostname()
         self.timeout_s = timeout_s
+        self.has_lost_ranks = False           # as far as the MPI library has told us
+        self._lifeline = MPI.REQUEST_NULL
 
     @property
     def is_server(self) -> bool:
@@ -40,6 +48,28 @@ class World:
     def on_this_host(self) -> MPI.Comm:
         """A new communicator of the ranks that share memory with this one, in rank order; all ranks call it."""
         return self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+
+    def hold_on_to_server(self) -> None:
+        """From now on `demand_server` can tell whether the server's process is alive, where the MPI library can."""
+        self._lifeline = self.comm.Irecv([bytearray(1), MPI.BYTE], source=topology.SERVER, tag=LIFELINE)
+
+    def let_go_of_server(self) -> None:
+        if self._lifeline != MPI.REQUEST_NULL:
+            self._lifeline.Cancel()
+            self._lifeline.Free()
+
+    def demand_server(self) -> None:
+        """Raises ServerLost if the server's process has failed (known under `mpirun --with-ft ulfm`)."""
+        if self._lifeline == MPI.REQUEST_NULL:
+            return
+        try:
+            self._lifeline.Test()
+        except MPI.Exception as error:
+            if error.Get_error_class() not in PROCESS_FAILED:
+                raise
+            self.has_lost_ranks = True
+            raise ServerLost(f"rank {self.rank} on {self.host}: the server's process (rank 0) has ended. What came after "
+                             "the last checkpoint is lost; go on from there with --resume RUN_DIR.") from None
 
     def share(self, value: object | None) -> object:
         """Rank 0's `value`, on every rank; anything that JSON can hold."""
@@ -67,6 +97,8 @@ class World:
         """End every rank of the job, now."""
         sys.stdout.flush()
         sys.stderr.flush()
+        if self.has_lost_ranks:       # after a failure Open MPI makes a status of 0 of it; the others see that we are gone
+            os._exit(status)
         self.comm.Abort(status)
 
     def _complete(self, request: MPI.Request, what: str) -> None:

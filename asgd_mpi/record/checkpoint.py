@@ -1,22 +1,32 @@
-"""A checkpoint: one version of the network, in a directory of its own, readable without this package.
+"""A checkpoint: one version of the run, in a directory of its own.
 
-    model.pt        the state_dict of the plain module: torch.load(..., weights_only=True)
-    manifest.json   what it is of: version, network, classes, images, errors, sha256 of model.pt
+    model.pt          the state_dict of the plain module: torch.load(..., weights_only=True), readable without this package
+    manifest.json     what it is of: version, network, data, errors, sha256 of every file
+  of a checkpoint that a run can be resumed from, also:
+    server.pt         the rule's state, (P,) float32 vectors by name
+    ledger.json       the sample clock, and what is to be trained next
+    workerNNN.pt      the momentum that worker NNN keeps, (P,) float32
 
-The manifest is written last; a directory without one is not a checkpoint.
+Order, augmentation and dropout are functions of (seed, epoch, position): no generator or cursor needs to be saved.
+A checkpoint is written into a directory of another name, file by file, each forced to the disk, the manifest last;
+then the directory is renamed. What has the name of a checkpoint is whole, whenever the power fails.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import torch
 
 from asgd_mpi.errors import RunDirError
-from asgd_mpi.record.rundir import write_whole
+from asgd_mpi.record.rundir import RunDir, unwritable, write_whole
+
+MODEL, SERVER, LEDGER, MANIFEST = "model.pt", "server.pt", "ledger.json", "manifest.json"
 
 
 class Manifest(msgspec.Struct):
@@ -29,42 +39,195 @@ class Manifest(msgspec.Struct):
     data: str                 # fingerprint of the data set it was trained on
     mean: list[float]         # per channel: an image is (pixel / 255 - mean) / std
     std: list[float]
-    top1_error: float
-    top5_error: float
+    top1_error: float | None = None       # of exactly these weights, if they were validated
+    top5_error: float | None = None
     sha256: str = ""          # of model.pt
-    format: int = 1
+    format: int = 2
+    restart: int = 0          # of the run that wrote it
+    files: dict[str, str] = {}            # name -> sha256
+    num_workers: int = 0
+    momenta: dict[str, int] = {}          # worker -> version that the last push in its momentum had made
+    statistics_of: int | None = None      # version that the batch-norm statistics were measured on
+    software: dict[str, str] = {}
+
+    @property
+    def is_resumable(self) -> bool:
+        return LEDGER in self.files
 
 
-def save(directory: Path, state: dict[str, torch.Tensor], manifest: Manifest) -> int:
-    """Write a checkpoint; returns its size in bytes. Raises RunDirError."""
+class WorkerState(msgspec.Struct):
+    """Beside workerNNN.pt until the checkpoint is whole."""
+
+    worker: int
+    made: int                 # the version that its last push had made
+    sha256: str
+
+
+def worker_file(worker: int) -> str:
+    return f"worker{worker:03d}.pt"
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Write and force to the disk; returns the sha256. Raises RunDirError."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        raise RunDirError(f"cannot make the checkpoint directory {directory}: {error.strerror}. The trained weights "
-                          "would be lost: free some space or permit writing there.") from error
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    manifest.sha256 = hashlib.sha256(content).hexdigest()
-    write_whole(directory / "model.pt", content)
-    write_whole(directory / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest)))
-    return len(content)
+        raise unwritable(path, error) from error
+    return sha256(path)
 
 
-def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Manifest]:
-    """Read the checkpoint in directory `path` (or its model.pt). Raises RunDirError if it is missing or damaged."""
-    path = Path(path)
-    directory = path.parent if path.name == "model.pt" else path
+def save_worker(staging: Path, worker: int, made: int, tensors: dict[str, torch.Tensor]) -> bool:
+    """Write a worker's own state; False if nobody waits for it any more. Raises RunDirError."""
+    if not staging.is_dir():
+        return False
     try:
-        manifest = msgspec.json.decode((directory / "manifest.json").read_bytes(), type=Manifest)
-        content = (directory / "model.pt").read_bytes()
+        state = WorkerState(worker, made, write_tensors(staging / worker_file(worker), tensors))
+        write_whole(staging / f"worker{worker:03d}.json", msgspec.json.encode(state))
+    except RunDirError:
+        if staging.is_dir():
+            raise
+        return False                      # it was finished, or given up, without us
+    return True
+
+
+def stage(staging: Path) -> None:
+    """Make the directory that a checkpoint is written into. Raises RunDirError."""
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise unwritable(staging, error) from error
+
+
+def commit(staging: Path, directory: Path, manifest: Manifest) -> int:
+    """Complete the manifest, and give the checkpoint its name; returns its size in bytes. Raises RunDirError."""
+    for path in sorted(staging.glob("worker*.json")):
+        state = msgspec.json.decode(path.read_bytes(), type=WorkerState)
+        manifest.files[worker_file(state.worker)] = state.sha256
+        manifest.momenta[str(state.worker)] = state.made
+        path.unlink()
+    manifest.sha256 = manifest.files[MODEL]
+    write_whole(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
+    try:
+        _sync_directory(staging)
+        if _is_better(directory, manifest):
+            shutil.rmtree(staging)        # the same version, saved for another reason
+            return 0
+        if directory.exists():
+            os.replace(directory, replaced := directory.with_name(f".replaced-{directory.name}"))
+            os.replace(staging, directory)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(staging, directory)
+        _sync_directory(directory.parent)
+    except OSError as error:
+        raise unwritable(directory, error) from error
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises RunDirError if it is missing or damaged."""
+    try:
+        return msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
     except OSError as error:
         raise RunDirError(f"{directory} is not a checkpoint: {error.strerror}: {error.filename}. Give a directory "
                           "under checkpoints/ of a run directory.") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RunDirError(f"the manifest of checkpoint {directory} is damaged: {error}. Take another checkpoint.") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != manifest.sha256:
-        raise RunDirError(f"{directory / 'model.pt'} is damaged: its sha256 is {found[:16]}..., but {manifest.sha256[:16]}"
-                          "... was written. Take another checkpoint.")
-    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"), manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """Read all of a checkpoint, and compare it with its manifest. Raises RunDirError naming what is damaged."""
+    manifest = read_manifest(directory)
+    for name, written in (manifest.files or {MODEL: manifest.sha256}).items():
+        _verify(directory / name, written)
+    return manifest
+
+
+def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Manifest]:
+    """The network in directory `path` (or its model.pt). Raises RunDirError if it is missing or damaged."""
+    path = Path(path)
+    directory = path.parent if path.name == MODEL else path
+    manifest = read_manifest(directory)
+    _verify(directory / MODEL, manifest.sha256)
+    return read_tensors(directory / MODEL), manifest
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A dict of tensors as `write_tensors` or torch.save wrote it; nothing in the file is run. Raises RunDirError."""
+    try:
+        tensors = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:            # what torch raises on a damaged file is its own affair
+        raise RunDirError(f"{path} cannot be read as tensors: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    if not isinstance(tensors, dict):
+        raise RunDirError(f"{path} holds a {type(tensors).__name__} in place of a state_dict (name -> tensor).")
+    return tensors
+
+
+def read_ledger(directory: Path) -> dict:
+    """The saved ledger. Raises RunDirError."""
+    try:
+        return msgspec.json.decode((directory / LEDGER).read_bytes(), type=dict)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunDirError(f"{directory / LEDGER} cannot be read: {error}. Take another checkpoint.") from error
+
+
+def resumable(run: RunDir) -> Iterator[tuple[Path, Manifest | None]]:
+    """The checkpoints that claim to be resumable, the latest first; None for one whose manifest cannot be read."""
+    found = []
+    for directory in run.checkpoints.glob("v*"):
+        try:
+            manifest = read_manifest(directory)
+        except RunDirError:
+            manifest = None
+        if manifest is None or manifest.is_resumable:
+            name = directory.name[1:].partition(".r")
+            found.append((int(name[2] or 0), int(name[0]) if name[0].isdecimal() else -1, directory, manifest))
+    yield from ((directory, manifest) for *_, directory, manifest in sorted(found, key=lambda one: one[:2], reverse=True))
+
+
+def prune(run: RunDir, keep: int, best: int) -> None:
+    """Remove all but the latest `keep` resumable checkpoints and those of version `best`."""
+    latest = [directory for directory, manifest in resumable(run) if manifest][:keep]
+    for directory in run.checkpoints.glob("v*"):
+        if directory not in latest and directory.name.partition(".")[0] != f"v{best:09d}":
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_better(directory: Path, manifest: Manifest) -> bool:
+    """Whether a checkpoint of the same version is there already, and holds no less: one with a score is worth more."""
+    try:
+        old = read_manifest(directory)
+    except RunDirError:
+        return False
+    return (old.is_resumable, old.top1_error is not None) >= (manifest.is_resumable, manifest.top1_error is not None)
+
+
+def _verify(path: Path, written: str) -> None:
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise RunDirError(f"{path.parent} is not a whole checkpoint: {error.strerror}: {path}. Take another one.") from error
+    if found != written:
+        raise RunDirError(f"{path} is damaged: its sha256 is {found[:16]}..., but {written[:16]}... was written. "
+                          "Take another checkpoint.")
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

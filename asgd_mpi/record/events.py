@@ -1,14 +1,16 @@
 """What a run writes down: typed events as JSON lines, one file a rank, and the order of the applied pushes.
 
 Every line of `metrics/rankNNN.jsonl` is one of the structs in `Event`, told apart by its `event` field; every line of
-`pushes.log` is one `Push`. Times are Unix seconds on the writing rank's clock, durations seconds, sizes bytes. Fields
+`pushes.log` is one `Push` (a JSON array) or one of the structs in `Turn` (a JSON object). A resumed run begins files of
+its own, `rankNNN.r1.jsonl` and `pushes.r1.log` for the first restart (see `history`). Times are Unix seconds on the writing rank's clock, durations seconds, sizes bytes. Fields
 may be added with a default, never renamed: an old run directory stays readable.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Union
@@ -64,6 +66,7 @@ class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=
     skipped_images: int = 0   # damaged images left out because the user asked for it
     bytes_pushed: int = 0
     bytes_fetched: int = 0
+    refused_pushes: int = 0   # on the server: not finite, from a retired worker, or malformed
 
 
 class Fetch(msgspec.Struct, tag_field="event", tag="fetch"):
@@ -114,11 +117,32 @@ class Note(msgspec.Struct, tag_field="event", tag="note"):
 
 class End(msgspec.Struct, tag_field="event", tag="end"):
     t: float
-    status: Literal["finished", "failed"]
+    status: Literal["finished", "failed", "left"]   # left: saved on a signal, to be resumed
     reason: str = ""
 
 
-Event = Union[Start, Interval, Fetch, Publish, Validation, Checkpoint, Note, End]
+class Retirement(msgspec.Struct, tag_field="event", tag="retirement"):
+    """A worker that gets no more work, for good or until it is heard of again."""
+
+    t: float
+    rank: int
+    version: int
+    positions: int            # that it held: they are lent again
+    reason: str
+    for_good: bool
+
+
+class Refusal(msgspec.Struct, tag_field="event", tag="refusal"):
+    """A push that was not applied: not finite, from a retired worker, or malformed."""
+
+    t: float
+    rank: int
+    version: int
+    reason: str
+    given_up: int = 0         # positions that were tried too often and are left out of the epoch
+
+
+Event = Union[Start, Interval, Fetch, Publish, Validation, Checkpoint, Note, End, Retirement, Refusal]
 
 
 class Push(msgspec.Struct, array_like=True, frozen=True):
@@ -153,6 +177,29 @@ class Push(msgspec.Struct, array_like=True, frozen=True):
         return sum(stop - start for _, start, stop in self.segments)
 
 
+class Resume(msgspec.Struct, tag_field="entry", tag="resume", frozen=True):
+    """The first line of a resumed run's log: what it goes on from."""
+
+    t: float
+    restart: int              # 1 for the first
+    parent: int               # the restart that wrote the checkpoint
+    version: int
+    samples: int
+    num_workers: int
+    momenta: list[int]        # for each worker the version that its last push in its momentum had made; -1 for none
+
+
+class Member(msgspec.Struct, tag_field="entry", tag="member", frozen=True):
+    """A worker that had been retired is a member again, and begins without momentum."""
+
+    t: float
+    version: int
+    worker: int
+
+
+Turn = Union[Resume, Member]
+
+
 class EventLog:
     """Appends events to one file; a line is written whole, or the reader leaves it out and counts it.
 
@@ -175,6 +222,16 @@ class EventLog:
                 self._file.flush()
                 self._flushed_at = now
 
+    def flush(self) -> None:
+        with self._explained():
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Return when all that was written is on the disk."""
+        with self._explained():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         with self._explained():
             self._file.close()
@@ -189,18 +246,24 @@ class EventLog:
 
 def read_events(path: Path) -> Iterator[Event | None]:
     """Yield the events of one metrics file; None for a line that cannot be read (cut off, or of a newer version)."""
-    yield from _read_lines(path, msgspec.json.Decoder(Event))
+    yield from _read_lines(path, msgspec.json.Decoder(Event).decode)
+
+
+def read_log(path: Path) -> Iterator[Push | Turn | None]:
+    """Yield the lines of a `pushes.log`; None for a line that cannot be read."""
+    push, turn = msgspec.json.Decoder(Push), msgspec.json.Decoder(Turn)
+    yield from _read_lines(path, lambda line: (turn if line.startswith(b"{") else push).decode(line))
 
 
 def read_pushes(path: Path) -> Iterator[Push | None]:
     """Yield the pushes of a `pushes.log`; None for a line that cannot be read."""
-    yield from _read_lines(path, msgspec.json.Decoder(Push))
+    return (entry for entry in read_log(path) if entry is None or isinstance(entry, Push))
 
 
-def _read_lines(path: Path, decoder: msgspec.json.Decoder) -> Iterator[msgspec.Struct | None]:
+def _read_lines(path: Path, decode: Callable[[bytes], msgspec.Struct]) -> Iterator[msgspec.Struct | None]:
     with open(path, "rb") as lines:
         for line in lines:
             try:
-                yield decoder.decode(line)
+                yield decode(line)
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 yield None

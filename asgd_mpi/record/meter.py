@@ -15,17 +15,20 @@ class Meter:
     def __init__(self, log: EventLog, interval_s: float):
         self._log = log
         self._interval_s = interval_s
+        self.doing = "the start"               # a phase, for the watchdog,
+        self.last_progress = time.monotonic()  # ... and when something was last counted
         self._fresh()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the body as `name`, one of the time fields of Interval. Phases do not nest."""
-        started = time.perf_counter()
+        started, self.doing = time.perf_counter(), name
         yield
         self.add(**{name: time.perf_counter() - started})
 
     def add(self, **amounts: float) -> None:
         """Add to fields of Interval: seconds of a phase that was timed elsewhere, or counts."""
+        self.last_progress = time.monotonic()
         for name, amount in amounts.items():
             setattr(self._now, name, getattr(self._now, name) + amount)
 

@@ -24,12 +24,12 @@ def terminal_is_attached() -> bool:
 
 
 class Progress:
-    """style: bar | lines | none | auto; `total` images, of which an epoch has `epoch_images`."""
+    """style: bar | lines | none | auto; `total` images, an epoch has `epoch_images`, `done` before this start."""
 
-    def __init__(self, style: str, total: int, epoch_images: int):
+    def __init__(self, style: str, total: int, epoch_images: int, done: int = 0):
         if style == "auto":
             style = "bar" if terminal_is_attached() else "lines"
-        self._bar = tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True, mininterval=0.2,
+        self._bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True, mininterval=0.2,
                          file=sys.stderr if style == "bar" else open(os.devnull, "w"), disable=style == "none")
         self._lines = style == "lines"
         self._epoch_images = epoch_images
@@ -68,7 +68,8 @@ class Progress:
         return f"epoch {epoch:.1f}{loss}{self._error}, staleness {self._staleness:.1f}"
 
     def _line(self) -> None:
-        rate = self._bar.format_dict["rate"] or self._bar.n / max(1e-9, self._bar.format_dict["elapsed"])
+        rate = self._bar.format_dict["rate"] or (
+            self._bar.n - self._bar.initial) / max(1e-9, self._bar.format_dict["elapsed"])
         left = tqdm.format_interval((self._bar.total - self._bar.n) / rate) if rate else "?"
         print(f"{self._bar.n / self._bar.total:4.0%} {rate:8.0f} images/s, {self._state()}, {left} left", flush=True)
         self._pause = min(LONGEST_S, 1.5 * self._pause)

@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 import msgspec
 
-from asgd_mpi.record.events import PHASES, Checkpoint, End, Event, Interval, Note, Push, Start, Validation
+from asgd_mpi.record.events import PHASES, Checkpoint, End, Event, Interval, Note, Push, Refusal, Retirement, Start, Validation
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins
 
-COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched")
+COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched", "refused_pushes")
 LARGEST = 1e15        # of any number in a line: seconds, samples, bytes
 MAX_WORKERS = 1 << 16
 MAX_NOTES = 50        # kept; the rest is counted
-Status = Literal["finished", "failed", "unfinished"]
+Status = Literal["finished", "failed", "left", "unfinished"]
 
 
 class Rank(msgspec.Struct):
@@ -48,6 +48,17 @@ class Epoch(msgspec.Struct):
     pushes: int = 0
     images: int = 0
     mean_loss: float | None = None             # training loss, every image weighing the same
+
+
+class Restart(msgspec.Struct):
+    """One start of a run."""
+
+    restart: int                               # 0 for the first
+    started: float                             # Unix seconds
+    ended: float                               # of the last thing that the server wrote
+    num_workers: int
+    version: int = 0                           # that it went on from
+    forgotten_pushes: int = 0                  # applied by it, after the checkpoint that the next start went on from
 
 
 class RankNote(msgspec.Struct):
@@ -110,11 +121,32 @@ class Metrics:
         self.checkpoints: list[Checkpoint] = []
         self.notes: list[RankNote] = []
         self.notes_left_out = 0
+        self.retirements: list[Retirement] = []
+        self.refusals: Counter[str] = Counter()                         # reason -> pushes
+        self.given_up = 0                                               # positions left out of their epoch
+        self.restarts: dict[int, Restart] = {}
 
-    def read(self, number: int, events: Iterable[Event]) -> None:
-        rank = self.ranks[number] = Rank(number, "worker" if number else "server")
+    def read(self, number: int, restart: int, events: Iterable[Event]) -> None:
+        """Add up one metrics file: what a rank did in one start of the run."""
+        rank = self.ranks.setdefault(number, Rank(number, "worker" if number else "server"))
+        rank.status, rank.reason, rank.ended = "unfinished", "", None   # the latest start counts
         for event in events:
             self._add(rank, event)
+            if not number:
+                self._see_start(restart, event)
+
+    def _see_start(self, restart: int, event: Event) -> None:
+        t = event.t1 if isinstance(event, Interval) else event.t
+        one = self.restarts.setdefault(restart, Restart(restart, t, t, 0))
+        one.ended = max(one.ended, t)
+        if isinstance(event, Start):
+            one.num_workers = event.num_workers
+
+    @property
+    def gaps_s(self) -> float:
+        """Seconds between the end of a start and the next one."""
+        ordered = [one for _, one in sorted(self.restarts.items())]
+        return sum(max(0.0, after.started - before.ended) for before, after in zip(ordered, ordered[1:]))
 
     def _add(self, rank: Rank, event: Event) -> None:
         t = event.t1 if isinstance(event, Interval) else event.t
@@ -146,6 +178,11 @@ class Metrics:
                 self.notes.append(RankNote(event.t, rank.rank, event.text))
             case Note():
                 self.notes_left_out += 1
+            case Retirement():
+                self.retirements.append(event)
+            case Refusal():
+                self.refusals[event.reason.partition(":")[0]] += 1
+                self.given_up += event.given_up
             case End():
                 rank.status, rank.reason, rank.ended = event.status, event.reason, event.t
 

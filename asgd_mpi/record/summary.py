@@ -20,8 +20,9 @@ import msgspec
 import yaml
 
 from asgd_mpi.record.audit import Audit, audit
-from asgd_mpi.record.events import Checkpoint, Validation, read_events, read_pushes
-from asgd_mpi.record.readings import COUNTERS, Epoch, Lines, Metrics, Rank, RankNote, Status, Training
+from asgd_mpi.record import history
+from asgd_mpi.record.events import Checkpoint, Push, Retirement, Validation, read_events
+from asgd_mpi.record.readings import COUNTERS, Epoch, Lines, Metrics, Rank, RankNote, Restart, Status, Training
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins, Timeline
 
@@ -91,6 +92,11 @@ class Summary(msgspec.Struct):
     checkpoints: list[Checkpoint]
     notes: list[RankNote]
     notes_left_out: int
+    retirements: list[Retirement]
+    refusals: dict[str, int]                   # reason -> pushes that were not applied
+    given_up: int                              # images left out since their gradient was never finite
+    restarts: list[Restart]                    # every start of the run
+    forgotten_pushes: int                      # applied after a checkpoint that the run then went on from
     num_parameters: int
     apply_s: float | None                      # the server's time for one update, mean
     server_busy: float | None                  # 0..1: apply and checkpoint, of the server's covered time
@@ -106,12 +112,12 @@ def summarize(run: RunDir) -> Summary:
     """Compute the `Summary` of a run: finished, failed, killed or still going."""
     lines, bins = Lines(run), Bins()
     metrics, training = Metrics(bins), Training(bins)
-    for path in sorted(run.metrics.glob("rank*.jsonl")):
-        number = path.stem.removeprefix("rank")
-        if number.isdecimal():
-            metrics.read(int(number), lines.read(read_events, path))
+    for number, restart, path in run.metrics_files:
+        metrics.read(number, restart, lines.read(read_events, path))
     num_workers = metrics.num_workers or max(metrics.ranks, default=0)
-    checked = audit(training.watch(lines.read(read_pushes, run.pushes)), metrics.num_samples, metrics.total_samples,
+    forgotten: list[Push] = []
+    pushes = (push for push in history.pushes(run, lines.read, forgotten) if push)
+    checked = audit(training.watch(pushes), metrics.num_samples, metrics.total_samples,
                     num_workers, metrics.reads_own_pushes)
 
     ranks = [metrics.ranks[number] for number in sorted(metrics.ranks)]
@@ -120,6 +126,7 @@ def summarize(run: RunDir) -> Summary:
     last_t = max(metrics.last_t, training.last_t)
     stopped = training.last_t if training.last else last_t
     training_s = _elapsed(started, stopped)
+    training_s = training_s and max(0.0, training_s - metrics.gaps_s)
     images = training.images if training.last else sent["images"]
     server = metrics.ranks.get(0, Rank(0, "server"))
     validations = sorted(metrics.validations, key=lambda validation: validation.t)
@@ -139,7 +146,9 @@ def summarize(run: RunDir) -> Summary:
         workers=_workers(metrics, training, checked.num_workers, images, training_s), ranks=ranks,
         staleness=_staleness(training.staleness), epochs=[epoch for _, epoch in sorted(training.epochs.items())],
         validations=validations, checkpoints=sorted(metrics.checkpoints, key=lambda checkpoint: checkpoint.t),
-        notes=sorted(metrics.notes, key=lambda note: note.t), notes_left_out=metrics.notes_left_out,
+        notes=sorted(metrics.notes, key=lambda note: note.t), notes_left_out=metrics.notes_left_out, retirements=metrics.retirements, refusals=dict(metrics.refusals),
+        given_up=metrics.given_up, restarts=[one for _, one in sorted(metrics.restarts.items())],
+        forgotten_pushes=len(forgotten),
         num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
         timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked)
@@ -183,7 +192,10 @@ def _staleness(counts: Counter[int]) -> Staleness | None:
 
 
 def _status(run: RunDir, ranks: list[Rank]) -> tuple[Status, str]:
-    """The earliest failure, if there is one; otherwise the server's word."""
+    """The server's word: a worker that failed was retired, and does not fail the run. Else the earliest failure."""
+    server = ranks[0] if ranks and ranks[0].rank == 0 else None
+    if server and server.status in ("finished", "left"):
+        return server.status, server.reason
     failed = [rank for rank in ranks if rank.status == "failed"]
     if failed:
         first = min(failed, key=lambda rank: rank.ended)
@@ -191,8 +203,6 @@ def _status(run: RunDir, ranks: list[Rank]) -> tuple[Status, str]:
     errors = sorted(path.name for path in run.path.glob("error.rank*.txt"))
     if errors:
         return "failed", f"see {_some(errors)}"
-    if ranks and ranks[0].rank == 0 and ranks[0].status == "finished":
-        return "finished", ""
     return "unfinished", "killed or still running"
 
 

@@ -109,8 +109,8 @@ def _speed(summary: Summary) -> Figure | None:
 
 
 def _mark_events(axes, summary: Summary, scale: float) -> None:
-    """Failures, ranks that fell silent before the others, and checkpoints, as lines on the time axis."""
-    lines = {"failed": (RED, "-", []), "ended early": (ORANGE, ":", []), "checkpoint": (GREEN, (0, (1, 2)), [])}
+    """Failures, retired workers, restarts, ranks that fell silent before the others, and checkpoints, on the time axis."""
+    lines = {"failed": (RED, "-", []), "retired": (RED, (0, (4, 2)), []), "restart": (INK, "-", []), "ended early": (ORANGE, ":", []), "checkpoint": (GREEN, (0, (1, 2)), [])}
     latest = max((rank.last_t for rank in summary.ranks if rank.last_t is not None), default=0.0)
     quiet = max(5.0, 0.02 * (summary.duration_s or 0.0))
     for rank in summary.ranks:
@@ -118,6 +118,8 @@ def _mark_events(axes, summary: Summary, scale: float) -> None:
             lines["failed"][2].append(rank.ended)
         elif rank.last_t is not None and rank.last_t < latest - quiet:
             lines["ended early"][2].append(rank.last_t)
+    lines["retired"][2].extend(loss.t for loss in summary.retirements[:20])
+    lines["restart"][2].extend(start.started for start in summary.restarts[1:20])
     lines["checkpoint"][2].extend(checkpoint.t for checkpoint in summary.checkpoints[-20:])
     for name, (colour, style, times) in lines.items():
         for number, t in enumerate(times):

@@ -15,6 +15,7 @@ from asgd_mpi.report import units
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.compare import Comparison
 from asgd_mpi.report.cost import Cost
+from asgd_mpi.report.incidents import incidents
 
 MAX_ROWS = 20     # of a table that grows with the length of the run or the number of ranks
 BAR_WIDTH = 40    # characters
@@ -24,7 +25,7 @@ MARKUP = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")  # an undersco
 def render(summary: Summary, cost: Cost | None = None) -> str:
     """Lay out the Markdown of one run."""
     return _template("report.md.j2").render(
-        s=summary, cost=cost, advice=advise(summary, cost), phases=PHASES,
+        s=summary, cost=cost, advice=advise(summary, cost), phases=PHASES, incidents=incidents(summary),
         epochs=list(zip(summary.epochs, summary.audit.epochs, strict=True)))
 
 

@@ -14,6 +14,7 @@ from asgd_mpi.record.summary import Summary
 from asgd_mpi.report import figures, units
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.cost import Cost
+from asgd_mpi.report.incidents import incidents
 from asgd_mpi.report.markdown import left_out, thin
 
 HERE = Path(__file__).parent
@@ -31,7 +32,7 @@ def page(summary: Summary, cost: Cost | None = None) -> str:
         pictures=drawn, missing=missing, phases=[phase for phase in PHASES if phase not in ("apply", "checkpoint")],
         workers=[(worker, shares.get(worker.rank, nothing)) for worker in summary.workers],
         training=_training(summary), traffic=_traffic(summary), money=_money(cost) if cost else [],
-        machine=_machine(summary))
+        machine=_machine(summary), incidents=incidents(summary))
 
 
 @cache

@@ -1,15 +1,17 @@
 """The server's decisions: which push counts, what it was worth, who works on what next, when the run is over.
 
-Pure: no MPI, no clock, no torch. Headers go in (`judge`, `tally`), verdicts and mail come out; the run, the tests and
-a simulation drive the same ledger. It owns the versions, the sample clock and the leases, and checks its own
-invariants: every push is applied exactly once, in a total order; every sample of every epoch is lent exactly once.
+Pure: no MPI, no clock, no torch. Headers go in (`judge`, `tally`, `refuse`, ...), verdicts and mail come out; the run,
+the tests and a simulation drive the same ledger. It owns the versions, the sample clock, the leases and the membership
+of the workers, and checks its own invariants: every push is applied exactly once, in a total order; every sample of
+every epoch is used exactly once, whoever is retired on the way and however often the run is resumed (`state`).
 
     lend -> (worker computes) -> judge -> lend ... -> all samples applied -> validate the final version -> finished
+              retired, refused: the range goes back and is lent again
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -19,12 +21,22 @@ if TYPE_CHECKING:
     from asgd_mpi.exchange.wire import Header
 
 LEASES_AHEAD = 2  # one to work on, one for the loader to read ahead
+MAX_TRIES = 3     # of a range whose gradient is not finite; then it is given up, and counted
 
 
 class Work(IntEnum):
     TRAIN = 1
     VALIDATE = 2     # the latest snapshot, on the way
     FINAL = 3        # the last version, by all workers
+
+
+class Orders(IntEnum):
+    """What a worker is to do beside its leases."""
+
+    GO_ON = 0
+    STOP = 1         # the run is finished
+    LEAVE = 2        # save what is to be saved: the run will be resumed
+    REST = 3         # retired for good: wait for one of the two above
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,11 @@ class Mail:
 
     judged: int               # packets of this worker that the server is done with
     version: int              # the latest version when the last of them was
-    stop: bool
-    leases: tuple[Lease, ...]
+    orders: Orders = Orders.GO_ON
+    dropped: int = 0          # packets of this worker that came when it had been retired; it is a new member then
+    save: int = 0             # number of the latest checkpoint that the worker is to save its own state for
+    best: int = 0             # the version with the lowest error so far
+    leases: tuple[Lease, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,7 @@ class Plan:
     batch_size: int
     lease_batches: int
     validate_every: float     # epochs
+    max_nonfinite: int = 3    # of a worker's gradients in a row, until it is retired
 
 
 class LedgerError(RuntimeError):
@@ -106,33 +122,64 @@ class _Account:
     lent: int = 0             # leases so far
     cursor: int = 0           # of the first lease: what is delivered of it
     leases: deque[Lease] = field(default_factory=deque)
+    dropped: int = 0
+    nonfinite: int = 0        # in a row
+    is_member: bool = True    # lent to
+    may_return: bool = True   # a retired worker is a member again with its next packet
+    is_gone: bool = False     # has said goodbye, or its process is dead
+
+    def undelivered(self) -> list[tuple[Work, Segment]]:
+        return [(lease.work, Segment(lease.epoch, lease.start if number else self.cursor, lease.stop))
+                for number, lease in enumerate(self.leases)]
 
 
 class Ledger:
-    """See the module. `lr_at(samples, staleness)` is the schedule."""
+    """See the module. `lr_at(samples, staleness)` is the schedule; `state` is that of a ledger to go on from."""
 
-    def __init__(self, plan: Plan, lr_at: Callable[[int, int], float]):
+    def __init__(self, plan: Plan, lr_at: Callable[[int, int], float], state: dict | None = None):
         self.plan = plan
         self.version = 0
         self.samples = 0                                    # applied
+        self.best: Score | None = None
+        self.save = 0                                       # the latest checkpoint asked for
+        self.given_up: list[Segment] = []
         self._lr_at = lr_at
-        self._lent = 0                                      # samples lent, over all epochs
+        self._lent = 0                                      # samples lent for the first time, over all epochs
+        self._returned: deque[tuple[Work, Segment]] = deque()   # to be lent before anything new,
+        self._later: deque[Segment] = deque()               # ... and at the end of an epoch
+        self._tries: Counter[Segment] = Counter()           # of those
         self._validations_due = 0                           # not yet lent
         self._final_lent = False
         self._partial: list[Header] = []                    # of the final validation
+        self._is_leaving = False
         self._news: set[int] = set(range(plan.num_workers)) # workers whose mail has changed
         self._accounts = [_Account() for _ in range(plan.num_workers)]
-        for _ in range(LEASES_AHEAD):                       # in turn, so that a small epoch reaches everybody
-            for worker in range(plan.num_workers):
-                self._lend(worker)
+        if state:
+            self._restore(state)
+        self._lend_to_all()
 
     @property
     def trained(self) -> bool:
-        return self.samples == self.plan.total_samples
+        return self.samples + sum(segment.stop - segment.start for segment in self.given_up) == self.plan.total_samples
 
     @property
     def finished(self) -> bool:
-        return self._final_lent and not any(account.leases for account in self._accounts)
+        return self._final_lent and not self._returned and not any(account.leases for account in self._accounts)
+
+    @property
+    def members(self) -> list[int]:
+        """The workers that are lent to."""
+        return [worker for worker, account in enumerate(self._accounts) if account.is_member]
+
+    @property
+    def present(self) -> list[int]:
+        """The workers that have not said goodbye, and whose process is not known to be dead."""
+        return [worker for worker, account in enumerate(self._accounts) if not account.is_gone]
+
+    @property
+    def in_debt(self) -> list[int]:
+        """The workers that hold a lease."""
+        return [worker for worker, account in enumerate(self._accounts) if account.leases]
 
     def judge(self, header: Header) -> Verdict:
         """Take a gradient into account. Raises LedgerError if it cannot be one of this run's."""
@@ -143,6 +190,7 @@ class Ledger:
         self.version += 1
         self.samples += header.count
         self._accounts[header.worker].made = self.version
+        self._accounts[header.worker].nonfinite = 0
         if self._epochs_validated(self.samples) > before and not self.trained:
             self._validations_due = 1
         self._relend(header.worker)
@@ -150,21 +198,100 @@ class Ledger:
 
     def tally(self, header: Header) -> Score | None:
         """Take a validated range into account; the score, once it is whole. Raises LedgerError."""
-        work = self._accounts[header.worker].leases[0].work if self._accounts[header.worker].leases else None
         self._settle(header, {Work.VALIDATE, Work.FINAL})
+        work = self._accounts[header.worker].leases[0].work
         self._accounts[header.worker].made = self.version
         self._relend(header.worker)
         if work == Work.VALIDATE:
-            return _score([header], final=False)
-        self._partial.append(header)
-        return _score(self._partial, final=True) if self.finished else None
+            score = _score([header], final=False)
+        else:
+            self._partial.append(header)
+            score = _score(self._partial, final=True) if self.finished else None
+        if score and (self.best is None or score.top1_error < self.best.top1_error):
+            self.best = score
+        return score
+
+    def refuse(self, header: Header) -> list[Segment]:
+        """Take a gradient that is not finite into account: its range is lent again at the end of the epoch.
+
+        Returns what is given up since it was tried MAX_TRIES times. A worker with `max_nonfinite` of them in a row is
+        retired for good. Raises LedgerError.
+        """
+        given_up = []
+        for segment in self._settle(header, {Work.TRAIN}):
+            self._tries[segment] += 1
+            if self._tries[segment] < MAX_TRIES:
+                self._later.append(segment)
+            else:
+                given_up.append(segment)
+        self.given_up += given_up
+        account = self._accounts[header.worker]
+        account.made = self.version
+        account.nonfinite += 1
+        self._relend(header.worker)
+        if account.nonfinite >= self.plan.max_nonfinite:
+            self.retire(header.worker, for_good=True)
+        return given_up
+
+    def acknowledge(self, header: Header) -> None:
+        """Take a packet without a payload into account."""
+        account = self._accounts[header.worker]
+        account.judged = header.packet
+        account.made = self.version
+        self._news.add(header.worker)
+
+    def retire(self, worker: int, for_good: bool, is_gone: bool = False) -> int:
+        """Lend to this worker no more; what it held goes back. Returns the positions that it held."""
+        account = self._accounts[worker]
+        held = account.undelivered()
+        account.leases.clear()
+        account.is_member = False
+        account.may_return = account.may_return and not for_good
+        account.is_gone = account.is_gone or is_gone
+        self._returned.extend(held)
+        self._news.add(worker)
+        self._lend_to_all()
+        return sum(segment.stop - segment.start for _, segment in held)
+
+    def readmit(self, header: Header) -> bool:
+        """Drop a packet of a retired worker, and make it a member again unless it is retired for good; whether it is."""
+        account = self._accounts[header.worker]
+        self.acknowledge(header)
+        account.dropped += 1
+        account.read = self.version if account.may_return else account.read
+        account.is_member = account.may_return
+        self._lend_to_all()
+        return account.is_member
+
+    def reject(self, worker: int) -> None:
+        """Count a packet that makes no sense: its worker must not wait for it."""
+        self._accounts[worker].judged += 1
+        self._accounts[worker].dropped += 1
+        self._news.add(worker)
+
+    def goodbye(self, worker: int) -> None:
+        self._accounts[worker].is_gone = True
+
+    def leave(self) -> None:
+        """Lend nothing more, and send everybody home: the run will be resumed."""
+        self._is_leaving = True
+        self._news.update(self.present)
+
+    def ask_to_save(self) -> int:
+        """Ask every worker to save its own state for the next checkpoint; returns the number of that."""
+        self.save += 1
+        self._news.update(self.present)
+        return self.save
 
     def take_news(self) -> Iterator[tuple[int, Mail]]:
         """Each worker whose mail has changed since the last call, and its mail."""
         news, self._news = self._news, set()
         for worker in sorted(news if not self.finished else range(self.plan.num_workers)):
             account = self._accounts[worker]
-            yield worker, Mail(account.judged, account.made, self.finished, tuple(account.leases))
+            orders = (Orders.STOP if self.finished else Orders.LEAVE if self._is_leaving
+                      else Orders.GO_ON if account.is_member or account.may_return else Orders.REST)
+            yield worker, Mail(account.judged, account.made, orders, account.dropped, self.save,
+                               self.best.version if self.best else 0, tuple(account.leases))
 
     def outstanding(self) -> str:
         """Who holds what, for a message: `worker 0 (rank 1): lease 3, epoch 1 [64, 128), 0 of 64 delivered`."""
@@ -172,6 +299,38 @@ class Ledger:
             f"worker {worker} (rank {worker + 1}): lease {lease.number}, epoch {lease.epoch} "
             f"[{lease.start}, {lease.stop}), {account.cursor - lease.start} of {lease.stop - lease.start} delivered"
             for worker, account in enumerate(self._accounts) for lease in list(account.leases)[:1]) or "nobody"
+
+    def state(self) -> dict:
+        """What another ledger needs to go on from here, as JSON: what is lent and not delivered is to be lent again."""
+        held = [account.undelivered() for account in self._accounts]
+        by_turn = [leases[turn] for turn in range(LEASES_AHEAD) for leases in held if turn < len(leases)]
+        todo = [(int(work), segment.epoch, segment.start, segment.stop)
+                for work, segment in [*by_turn, *self._returned] if work != Work.FINAL]    # that one begins again
+        return {
+            "version": self.version, "samples": self.samples, "lent": self._lent, "todo": todo,
+            "later": [(part.epoch, part.start, part.stop, self._tries[part]) for part in self._later],
+            "given_up": [(part.epoch, part.start, part.stop) for part in self.given_up],
+            "validations_due": self._validations_due, "finished": self.finished,
+            "best": None if self.best is None else [
+                self.best.version, self.best.num_images, self.best.loss, self.best.top1_error, self.best.top5_error]}
+
+    def _restore(self, state: dict) -> None:
+        self.version, self.samples, self._lent = state["version"], state["samples"], state["lent"]
+        self._returned.extend((Work(work), Segment(*segment)) for work, *segment in state["todo"])
+        for *segment, tries in state["later"]:
+            self._later.append(Segment(*segment))
+            self._tries[Segment(*segment)] = tries
+        self.given_up = [Segment(*segment) for segment in state["given_up"]]
+        self._validations_due = state["validations_due"]
+        self.best = Score(*state["best"], final=False) if state["best"] else None
+        waiting = [segment for work, segment in self._returned if work == Work.TRAIN] + [*self._later, *self.given_up]
+        claimed = self.samples + sum(segment.stop - segment.start for segment in waiting)
+        if claimed != self._lent or self._lent > self.plan.total_samples:
+            raise LedgerError(
+                f"the saved ledger does not add up: {self.samples} samples applied, {claimed - self.samples} to do again, "
+                f"{self._lent} lent in all, {self.plan.total_samples} in this run")
+        for account in self._accounts:
+            account.read = account.made = self.version
 
     def _settle(self, header: Header, works: set[Work]) -> tuple[Segment, ...]:
         """Check a packet against what its worker was lent and move the worker's cursor; returns what it covers."""
@@ -213,39 +372,61 @@ class Ledger:
             account.leases.popleft()
             if account.leases:
                 account.cursor = account.leases[0].start
-        for _ in range(LEASES_AHEAD - len(account.leases)):
-            self._lend(worker)
-        if self.trained and not self._final_lent and not any(other.leases for other in self._accounts):
-            self._lend_final()
+        while len(account.leases) < LEASES_AHEAD and self._lend(worker):
+            pass
+        if self._returned or self._later:
+            self._lend_to_all()                             # others may be idle
+        self._lend_final_if_due()
 
-    def _lend(self, worker: int) -> None:
-        """Lend the next range to `worker`, if anything is left."""
+    def _lend_to_all(self) -> None:
+        """Lend in turn, so that a small epoch reaches everybody."""
+        for ahead in range(LEASES_AHEAD):
+            for worker in self.members:
+                if len(self._accounts[worker].leases) <= ahead:
+                    self._lend(worker)
+        self._lend_final_if_due()
+
+    def _lend(self, worker: int) -> bool:
+        """Lend the next range to `worker`, if anything is left; whether there was."""
         plan = self.plan
-        if self._validations_due and plan.num_validation:
+        if self._is_leaving:
+            return False
+        if self._returned:
+            work, segment = self._returned.popleft()
+            self._grant(worker, work, segment)
+        elif self._validations_due and plan.num_validation:
             self._validations_due = 0
-            self._grant(worker, Work.VALIDATE, 0, 0, plan.num_validation)
+            self._grant(worker, Work.VALIDATE, Segment(0, 0, plan.num_validation))
+        elif self._later and (self._lent % plan.num_samples == 0 or self._lent == plan.total_samples):
+            self._grant(worker, Work.TRAIN, self._later.popleft())
         elif self._lent < plan.total_samples:
             epoch, start = divmod(self._lent, plan.num_samples)
             left = min(plan.num_samples - start, plan.total_samples - self._lent)
             stop = start + min(plan.lease_batches * plan.batch_size, left)
             self._lent += stop - start
-            self._grant(worker, Work.TRAIN, epoch, start, stop)
+            self._grant(worker, Work.TRAIN, Segment(epoch, start, stop))
+        else:
+            return False
+        return True
 
-    def _lend_final(self) -> None:
-        """Share the validation split out among all workers: nobody pushes any more, so all read the last version."""
+    def _lend_final_if_due(self) -> None:
+        """Share the validation split out among all members: nobody pushes any more, so all read the last version."""
+        if not self.trained or self._final_lent or self._is_leaving or self.in_debt or not self.members:
+            return
         self._final_lent = True
-        count, workers = self.plan.num_validation, self.plan.num_workers
-        for worker in range(workers):
-            start, stop = worker * count // workers, (worker + 1) * count // workers
+        self._returned.clear()                              # a validation on the way that nobody has begun
+        count, members = self.plan.num_validation, self.members
+        for turn, worker in enumerate(members):
+            start, stop = turn * count // len(members), (turn + 1) * count // len(members)
             if start < stop:
-                self._grant(worker, Work.FINAL, 0, start, stop)
+                self._grant(worker, Work.FINAL, Segment(0, start, stop))
 
-    def _grant(self, worker: int, work: Work, epoch: int, start: int, stop: int) -> None:
+    def _grant(self, worker: int, work: Work, segment: Segment) -> None:
         account = self._accounts[worker]
         account.lent += 1
         if not account.leases:
-            account.cursor = start
-        account.leases.append(Lease(account.lent, work, epoch, start, stop))
+            account.cursor = segment.start
+        account.leases.append(Lease(account.lent, work, segment.epoch, segment.start, segment.stop))
         self._news.add(worker)
 
     def _epochs_validated(self, samples: int) -> int:
@@ -254,7 +435,7 @@ class Ledger:
 
 def _score(parts: list[Header], final: bool) -> Score:
     """Sum up the parts; images left out as damaged do not count."""
-    seen = sum(part.count - part.skipped for part in parts)
+    seen = max(1, sum(part.count - part.skipped for part in parts))
     return Score(version=parts[0].read_version, num_images=seen, loss=sum(part.loss for part in parts) / seen,
                  top1_error=1 - sum(part.top1 for part in parts) / seen,
                  top5_error=1 - sum(part.top5 for part in parts) / seen, final=final)

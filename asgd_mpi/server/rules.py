@@ -22,6 +22,8 @@ def pieces(num_floats: int) -> Iterator[slice]:
 
 
 class Rule(Protocol):
+    state: dict[str, torch.Tensor]        # what a checkpoint keeps of the rule, (P,) float32 each
+
     def apply_(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
         """Move `piece` of the weights by that of the gradient; both (P,) float32."""
 
@@ -38,11 +40,11 @@ class Asgd:
     def __init__(self, num_parameters: int, config: RuleConfig):
         self.momentum = config.momentum if config.momentum_at == "server" else 0.0
         self.weight_decay = config.weight_decay
-        self.velocity = torch.zeros(num_parameters) if self.momentum else None
+        self.state = {"velocity": torch.zeros(num_parameters)} if self.momentum else {}
 
     def apply_(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
         torch._fused_sgd_(
-            [weights[piece]], [gradient[piece]], [] if self.velocity is None else [self.velocity[piece]],
+            [weights[piece]], [gradient[piece]], [velocity[piece] for velocity in self.state.values()],
             weight_decay=self.weight_decay, momentum=self.momentum, lr=lr, dampening=0.0, nesterov=False,
             maximize=False, is_first_step=False)
 

@@ -1,30 +1,38 @@
-"""The server: take a packet, let the ledger judge it, apply it to the next snapshot, publish, answer."""
+"""The server: take a packet, let the ledger judge it, apply it to the next snapshot, publish, answer.
+
+Between packets it looks around: who is dead or has fallen behind, is a checkpoint due, was the job asked to end.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 import xxhash
 
-from asgd_mpi.errors import TrainingDiverged
+from asgd_mpi.config import CheckpointConfig, FailureConfig
+from asgd_mpi.errors import DeadlineExceeded, TrainingDiverged, WorkersLost
 from asgd_mpi.exchange.link import Arrival, Inbox
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.record.events import EventLog, Publish, Push, Validation
+from asgd_mpi.record.events import EventLog, Member, Note, Publish, Push, Refusal, Retirement, Validation
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.server.ledger import Ledger, Score, Verdict
+from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict
 from asgd_mpi.server.rules import Rule, pieces
+from asgd_mpi.server.saver import Saver
 
 POLL_EVERY = 8   # pieces: a few milliseconds of applying; an idle poll may give the core away
+LOOK_S = 0.1     # between two looks around
 
 
 @dataclass
 class Server:
-    """Everything rank 0 holds; `run` is its loop."""
+    """Everything rank 0 holds; `run` is its loop. `asked_to_leave` names the signal that came, if one did."""
 
     window: ServerWindow
     inbox: Inbox
@@ -35,52 +43,264 @@ class Server:
     pushes: EventLog
     progress: Progress
     timeout_s: float
+    failure: FailureConfig
+    checkpoint: CheckpointConfig
+    saver: Saver
     hash_snapshots: bool = False
     statistics: torch.Tensor | None = None                 # batch-norm statistics of the last validated version
+    workers_keep_momentum: bool = False
+    asked_to_leave: Callable[[], str] = lambda: ""
+    at_every_pass: Callable[[], None] = lambda: None       # failures that are rehearsed
     final_score: Score | None = field(default=None, init=False)
+    latest_score: Score | None = field(default=None, init=False)
+    left_because: str = field(default="", init=False)      # a signal: the run is to be resumed
+    losses: list[Retirement] = field(default_factory=list, init=False)
+
+    def __post_init__(self):
+        now = time.monotonic()
+        self._heard = [now] * self.ledger.plan.num_workers  # when each worker was last heard of
+        self._looked = self._saved_at = now
+        self._saved_samples = self.ledger.samples
 
     def publish_first(self, weights: torch.Tensor) -> None:
-        """Publish version 0, the (P,) float32 `weights`, and the first leases."""
-        with self.window.next_snapshot(version=0) as fresh:
+        """Publish the (P,) float32 `weights` as the version that the ledger begins with, and the first leases."""
+        with self.window.next_snapshot(self.ledger.version) as fresh:
             fresh.copy_(weights)
         self._hash()
         self._answer()
 
     def run(self) -> None:
-        while not self.ledger.finished:
-            arrivals = self.inbox.take(self.timeout_s, self.ledger.outstanding)       # waits inside MPI
-            self._apply([arrival for arrival in arrivals if arrival.header.kind == Kind.GRADIENT])
-            self._score([arrival for arrival in arrivals if arrival.header.kind == Kind.VALIDATION])
-            for arrival in arrivals:
-                self.inbox.release(arrival)
-            self._answer()
-            self.meter.tick()
+        """Serve until the run is finished, or was left: then `left_because` says why. Raises UserError."""
+        while not self.ledger.finished and not self.left_because:
+            self._turn()
+        self._part()
+
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is now, and wait for it."""
+        self._log_saved(self.saver.finish(self._best, self.timeout_s))
+        if not self.saver.is_busy:
+            self._begin_to_save(self.ledger.save + 1, set())
+            self._log_saved(self.saver.finish(self._best, self.timeout_s))
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether the run goes on, or ended, with fewer workers than it began with."""
+        return len(self.ledger.members) < self.ledger.plan.num_workers
+
+    def _turn(self) -> None:
+        arrivals = self.inbox.take(LOOK_S)                                            # waits inside MPI
+        now = time.monotonic()
+        for arrival in arrivals:
+            self._heard[arrival.worker] = now
+        self._apply([arrival for arrival in arrivals if arrival.header and arrival.header.kind == Kind.GRADIENT])
+        for arrival in arrivals:
+            if not arrival.header or arrival.header.kind != Kind.GRADIENT:
+                self._take_note(arrival)
+        for arrival in arrivals:
+            self.inbox.release(arrival)
+        if not arrivals or now - self._looked > LOOK_S:
+            self._looked = now
+            self._look_around(now)
+        self._answer()
+        self.meter.tick()
+
+    def _part(self) -> None:
+        """Let the workers deliver what they hold, save what they keep, and say goodbye."""
+        number = 0
+        if self.left_because:
+            self.progress.say(f"{self.left_because}: finishing the steps under way, then a checkpoint")
+            self.ledger.leave()
+            if self.workers_keep_momentum:
+                number = self.ledger.save + 1
+                self.saver.announce(number)
+                self.ledger.ask_to_save()
+        self._answer()
+        deadline = time.monotonic() + self.failure.grace_s
+        while self.ledger.present and time.monotonic() < deadline:
+            self._turn()
+        if self.ledger.present:
+            self._say(f"no goodbye from rank {', '.join(str(worker + 1) for worker in self.ledger.present)} within "
+                      f"{self.failure.grace_s:g} s (--failure.grace_s)")
+        with self.meter.phase("checkpoint"):
+            self._log_saved(self.saver.finish(self._best, self.timeout_s))
+            self._begin_to_save(number or self.ledger.save + 1, set())
+            self._log_saved(self.saver.finish(self._best, self.timeout_s))
 
     def _apply(self, arrivals: list[Arrival]) -> None:
         """Apply the gradients one after the other, in one pass over the vectors."""
-        if not arrivals:
+        judged = [(arrival, verdict) for arrival in arrivals if (verdict := self._judge(arrival))]
+        if not judged:
             return
-        for arrival in arrivals:
-            _demand_finite(arrival.header, self.ledger)
-        verdicts = [self.ledger.judge(arrival.header) for arrival in arrivals]
+        self.at_every_pass()
         with self.meter.phase("apply"), self.window.next_snapshot(self.ledger.version) as weights:    # publishes on exit
             for number, piece in enumerate(pieces(len(weights)), start=1):
                 weights[piece].copy_(self.window.latest[piece])
-                for arrival, verdict in zip(arrivals, verdicts):
+                for arrival, verdict in judged:
                     self.rule.apply_(weights, arrival.payload, verdict.lr, piece)
                 if number % POLL_EVERY == 0:
                     self.inbox.poll()                                                 # fetches over a network need that
         self._hash()
-        for arrival, verdict in zip(arrivals, verdicts):
+        for arrival, verdict in judged:
             self._record(arrival.header, verdict)
 
-    def _score(self, arrivals: list[Arrival]) -> None:
-        for arrival in arrivals:
-            if self.statistics is not None:
-                self.statistics.copy_(arrival.payload[:len(self.statistics)])
-            score = self.ledger.tally(arrival.header)
-            if score is not None:
-                self._announce(score)
+    def _judge(self, arrival: Arrival) -> Verdict | None:
+        """The verdict on a gradient; None if it is not to be applied, which is then recorded."""
+        header = arrival.header
+        if header.worker not in self.ledger.members:
+            self._drop(header)
+            return None
+        try:
+            if math.isfinite(header.loss):
+                return self.ledger.judge(header)
+            self._refuse(header)
+        except LedgerError as error:
+            self._expel(arrival.worker, str(error))
+        return None
+
+    def _take_note(self, arrival: Arrival) -> None:
+        """Act on a packet that is no gradient."""
+        header, worker = arrival.header, arrival.worker
+        try:
+            if header is None:
+                self._expel(worker, arrival.fault)
+            elif header.kind in (Kind.VALIDATION, Kind.NONFINITE) and worker not in self.ledger.members:
+                self._drop(header)
+            elif header.kind == Kind.VALIDATION:
+                self._score(arrival)
+            elif header.kind == Kind.NONFINITE:
+                self._refuse(header)
+            else:
+                self.ledger.acknowledge(header)
+                self._listen(header)
+        except LedgerError as error:
+            self._expel(worker, str(error))
+
+    def _listen(self, header: Header) -> None:
+        """What a worker says of itself."""
+        match header.kind:
+            case Kind.SAVED:
+                self.saver.saved(header.worker)
+            case Kind.BEST:
+                best = self.ledger.best
+                if best and best.version == header.read_version:
+                    self._log_saved(self.saver.keep_best(header.read_version, best, self.ledger.samples))
+            case Kind.SIGNAL:
+                self.left_because = self.left_because or f"rank {header.worker + 1} was asked to end by a signal"
+            case Kind.FAILED:
+                self._retire(header.worker, f"it failed: see error.rank{header.worker + 1:03d}.txt", for_good=True)
+            case Kind.GOODBYE:
+                self.ledger.goodbye(header.worker)
+
+    def _look_around(self, now: float) -> None:
+        parting = self.ledger.finished or self.left_because
+        for worker in self.inbox.dead & set(self.ledger.present):
+            self._retire(worker, "its process has ended", for_good=True, is_gone=True)
+        self._log_saved(self.saver.poll(self._best))
+        if parting:
+            return
+        self.left_because = self.asked_to_leave()
+        in_debt = set(self.ledger.in_debt)
+        for worker, heard in enumerate(self._heard):
+            if worker not in in_debt and worker in self.ledger.members:
+                self._heard[worker] = now                                             # idle: nothing is due from it
+            elif worker in in_debt and now - heard > self.failure.retire_after_s:
+                self._retire(worker, f"nothing has come from it for {now - heard:.0f} s (--failure.retire_after_s)",
+                             for_good=False)
+        self._demand_workers(now)
+        if self._checkpoint_is_due(now):
+            self._saved_at, self._saved_samples = now, self.ledger.samples
+            waits_for = set(self.ledger.members) if self.workers_keep_momentum else set()
+            self._begin_to_save(self.ledger.save + 1, waits_for)
+
+    def _demand_workers(self, now: float) -> None:
+        """Raises UserError if there is nobody left to train."""
+        if self.ledger.members:
+            return
+        history = "\n".join(f"  rank {loss.rank}: {loss.reason}" for loss in self.losses)
+        if all("not finite" in loss.reason for loss in self.losses):
+            raise TrainingDiverged(
+                f"the loss or the gradient of every worker is no longer finite at version {self.ledger.version}:\n{history}\n"
+                "The learning rate is too high for this staleness: try --schedule.lr at a third of its value, "
+                "--schedule.warmup_epochs, a lower --rule.momentum, or fewer workers. Momentum on the server is the first "
+                "suspect: with 8 workers and momentum 0.9 the stable rate is 13 times lower than without. Checkpoints of "
+                "before are kept: see checkpoints/ in the run directory.")
+        may_return = [worker for worker in self.ledger.present if worker not in {loss.rank - 1 for loss in self.losses
+                                                                                if loss.for_good}]
+        if not may_return:
+            raise WorkersLost(f"no worker is left at version {self.ledger.version}:\n{history}\nMend that, and go on from "
+                              "the checkpoint with --resume RUN_DIR.")
+        if now - max(self._heard) > self.timeout_s:
+            raise DeadlineExceeded(f"rank 0 has heard of no worker for {self.timeout_s:g} s (--run.timeout_s):\n{history}\n"
+                                   "See stalls/ in the run directory for where they stand.")
+
+    def _checkpoint_is_due(self, now: float) -> bool:
+        every = self.checkpoint
+        by_time = bool(every.every_s) and now - self._saved_at >= every.every_s
+        by_samples = bool(every.every_samples) and self.ledger.samples - self._saved_samples >= every.every_samples
+        return (by_time or by_samples) and not self.saver.is_busy and self.ledger.samples > self._saved_samples
+
+    def _begin_to_save(self, number: int, waits_for: set[int]) -> None:
+        if waits_for:
+            self.saver.announce(number)
+            self.ledger.ask_to_save()
+        with self.meter.phase("checkpoint"):
+            self.saver.begin(number, self.window.latest, self.ledger, self.statistics, self.latest_score, waits_for)
+
+    def _log_saved(self, event: msgspec.Struct | None) -> None:
+        if event:
+            self.log.write(event)
+
+    @property
+    def _best(self) -> int:
+        return self.ledger.best.version if self.ledger.best else -1
+
+    def _drop(self, header: Header) -> None:
+        """Refuse what a retired worker sends; it may begin again."""
+        is_member = self.ledger.readmit(header)
+        self._record_refusal(header.worker, "it came from a retired worker")
+        if is_member:
+            self._say(f"rank {header.worker + 1} is back, and begins again")
+            self.pushes.write(Member(time.time(), self.ledger.version, header.worker))
+
+    def _refuse(self, header: Header) -> None:
+        """Refuse a gradient that is not finite."""
+        given_up = sum(segment.stop - segment.start for segment in self.ledger.refuse(header))
+        self._record_refusal(header.worker, f"not finite: loss {header.loss}", given_up)
+        if given_up:
+            self._say(f"{given_up} images are left out of the epoch: their gradient was not finite, however often tried")
+        if header.worker not in self.ledger.members:
+            limit = self.ledger.plan.max_nonfinite
+            self._retire(header.worker, f"{limit} gradients in a row were not finite (the last loss: {header.loss})",
+                         for_good=True)
+
+    def _expel(self, worker: int, fault: str) -> None:
+        """Refuse a packet that makes no sense, and trust its sender no more."""
+        self.ledger.reject(worker)
+        self._record_refusal(worker, fault)
+        self._retire(worker, f"it sent a packet that makes no sense: {fault}", for_good=True)
+
+    def _retire(self, worker: int, reason: str, for_good: bool, is_gone: bool = False) -> None:
+        held = self.ledger.retire(worker, for_good, is_gone)
+        event = Retirement(time.time(), worker + 1, self.ledger.version, held, reason, for_good)
+        self.losses.append(event)
+        self.log.write(event)
+        self.saver.saved(worker)
+        self._say(f"rank {worker + 1} is retired at version {self.ledger.version}: {reason}; its {held} images go back")
+
+    def _record_refusal(self, worker: int, reason: str, given_up: int = 0) -> None:
+        self.log.write(Refusal(time.time(), worker + 1, self.ledger.version, reason, given_up))
+        self.meter.add(refused_pushes=1)
+
+    def _say(self, text: str) -> None:
+        self.log.write(Note(time.time(), text))
+        self.progress.say(text)
+
+    def _score(self, arrival: Arrival) -> None:
+        score = self.ledger.tally(arrival.header)
+        if self.statistics is not None:
+            self.statistics.copy_(arrival.payload[:len(self.statistics)])
+        if score is not None:
+            self._announce(score)
 
     def _announce(self, score: Score) -> None:
         samples = self.ledger.samples
@@ -88,6 +308,7 @@ class Server:
             time.time(), score.version, samples, samples / self.ledger.plan.num_samples, score.num_images,
             score.top1_error, score.top5_error, score.loss if math.isfinite(score.loss) else None, score.final))
         self.progress.validated(score.top1_error)
+        self.latest_score = score
         if score.final:
             self.final_score = score
 
@@ -107,13 +328,3 @@ class Server:
         if self.hash_snapshots:
             digest = xxhash.xxh3_64_hexdigest(self.window.latest.numpy())
             self.log.write(Publish(time.time(), self.window.version, digest))
-
-
-def _demand_finite(header: Header, ledger: Ledger) -> None:
-    if not math.isfinite(header.loss):
-        raise TrainingDiverged(
-            f"the loss is {header.loss} at version {ledger.version} (worker {header.worker}, staleness "
-            f"{ledger.version - header.read_version}): the weights are lost. The learning rate is too high for this "
-            "staleness: try --schedule.lr at a third of its value, --schedule.warmup_epochs, a lower --rule.momentum, or "
-            "fewer workers. Momentum on the server is the first suspect: with 8 workers and momentum 0.9 the stable "
-            "rate is 13 times lower than without.")

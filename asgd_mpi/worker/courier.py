@@ -45,7 +45,7 @@ class Courier:
         self._staging = torch.empty(flat.num_floats, pin_memory=True) if on_gpu else None
         self._stream = torch.cuda.Stream(flat.device) if on_gpu and overlap else None
         self.version = 0
-        self.mail = Mail(judged=0, version=0, stop=False, leases=())
+        self.mail = Mail(judged=0, version=0)
 
     @property
     def sent(self) -> int:
@@ -96,9 +96,14 @@ class Courier:
             self._flat.swap_weights_()
         return True
 
-    def await_lease(self, number: int) -> None:
-        """Wait until the server grants that lease, or ends the run."""
-        self.mail = self._run(self._window.await_mail, self.sent, number).result()
+    def say(self, header: Header) -> None:
+        """Send a packet without a payload, and wait until the server has taken note of it."""
+        self.start(header, lambda payload: 0, fetch=False)
+        self.wait()
+
+    def await_mail(self, until: Callable[[Mail], bool], for_what: str) -> None:
+        """Wait for mail of which `until` holds."""
+        self.mail = self._run(self._window.await_mail, self.sent, until, for_what).result()
 
     def close(self) -> None:
         if self._thread:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 
 import torch
 import xxhash
@@ -17,8 +19,9 @@ from asgd_mpi.model import batchnorm
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.events import EventLog, Fetch
 from asgd_mpi.record.meter import Meter
-from asgd_mpi.server.ledger import Lease, Work
+from asgd_mpi.server.ledger import Lease, Mail, Orders, Work
 from asgd_mpi.worker.courier import Courier
+from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.momentum import Momentum
 from asgd_mpi.worker.step import Normalise, compute_gradient_, validate
 
@@ -41,10 +44,15 @@ class _Sum:
 
 
 class Worker:
-    """Everything a worker holds; `run` is its loop. `loaders` are those of the train and the val split."""
+    """Everything a worker holds; `run` is its loop. `loaders` are those of the train and the val split.
+
+    at_every_batch: what to do to a gradient that has been computed; failures are rehearsed with it.
+    """
 
     def __init__(self, number: int, courier: Courier, flat: FlatModel, normalise: Normalise,
-                 loaders: tuple[Loader, Loader], config: Config, meter: Meter, log: EventLog | None = None):
+                 loaders: tuple[Loader, Loader], config: Config, meter: Meter, keeper: Keeper, log: EventLog | None = None,
+                 asked_to_leave: Callable[[], str] = lambda: "",
+                 at_every_batch: Callable[[torch.Tensor], None] = lambda gradient: None):
         self.number = number
         self.courier = courier
         self.flat = flat
@@ -55,58 +63,146 @@ class Worker:
         self.exchange = config.exchange
         self.momentum = Momentum(config.rule, flat.weights)
         self.meter = meter
+        self.keeper = keeper
         self.log = log                                         # of every fetched snapshot's hash, if asked for
+        self.asked_to_leave, self.at_every_batch = asked_to_leave, at_every_batch
         self._sum: _Sum | None = None
         self._since_fetch = 0                                  # batches
         self._ahead: dict[int, deque[Future[Batch]]] = {}      # batches under way, by lease
         self._last_ahead = 0                                   # the last lease that the loader has heard of
+        self._done = 0                                         # the last lease that was worked on
+        self._pushed = False                                   # a gradient is under way,
+        self._made = -1                                        # ... the version that the last one made
+        self._dropped = 0                                      # packets, as far as this worker knows
+        self._saved = 0                                        # the last checkpoint that the momentum was saved for
+        self._told_of_signal = False
 
     def run(self) -> None:
+        """Work until the run is finished or left."""
         self._refresh()
+        self._made = self.courier.version
         for lease in self._leases():
             if lease.work == Work.TRAIN:
                 self._train(lease)
             else:
                 self._validate(lease)
+            self._done = lease.number
+        self.part()
+
+    def rest(self) -> None:
+        """After a failure: give all work back, wait for the end of the run, and take part in that."""
+        with suppress(Exception):                              # the trip that failed
+            self.courier.wait()
+        self.courier.say(self._header(Kind.FAILED))
+        self._await_end()
+        self.part()
+
+    def part(self) -> None:
+        """Save what the next start needs, and say goodbye."""
+        self._take()
+        if self.courier.mail.orders == Orders.LEAVE:
+            self._save_if_asked()
+        self._tell_of_saved(wait=True)
+        self.keeper.close()
+        self.courier.say(self._header(Kind.GOODBYE))
         self.courier.close()
 
     def _train(self, lease: Lease) -> None:
+        membership = self._dropped
         for batch in self._batches(lease):
             with self.meter.phase("compute"):                                  # -> flat.gradient (P,)
                 loss = compute_gradient_(self.flat, self.normalise, batch, self.seed, accumulate=self._sum is not None)
+                self.at_every_batch(self.flat.gradient)
             self._sum = self._sum or _Sum(lease, batch)
             self._sum.add(batch, loss)
             self.meter.add(images=batch.stop - batch.start, skipped_images=batch.skipped)
             if self._is_due(self._sum):
                 self._push()
             self.meter.tick()
+            if self._is_interrupted() or self._dropped != membership:
+                return
 
     def _is_due(self, done: _Sum) -> bool:
         """Whether to push now; n_push auto sums on while the courier is under way."""
         return self.courier.is_back() if self.exchange.n_push == "auto" else done.batches == self.exchange.n_push
 
+    def _is_interrupted(self) -> bool:
+        """Whether to leave the lease as it is: the run is left, or this worker has lost it."""
+        if self.asked_to_leave() and not self._told_of_signal:
+            self._told_of_signal = True
+            self._take()
+            self.courier.say(self._header(Kind.SIGNAL))
+            self._await_end()                                                  # what is summed up is trained again
+        return self.courier.mail.orders != Orders.GO_ON or self._lost_membership()
+
+    def _lost_membership(self) -> bool:
+        """Whether a packet was dropped since this worker had been retired: then it begins again, as a new one."""
+        mail = self.courier.mail
+        if mail.dropped == self._dropped:
+            return False
+        self._dropped = mail.dropped
+        self._sum = None
+        self.momentum.load_({})
+        self._made = mail.version
+        granted = {lease.number for lease in mail.leases}
+        self._ahead = {number: futures for number, futures in self._ahead.items() if number in granted}
+        self._refresh()
+        return True
+
     def _push(self) -> None:
         """Send the courier with the sum; go on with the weights that the last trip brought, or this one without overlap."""
         version, done, self._sum = self.courier.version, self._sum, None
         self._take()
-        with self.meter.phase("compute"):
-            self.momentum.push_(self.flat.gradient)
+        if self._lost_membership():
+            return
         self._since_fetch += done.batches
         fetch = self._since_fetch >= self.exchange.n_fetch
         self._since_fetch = 0 if fetch else self._since_fetch
-        self.courier.push_gradient(
-            Header(Kind.GRADIENT, self.number, self.courier.sent + 1, version, done.lease, done.start, done.count,
-                   done.skipped, done.loss / done.batches), fetch)
-        self.meter.add(pushes=1, bytes_pushed=4 * self.flat.num_floats)
+        with self.meter.phase("compute"):
+            is_finite = math.isfinite(done.loss) and bool(self.flat.gradient.sum().isfinite())
+            if is_finite:
+                self.momentum.push_(self.flat.gradient)
+        header = self._header(
+            Kind.GRADIENT if is_finite else Kind.NONFINITE, read_version=version, lease=done.lease, start=done.start,
+            count=done.count, skipped=done.skipped, loss=done.loss / done.batches)
+        if is_finite:
+            self.courier.push_gradient(header, fetch)
+            self._pushed = True
+            self.meter.add(pushes=1, bytes_pushed=4 * self.flat.num_floats)
+        else:
+            self.courier.start(header, lambda payload: 0, fetch)
         if not self.exchange.overlap:
             self._take()
+            self._lost_membership()
 
     def _take(self) -> None:
         """Wait for the courier; new weights, new leases."""
         if self.courier.wait() and self.log:
             digest = xxhash.xxh3_64_hexdigest(self.flat.weights.cpu().numpy())
             self.log.write(Fetch(time.time(), self.courier.version, self.courier.sent, digest))
+        if self._pushed and self.courier.mail.dropped == self._dropped:
+            self._made = self.courier.mail.version
+        self._pushed = False
+        if self.courier.mail.orders != Orders.LEAVE:           # then all pushes are waited for first
+            self._save_if_asked()
+        self._tell_of_saved()
         self._read_ahead()
+
+    def _save_if_asked(self) -> None:
+        """Begin to write the momentum, if a checkpoint waits for it."""
+        if self.momentum.state and self.courier.mail.save > self._saved:
+            self._saved = self.courier.mail.save
+            self.keeper.save(self._saved, self._made, self.momentum.state)
+
+    def _tell_of_saved(self, wait: bool = False) -> None:
+        for kind, version in self.keeper.take_done(wait):
+            self.courier.say(self._header(kind, read_version=version))
+
+    def _await_end(self) -> None:
+        self.courier.await_mail(lambda mail: mail.orders in (Orders.STOP, Orders.LEAVE), "end the run")
+
+    def _header(self, kind: Kind, **fields: float) -> Header:
+        return Header(kind, self.number, self.courier.sent + 1, **{"read_version": 0, "lease": 0, "start": 0, "count": 0, **fields})
 
     def _refresh(self) -> None:
         """Deliver what there is, and fetch the latest weights."""
@@ -128,29 +224,42 @@ class Worker:
             return self.flat.num_statistics
 
         self.courier.start(
-            Header(Kind.VALIDATION, self.number, self.courier.sent + 1, self.courier.version, lease.number, lease.start,
-                   lease.stop - lease.start, errors.skipped, errors.loss, errors.top1, errors.top5), fill)
+            self._header(Kind.VALIDATION, read_version=self.courier.version, lease=lease.number, start=lease.start,
+                         count=lease.stop - lease.start, skipped=errors.skipped, loss=errors.loss, top1=errors.top1,
+                         top5=errors.top5), fill, fetch=False)
         self.meter.add(bytes_pushed=4 * self.flat.num_statistics)
         self._take()
+        if lease.work == Work.VALIDATE and self.courier.mail.best == self.courier.version:
+            self.keeper.save_best(self.courier.version, self.flat.module.state_dict())
+        self._lost_membership()
+        self._refresh()
         self.meter.tick()
 
     def _leases(self) -> Iterator[Lease]:
         """The leases granted to this worker, in order, until the run is over."""
-        number = 1
         while True:
-            if not self._granted(number):
+            if self._next_lease() is None:
                 self._refresh()                          # the answer to the last push may bring it
-            if not self._granted(number):
-                self.courier.await_lease(number)         # idle: all is lent, and others still work on theirs
+            if self._next_lease() is None and not self._is_interrupted():
+                self._tell_of_saved(wait=True)           # idle: all is lent, and others still work on theirs
+                self.courier.await_mail(self._is_news, "grant it a lease")
+                self._save_if_asked()
                 self._read_ahead()
-            lease = self._granted(number)
-            if lease is None:
+            if self.courier.mail.orders == Orders.REST:
+                self._await_end()
+            if self.courier.mail.orders != Orders.GO_ON:
                 return
-            yield lease
-            number += 1
+            lease = self._next_lease()
+            if lease is not None:
+                yield lease
 
-    def _granted(self, number: int) -> Lease | None:
-        return next((lease for lease in self.courier.mail.leases if lease.number == number), None)
+    def _next_lease(self) -> Lease | None:
+        return next((lease for lease in self.courier.mail.leases if lease.number > self._done), None)
+
+    def _is_news(self, mail: Mail) -> bool:
+        """Whether mail is worth an idle worker's time."""
+        return (mail.orders != Orders.GO_ON or any(lease.number > self._done for lease in mail.leases)
+                or bool(self.momentum.state) and mail.save > self._saved or bool(self.asked_to_leave()) and not self._told_of_signal)
 
     def _read_ahead(self) -> None:
         """Let the loader begin with the leases that have come."""

@@ -12,6 +12,10 @@ import torch
 from asgd_mpi.config import RuleConfig
 
 
+def is_kept_by_workers(config: RuleConfig) -> bool:
+    return bool(config.momentum) and config.momentum_at != "server"
+
+
 class Momentum:
     """One worker's velocity v, (P,) float32 on the gradient's device; no state without momentum.
 
@@ -21,16 +25,21 @@ class Momentum:
     """
 
     def __init__(self, config: RuleConfig, gradient: torch.Tensor):
+        """`gradient`: one of those that will come, for its length and device."""
         self._momentum = config.momentum
         self._looks_ahead = config.momentum_at == "dana"
-        self._velocity = torch.zeros_like(gradient) if config.momentum and config.momentum_at != "server" else None
+        self.state = {"velocity": torch.zeros_like(gradient)} if is_kept_by_workers(config) else {}
 
     def push_(self, gradient: torch.Tensor) -> None:
         """Turn the gradient, (P,) float32, into what is pushed."""
-        if self._velocity is None:
-            return
-        self._velocity.mul_(self._momentum).add_(gradient)
-        if self._looks_ahead:
-            gradient.add_(self._velocity, alpha=self._momentum)
-        else:
-            gradient.copy_(self._velocity)
+        for velocity in self.state.values():
+            velocity.mul_(self._momentum).add_(gradient)
+            if self._looks_ahead:
+                gradient.add_(velocity, alpha=self._momentum)
+            else:
+                gradient.copy_(velocity)
+
+    def load_(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from another one's `state`; from nothing, with an empty one."""
+        for name, velocity in self.state.items():
+            velocity.copy_(state[name]) if state else velocity.zero_()

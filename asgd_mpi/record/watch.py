@@ -1,0 +1,74 @@
+"""The watchdog: a rank that makes no progress makes all ranks write down where they stand.
+
+Every rank runs one thread. When its own rank has done nothing for too long it asks, by a file in `stalls/` of the run
+directory, and every rank that sees the file answers beside it: what it does, for how long, whom it waits for, and the
+stacks of all its threads. That works while MPI is stuck, and costs a look at a directory every few seconds.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from asgd_mpi.record.meter import Meter
+from asgd_mpi.record.rundir import RunDir
+
+LOOK_S = 2.0
+
+
+class Watch:
+    """`waiting` says what the rank waits for and since when (time.monotonic), or nothing; `version` how far it is."""
+
+    def __init__(self, run: RunDir, rank: int, host: str, meter: Meter, stall_s: float,
+                 waiting: Callable[[], tuple[str, float] | None], version: Callable[[], int]):
+        self._run, self._rank, self._host, self._meter, self._stall_s = run, rank, host, meter, stall_s
+        self._waiting, self._version = waiting, version
+        self._answered: set[str] = set()
+        self._asked_at = 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._end.wait(min(LOOK_S, self._stall_s / 4)):
+            quiet_s = time.monotonic() - max(self._meter.last_progress, self._asked_at)
+            try:
+                if quiet_s > self._stall_s:
+                    self._ask()
+                for request in self._run.stalls.glob("*.txt") if self._run.stalls.is_dir() else ():
+                    number = request.name.split(".")[0]
+                    if request.name == f"{number}.txt" and number not in self._answered:
+                        self._answered.add(number)
+                        self._answer(number)
+            except OSError as error:
+                print(f"rank {self._rank}: a stall could not be written down: {error}", file=sys.stderr, flush=True)
+
+    def _ask(self) -> None:
+        self._asked_at = time.monotonic()
+        self._run.stalls.mkdir(exist_ok=True)
+        number = f"{int(time.time())}"
+        request = self._run.stalls / f"{number}.txt"
+        where = self._where()
+        if not request.exists():
+            request.write_text(where + "\n")
+        print(f"stall: {where}\nstacks of all ranks: {self._run.stalls}/{number}.*", file=sys.stderr, flush=True)
+
+    def _answer(self, number: str) -> None:
+        with open(self._run.stalls / f"{number}.rank{self._rank:03d}.txt", "w") as file:
+            file.write(self._where() + "\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _where(self) -> str:
+        """rank 0 on node1: version 12, no progress for 61 s; rank 0 waits for ... for 60 s"""
+        now, waiting = time.monotonic(), self._waiting()
+        doing = f"{waiting[0]}, for {now - waiting[1]:.0f} s" if waiting else f"in {self._meter.doing}"
+        return (f"rank {self._rank} on {self._host}: version {self._version()}, no progress for "
+                f"{now - self._meter.last_progress:.0f} s; {doing}")

@@ -1,0 +1,39 @@
+"""What went wrong in a run and what became of it, in the order of time: restarts, retired workers, refused pushes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asgd_mpi.record.summary import Summary
+from asgd_mpi.report import units
+
+MAX_INCIDENTS = 200   # the earliest ones are shown
+
+
+@dataclass(frozen=True)
+class Incident:
+    after: str                # since the start of the run
+    rank: str
+    what: str
+
+
+def incidents(summary: Summary) -> list[Incident]:
+    """At most MAX_INCIDENTS; empty for a run without any."""
+    found: list[tuple[float, str, str]] = []
+    starts = summary.restarts
+    for before, after in zip(starts, starts[1:]):
+        found.append((after.started, "all", f"started again (start {after.restart}) with {after.num_workers} workers, "
+                      f"{units.seconds(max(0.0, after.started - before.ended))} after the last sign of life"))
+    for loss in summary.retirements:
+        kind = "retired" if loss.for_good else "retired until it is heard of again"
+        found.append((loss.t, str(loss.rank), f"{kind} at version {loss.version:,}: {loss.reason}; {loss.positions:,} images "
+                      "that it held were given to others"))
+    began = summary.started or 0.0
+    rows = [Incident(units.seconds(t - began), rank, what) for t, rank, what in sorted(found)[:MAX_INCIDENTS]]
+    rows += [Incident("", "0", f"{count:,} pushes were not applied: {reason}") for reason, count in summary.refusals.items()]
+    if summary.given_up:
+        rows.append(Incident("", "0", f"{summary.given_up:,} images were left out: their gradient was never finite"))
+    if summary.forgotten_pushes:
+        rows.append(Incident("", "0", f"{summary.forgotten_pushes:,} pushes were applied after a checkpoint that the run then "
+                             "went on from: their images were trained again"))
+    return rows

@@ -1,0 +1,140 @@
+"""Where a run goes on: its newest whole checkpoint, and whether the command asks for the same run.
+
+No MPI. `find` reads the run directory, `demand_same` compares settings, `describe` says what comes back and what is lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from asgd_mpi.config import Config
+from asgd_mpi.errors import ConfigError, RunDirError
+from asgd_mpi.record import checkpoint, history
+from asgd_mpi.record.checkpoint import Manifest
+from asgd_mpi.record.events import Push
+from asgd_mpi.record.rundir import RunDir
+
+# What may differ without a word: it changes neither the weights that come out nor what they mean.
+FREE = ("run.dir", "run.resume", "run.override", "run.dry_run", "run.inject", "run.timeout_s", "run.progress", "data.path",
+        "data.threads", "data.on_bad_image", "exchange.ring", "compute.", "record.", "checkpoint.", "failure.")
+NEVER = {"model.name": "its weights do not fit another network. Begin a new run with --model.weights for what fits",
+         "data.source": "the order of the images would be another one"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a run goes on from; no `directory`: from its beginning."""
+
+    restart: int                     # the number of the new start
+    directory: Path | None
+    manifest: Manifest | None
+    damaged: tuple[str, ...] = ()    # newer checkpoints that cannot be used, and why
+
+    @property
+    def version(self) -> int:
+        return self.manifest.version if self.manifest else 0
+
+    @property
+    def ledger(self) -> dict | None:
+        return checkpoint.read_ledger(self.directory) if self.directory else None
+
+    @property
+    def parent(self) -> int:
+        return self.manifest.restart if self.manifest else max(0, self.restart - 1)
+
+
+def find(run: RunDir) -> Point:
+    """The newest checkpoint that is whole, read to its last byte. Raises RunDirError if all of them are damaged."""
+    restart, damaged = max(run.restarts, default=-1) + 1, []
+    for directory, _ in checkpoint.resumable(run):
+        try:
+            manifest = checkpoint.verify(directory)
+            checkpoint.read_ledger(directory)
+            return Point(restart, directory, manifest, tuple(damaged))
+        except RunDirError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise RunDirError("\n".join([f"{run.path} holds no whole checkpoint:", *damaged,
+                                     "Begin again in another run directory."]))
+    return Point(restart, None, None)
+
+
+def settings(config: Config) -> dict[str, object]:
+    """All settings by their dotted names."""
+    return {f"{section}.{name}": value for section, values in dataclasses.asdict(config).items()
+            for name, value in values.items()}
+
+
+def demand_same(old: Config, new: Config) -> list[str]:
+    """What differs and may; raises ConfigError naming both values of what may not."""
+    before, after = settings(old), settings(new)
+    override = [name.strip() for name in new.run.override.split(",") if name.strip()]
+    unknown = [name for name in override if name not in after]
+    if unknown:
+        raise ConfigError(f"--run.override {','.join(unknown)}: there is no such setting; give names such as schedule.lr.")
+    changed = [name for name in after if before.get(name) != after[name] and not name.startswith(FREE)]
+    refused = [name for name in changed if name in NEVER or name not in override]
+    if refused:
+        raise ConfigError("\n".join([
+            "the run to be resumed was started with other settings:",
+            *(f"  --{name} was {before.get(name)!r}, is {after[name]!r}" + (f": {NEVER[name]}" if name in NEVER else "")
+              for name in refused),
+            "Leave them out to go on as before; name those that are meant: --override " + (
+                ",".join(name for name in refused if name not in NEVER) or "cannot help here") + "."]))
+    return [f"{name}: {before.get(name)!r} -> {after[name]!r}" for name in changed]
+
+
+def demand_same_data(manifest: Manifest, fingerprint: str, num_classes: int, path: str) -> None:
+    """Raises ConfigError if the data set is not the one that the checkpoint was trained on."""
+    if num_classes != manifest.num_classes:
+        raise ConfigError(f"the checkpoint was trained on {manifest.num_classes} classes, {path} has {num_classes}: its last "
+                          "layer does not fit. Give the data set of the run with --data.path.")
+    if fingerprint != manifest.data:
+        raise ConfigError(f"the checkpoint was trained on the data set with fingerprint {manifest.data}, {path} has "
+                          f"{fingerprint}: which images were used is no longer known. Give the data set of the run with "
+                          "--data.path, or begin a new run with --model.weights for these weights.")
+
+
+def lost_pushes(run: RunDir, point: Point) -> list[Push]:
+    """What was applied after the checkpoint, as far as it was written down."""
+    if not run.restarts:
+        return []
+    return [push for push in history.pushes(run) if push and push.version >= point.version]
+
+
+def describe(run: RunDir, point: Point, num_workers: int | None, total_samples: int) -> Iterator[str]:
+    """What will be restored, and what is lost, line by line."""
+    for text in point.damaged:
+        yield f"warning: {text}"
+    lost = lost_pushes(run, point)
+    if point.manifest is None:
+        yield f"{run.path} has no checkpoint yet: it begins again at version 0 (start {point.restart})"
+    else:
+        manifest, ledger = point.manifest, point.ledger
+        yield (f"{run.path} goes on at version {manifest.version}, {manifest.samples} of {total_samples} images "
+               f"({100 * manifest.samples / total_samples:.1f} %), from {point.directory} (start {point.restart})")
+        again = sum(stop - start for work, _, start, stop in ledger["todo"] if work == 1)
+        yield f"restored: weights, {_what(manifest)}, sample clock; {again} images that were lent are lent again"
+        kept = set(manifest.momenta)
+        if kept and num_workers is not None and num_workers != manifest.num_workers:
+            yield (f"{num_workers} workers in place of {manifest.num_workers}: the momentum of "
+                   f"{len([w for w in kept if int(w) >= num_workers])} is dropped, "
+                   f"{max(0, num_workers - len(kept))} begin without")
+    yield (f"lost: {len(lost)} pushes ({sum(push.positions for push in lost)} images) that were applied after that, and "
+           "those in flight; their images are trained again")
+
+
+def clean(run: RunDir) -> None:
+    """Remove what an earlier start has left of unfinished checkpoints."""
+    for left in [*run.checkpoints.glob(".saving*"), *run.checkpoints.glob(".best*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _what(manifest: Manifest) -> str:
+    parts = [f"the momentum of {len(manifest.momenta)} workers"] if manifest.momenta else []
+    parts += ["the rule's state"] if checkpoint.SERVER in manifest.files else []
+    return ", ".join(parts) or "no momentum (none was kept)"

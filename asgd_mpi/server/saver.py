@@ -1,0 +1,141 @@
+"""Checkpoints in the background: a frozen copy is written by one thread while the server goes on.
+
+A checkpoint is whole when the thread has written the server's part and every worker that keeps momentum has written
+its own, straight into the same directory; who has not after a while is left out, and begins without momentum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import torch
+
+from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.record import checkpoint
+from asgd_mpi.record.checkpoint import LEDGER, MODEL, SERVER, Manifest
+from asgd_mpi.record.events import Checkpoint
+from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.server.ledger import Ledger, Score
+from asgd_mpi.server.rules import Rule
+
+PATIENCE_S = 60.0   # for a worker to write its momentum
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    staging: Path
+    manifest: Manifest
+    started: float                        # Unix seconds
+    waits_for: set[int]                   # workers
+    written: Future[dict[str, str]]       # file -> sha256
+
+
+class Saver:
+    """Everything that the server writes as checkpoints. `flat` is a network to lay the weights out in, `about` the
+    manifest's fields that do not change; `sync` forces the log of pushes to the disk."""
+
+    def __init__(self, run: RunDir, restart: int, about: Manifest, flat: FlatModel, rule: Rule, keep: int,
+                 sync: Callable[[], None]):
+        self._run, self._restart, self._about = run, restart, about
+        self._flat, self._rule, self._keep, self._sync = flat, rule, keep, sync
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._pending: _Pending | None = None
+        self.patience_s = PATIENCE_S
+
+    @property
+    def is_busy(self) -> bool:
+        return self._pending is not None
+
+    def begin(self, number: int, weights: torch.Tensor, ledger: Ledger, statistics: torch.Tensor | None,
+              score: Score | None, waits_for: set[int]) -> None:
+        """Freeze the run as it is now and start to write it; `score` is the newest validation. Raises RunDirError."""
+        assert not self.is_busy
+        staging = self._run.staging(number, self._restart)
+        if not staging.is_dir():          # announced before, and workers may have written into it
+            checkpoint.stage(staging)
+        self._flat.weights.copy_(weights)
+        if statistics is not None:
+            self._flat.load_statistics_(statistics)
+        is_of_this = score is not None and score.version == ledger.version
+        manifest = msgspec.structs.replace(
+            self._about, version=ledger.version, samples=ledger.samples, num_workers=ledger.plan.num_workers,
+            restart=self._restart, statistics_of=score.version if score else None, files={}, momenta={},
+            top1_error=score.top1_error if is_of_this else None, top5_error=score.top5_error if is_of_this else None)
+        state = {name: vector.clone() for name, vector in self._rule.state.items()}
+        todo = self._thread.submit(_write, staging, self._flat.module.state_dict(), state, ledger.state())
+        self._pending = _Pending(staging, manifest, time.time(), set(waits_for), todo)
+
+    def announce(self, number: int) -> None:
+        """Make the directory that workers are about to write into, ahead of `begin`. Raises RunDirError."""
+        checkpoint.stage(self._run.staging(number, self._restart))
+
+    def saved(self, worker: int) -> None:
+        """A worker has written its part, or never will."""
+        if self._pending:
+            self._pending.waits_for.discard(worker)
+
+    def poll(self, best: int) -> Checkpoint | None:
+        """Complete the checkpoint if all its parts are there. Raises RunDirError."""
+        pending = self._pending
+        if pending is None or not pending.written.done():
+            return None
+        if pending.waits_for and time.time() - pending.started < self.patience_s:
+            return None
+        self._pending = None
+        pending.manifest.files |= pending.written.result()
+        self._sync()                      # what the momenta have seen is in the log
+        directory = self._run.checkpoint(pending.manifest.version, self._restart)
+        num_bytes = checkpoint.commit(pending.staging, directory, pending.manifest)
+        checkpoint.prune(self._run, self._keep, best)
+        return Checkpoint(time.time(), pending.manifest.version, str(directory.relative_to(self._run.path)),
+                          time.time() - pending.started, num_bytes)
+
+    def finish(self, best: int, timeout_s: float) -> Checkpoint | None:
+        """Wait for what is being written, and complete it with the workers' parts that are there."""
+        if self._pending is None:
+            return None
+        self._pending.waits_for.clear()
+        self._pending.written.exception(timeout_s)
+        return self.poll(best)
+
+    def keep_best(self, version: int, score: Score, samples: int) -> Checkpoint:
+        """Complete a model that a worker has written because its version is the best one. Raises RunDirError."""
+        started = time.time()
+        staging = best_staging(self._run, version, self._restart)
+        state = msgspec.json.decode((staging / "model.json").read_bytes(), type=checkpoint.WorkerState)
+        (staging / "model.json").unlink()
+        manifest = msgspec.structs.replace(
+            self._about, version=version, samples=samples, restart=self._restart, statistics_of=version,
+            top1_error=score.top1_error, top5_error=score.top5_error, files={MODEL: state.sha256}, momenta={})
+        directory = self._run.checkpoint(version, self._restart)
+        num_bytes = checkpoint.commit(staging, directory, manifest)
+        checkpoint.prune(self._run, self._keep, version)
+        return Checkpoint(time.time(), version, str(directory.relative_to(self._run.path)), time.time() - started, num_bytes)
+
+    def close(self) -> None:
+        """Wait for the thread, and remove what was not completed."""
+        self._thread.shutdown()
+        for left in self._run.checkpoints.glob(".saving*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def best_staging(run: RunDir, version: int, restart: int) -> Path:
+    """Where a worker writes the model that it has just validated."""
+    return run.staging(version, restart).with_name(f".best{version:09d}.{restart}")
+
+
+def _write(staging: Path, model: dict, state: dict, ledger: dict) -> dict[str, str]:
+    files = {MODEL: checkpoint.write_tensors(staging / MODEL, model)}
+    if state:
+        files[SERVER] = checkpoint.write_tensors(staging / SERVER, state)
+    write_whole(staging / LEDGER, msgspec.json.format(msgspec.json.encode(ledger)))
+    files[LEDGER] = checkpoint.sha256(staging / LEDGER)
+    return files

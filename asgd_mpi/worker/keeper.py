@@ -1,0 +1,59 @@
+"""What a worker writes itself: its momentum for a checkpoint, and the model that it has just found the best.
+
+Both go straight from the worker into the checkpoint's directory, in the background; the server is told when they are
+there, and completes the checkpoint.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import msgspec
+import torch
+
+from asgd_mpi.exchange.wire import Kind
+from asgd_mpi.record import checkpoint
+from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.server.saver import best_staging
+
+
+class Keeper:
+    """`take_done` names what has been written since the last call: a kind of packet, and the version it is of."""
+
+    def __init__(self, run: RunDir, restart: int, worker: int):
+        self._run, self._restart, self._worker = run, restart, worker
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="keeper")
+        self._under_way: list[tuple[Kind, int, Future[bool]]] = []
+
+    def save(self, number: int, made: int, state: dict[str, torch.Tensor]) -> None:
+        """Begin to write the momentum, whose last push made version `made`, for checkpoint `number`."""
+        frozen = {name: vector.detach().cpu().clone() for name, vector in state.items()}
+        staging = self._run.staging(number, self._restart)
+        self._start(Kind.SAVED, made, checkpoint.save_worker, staging, self._worker, made, frozen)
+
+    def save_best(self, version: int, model: dict[str, torch.Tensor]) -> None:
+        """Begin to write the state_dict of the validated version."""
+        frozen = {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
+        self._start(Kind.BEST, version, self._write_best, version, frozen)
+
+    def take_done(self, wait: bool = False) -> list[tuple[Kind, int]]:
+        """What has been written (`wait`: all of it), in order. Raises RunDirError."""
+        done = []
+        while self._under_way and (wait or self._under_way[0][2].done()):
+            kind, version, future = self._under_way.pop(0)
+            if future.result():
+                done.append((kind, version))
+        return done
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _start(self, kind: Kind, version: int, write, *arguments: object) -> None:
+        self._under_way.append((kind, version, self._thread.submit(write, *arguments)))
+
+    def _write_best(self, version: int, model: dict[str, torch.Tensor]) -> bool:
+        staging = best_staging(self._run, version, self._restart)
+        checkpoint.stage(staging)
+        sha256 = checkpoint.write_tensors(staging / checkpoint.MODEL, model)
+        write_whole(staging / "model.json", msgspec.json.encode(checkpoint.WorkerState(self._worker, version, sha256)))
+        return True

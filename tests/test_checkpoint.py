@@ -1,0 +1,171 @@
+"""Checkpoints on disk: cut at every stage of the writing, damaged, on a full disk, pruned."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from asgd_mpi import resume
+from asgd_mpi.errors import RunDirError
+from asgd_mpi.record import checkpoint
+from asgd_mpi.record.checkpoint import LEDGER, MANIFEST, MODEL, SERVER, Manifest
+from asgd_mpi.record.rundir import RunDir
+
+LEDGER_TEXT = (b'{"version": %d, "samples": 16, "lent": 16, "todo": [], "later": [], "given_up": [], "validations_due": 0,'
+               b' "finished": false, "best": null}')
+WRITER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_checkpoint import write
+left = int(sys.argv[3])
+def trace(name):
+    real = getattr(os, name)
+    def counted(*arguments, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os._exit(9)                    # the power fails before this call
+        return real(*arguments, **options)
+    setattr(os, name, counted)
+for name in ("fsync", "replace", "open", "unlink", "rename"):
+    trace(name)
+write(Path(sys.argv[2]), 2)
+print(left)
+"""
+
+
+def write(path: Path, version: int, restart: int = 0) -> Path:
+    """A checkpoint as the server and one worker write it."""
+    run = RunDir(path)
+    staging = run.staging(version, restart)
+    checkpoint.stage(staging)
+    files = {MODEL: checkpoint.write_tensors(staging / MODEL, {"w": torch.full([1000], float(version))}),
+             SERVER: checkpoint.write_tensors(staging / SERVER, {"velocity": torch.ones(1000)})}
+    assert checkpoint.save_worker(staging, 0, version - 1, {"velocity": torch.zeros(1000)})
+    (staging / LEDGER).write_bytes(LEDGER_TEXT % version)
+    files[LEDGER] = checkpoint.sha256(staging / LEDGER)
+    directory = run.checkpoint(version, restart)
+    checkpoint.commit(staging, directory, Manifest(version, 16, "m", 10, 1, 8, "f", [0.0], [1.0], restart=restart, files=files))
+    return directory
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    run = RunDir.create(tmp_path / "run", "test")
+    run.config.write_text("x")
+    run.pushes.write_text("")
+    write(run.path, 1)
+    return run
+
+
+def test_a_write_that_is_cut_at_any_stage_leaves_the_previous_checkpoint_whole_and_found(run):
+    ends = []
+    for calls in itertools.count():
+        done = subprocess.run([sys.executable, "-c", WRITER, str(Path(__file__).parent), str(run.path), str(calls)],
+                              capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+        assert done.returncode in (0, 9), done.stderr
+        point = resume.find(run)
+        ends.append((done.returncode, point.version))
+        checkpoint.verify(point.directory)
+        if done.returncode == 0:
+            break
+    assert ends[-1] == (0, 2) and len(ends) > 10
+    assert all(version == 1 for status, version in ends[:-2])         # only the last step of all may come after the rename
+
+
+@pytest.mark.parametrize("name", [MODEL, SERVER, LEDGER, "worker000.pt", MANIFEST])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(run, name, how):
+    path = write(run.path, 2) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0x10
+    {"flipped": lambda: path.write_bytes(content), "cut": lambda: path.write_bytes(content[:len(content) // 2]),
+     "gone": path.unlink}[how]()
+    if name == MANIFEST and how == "flipped":
+        path.write_bytes(path.read_bytes().replace(b'"version"', b'"vorsion"'))
+    point = resume.find(run)
+    assert point.version == 1
+    assert (name == MANIFEST and how == "gone") or any("v000000002" in text for text in point.damaged)
+    if how != "gone" and name != MANIFEST:
+        with pytest.raises(RunDirError, match=f"{name} is damaged: its sha256 is"):
+            checkpoint.verify(path.parent)
+
+
+def test_without_any_whole_checkpoint_all_are_named(run):
+    (run.checkpoint(1) / MODEL).write_bytes(b"x")
+    with pytest.raises(RunDirError, match="(?s)holds no whole checkpoint.*model.pt is damaged"):
+        resume.find(run)
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path):
+    run = RunDir.create(tmp_path / "run", "test")
+    run.config.write_text("x")
+    run.pushes.write_text("")
+    point = resume.find(run)
+    assert (point.version, point.directory, point.restart) == (0, None, 1)
+
+
+def test_a_full_disk_is_an_error_with_the_reason_and_the_previous_checkpoint_stays(run, monkeypatch):
+    def full(tensors, file):
+        file.write(b"some")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunDirError, match="cannot write .*model.pt: No space left on device.*--run.dir"):
+        write(run.path, 2)
+    assert resume.find(run).version == 1
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_with_the_reason(run, tmp_path):
+    os.replace(run.checkpoints, tmp_path / "elsewhere")
+    run.checkpoints.write_text("")                                    # root may write wherever there is a directory
+    with pytest.raises(RunDirError, match="cannot write .*Not a directory"):
+        write(run.path, 2)
+
+
+def test_the_later_start_wins_over_the_higher_version(run):
+    write(run.path, 900)
+    write(run.path, 30, restart=1)
+    point = resume.find(run)
+    assert (point.version, point.manifest.restart) == (30, 1)
+
+
+def test_the_last_ones_and_the_best_are_kept(run):
+    for version in range(2, 8):
+        write(run.path, version)
+    checkpoint.prune(run, keep=2, best=3)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["v000000003", "v000000006", "v000000007"]
+
+
+def test_the_same_version_with_a_score_takes_the_place_of_one_without(run):
+    staging = run.staging(9)
+    checkpoint.stage(staging)
+    sha256 = checkpoint.write_tensors(staging / MODEL, {"w": torch.zeros(3)})
+    (staging / LEDGER).write_bytes(LEDGER_TEXT % 1)
+    about = Manifest(1, 16, "m", 10, 1, 8, "f", [0.0], [1.0], top1_error=0.1,
+                     files={MODEL: sha256, LEDGER: checkpoint.sha256(staging / LEDGER)})
+    checkpoint.commit(staging, run.checkpoint(1), about)
+    assert checkpoint.verify(run.checkpoint(1)).top1_error == 0.1
+    write(run.path, 1)                                                # and that one stays
+    assert checkpoint.read_manifest(run.checkpoint(1)).top1_error == 0.1
+    assert not list(run.checkpoints.glob(".*"))
+
+
+def test_a_worker_that_comes_too_late_is_not_waited_for(run):
+    assert not checkpoint.save_worker(run.staging(5), 0, 3, {"velocity": torch.zeros(3)})
+
+
+def test_nothing_in_a_file_is_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/exploded",)
+
+    torch.save({"w": Bomb()}, tmp_path / "model.pt")
+    with pytest.raises(RunDirError, match="cannot be read as tensors"):
+        checkpoint.read_tensors(tmp_path / "model.pt")
+    assert not (tmp_path / "exploded").exists()

@@ -1,0 +1,205 @@
+"""What a run does when its ranks fail, hang or are told to leave, and what comes back when it is resumed: real runs."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from asgd_mpi import replay, resume
+from asgd_mpi.record import checkpoint, history
+from asgd_mpi.record.audit import audit
+from asgd_mpi.record.events import Refusal, Retirement, read_events
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
+from conftest import finish, ranks_of
+
+SAMPLES, EPOCHS = 1437, 3
+ULFM = ("--with-ft", "ulfm")
+BRIEF = ["--failure.grace_s", "10", "--run.timeout_s", "60", "--compute.threads", "1"]
+HEAVY_BALL = ["--rule.momentum_at", "server", "--n-sync", "3"]
+
+
+class Site:
+    """A directory to train in."""
+
+    def __init__(self, launcher, digits, directory):
+        self.launcher, self.digits, self.directory = launcher, digits, directory
+        self.run = RunDir(directory / "run")
+
+    def start(self, workers, *options, ulfm=False, epochs=EPOCHS, directory="run"):
+        return self.launcher.start_training(
+            workers + 1, "--data", str(self.digits), "--model", "networks_for_tests:restless", "--epochs", str(epochs),
+            "--run.dir", directory, "--resume", "auto", *BRIEF, *options, cwd=self.directory,
+            launcher_options=ULFM if ulfm else ())
+
+    def train(self, workers, *options, status, **more):
+        done = finish(self.start(workers, *options, **more))
+        assert done.returncode in (status if isinstance(status, tuple) else (status,)), done.stdout + done.stderr
+        return done
+
+    def wait_for(self, happened, timeout_s=60.0):
+        until = time.monotonic() + timeout_s
+        while not happened():
+            assert time.monotonic() < until, "it did not happen"
+            time.sleep(0.02)
+
+    def events(self, kind):
+        return [event for *_, path in self.run.metrics_files for event in read_events(path) if isinstance(event, kind)]
+
+    def check(self, epochs=EPOCHS):
+        """Every sample once, the replay to the bit, every checkpoint whole, success marked."""
+        found = audit(history.pushes(self.run), SAMPLES, epochs * SAMPLES, reads_own_pushes=False)
+        assert not found.violations and not any(epoch.missing for epoch in found.epochs), found
+        assert replay.main([str(self.run.path)]) == 0
+        assert all(checkpoint.verify(path) for path in self.run.checkpoints.glob("v*"))
+        return json.loads(self.run.finished.read_text())
+
+
+@pytest.fixture
+def site(openmpi, digits, tmp_path):
+    return Site(openmpi, digits, tmp_path)
+
+
+@pytest.mark.parametrize("options", [[], HEAVY_BALL], ids=["dana", "heavy ball, n_sync 3"])
+def test_with_one_worker_a_run_that_was_left_and_resumed_twice_is_the_same_to_the_bit(site, options):
+    site.train(1, *options, status=0, directory="whole")
+    for step in (61, 50):
+        done = site.train(1, *options, "--inject", f"term@step{step}:rank1", status=75)
+        assert "go on with --resume" in done.stdout and not site.run.finished.exists()
+    site.train(1, *options, status=0)
+    whole = RunDir(site.directory / "whole")
+    version = json.loads(whole.finished.read_text())["version"]
+    one, other = checkpoint.load(whole.checkpoint(version))[0], checkpoint.load(site.run.checkpoint(version, 2))[0]
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [push.lr for push in history.pushes(whole)] == [push.lr for push in history.pushes(site.run)]
+    assert len(history.lineage(site.run)) == 3
+    site.check()
+
+
+def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers_goes_on(site):
+    process = site.start(3, epochs=8)
+    site.wait_for(lambda: site.run.pushes.exists() and site.run.pushes.stat().st_size > 1000)
+    os.kill(process.pid, signal.SIGUSR2)
+    left = finish(process)
+    assert left.returncode == 75, left.stdout + left.stderr
+    point = resume.find(site.run)
+    assert len(point.manifest.momenta) == 3 and not resume.lost_pushes(site.run, point)    # nothing was in flight any more
+    said = site.launcher.run(1, "-m", "asgd_mpi.train", "--resume", "run", "--dry-run", cwd=site.directory)
+    assert f"goes on at version {point.version}" in said.stdout and "lost: 0 pushes" in said.stdout, said.stdout + said.stderr
+    assert site.run.restarts == [0]
+    site.train(2, status=0, epochs=8)
+    assert site.check(epochs=8)["restart"] == 1
+    summary = summarize(site.run)
+    assert summary.status == "finished" and [start.num_workers for start in summary.restarts] == [3, 2]
+    done = site.train(2, status=0, epochs=8)
+    assert "nothing is left to do" in done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--exchange.n_push", "auto"]], ids=["default", "auto"])
+def test_workers_that_are_killed_are_retired_and_the_others_go_on(site, options):
+    site.train(3, *options, "--inject", "kill@step30:rank2,kill@t=1s:rank3", status=3, ulfm=True, epochs=6)
+    assert sorted(site.check(epochs=6)["retired"]) == [2, 3]
+    assert {loss.rank: loss.reason for loss in site.events(Retirement)} == dict.fromkeys((2, 3), "its process has ended")
+    assert "its process has ended" in (site.run.report / "report.md").read_text()
+
+
+def test_without_fault_tolerance_the_job_ends_within_seconds_and_resumes(site):
+    began = time.monotonic()
+    site.train(2, "--inject", "kill@step60:rank1", "--checkpoint.every_s", "0.2", status=137)
+    assert time.monotonic() - began < 60 and not site.run.finished.exists()
+    site.train(2, status=0)
+    site.check()
+
+
+def test_a_worker_that_raises_is_retired_and_its_error_is_shown(site):
+    done = site.train(3, "--inject", "raise@step20:rank2", status=3)
+    assert "InjectedError: raised on purpose at step 20" in done.stderr
+    assert "InjectedError" in site.run.error_of(2).read_text()
+    assert site.check()["retired"] == [2]
+
+
+def test_when_every_worker_fails_the_run_ends_with_the_reasons_and_a_checkpoint(site):
+    done = site.train(2, "--inject", "raise@step20:rank1,raise@step30:rank2", status=2)
+    assert "no worker is left" in done.stderr and "rank 1: it failed: see error.rank001.txt" in done.stderr
+    assert resume.find(site.run).version > 0
+    site.train(2, status=0)
+    site.check()
+
+
+def test_a_gradient_that_is_not_finite_is_refused_and_its_images_are_trained_later(site):
+    site.train(2, "--inject", "nan@step20:rank1,nan:3@step30:rank2", status=3)
+    assert site.check()["retired"] == [2]
+    assert sum("not finite" in event.reason for event in site.events(Refusal)) == 4
+
+
+def test_a_worker_that_is_stopped_is_retired_and_comes_back_as_a_new_member(site):
+    site.train(2, "--inject", "stop:5s@step20:rank1", "--failure.retire_after_s", "1", "--failure.stall_s", "0.5",
+               status=0, epochs=8)
+    site.check(epochs=8)
+    losses, refusals = site.events(Retirement), site.events(Refusal)
+    assert [loss.rank for loss in losses][:1] == [1] and not any(loss.for_good for loss in losses)
+    assert any("retired worker" in event.reason for event in refusals)
+
+
+def test_a_stall_is_written_down_with_the_stacks_of_all_ranks(site):
+    done = site.train(2, "--inject", "stall:4s@step9:rank1", "--failure.stall_s", "1", "--checkpoint.every_s", "0", status=0, epochs=6)
+    first = sorted(path.name.split(".")[0] for path in site.run.stalls.iterdir())[0]
+    texts = [(site.run.stalls / f"{first}.rank{rank:03d}.txt").read_text() for rank in range(3)]
+    assert all("no progress for" in text and "most recent call first" in text for text in texts)
+    assert "in compute" in texts[1] and "inject.py" in texts[1] and "stall: rank 1" in done.stderr
+
+
+def test_when_the_server_dies_the_workers_end_and_only_what_came_after_the_checkpoint_is_lost(site):
+    began = time.monotonic()
+    done = site.train(2, "--inject", "kill@step60:rank0", "--checkpoint.every_s", "0.2", status=(1, 2, 137), ulfm=True)
+    assert "the server's process (rank 0) has ended" in done.stderr and time.monotonic() - began < 60
+    assert not site.run.finished.exists()
+    site.train(2, status=0)
+    site.check()
+
+
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(site):
+    process = site.start(1, "--inject", "stall:60s@step100:rank1", "--checkpoint.every_s", "0.2", "--failure.grace_s", "40")
+    site.wait_for(lambda: list(site.run.checkpoints.glob("v*")))
+    server = ranks_of(process)[0]
+    os.kill(server, signal.SIGTERM)
+    time.sleep(2.5)
+    os.kill(server, signal.SIGTERM)
+    began = time.monotonic()
+    done = finish(process)
+    assert time.monotonic() - began < 15 and done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
+    assert resume.find(site.run).version > 0
+
+
+def test_two_jobs_in_one_directory_are_told(site):
+    process = site.start(1, "--inject", "slow:20x@rank1")
+    site.wait_for(lambda: site.run.pushes.exists())
+    second = site.train(1, status=2)
+    os.kill(process.pid, signal.SIGUSR2)
+    first = finish(process)
+    assert "is being written by another job (process" in second.stderr and first.returncode == 75, second.stderr
+
+
+def test_settings_that_differ_are_refused_with_both_values_unless_they_are_meant(site):
+    site.train(1, "--inject", "term@step20:rank1", status=75)
+    refused = site.train(1, "--lr", "0.5", "--seed", "3", status=2)
+    assert "--schedule.lr was 0.0125, is 0.5" in refused.stderr and "--run.seed was 0, is 3" in refused.stderr
+    assert "--override run.seed,schedule.lr" in refused.stderr, refused.stderr
+    other = site.train(1, "--model", "digits_cnn", status=2)
+    assert "--model.name was 'networks_for_tests:restless', is 'digits_cnn'" in other.stderr
+    site.train(1, "--lr", "0.5", "--override", "schedule.lr", status=0)
+    site.check()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(site):
+    site.train(1, "--inject", "term@step100:rank1", "--checkpoint.every_s", "0.2", status=75)
+    newest, older = [path for path, _ in checkpoint.resumable(site.run)][:2]
+    (newest / "model.pt").write_bytes(b"nothing")
+    done = site.train(1, status=0)
+    assert f"warning: {Path('run/checkpoints') / newest.name / 'model.pt'} is damaged" in done.stdout
+    assert f"from run/checkpoints/{older.name}" in done.stdout
+    site.check()
