@@ -3,7 +3,9 @@
 cd "${SLURM_SUBMIT_DIR:?start it with sbatch}" || exit
 [ -f slurm/env.sh ] || { echo "there is no $PWD/slurm/env.sh: submit from the directory that holds slurm/" >&2; exit 1; }
 . slurm/env.sh
-trap : USR2                                              # the time is almost up; see follow
+stopped=""                                               # set when the time is almost up,
+ended=""                                                 # ... and when Slurm ends the job
+trap 'stopped=yes' USR2
 unset SLURM_NTASKS_PER_NODE                              # srun takes the job's own layout, and would warn of it
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun forgets it since Slurm 22.05
 started=$(date +%s)
@@ -23,18 +25,24 @@ value_of() {
   echo "$value"
 }
 
-# follow SIGNAL COMMAND...: run a command to its end and set `status`. When the time is almost up it gets SIGNAL, and `stopped`
-# is set; a TERM to this script is Slurm ending the job, which reaches the ranks too, and sets `ended`.
+# follow SIGNAL COMMAND...: run a command to its end and set `status`. When the time is almost up it gets SIGNAL, not before it is
+# ready for it. A TERM to this script is Slurm ending the job, which reaches the ranks too.
 follow() {
   local signal=$1 process
   shift
-  stopped="" ended=""
   "$@" &
   process=$!
-  trap 'stopped=yes; kill -"$signal" $process 2> /dev/null' USR2
+  pass_on() {
+    stopped=yes
+    until is_ready || ! kill -0 $process 2> /dev/null; do sleep 1; done
+    kill -"$signal" $process 2> /dev/null
+  }
+  trap pass_on USR2
   trap 'ended=yes' TERM
+  [ -z "$stopped" ] || pass_on
   while wait $process; status=$?; kill -0 $process 2> /dev/null; do :; done
 }
+is_ready() { :; }
 
 # again WHY: have Slurm start this job anew, with the same command.
 again() {
@@ -63,6 +71,7 @@ train() {
   run=$(value_of --run.dir "$@")
   run=${run:-runs/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${SLURM_ARRAY_TASK_ID:+-seed$SLURM_ARRAY_TASK_ID}
   choose_launcher
+  is_ready() { changed_since_start "$run/log/rank000.txt"; }         # a signal would end a rank that still starts
   case $($LAUNCH --version 2>&1) in *HYDRA*) signal=TERM ;; esac     # MPICH's mpirun dies of USR2, and passes TERM on
 
   follow $signal $LAUNCH $PYTHON -m asgd_mpi.train --data.threads "$threads" \

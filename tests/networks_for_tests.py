@@ -72,4 +72,4 @@ def unhurried(num_classes: int, channels: int, step_s: float = 0.03) -> nn.Modul
 
 
 def slow(num_classes: int, channels: int) -> nn.Module:
-    return unhurried(num_classes, channels, 0.12)
+    return unhurried(num_classes, channels, 0.15)

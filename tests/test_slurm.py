@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import pytest
 
 import slurm_cluster
-from asgd_mpi.config import RunConfig
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import Start, read_events
 from asgd_mpi.record.rundir import RunDir
@@ -25,7 +24,6 @@ JOB_S = 120.0                                # of any job here; on a quiet machi
 SMALL = ["--cpus-per-task=1", "--time=20"]   # the cluster's CPUs are fewer than it says
 CLUSTER_OF_6_GPUS = ["--nodes=3", "--ntasks=7", "--ntasks-per-node=3", "--gpus-per-node=2"]
 TWO_NODES = ["--nodes=2", "--ntasks=3", "--ntasks-per-node=2", "--gpus-per-node=2"]     # rank 2 is on the second one
-resumes = pytest.mark.skipif("resume" not in {field.name for field in fields(RunConfig)}, reason="needs --resume")
 
 
 @dataclass
@@ -91,7 +89,6 @@ def demand_finished(run: RunDir) -> dict:
     return msgspec.json.decode((run.path / "finished.json").read_bytes())
 
 
-@resumes
 def test_a_training_runs_on_all_nodes_and_gpus(site):
     job = site.train(*CLUSTER_OF_6_GPUS, options=("--epochs", "6"))
     ended = site.wait(job, "COMPLETED")
@@ -108,7 +105,6 @@ def test_a_training_runs_on_all_nodes_and_gpus(site):
         assert f"rank {rank} on {host}, worker, cuda:{gpu} (fake, {host}-{gpu})" in kept and f"job {job}, start 1" in kept
 
 
-@resumes
 def test_scancel_ends_a_job_for_good(site):
     job = site.train(*TWO_NODES, options=("--model", "networks_for_tests:unhurried", "--epochs", "100"))
     metrics = site.home / "run" / "metrics" / "rank002.jsonl"
@@ -121,7 +117,6 @@ def test_scancel_ends_a_job_for_good(site):
     site.cluster.until(lambda: "CG" not in site.cluster.run("squeue", "--noheader", "--format=%t"), JOB_S, "the nodes to be free")
 
 
-@resumes
 def test_a_sweep_is_arrays_of_seeds_and_a_report_that_waits_for_them(site):
     header = site.home / "slurm" / "train.sh"
     header.write_text(header.read_text().replace("--gpus-per-node=4", "--gpus-per-node=2"))     # what this cluster's nodes have
@@ -143,7 +138,6 @@ def test_a_sweep_is_arrays_of_seeds_and_a_report_that_waits_for_them(site):
     assert all(name in comparison for name in runs)
 
 
-@resumes
 def test_a_heterogeneous_job_has_its_server_on_a_node_without_gpus(site):
     workers = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2"]
     job = site.submit(*SMALL, "--output=job.log", "--nodes=1", "--ntasks=1", ":", *SMALL, *workers, "slurm/train_het.sh", "--data",
@@ -156,7 +150,6 @@ def test_a_heterogeneous_job_has_its_server_on_a_node_without_gpus(site):
     assert {one["NodeList"] for one in site.cluster.accounting(job)} == {"c1"}
 
 
-@resumes
 def test_two_workers_on_one_gpu_are_refused_before_the_run(site):
     job = site.train("--nodes=1", "--ntasks=3", "--ntasks-per-node=3", "--gpus-per-node=1")
     site.wait(job, "FAILED")
@@ -216,7 +209,8 @@ def test_shards_are_packed_on_several_nodes_and_a_second_job_has_nothing_to_do(s
 
 # ---- one training in several allocations
 
-TRAINING = ("--epochs", "8", "--checkpoint.every_s", "2", "--run.progress", "lines")
+TRAINING = ("--epochs", "8", "--checkpoint.every_s", "2", "--batch-size", "16", "--lr", "0.02", "--schedule.name", "cosine",
+            "--schedule.warmup_epochs", "2", "--data.augment", "shift")
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +240,6 @@ def preempted(site: Site, job: str) -> None:
     site.submit("--partition=gpu", "--nodes=3", "--exclusive", "--time=5", "--wrap", "sleep 2")
 
 
-@resumes
 @pytest.mark.parametrize("interruption", [requeued_by_hand, node_of_workers_lost, node_of_server_lost, preempted],
                          ids=lambda interruption: interruption.__name__)
 def test_a_job_goes_on_where_it_was_interrupted(site, uninterrupted, interruption):
@@ -257,11 +250,20 @@ def test_a_job_goes_on_where_it_was_interrupted(site, uninterrupted, interruptio
     demand_resumed(site, job, uninterrupted)
 
 
-@resumes
+def test_a_signal_that_comes_while_the_ranks_still_start_waits_for_them(site):
+    job = site.train(*TWO_NODES, options=("--epochs", "2"))
+    site.cluster.until(lambda: "launcher: " in site.log(), JOB_S, "the job to start")
+    site.cluster.run("scancel", "--signal=USR2", "--batch", job)
+    ended = site.wait(job, "COMPLETED")
+    assert ended["Restarts"] == "1" and "checkpoint written" in site.log()
+    demand_finished(RunDir.open(site.home / "run"))
+
+
 def test_a_job_goes_on_after_its_time_limit(site, uninterrupted):
-    """Slurm looks at limits every 30 s: the signal comes in the first 30 s of each minute, and the training takes longer."""
-    job = site.train(*TWO_NODES, "--time=1", "--signal=B:USR2@30", options=("--model", "networks_for_tests:slow", *TRAINING))
+    """Slurm looks at limits every 30 s: the signal comes after 20 to 50 s of each minute, and the training takes longer."""
+    job = site.train(*TWO_NODES, "--time=1", "--signal=B:USR2@10", options=("--model", "networks_for_tests:slow", *TRAINING))
     demand_resumed(site, job, uninterrupted, timeout_s=2 * JOB_S)
+    assert "checkpoint written" in site.log() and {one["JobState"] for one in site.cluster.accounting(job)} == {"PENDING", "COMPLETED"}
 
 
 def demand_resumed(site: Site, job: str, uninterrupted: float, timeout_s: float = JOB_S) -> None:
