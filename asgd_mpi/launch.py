@@ -1,8 +1,9 @@
 """How ranks are started here: `python -m asgd_mpi.launch` in a Slurm allocation prints the launcher that works.
 
 Each launcher starts all tasks of the allocation on a few lines of Python, and the first by which they meet in one world, on
-all nodes, is printed (`srun --mpi=pmix`); what was wrong with the others goes to standard error. Status 1 if none works. What
-follows `--` starts Python on the nodes, from a container for example: `python -m asgd_mpi.launch -- apptainer exec --nv IMAGE python`.
+all nodes, is printed (`srun --mpi=pmix`); what was wrong with the others goes to standard error. Status 1 if none works.
+What follows `--` starts Python on the nodes, from a container for example:
+`python -m asgd_mpi.launch -- apptainer exec --nv IMAGE python`.
 
 A wrong launcher is no error for MPI: it gives as many worlds of one rank as there are tasks. Only the standard library is
 used here, so that it runs where the packages are not.
@@ -68,7 +69,8 @@ def judge(allocation: Allocation, status: int | None, output: str) -> str:
     """What is wrong with a launcher, from how it ended (None: it did not) and what it printed; empty if it works."""
     ranks = SEEN.findall(output)
     sizes, hosts = {int(size) for _, size, _ in ranks}, {host for *_, host in ranks}
-    said = [line.strip() for line in SEEN.sub("", output).splitlines() if re.search("[a-z]{3}", line) and "arning" not in line]
+    said = [line.strip() for line in SEEN.sub("", output).splitlines()
+            if re.search("[a-z]{3}", line) and "arning" not in line]
     if status is None:
         return f"hangs: not all {allocation.num_tasks} ranks had started after {TIMEOUT_S:.0f} s"
     if sizes == {1} and allocation.num_tasks > 1:
@@ -105,8 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(launcher)
             return 0
         print(f"{launcher}: {wrong}", file=sys.stderr)
-    print(f"no launcher brings {allocation.num_tasks} ranks on {allocation.num_nodes} nodes into one world. Load the MPI that "
-          "mpi4py was built with in slurm/env.sh, or set LAUNCH there to what your site starts MPI programs with.", file=sys.stderr)
+    print(f"no launcher brings {allocation.num_tasks} ranks on {allocation.num_nodes} nodes into one world. Load the MPI "
+          "that mpi4py was built with in slurm/env.sh, or set LAUNCH there to what your site starts MPI programs with.",
+          file=sys.stderr)
     return 1
 
 

@@ -108,8 +108,8 @@ def demand_gpus(places: Topology, device: str, workers_per_gpu: int) -> None:
         ranks = _some([f"rank {rank} on {places.hosts[rank]}" for rank in without])
         raise ConfigError(
             f"{len(without)} of {places.num_workers} workers see no GPU ({ranks}), and would be many times slower than the "
-            "others. Look at nvidia-smi and CUDA_VISIBLE_DEVICES there; under Slurm ask for GPUs on every node that has workers "
-            "(--gpus-per-node). Or train on the CPU everywhere: --compute.device cpu.")
+            "others. Look at nvidia-smi and CUDA_VISIBLE_DEVICES there; under Slurm ask for GPUs on every node that has "
+            "workers (--gpus-per-node). Or train on the CPU everywhere: --compute.device cpu.")
     crowds = {gpu: ranks for gpu, ranks in places.workers_by_gpu().items() if len(ranks) > workers_per_gpu}
     if crowds:
         (host, _), ranks = next(iter(crowds.items()))

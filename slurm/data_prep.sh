@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Pack ImageNet into shards on several nodes: sbatch slurm/data_prep.sh --source DIR --out DIR
-# Options go to `python -m data_prep.imagenet`. Whenever it ends, the same command goes on; before its time is up it does so itself.
+# Options go to `python -m data_prep.imagenet`. Whenever it ends, the same command goes on; before its time is up it goes back
+# into the queue itself.
 #SBATCH --job-name=asgd-data
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

@@ -25,8 +25,8 @@ value_of() {
   echo "$value"
 }
 
-# follow SIGNAL COMMAND...: run a command to its end and set `status`. When the time is almost up it gets SIGNAL, not before it is
-# ready for it. A TERM to this script is Slurm ending the job, which reaches the ranks too.
+# follow SIGNAL COMMAND...: run a command to its end and set `status`. When the time is almost up it gets SIGNAL, not before
+# it is ready for it. A TERM to this script is Slurm ending the job, which reaches the ranks too.
 follow() {
   local signal=$1 process
   shift
@@ -64,8 +64,8 @@ all_nodes_answer() {
 
 changed_since_start() { [ -n "$(find "$@" -maxdepth 0 -newermt "@$started" 2> /dev/null)" ]; }
 
-# train OPTION...: start or resume a training in --run.dir (or runs/JOB; with an array the tasks are seeds, in DIR-seedN), and end the job
-# as the training did. Success is DIR/finished.json, which rank 0 writes last; the launcher's status alone proves nothing.
+# train OPTION...: start or resume a training in --run.dir (or runs/JOB; with an array the tasks are seeds, in DIR-seedN), and
+# end the job as the training did. Success is DIR/finished.json, which rank 0 writes last; the launcher's status proves nothing.
 train() {
   local run signal=USR2 threads=${SLURM_CPUS_PER_TASK_HET_GROUP_1:-${SLURM_CPUS_PER_TASK:-2}}
   run=$(value_of --run.dir "$@")
@@ -91,7 +91,7 @@ train() {
     exit 1
   fi
   changed_since_start "$run"/error.rank*.txt && { echo "failed with status $status: $run/error.rank*.txt" >&2; exit 1; }
-  changed_since_start "$run"/checkpoints/v* && again "the launcher ended with status $status before the training did, after a checkpoint"
+  changed_since_start "$run"/checkpoints/v* && again "the launcher ended with status $status, after a checkpoint"
   echo "failed: the launcher ended with status $status, with neither a checkpoint nor an error in $run" >&2
   exit 1
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The comparison of all runs below a directory, in DIR/comparison: sbatch slurm/report.sh DIR. A finished training has written
-# its own report; those that are not finished are named, and get theirs here.
+# The comparison of all runs below a directory, in DIR/comparison: sbatch slurm/report.sh DIR. A finished training has
+# written its own report; those that are not finished are named, and get theirs here.
 # More options go to the comparison, e.g. --target-accuracy 57 --price-per-gpu-hour 2.5.
 #SBATCH --job-name=asgd-report
 #SBATCH --ntasks=1

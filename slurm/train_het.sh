@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# slurm/train.sh as a heterogeneous job: the server on a node without GPUs, the workers on the GPU nodes. Only srun can start it.
+# slurm/train.sh as a heterogeneous job: the server on a node without GPUs, the workers on the GPU nodes. Only srun can
+# start it.
 #SBATCH --job-name=asgd
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR2@300

@@ -66,10 +66,10 @@ def explodes(num_classes: int, channels: int) -> nn.Module:
     return nn.Sequential(small(num_classes, channels), Infinite())
 
 
-def unhurried(num_classes: int, channels: int, step_s: float = 0.03) -> nn.Module:
+def unhurried(num_classes: int, channels: int, step_s: float = 0.02) -> nn.Module:
     """The digits' own network, with time enough to interrupt a training."""
     return nn.Sequential(Behaviour(lambda: time.sleep(step_s)), networks.build("digits_cnn", num_classes, channels, 8))
 
 
 def slow(num_classes: int, channels: int) -> nn.Module:
-    return unhurried(num_classes, channels, 0.15)
+    return unhurried(num_classes, channels, 0.2)

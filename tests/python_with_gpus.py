@@ -1,4 +1,4 @@
-"""`python python_with_gpus.py -m MODULE OPTION...` or `-c CODE`: Python where CUDA_VISIBLE_DEVICES is all that CUDA looks at.
+"""`python python_with_gpus.py -m MODULE OPTION...` or `-c CODE`: Python where CUDA sees what CUDA_VISIBLE_DEVICES lists.
 
 The GPUs of the test cluster are files that nobody can open: each worker chooses one, and computes on the CPU.
 """
@@ -9,6 +9,9 @@ import sys
 
 
 def pretend() -> None:
+    from asgd_mpi import signals
+
+    signals.install()              # as the program does, before anything heavy is imported
     import torch
 
     from asgd_mpi import gpus

@@ -286,7 +286,8 @@ def main(command: list[str]) -> int:
         return 1
     started = time.monotonic()
     with cluster() as made:
-        print(f"{len(NODES)} nodes are up after {time.monotonic() - started:.1f} s; {made.home} holds their logs", file=sys.stderr)
+        print(f"{len(NODES)} nodes are up after {time.monotonic() - started:.1f} s; {made.home} holds their logs",
+              file=sys.stderr)
         return subprocess.run(command or [os.environ.get("SHELL", "bash")], env=made.env).returncode
 
 

@@ -18,7 +18,8 @@ def test_ranks_of_one_world_on_all_nodes_are_what_is_wanted():
 @pytest.mark.parametrize(("status", "output", "says"), [
     (0, "<rank 0 of 1 on n1>\n<rank 0 of 1 on n1>\n<rank 0 of 1 on n2>\n", "every process is rank 0 of 1 (3 of them)"),
     (None, "", "hangs"),
-    (1, "----\nsrun: Warning: x\nsrun: error: Couldn't find the specified plugin name for mpi/pmix\n", "0 of 3 ranks came up: srun: error"),
+    (1, "----\nsrun: Warning: x\nsrun: error: Couldn't find the specified plugin name for mpi/pmix\n",
+     "0 of 3 ranks came up: srun: error"),
     (0, WHOLE.replace("n2", "n1"), "all ranks on 1 of 2 nodes: n1"),      # an oversubscribing mpirun
     (14, WHOLE, "status 14"),
 ])

@@ -59,7 +59,8 @@ def test_both_places_get_whole_lines_each_in_one_write(streams, tmp_path):
 def test_threads_do_not_mix_their_lines(streams, tmp_path):
     streams()
     ranklog.keep(tmp_path / "log.txt", "rank 0")
-    threads = [threading.Thread(target=lambda i=i: [sys.stdout.write(f"{i}" * 50 + "\n") for _ in range(200)]) for i in range(4)]
+    threads = [threading.Thread(target=lambda i=i: [sys.stdout.write(f"{i}" * 50 + "\n") for _ in range(200)])
+               for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

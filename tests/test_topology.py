@@ -85,7 +85,8 @@ def test_slices_of_a_gpu_are_told_apart_by_the_list_that_shows_them(monkeypatch)
     seen = tuple(Gpu(*gpu) for gpu in gpus.visible())
     assert [gpu.id for gpu in seen] == ["MIG-a", "MIG-b"]
     chosen = []
-    monkeypatch.setattr(gpus.torch.cuda, "set_device", lambda device: chosen.append((gpus.os.environ[gpus.VARIABLE], str(device))))
+    monkeypatch.setattr(gpus.torch.cuda, "set_device",
+                        lambda device: chosen.append((gpus.os.environ[gpus.VARIABLE], str(device))))
     places = Topology(("a",) * 3, (seen,) * 3)
     for rank in places.workers:
         gpus.take(places, rank)

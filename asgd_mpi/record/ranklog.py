@@ -29,7 +29,10 @@ def keep(path: Path, who: str) -> None:
 
 
 class Lines:
-    """A text stream that passes whole lines on to `stream`, and to `file` with the time. A terminal gets everything at once."""
+    """A text stream that passes whole lines on to `stream`, and to `file` with the time.
+
+    A terminal gets everything at once.
+    """
 
     def __init__(self, stream: TextIO, file: TextIO):
         self._stream, self._file = stream, file
