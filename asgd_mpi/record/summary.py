@@ -96,6 +96,8 @@ class Summary(msgspec.Struct):
     server_busy: float | None                  # 0..1: apply and checkpoint, of the server's covered time
     timeline: Timeline
     audit: Audit
+    num_samples: int = 0                       # of an epoch; 0 if no Start says so
+    total_samples: int = 0                     # of the run
 
     @property
     def stragglers(self) -> list[Worker]:
@@ -142,7 +144,8 @@ def summarize(run: RunDir) -> Summary:
         notes=sorted(metrics.notes, key=lambda note: note.t), notes_left_out=metrics.notes_left_out,
         num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
-        timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked)
+        timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,
+        num_samples=metrics.num_samples, total_samples=metrics.total_samples)
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:

@@ -18,6 +18,7 @@ from asgd_mpi.errors import ConfigError, RunDirError, UserError
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.advice import advise
+from asgd_mpi.report.audit import account
 from asgd_mpi.report.compare import compare
 from asgd_mpi.report.cost import Cost, price
 from asgd_mpi.report.follow import follow
@@ -31,6 +32,8 @@ def make_parser() -> jsonargparse.ArgumentParser:
                         help="A directory that asgd_mpi.train made; several are compared, and that is written to --out.")
     parser.add_argument("--no-write", action="store_true", help="Only print; leave RUN_DIR/report as it is.")
     parser.add_argument("--follow", action="store_true", help="Show the state of one run until it ends, and write nothing.")
+    parser.add_argument("--audit", action="store_true", help="Show which samples of each epoch were due, used, repeated and "
+                        "missing, and what was checked; write nothing. Exit status 1 if something is violated.")
     parser.add_argument("--price-per-gpu-hour", type=Optional[float], metavar="PRICE",
                         help="What a GPU costs in an hour, in any currency: adds the cost.")
     parser.add_argument("--num-gpus", type=Optional[int], metavar="GPUS",
@@ -47,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [RunDir.open(path) for path in options.run_dir]
         if options.follow and len(runs) > 1:
             raise ConfigError(f"--follow shows one run at a time, and {len(runs)} are given: start it once for each.")
+        if options.audit:
+            return _audit(runs)
         if options.follow:
             follow(runs[0])
         elif len(runs) > 1:
@@ -57,6 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _audit(runs: list[RunDir]) -> int:
+    """Print the account of each run; returns 1 if one of them is violated."""
+    accounts = [account(summarize(run)) for run in runs]
+    print("\n".join(one.text for one in accounts), end="")
+    return int(any(one.violations for one in accounts))
 
 
 def _report(run: RunDir, options: jsonargparse.Namespace) -> None:
