@@ -102,7 +102,13 @@ def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
     threads = config.compute.threads or topology.threads_for(
         os.cpu_count(), len(os.sched_getaffinity(0)), places.num_on_host_of(world.rank))
     torch.set_num_threads(threads)
-    task = open_task(config)
+
+    def on_retry(text: str) -> None:
+        meter.add(read_retries=1)
+        log.write(Note(time.time(), text))
+        print(f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
+
+    task = open_task(config, on_retry)
     device = torch.device("cpu") if world.is_server else _device(config, places, world.rank)
     module = task.build_module()
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})

@@ -278,6 +278,18 @@ def test_a_damaged_image_ends_the_run_by_name_or_is_left_out_and_counted_if_aske
     assert (summary.skipped_images, summary.images) == (1, 93) and name in summary.notes[0].text
 
 
+def test_reads_that_had_to_be_repeated_are_counted_noted_and_reported(openmpi, digits, tmp_path):
+    done = openmpi.train(3, "--data", str(digits), "--epochs", "1", "--run.dir", "run", cwd=tmp_path, module="flaky_disk")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir.open(tmp_path / "run")
+    summary = summarize(run)
+    reads = 1437 + 2 * 360 + summary.read_retries              # at least: both validations, or one
+    assert reads // 80 <= summary.read_retries <= reads // 40
+    assert summary.read_retries == len(summary.notes) + summary.notes_left_out == done.stderr.count("Input/output error")
+    assert f"{summary.read_retries} reads failed and were repeated" in (run.report / "report.md").read_text()
+    assert "Input/output error" in summary.notes[0].text and not summary.audit.violations
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
 def test_a_full_disk_ends_the_run_and_names_the_file(openmpi, digits, tmp_path):
     disk = tmp_path / "disk"

@@ -60,6 +60,7 @@ class Loader:
     def batch(self, epoch: int, start: int, stop: int) -> Batch:
         """Return the samples at positions start..stop-1 of an epoch; raise DataError."""
         indices = self.order.indices(epoch, start, stop)
+        self.shards.expect(indices)
         images = np.empty((len(indices), self._num_channels, self.policy.size, self.policy.size), dtype=np.uint8)
         good = np.ones(len(indices), dtype=bool)
         for row, index in enumerate(indices.tolist()):

@@ -64,6 +64,7 @@ class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=
     skipped_images: int = 0   # damaged images left out because the user asked for it
     bytes_pushed: int = 0
     bytes_fetched: int = 0
+    read_retries: int = 0     # reads of a shard that failed and were repeated
 
 
 class Fetch(msgspec.Struct, tag_field="event", tag="fetch"):

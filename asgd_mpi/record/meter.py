@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from asgd_mpi.record.events import EventLog, Interval
 
 
 class Meter:
-    """Times the phases of one rank; what no phase covers is idle."""
+    """Times the phases of one rank; what no phase covers is idle. Any thread may `add`; one thread does the rest."""
 
     def __init__(self, log: EventLog, interval_s: float):
         self._log = log
         self._interval_s = interval_s
+        self._lock = threading.Lock()  # of the interval under way
         self._fresh()
 
     @contextmanager
@@ -26,8 +28,9 @@ class Meter:
 
     def add(self, **amounts: float) -> None:
         """Add to fields of Interval: seconds of a phase that was timed elsewhere, or counts."""
-        for name, amount in amounts.items():
-            setattr(self._now, name, getattr(self._now, name) + amount)
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self._now, name, getattr(self._now, name) + amount)
 
     def tick(self) -> None:
         """Write the interval if it is over."""
@@ -36,13 +39,13 @@ class Meter:
 
     def flush(self) -> None:
         """Write what there is."""
-        interval = self._now
-        elapsed = time.perf_counter() - self._started
+        with self._lock:
+            interval, elapsed = self._now, time.perf_counter() - self._started
+            self._fresh()
         interval.t1 = interval.t0 + elapsed
         interval.idle = max(0.0, elapsed - (interval.data + interval.compute + interval.push + interval.fetch
                                             + interval.validate + interval.apply + interval.checkpoint))
         self._log.write(interval)
-        self._fresh()
 
     def _fresh(self) -> None:
         self._started = time.perf_counter()

@@ -98,6 +98,7 @@ class Summary(msgspec.Struct):
     audit: Audit
     num_samples: int = 0                       # of an epoch; 0 if no Start says so
     total_samples: int = 0                     # of the run
+    read_retries: int = 0                      # reads of shards that failed and were repeated
 
     @property
     def stragglers(self) -> list[Worker]:
@@ -145,7 +146,7 @@ def summarize(run: RunDir) -> Summary:
         num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
         timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,
-        num_samples=metrics.num_samples, total_samples=metrics.total_samples)
+        num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"])
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:

@@ -75,6 +75,7 @@ def _training(summary: Summary) -> list[tuple[str, str]]:
         ("training", f"{units.seconds(summary.training_s)}, to the last applied push"),
         ("images", f"{summary.images:,} applied, {summary.images_trained:,} trained by the workers, "
                    f"{summary.skipped_images:,} damaged and skipped"),
+        ("shards", f"{summary.read_retries:,} reads failed and were repeated"),
         ("learning rate", f"{units.rate(summary.lr_first)} first, {units.rate(summary.lr_last)} last"),
         ("parameters", f"{summary.num_parameters:,}" if summary.num_parameters else units.NONE),
     ]
