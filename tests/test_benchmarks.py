@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from asgd_mpi.exchange import wait
-from asgd_mpi.record.events import EventLog, Push, Start, Validation
+from asgd_mpi.record.events import EventLog, Interval, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
-from benchmarks import exchange, launch, training
+from benchmarks import data_wait, exchange, launch, training
 from benchmarks.peers import protocol
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +87,20 @@ def test_rates_and_times_are_read_from_a_run(tmp_path):
     assert training.pushes_per_s(run) == pytest.approx(10)
     assert training.seconds_to(run, 0.95) == pytest.approx(7)
     assert training.seconds_to(run, 0.999) is None
+
+
+def test_the_share_of_waiting_is_that_of_the_workers_in_the_middle_of_the_run(tmp_path):
+    run = RunDir.create(tmp_path / "run", "x")
+    logs, pushes = [EventLog(run.metrics_of(rank)) for rank in range(3)], EventLog(run.pushes)
+    for k in range(100):
+        pushes.write(Push(100.0 + k, k, 0, k, 0, 16 * k, 16 * k + 16, 0.1, 0.0))
+        in_the_middle = 20 <= k < 89                         # the first and the last intervals wait for nothing but data
+        logs[0].write(Interval(100.0 + k, 101.0 + k, idle=1.0))
+        logs[1].write(Interval(100.0 + k, 101.0 + k, data=0.25 if in_the_middle else 1.0))
+        logs[2].write(Interval(100.0 + k, 101.0 + k, data=0.75 if in_the_middle else 1.0))
+    for log in (*logs, pushes):
+        log.close()
+    assert data_wait.data_wait(run, 2) == pytest.approx(0.5)
 
 
 def test_the_table_shows_ours_over_each_other_and_the_limit():
