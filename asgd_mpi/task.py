@@ -49,9 +49,9 @@ class Task:
         torch.manual_seed(self.config.run.seed)
         return networks.build(self.config.model.name, self.train.num_classes, self.channels, self.config.data.image_size)
 
-    def train_loader(self, on_skip=print) -> Loader:
+    def train_loader(self, on_skip=print, touch_on_device: bool = False) -> Loader:
         order = Order(self.train.num_samples, self.config.run.seed)
-        return self._loader(self.train, order, self.config.data.augment, on_skip)
+        return self._loader(self.train, order, self.config.data.augment, on_skip, touch_on_device)
 
     def val_loader(self, on_skip=print) -> Loader:
         return self._loader(self.val, Sequential(self.val.num_samples), "none", on_skip)
@@ -66,10 +66,12 @@ class Task:
         return Schedule(config.schedule, samples, round(config.run.epochs * samples), num_workers, config.rule.staleness,
                         in_flight=num_workers * (1 + config.exchange.overlap))
 
-    def _loader(self, shards: ShardSet, order: Order | Sequential, augment: str, on_skip) -> Loader:
+    def _loader(self, shards: ShardSet, order: Order | Sequential, augment: str, on_skip,
+                touch_on_device: bool = False) -> Loader:
         data = self.config.data
         policy = make_policy(augment, data.image_size, shards.image_shape)
-        return Loader(shards, order, policy, self.config.run.seed, data.threads, data.on_bad_image, on_skip)
+        return Loader(shards, order, policy, self.config.run.seed, data.threads, data.on_bad_image, on_skip,
+                      touch_on_device)
 
 
 def open_task(config: Config, on_retry: Callable[[str], None] = warnings.warn) -> Task:

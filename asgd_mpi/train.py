@@ -180,7 +180,7 @@ def _work(world: World, task: Task, module: nn.Module, device: torch.device, win
         log.write(Note(time.time(), text))
         print(f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
 
-    loaders = task.train_loader(on_skip), task.val_loader(on_skip)
+    loaders = task.train_loader(on_skip, touch_on_device=device.type != "cpu"), task.val_loader(on_skip)
     outbox = Outbox(world, window)
     in_place = device.type == "cpu" and not exchange.overlap      # compute the gradient where the server reads it
     flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap)
