@@ -150,10 +150,12 @@ class RecordConfig:
 
     Args:
         interval_s: seconds that one line of a metrics file covers
+        spans: stretches of time of each rank to write one by one, for a trace (report --trace); 0 for none, 90 bytes each
         hash_snapshots: write a hash of every published and fetched snapshot (a check of the exchange; slow)
     """
 
     interval_s: float = 1.0
+    spans: int = 0
     hash_snapshots: bool = False
 
 
@@ -288,4 +290,5 @@ def _check(config: Config) -> None:
            "n_push auto sums on while a push is under way, so it needs the overlap")
     demand(auto or not exchange.n_fetch or exchange.n_fetch % exchange.n_push == 0, "exchange.n_fetch", exchange.n_fetch,
            f"the batches of one push are computed on one snapshot, so give a multiple of n_push ({exchange.n_push})")
+    demand(config.record.spans >= 0, "record.spans", config.record.spans, "give how many to write, 0 for none")
     demand(config.record.interval_s > 0, "record.interval_s", config.record.interval_s, "give seconds above 0")

@@ -24,6 +24,7 @@ from asgd_mpi import config as configuration
 from asgd_mpi import report, topology
 from asgd_mpi.config import Config
 from asgd_mpi.errors import UserError
+from asgd_mpi.exchange import clock
 from asgd_mpi.exchange.link import Inbox, Outbox
 from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
@@ -98,7 +99,7 @@ def _prepare(arguments: list[str], hosts: list[str]) -> dict:
 
 def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
     log = EventLog(run.metrics_of(world.rank))
-    meter = Meter(log, config.record.interval_s)
+    meter = Meter(log, config.record.interval_s, config.record.spans)
     threads = config.compute.threads or topology.threads_for(
         os.cpu_count(), len(os.sched_getaffinity(0)), places.num_on_host_of(world.rank))
     torch.set_num_threads(threads)
@@ -112,10 +113,11 @@ def _train(world: World, config: Config, run: RunDir, places: Topology) -> None:
     device = torch.device("cpu") if world.is_server else _device(config, places, world.rank)
     module = task.build_module()
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
-    plan, exchange = task.plan(places.num_workers), config.exchange
+    plan, exchange, offset = task.plan(places.num_workers), config.exchange, clock.measure(world)
     log.write(Start(time.time(), world.rank, "server" if world.is_server else "worker", world.host, str(device),
                     plan.num_workers, num_floats(module), plan.num_samples, plan.total_samples,
-                    not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads))
+                    not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads,
+                    clock_offset_s=offset.seconds, clock_error_s=offset.error))
     capacity = max(num_floats(module), num_statistics(module))
     layout = Layout(num_floats(module), exchange.ring, plan.num_workers, capacity)
     window = (ServerWindow if world.is_server else WorkerWindow)(world, layout)

@@ -36,6 +36,8 @@ class Start(msgspec.Struct, tag_field="event", tag="start", omit_defaults=True):
     reads_own_pushes: bool = True  # a snapshot holds all pushes of the worker that fetched it: no overlap
     threads: int = 1
     format: int = FORMAT
+    clock_offset_s: float = 0.0    # to add to this rank's times to get those of rank 0,
+    clock_error_s: float = 0.0     # known to that
 
 
 class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=True):
@@ -65,6 +67,14 @@ class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=
     bytes_pushed: int = 0
     bytes_fetched: int = 0
     read_retries: int = 0     # reads of a shard that failed and were repeated
+
+
+class Span(msgspec.Struct, tag_field="event", tag="span"):
+    """One stretch of a phase; the first `record.spans` of a rank are written."""
+
+    t: float                  # its beginning
+    phase: str                # one of PHASES
+    seconds: float
 
 
 class Fetch(msgspec.Struct, tag_field="event", tag="fetch"):
@@ -119,7 +129,7 @@ class End(msgspec.Struct, tag_field="event", tag="end"):
     reason: str = ""
 
 
-Event = Union[Start, Interval, Fetch, Publish, Validation, Checkpoint, Note, End]
+Event = Union[Start, Interval, Span, Fetch, Publish, Validation, Checkpoint, Note, End]
 
 
 class Push(msgspec.Struct, array_like=True, frozen=True):

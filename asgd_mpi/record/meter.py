@@ -7,15 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from asgd_mpi.record.events import EventLog, Interval
+from asgd_mpi.record.events import PHASES, EventLog, Interval, Span
 
 
 class Meter:
     """Times the phases of one rank; what no phase covers is idle. Any thread may `add`; one thread does the rest."""
 
-    def __init__(self, log: EventLog, interval_s: float):
+    def __init__(self, log: EventLog, interval_s: float, spans: int = 0):
         self._log = log
         self._interval_s = interval_s
+        self._spans_left = spans       # stretches of phases to write one by one
         self._lock = threading.Lock()  # of the interval under way
         self._fresh()
 
@@ -31,6 +32,16 @@ class Meter:
         with self._lock:
             for name, amount in amounts.items():
                 setattr(self._now, name, getattr(self._now, name) + amount)
+        if self._spans_left > 0:
+            self._write_spans({name: seconds for name, seconds in amounts.items() if name in PHASES and seconds > 0})
+
+    def _write_spans(self, phases: dict[str, float]) -> None:
+        """Write phases that have just ended, one after the other."""
+        t = time.time() - sum(phases.values())
+        for name, seconds in phases.items():
+            self._log.write(Span(t, name, seconds))
+            self._spans_left -= 1
+            t += seconds
 
     def tick(self) -> None:
         """Write the interval if it is over."""

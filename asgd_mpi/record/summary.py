@@ -101,6 +101,13 @@ class Summary(msgspec.Struct):
     read_retries: int = 0                      # reads of shards that failed and were repeated
 
     @property
+    def overlap(self) -> float | None:
+        """The share of the workers' push and fetch that lay behind the computation, 0..1; None if there was neither."""
+        workers = [rank for rank in self.ranks if rank.rank]
+        hidden = sum(rank.hidden for rank in workers)
+        return _ratio(hidden, hidden + sum(rank.phases["push"] + rank.phases["fetch"] for rank in workers))
+
+    @property
     def stragglers(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.is_straggler]
 

@@ -23,6 +23,8 @@ from asgd_mpi.report.compare import compare
 from asgd_mpi.report.cost import Cost, price
 from asgd_mpi.report.follow import follow
 from asgd_mpi.report.markdown import render, render_comparison
+from asgd_mpi.report.trace import write_trace
+from asgd_mpi.report.units import size
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -34,6 +36,8 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--follow", action="store_true", help="Show the state of one run until it ends, and write nothing.")
     parser.add_argument("--audit", action="store_true", help="Show which samples of each epoch were due, used, repeated and "
                         "missing, and what was checked; write nothing. Exit status 1 if something is violated.")
+    parser.add_argument("--trace", type=str, default="", metavar="FILE.json", help="Write a trace of one run for Perfetto or "
+                        "chrome://tracing, and nothing else; train with --record.spans 10000 to see single steps.")
     parser.add_argument("--price-per-gpu-hour", type=Optional[float], metavar="PRICE",
                         help="What a GPU costs in an hour, in any currency: adds the cost.")
     parser.add_argument("--num-gpus", type=Optional[int], metavar="GPUS",
@@ -50,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [RunDir.open(path) for path in options.run_dir]
         if options.follow and len(runs) > 1:
             raise ConfigError(f"--follow shows one run at a time, and {len(runs)} are given: start it once for each.")
+        if options.trace:
+            return _trace(runs, Path(options.trace))
         if options.audit:
             return _audit(runs)
         if options.follow:
@@ -61,6 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _trace(runs: list[RunDir], path: Path) -> int:
+    if len(runs) > 1:
+        raise ConfigError(f"--trace writes one run to a file, and {len(runs)} are given: start it once for each.")
+    for problem in write_trace(runs[0], path):
+        print(problem, file=sys.stderr)
+    print(f"trace: {path} ({size(path.stat().st_size)}); open it in ui.perfetto.dev or chrome://tracing")
     return 0
 
 
