@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = jsonargparse.ArgumentParser(
         prog="python -m asgd_mpi.evaluate", description="Measure the error of a checkpoint on a data set.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A directory under checkpoints/ of a run directory.")
-    parser.add_argument("--data.path", required=True, metavar="DIR", help="Directory of shards made by data_prep, or a tree of "
-                        "<split>/<class>/*.JPEG. --data is short for it.")
+    parser.add_argument("--data.path", required=True, metavar="DIR", help="Directory of shards made by data_prep, or a tree "
+                        "of <split>/<class>/*.JPEG. --data is short for it.")
     parser.add_argument("--data.source", default="shards", type=Literal["shards", "folder"], help="What lies there.")
     parser.add_argument("--data.on_bad_image", default="fail", type=Literal["fail", "skip"],
                         help="Stop at a damaged image, or leave it out and count it.")

@@ -131,3 +131,11 @@ def test_a_small_overlap_keeps_emulated_workers_busy(openmpi, tmp_path):
                    "1", "--workers", 2, "--seconds", 3)
     [cell] = result["cells"]
     assert 0.2 < cell["over_ideal"]["median"] <= 1.1      # a busy machine may be slow, but nobody is faster than the sleep
+
+
+def test_a_run_without_metrics_keeps_its_pushes_and_costs_of_metrics_are_read(openmpi, tmp_path):
+    result = small("benchmarks.metrics_cost", openmpi, tmp_path / "result.json", "--epochs", 1)["result"]
+    bytes_without, bytes_with = (result[f"{kind}: MB a rank and hour"]["median"] for kind in ("without", "with"))
+    assert 0 < bytes_without < bytes_with < result["with spans: MB a rank and hour"]["median"]
+    assert 0.1 < result["with: time over that without"]["median"] < 10      # it ran; how fast is no test
+    assert 0 < result["the meter's time for a step (us)"]["median"] < 1e4

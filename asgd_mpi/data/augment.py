@@ -75,7 +75,7 @@ class Policy:
     size: int
 
     def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
-        """Return uint8 (S, S, C) for an image uint8 (H, W, C), maybe a view of it with any strides, and what is left to do."""
+        """Return uint8 (S, S, C) for an image uint8 (H, W, C), maybe a view with any strides, and what remains to do."""
         raise NotImplementedError
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -12,6 +12,7 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+from mpi4py import MPI
 
 from asgd_mpi import topology
 from asgd_mpi.exchange import wait
@@ -47,12 +48,14 @@ def _ask(world: World) -> Offset:
 
 def _send(world: World, rank: int, value: float) -> None:
     buffer = np.array([value])
-    wait.until(world.comm.Isend(buffer, dest=rank, tag=TAG).Test, world.timeout_s, f"rank {world.rank} waits for the clock of "
-               f"rank {rank}")
+    _complete(world, world.comm.Isend(buffer, dest=rank, tag=TAG), rank)
 
 
 def _receive(world: World, rank: int) -> float:
     buffer = np.empty(1)
-    wait.until(world.comm.Irecv(buffer, source=rank, tag=TAG).Test, world.timeout_s, f"rank {world.rank} waits for the clock of "
-               f"rank {rank}")
+    _complete(world, world.comm.Irecv(buffer, source=rank, tag=TAG), rank)
     return float(buffer[0])
+
+
+def _complete(world: World, request: MPI.Request, rank: int) -> None:
+    wait.until(request.Test, world.timeout_s, f"rank {world.rank} waits for the clock of rank {rank}")

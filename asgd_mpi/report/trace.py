@@ -19,8 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, Note, Push, Span, Start, Validation, read_events,
-                                    read_pushes)
+from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, Note, Push, Span, Start, Validation,
+                                    read_events, read_pushes)
 from asgd_mpi.record.readings import COUNTERS, Lines
 from asgd_mpi.record.rundir import RunDir, unwritable
 
@@ -43,7 +43,8 @@ def write_trace(run: RunDir, path: Path) -> list[str]:
             out.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
             for event in _events(run, lines, files, zero, *every):
                 out.write(encode(event) + b",\n")
-            thinned = {name: f"one of {stride} is kept" for name, stride in zip(("intervals", "pushes"), every) if stride > 1}
+            thinned = {name: f"one of {stride} is kept" for name, stride in zip(("intervals", "pushes"), every)
+                       if stride > 1}
             worst = max((event.clock_error_s for event in starts), default=0.0)
             notes = {"run": run.path.resolve().name, "clock_error_s": worst, **thinned}
             out.write(b'{"name":"end of trace","ph":"M","pid":0,"args":{}}\n],"otherData":' + encode(notes) + b"}\n")
