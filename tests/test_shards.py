@@ -1,5 +1,6 @@
 """The shard reader: it returns what was packed, or says what is wrong with which file."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -194,6 +195,14 @@ def test_a_shard_that_comes_back_with_other_contents_never_gives_wrong_data(root
     (root / "copy").rename(root / SHARD)
     with pytest.raises(DamagedSample, match="checksum"):
         shards.read(10)
+
+
+def test_a_lock_that_keeps_hdf5_from_opening_a_shard_does_not_keep_a_run_from_reading_it(root):
+    with open(root / SHARD, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)      # what HDF5 asks for meets this, as it meets a file system without locks
+        with pytest.raises(BlockingIOError):
+            h5py.File(root / SHARD, "r", locking=True)
+        assert len(ShardSet.open(root, "train").read(10)) > 0
 
 
 def test_samples_to_come_are_announced_to_the_disk_in_the_order_in_which_they_lie_there(root, monkeypatch):
