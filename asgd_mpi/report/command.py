@@ -1,7 +1,9 @@
 """`python -m asgd_mpi.report RUN_DIR [RUN_DIR ...]`: what runs did and where their time went, from their directories alone.
 
-Several are compared (`compare`). For one, prints Markdown and writes `report/report.html`, `report/report.md` and
-`report/report.json` (a `Summary`, and the advice). Works on a run that finished, failed, was killed or is still going, on any machine: it imports neither MPI nor torch.
+Several are compared (`compare`). `--audit`, `--trace` and `--follow` do that instead (`audit`, `trace`, `follow`). For one,
+prints Markdown and writes `report/report.html`, `report/report.md` and
+`report/report.json` (a `Summary`, and the advice). Works on a run that finished, failed, was killed or is still going, on any
+machine: it imports neither MPI nor torch.
 """
 
 from __future__ import annotations
