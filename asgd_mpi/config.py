@@ -162,10 +162,12 @@ class RecordConfig:
 
     Args:
         interval_s: seconds that one line of a metrics file covers
+        spans: stretches of time of each rank to write one by one, for a trace (report --trace); 0 for none, 90 bytes each
         hash_snapshots: write a hash of every published and fetched snapshot (a check of the exchange; slow)
     """
 
     interval_s: float = 1.0
+    spans: int = 0
     hash_snapshots: bool = False
 
 
@@ -355,4 +357,5 @@ def _check(config: Config) -> None:
     demand(failure.max_nonfinite > 0, "failure.max_nonfinite", failure.max_nonfinite, "give 1 or more")
     demand(failure.grace_s > 0, "failure.grace_s", failure.grace_s, "workers need some time to say goodbye; give more than 0")
     demand(failure.stall_s > 0, "failure.stall_s", failure.stall_s, "give seconds above 0")
+    demand(config.record.spans >= 0, "record.spans", config.record.spans, "give how many to write, 0 for none")
     demand(config.record.interval_s > 0, "record.interval_s", config.record.interval_s, "give seconds above 0")

@@ -91,6 +91,17 @@ def test_time_hidden_behind_the_computation_is_reported_apart_from_the_phases(ru
     assert "fetched for another 1.2 s in all behind the computation" in report.render(summarize(run)) and summarize(run).ranks[1].hidden == 1.25
 
 
+def test_the_overlap_is_the_hidden_share_of_push_and_fetch(run):
+    assert summarize(run).overlap == 0.0
+    write_log(run.metrics_of(1), [Interval(T0 + 50, T0 + 51, compute=1.0, hidden=2.5)])
+    summary = summarize(run)
+    assert summary.overlap == pytest.approx(2.5 / (2.5 + 0.125 * PUSHES))      # every push of a worker waits 0.125 s
+    assert "behind the computation, 25.0 % of the time that it took" in report.render(summary)
+    for rank in range(1, 4):
+        run.metrics_of(rank).unlink()
+    assert summarize(run).overlap is None
+
+
 def test_the_numbers_are_the_sums_over_the_raw_lines(run):
     summary = summarize(run)
     pushes = raw(run.pushes)  # [t, version, worker, read_version, epoch, start, stop, lr, loss, skipped]

@@ -18,7 +18,8 @@ from asgd_mpi.record.events import PHASES, Checkpoint, End, Event, Interval, Not
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins
 
-COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched", "refused_pushes")
+COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched",
+            "refused_pushes", "read_retries")
 LARGEST = 1e15        # of any number in a line: seconds, samples, bytes
 MAX_WORKERS = 1 << 16
 MAX_NOTES = 50        # kept; the rest is counted

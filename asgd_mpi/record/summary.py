@@ -102,6 +102,16 @@ class Summary(msgspec.Struct):
     server_busy: float | None                  # 0..1: apply and checkpoint, of the server's covered time
     timeline: Timeline
     audit: Audit
+    num_samples: int = 0                       # of an epoch; 0 if no Start says so
+    total_samples: int = 0                     # of the run
+    read_retries: int = 0                      # reads of shards that failed and were repeated
+
+    @property
+    def overlap(self) -> float | None:
+        """The share of the workers' push and fetch that lay behind the computation, 0..1; None if there was neither."""
+        workers = [rank for rank in self.ranks if rank.rank]
+        hidden = sum(rank.hidden for rank in workers)
+        return _ratio(hidden, hidden + sum(rank.phases["push"] + rank.phases["fetch"] for rank in workers))
 
     @property
     def stragglers(self) -> list[Worker]:
@@ -151,7 +161,8 @@ def summarize(run: RunDir) -> Summary:
         forgotten_pushes=len(forgotten),
         num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
-        timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked)
+        timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,
+        num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"])
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:
