@@ -283,9 +283,9 @@ def from_yaml(text: str) -> Config:
     parser = make_parser()
     try:
         namespace = parser.instantiate(parser.parse_string(text))
-    except jsonargparse.ArgumentError as error:
-        raise ConfigError(f"the configuration cannot be read: {error}") from None
-    return Config(**{section.name: namespace[section.name] for section in dataclasses.fields(Config)})
+        return Config(**{section.name: namespace[section.name] for section in dataclasses.fields(Config)})
+    except Exception as error:  # what the parser raises on a text that is none of ours is its own affair
+        raise ConfigError(f"the configuration cannot be read: {type(error).__name__}: {error}") from None
 
 
 def with_recipe(config: Config, recipe: Recipe) -> Config:

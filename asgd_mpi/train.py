@@ -286,9 +286,13 @@ class _Part:
     def _finish(self, server: Server) -> int:
         """Close the books; the report, and the marker of success."""
         self._close("left" if server.left_because else "finished", server.left_because)
-        summary = report.summarize(self.run)
-        report.write(self.run, summary, report.render(summary))
-        print(f"report: {self.run.report / 'report.html'}", flush=True)
+        try:
+            summary = report.summarize(self.run)
+            report.write(self.run, summary, report.render(summary))
+            print(f"report: {self.run.report / 'report.html'}", flush=True)
+        except Exception:                  # the training is not lost with its report
+            print(f"the report could not be made; `python -m asgd_mpi.report {self.run.path}` tries again:\n"
+                  f"{traceback.format_exc()}", file=sys.stderr, flush=True)
         where = self.run.checkpoint(server.ledger.version, self.restart)
         if server.left_because:
             print(f"left at version {server.ledger.version}, {server.ledger.samples} of {server.ledger.plan.total_samples} "

@@ -85,6 +85,6 @@ def test_several_runs_are_shown_and_one_that_is_violated_sets_the_status(tmp_pat
 
 def test_a_failed_run_says_why_and_no_name_can_obey_the_terminal(tmp_path, capsys):
     run = make_run(tmp_path / "run", make_pushes(12))
-    write_log(run.metrics_of(1), [End(T0 + 9, "failed", "GPU\x1b[31m lost")])
+    write_log(run.metrics_of(0), [End(T0 + 9, "failed", "GPU\x1b[31m lost")])
     status, _, text = audited(capsys, run)
-    assert status == 0 and "failed (rank 1: GPU [31m lost)" in text and "\x1b" not in text
+    assert status == 0 and "failed (rank 0: GPU [31m lost)" in text and "\x1b" not in text

@@ -136,7 +136,7 @@ def summarize(run: RunDir) -> Summary:
     last_t = max(metrics.last_t, training.last_t)
     stopped = training.last_t if training.last else last_t
     training_s = _elapsed(started, stopped)
-    training_s = training_s and max(0.0, training_s - metrics.gaps_s)
+    training_s = training_s and max(0.0, training_s - metrics.gaps_s(stopped))
     images = training.images if training.last else sent["images"]
     server = metrics.ranks.get(0, Rank(0, "server"))
     validations = sorted(metrics.validations, key=lambda validation: validation.t)

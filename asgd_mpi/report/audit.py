@@ -46,10 +46,11 @@ def account(summary: Summary) -> Account:
     violations = list(summary.audit.violations)
     missing = sum(epoch.missing for epoch in epochs)
     violations += [f"epoch {row.epoch}: {row.beyond:,} samples used that were not due" for row in epochs if row.beyond]
-    unreadable = summary.unreadable_lines.get("pushes.log", 0)
+    # a start that was killed may have cut its last line; that it is not missed shows in the versions
+    unreadable = summary.unreadable_lines.get("pushes.log", 0) if len(summary.restarts) < 2 else 0
     if not summary.audit.num_pushes:
         violations.append("there is no applied push on record, so nothing can be shown")
-    elif is_over and missing:
+    elif is_over and missing > summary.given_up:
         violations.append(f"the run finished, and {missing:,} samples that were due were never used")
     if is_over and unreadable:
         violations.append(f"{unreadable} unreadable line{'s' * (unreadable > 1)} in pushes.log of a finished run")
@@ -82,6 +83,8 @@ def _text(summary: Summary, epochs: list[EpochAccount], claims: tuple[str, ...],
     lines += [f"{name:>8}" + "".join(f"{number:>12,}" for number in numbers) for name, numbers in [*rows, ("all", total)]]
     if summary.skipped_images:
         lines.append(f"of those used, {summary.skipped_images:,} were damaged images, left out and counted")
+    if summary.given_up:
+        lines.append(f"of those missing, {summary.given_up:,} were given up: their gradient was never finite")
     if not is_over:
         lines.append("the run is not finished: missing samples are still to come, or were lent and not applied")
     lines += ["", "checked:", *(f"  {claim}" for claim in claims)]
