@@ -164,10 +164,12 @@ class RecordConfig:
 
     Args:
         interval_s: seconds that one line of a metrics file covers
+        spans: stretches of time of each rank to write one by one, for a trace (report --trace); 0 for none, 90 bytes each
         hash_snapshots: write a hash of every published and fetched snapshot (a check of the exchange; slow)
     """
 
     interval_s: float = 1.0
+    spans: int = 0
     hash_snapshots: bool = False
 
 
@@ -283,9 +285,9 @@ def from_yaml(text: str) -> Config:
     parser = make_parser()
     try:
         namespace = parser.instantiate(parser.parse_string(text))
-    except jsonargparse.ArgumentError as error:
-        raise ConfigError(f"the configuration cannot be read: {error}") from None
-    return Config(**{section.name: namespace[section.name] for section in dataclasses.fields(Config)})
+        return Config(**{section.name: namespace[section.name] for section in dataclasses.fields(Config)})
+    except Exception as error:  # what the parser raises on a text that is none of ours is its own affair
+        raise ConfigError(f"the configuration cannot be read: {type(error).__name__}: {error}") from None
 
 
 def with_recipe(config: Config, recipe: Recipe) -> Config:
@@ -359,4 +361,5 @@ def _check(config: Config) -> None:
     demand(failure.max_nonfinite > 0, "failure.max_nonfinite", failure.max_nonfinite, "give 1 or more")
     demand(failure.grace_s > 0, "failure.grace_s", failure.grace_s, "workers need some time to say goodbye; give more than 0")
     demand(failure.stall_s > 0, "failure.stall_s", failure.stall_s, "give seconds above 0")
+    demand(config.record.spans >= 0, "record.spans", config.record.spans, "give how many to write, 0 for none")
     demand(config.record.interval_s > 0, "record.interval_s", config.record.interval_s, "give seconds above 0")

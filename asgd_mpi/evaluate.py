@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import jsonargparse
 import torch
@@ -13,10 +14,12 @@ from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.order import Sequential
 from asgd_mpi.data.shards import ShardSet
+from asgd_mpi.data.trials import FolderSet
 from asgd_mpi.errors import DataError, UserError
 from asgd_mpi.model import networks
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint
+from asgd_mpi.task import open_split
 from asgd_mpi.worker.step import Errors, validate
 
 
@@ -24,27 +27,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = jsonargparse.ArgumentParser(
         prog="python -m asgd_mpi.evaluate", description="Measure the error of a checkpoint on a data set.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A directory under checkpoints/ of a run directory.")
-    parser.add_argument("--data", required=True, metavar="DIR", help="Directory of shards made by data_prep.")
+    parser.add_argument("--data.path", required=True, metavar="DIR", help="Directory of shards made by data_prep, or a tree "
+                        "of <split>/<class>/*.JPEG. --data is short for it.")
+    parser.add_argument("--data.source", default="shards", type=Literal["shards", "folder"], help="What lies there.")
+    parser.add_argument("--data.on_bad_image", default="fail", type=Literal["fail", "skip"],
+                        help="Stop at a damaged image, or leave it out and count it.")
     parser.add_argument("--split", default="val", help="Split of the data set.")
     parser.add_argument("--batch-size", type=jsonargparse.typing.PositiveInt, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="A torch device.")
     parser.add_argument("--threads", type=jsonargparse.typing.PositiveInt, default=2, help="Threads that read images.")
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args([_long_form(argument) for argument in arguments])
+    data = options.data
     try:
         state, manifest = checkpoint.load(options.checkpoint)
-        shards = ShardSet.open(options.data, options.split)
-        errors = measure(state, manifest, shards, options.batch_size, torch.device(options.device), options.threads)
+        images = open_split(data.source, data.path, options.split)
+        errors = measure(state, manifest, images, options.batch_size, torch.device(options.device), options.threads,
+                         data.on_bad_image)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"version {manifest.version} of {manifest.model}, {errors.num_images} images of {options.data} "
-          f"({options.split}): top-1 error {1 - errors.top1 / errors.num_images:.4f}, top-5 error "
+    left_out = f", and {errors.skipped} damaged ones left out" if errors.skipped else ""
+    print(f"version {manifest.version} of {manifest.model}, {errors.num_images} images of {data.path} "
+          f"({options.split}){left_out}: top-1 error {1 - errors.top1 / errors.num_images:.4f}, top-5 error "
           f"{1 - errors.top5 / errors.num_images:.4f}, loss {errors.loss / errors.num_images:.4f}")
     return 0
 
 
-def measure(state: dict[str, torch.Tensor], manifest: checkpoint.Manifest, shards: ShardSet, batch_size: int,
-            device: torch.device, threads: int) -> Errors:
+def _long_form(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return ("--data.path" if name == "--data" else name) + equals + value
+
+
+def measure(state: dict[str, torch.Tensor], manifest: checkpoint.Manifest, shards: ShardSet | FolderSet, batch_size: int,
+            device: torch.device, threads: int, on_bad_image: str = "fail") -> Errors:
     """The errors of a checkpoint on one split. Raises DataError if the data set does not fit the network."""
     channels = shards.image_shape[2] if shards.image_shape else 3
     if shards.num_classes != manifest.num_classes:
@@ -56,7 +72,8 @@ def measure(state: dict[str, torch.Tensor], manifest: checkpoint.Manifest, shard
     module = networks.build(manifest.model, manifest.num_classes, channels, manifest.image_size)
     module.load_state_dict(state)
     policy = make_policy("none", manifest.image_size, shards.image_shape)
-    loader = Loader(shards, Sequential(shards.num_samples), policy, seed=0, threads=threads)
+    loader = Loader(shards, Sequential(shards.num_samples), policy, seed=0, threads=threads, on_bad_image=on_bad_image,
+                    on_skip=lambda text: tqdm.write(text, file=sys.stderr))
     batches = (loader.batch(0, start, min(start + batch_size, shards.num_samples))
                for start in tqdm(range(0, shards.num_samples, batch_size), unit=" batches"))
     try:

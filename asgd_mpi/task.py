@@ -5,13 +5,15 @@ The server, the workers and the replay open the same task from the same configur
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from asgd_mpi.config import Config, DataConfig, with_recipe
+from asgd_mpi.config import Config, with_recipe
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.order import Order, Sequential
@@ -54,9 +56,9 @@ class Task:
             networks.load_weights_(module, model.weights, model.partial_weights)
         return module
 
-    def train_loader(self, on_skip=print) -> Loader:
+    def train_loader(self, on_skip=print, touch_on_device: bool = False) -> Loader:
         order = Order(self.train.num_samples, self.config.run.seed)
-        return self._loader(self.train, order, self.config.data.augment, on_skip)
+        return self._loader(self.train, order, self.config.data.augment, on_skip, touch_on_device)
 
     def val_loader(self, on_skip=print) -> Loader:
         return self._loader(self.val, Sequential(self.val.num_samples), "none", on_skip)
@@ -71,21 +73,29 @@ class Task:
         return Schedule(config.schedule, samples, round(config.run.epochs * samples), num_workers, config.rule.staleness,
                         in_flight=num_workers * (1 + config.exchange.overlap))
 
-    def _loader(self, shards: ShardSet, order: Order | Sequential, augment: str, on_skip) -> Loader:
+    def _loader(self, shards: ShardSet, order: Order | Sequential, augment: str, on_skip,
+                touch_on_device: bool = False) -> Loader:
         data = self.config.data
         policy = make_policy(augment, data.image_size, shards.image_shape)
-        return Loader(shards, order, policy, self.config.run.seed, data.threads, data.on_bad_image, on_skip)
+        return Loader(shards, order, policy, self.config.run.seed, data.threads, data.on_bad_image, on_skip,
+                      touch_on_device)
 
 
-def open_task(config: Config) -> Task:
-    """Open the data that a complete configuration names. Raises DataError."""
-    return Task(config, _open_split(config.data, "train"), _open_split(config.data, "val"))
+def open_task(config: Config, on_retry: Callable[[str], None] = warnings.warn) -> Task:
+    """Open the data that a complete configuration names. Raises DataError.
+
+    `on_retry` gets a message each time a read of a shard has to be repeated, from any thread.
+    """
+    train, val = (open_split(config.data.source, config.data.path, split, on_retry) for split in ("train", "val"))
+    return Task(config, train, val)
 
 
-def _open_split(data: DataConfig, split: str) -> ShardSet | FolderSet | SyntheticSet:
-    if data.source == "synthetic":
+def open_split(source: str, path: str, split: str,
+               on_retry: Callable[[str], None] = warnings.warn) -> ShardSet | FolderSet | SyntheticSet:
+    """Open one split of a data set, as `data.source` and `data.path` name it. Raises DataError."""
+    if source == "synthetic":
         return SyntheticSet(split)
-    return FolderSet(data.path, split) if data.source == "folder" else ShardSet.open(data.path, split)
+    return FolderSet(path, split) if source == "folder" else ShardSet.open(path, split, on_retry)
 
 
 def complete(config: Config) -> Config:
@@ -104,6 +114,6 @@ def complete(config: Config) -> Config:
 
             digits.prepare(EMBEDDED_DIR)
     if data.image_size is None:
-        shape = _open_split(data, "train").image_shape
+        shape = open_split(data.source, data.path, "train").image_shape
         data = replace(data, image_size=min(shape[0], JPEG_SIZE) if shape else JPEG_SIZE)
     return replace(config, data=data)

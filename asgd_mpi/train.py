@@ -21,7 +21,8 @@ import platform
 import sys
 import time
 import traceback
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from asgd_mpi import config as configuration
 from asgd_mpi import gpus, inject, launch, report, resume, topology
 from asgd_mpi.config import Config
 from asgd_mpi.errors import DeadlineExceeded, ServerLost, UserError
-from asgd_mpi.exchange import wait
+from asgd_mpi.exchange import clock, wait
 from asgd_mpi.exchange.link import Inbox, Outbox
 from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
@@ -175,42 +176,55 @@ def _find_run(config: Config) -> tuple[RunDir | None, resume.Point | None]:
 
 def _train(world: World, config: Config, run: RunDir, places: Topology, restart: int, directory: str | None) -> int:
     log = EventLog(run.metrics_of(world.rank, restart))
-    meter = Meter(log, config.record.interval_s)
+    meter = Meter(log, config.record.interval_s, config.record.spans)
     threads = config.compute.threads or topology.threads_for(
         os.cpu_count(), len(os.sched_getaffinity(0)), places.num_on_host_of(world.rank))
     torch.set_num_threads(threads)
-    task = open_task(config)
+
+    def note(text: str, **counts: int) -> None:
+        meter.add(**counts)
+        log.write(Note(time.time(), text))
+        print(f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
+
+    task = open_task(config, lambda text: note(text, read_retries=1))
     device = gpus.take(places, world.rank)
     module = task.build_module()
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
-    plan, exchange = task.plan(places.num_workers), config.exchange
+    plan, exchange, offset = task.plan(places.num_workers), config.exchange, clock.measure(world)
     log.write(Start(time.time(), world.rank, "server" if world.is_server else "worker", world.host, str(device),
                     plan.num_workers, num_floats(module), plan.num_samples, plan.total_samples,
-                    not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads))
+                    not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads,
+                    clock_offset_s=offset.seconds, clock_error_s=offset.error))
     log.flush()                    # the replay of a killed run needs it
     capacity = max(num_floats(module), num_statistics(module))
     layout = Layout(num_floats(module), exchange.ring, plan.num_workers, capacity)
     window = (ServerWindow if world.is_server else WorkerWindow)(world, layout)
     window.open()
-    part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log)
+    part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
-                  lambda: (wait.now.what, wait.now.since) if wait.now else None, part.version)
-    if world.is_server:
-        write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
-        status = part.serve(plan)
-    else:
-        status = part.work(module, device, watch)
-    watch.close()
-    return status
+                  lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
+    try:
+        if world.is_server:
+            write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
+            return part.serve(plan)
+        return part.work(module, device, watch)
+    except BaseException as error:
+        with suppress(UserError, ValueError):      # a full disk; or the books are closed already
+            meter.flush()
+            log.write(End(time.time(), "failed", _in_short(error)))
+            log.close()
+        raise
+    finally:
+        watch.close()
 
 
 class _Part:
     """What one rank does in a run: `serve` or `work`. `directory`: the checkpoint to go on from."""
 
     def __init__(self, world: World, task: Task, run: RunDir, restart: int, directory: Path | None,
-                 window: ServerWindow | WorkerWindow, meter: Meter, log: EventLog):
+                 window: ServerWindow | WorkerWindow, meter: Meter, log: EventLog, note: Callable[[str], None]):
         self.world, self.task, self.run, self.restart, self.directory = world, task, run, restart, directory
-        self.window, self.meter, self.log = window, meter, log
+        self.window, self.meter, self.log, self.note = window, meter, log, note
         self.manifest = checkpoint.read_manifest(directory) if directory else None
         self.injector = Injector(inject.parse(task.config.run.inject), world.rank)
         self.version = lambda: 0       # for the watchdog
@@ -252,13 +266,9 @@ class _Part:
         """Every other rank; returns its own status."""
         config, world = self.task.config, self.world
         exchange = config.exchange
-
-        def on_skip(text: str) -> None:
-            self.log.write(Note(time.time(), text))
-            print(f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
-
         world.hold_on_to_server()
-        loaders = self.task.train_loader(on_skip), self.task.val_loader(on_skip)
+        loaders = (self.task.train_loader(self.note, touch_on_device=device.type != "cpu"),
+                   self.task.val_loader(self.note))
         outbox = Outbox(world, self.window)
         in_place = device.type == "cpu" and not exchange.overlap      # compute the gradient where the server reads it
         flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap)
@@ -269,27 +279,31 @@ class _Part:
             signals.asked_to_leave, self.injector.step)
         self._restore_momentum(worker)
         self.version = lambda: courier.version
-        status, reason = "finished", ""
+        failure = ""
         try:
             worker.run()
         except (ServerLost, DeadlineExceeded):
             raise
         except Exception as error:
-            status, reason = "failed", _tell(world, self.run, error)
+            failure = _tell(world, self.run, error)
             watch.close()                  # it rests from now on, and that is no stall
             worker.rest()
         for loader in loaders:
             loader.close()
         world.let_go_of_server()
-        self._close("left" if courier.mail.orders == Orders.LEAVE and not reason else status, reason)
+        self._close("failed" if failure else "left" if courier.mail.orders == Orders.LEAVE else "finished", failure)
         return 0
 
     def _finish(self, server: Server) -> int:
         """Close the books; the report, and the marker of success."""
         self._close("left" if server.left_because else "finished", server.left_because)
-        summary = report.summarize(self.run)
-        report.write(self.run, summary, report.render(summary))
-        print(f"report: {self.run.report / 'report.html'}", flush=True)
+        try:
+            summary = report.summarize(self.run)
+            report.write(self.run, summary, report.render(summary))
+            print(f"report: {self.run.report / 'report.html'}", flush=True)
+        except Exception:                  # the training is not lost with its report
+            print(f"the report could not be made; `python -m asgd_mpi.report {self.run.path}` tries again:\n"
+                  f"{traceback.format_exc()}", file=sys.stderr, flush=True)
         where = self.run.checkpoint(server.ledger.version, self.restart)
         if server.left_because:
             print(f"left at version {server.ledger.version}, {server.ledger.samples} of {server.ledger.plan.total_samples} "
@@ -370,6 +384,10 @@ def _tell(world: World, run: RunDir | None, error: BaseException) -> str:
             run.error_of(world.rank).write_text(text + "\n")
         except OSError as second:
             print(f"{who}: the error could not be written to the run directory: {second}", file=sys.stderr, flush=True)
+    return _in_short(error)
+
+
+def _in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 

@@ -36,6 +36,7 @@ TARGETS = {
     "max side 500, quality 90, against ffcv": ("ffcv", "ours_500", 1.0),
     "decode and crop alone, over the loader's uint8 batches": ("decoder_alone", "ours_uint8", 1 / 1.1),
     "reading, against opening and reading files": ("open_and_read", "read_shards", 4.0),
+    "  the same of a copy out of the page cache: the limit": ("open_and_read", "copy_from_cache", 4.0),
 }
 
 
@@ -67,6 +68,7 @@ def contenders(work: Path, tree: Path, only: str = "") -> dict[str, Contender]:
         "ffcv": lambda: loader_peers.ffcv(tree, work),
         "open_and_read": lambda: loader_peers.open_and_read(tree),
         "read_shards": lambda: loader_peers.read_shards(work / "original"),
+        "copy_from_cache": lambda: loader_peers.copy_from_cache(work / "original"),
     }
     made = {}
     for name in [only] if only else makers:
@@ -134,6 +136,7 @@ def benchmark(work: Path, rounds: int = 5, out: Path = RESULTS, only: str = "") 
         "1 to 2 decode threads, images per wall second": (scaling, 1.8),
         "  the same of a hash without locks: the machine's limit now": (limit, 2.0),
         "waiting of an emulated GPU at 90 % of the rate, at most": (loader_properties.data_wait(work), 0.02),
+        "reading from a cold disk, against files, wall time": (loader_properties.cold_reading(work), 1.0),
         "packing as it is, images per CPU second": (median(loader_properties.packing_rate(work, num_images) for _ in range(5)), 4000),
         "class chi2/df of batches of 256, 1000 classes (0.98 to 1.02)": (loader_properties.shuffle_quality(), 1.0),
         "share of flipped bits noticed": (loader_properties.detected(work), 1.0),

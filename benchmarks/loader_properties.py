@@ -18,6 +18,7 @@ from asgd_mpi.data.augment import make_policy
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.order import Order
 from asgd_mpi.data.shards import DamagedSample, ShardSet
+from benchmarks.loader_peers import open_and_read, read_shards
 from data_prep import imagenet
 
 SLICE = 32  # images of a batch: short, so that both sides of a ratio meet the same neighbours
@@ -77,6 +78,32 @@ def data_wait(work: Path, share: float = 0.9, batches: int = 25, rounds: int = 5
             time.sleep(busy_s)
         found.append(waited / (time.perf_counter() - begin))
     return median(found)
+
+
+def cold_reading(work: Path, rounds: int = 5) -> float:
+    """Return the wall time of opening and reading files over that of reading shards, when neither is in the page cache.
+
+    The directories still are. Median of the ratios within each round.
+    """
+    tree, shards = work / "set" / "tree" / "train", work / "original"
+    contenders = {"files": open_and_read(tree.parent), "shards": read_shards(shards)}
+    paths, ratios = [*tree.rglob("*.JPEG"), *shards.glob("*.h5")], []
+    for _ in range(rounds):
+        wall = {}
+        for name, contender in contenders.items():
+            for path in paths:
+                _evict(path)
+            begin = time.perf_counter()
+            contender()
+            wall[name] = time.perf_counter() - begin
+        ratios.append(wall["files"] / wall["shards"])
+    return median(ratios)
+
+
+def _evict(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())  # only what is on disk can be dropped
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def packing_rate(work: Path, num_images: int) -> float:

@@ -63,6 +63,12 @@ def seconds_to(run_dir: RunDir, accuracy: float) -> float | None:
                  if isinstance(event, Validation) and event.top1_error <= 1 - accuracy), None)
 
 
+def middle_times(run_dir: RunDir) -> tuple[float, float]:
+    """When the part of a run begins and ends that rates are read from, Unix seconds."""
+    pushes = _middle(run_dir)
+    return pushes[0].t, pushes[-1].t
+
+
 def _middle(run_dir: RunDir) -> list[Push]:
     pushes = list(read_pushes(run_dir.pushes))
     return pushes[int(HEAD * len(pushes)):len(pushes) - int(TAIL * len(pushes))]

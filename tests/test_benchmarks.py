@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from asgd_mpi.exchange import wait
-from asgd_mpi.record.events import EventLog, Push, Start, Validation
+from asgd_mpi.record.events import EventLog, Interval, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
-from benchmarks import exchange, launch, training
+from benchmarks import data_wait, exchange, launch, training
 from benchmarks.peers import protocol
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +89,20 @@ def test_rates_and_times_are_read_from_a_run(tmp_path):
     assert training.seconds_to(run, 0.999) is None
 
 
+def test_the_share_of_waiting_is_that_of_the_workers_in_the_middle_of_the_run(tmp_path):
+    run = RunDir.create(tmp_path / "run", "x")
+    logs, pushes = [EventLog(run.metrics_of(rank)) for rank in range(3)], EventLog(run.pushes)
+    for k in range(100):
+        pushes.write(Push(100.0 + k, k, 0, k, 0, 16 * k, 16 * k + 16, 0.1, 0.0))
+        in_the_middle = 20 <= k < 89                         # the first and the last intervals wait for nothing but data
+        logs[0].write(Interval(100.0 + k, 101.0 + k, idle=1.0))
+        logs[1].write(Interval(100.0 + k, 101.0 + k, data=0.25 if in_the_middle else 1.0))
+        logs[2].write(Interval(100.0 + k, 101.0 + k, data=0.75 if in_the_middle else 1.0))
+    for log in (*logs, pushes):
+        log.close()
+    assert data_wait.data_wait(run, 2) == pytest.approx(0.5)
+
+
 def test_the_table_shows_ours_over_each_other_and_the_limit():
     values = {(10**6, 4, "ours"): [300.0, 200.0, 250.0], (10**6, 4, "gloo"): [100.0]}
     values |= {("memory", name): [28e6 * 125] for name in exchange.MEMORY}         # bytes/s: 125 exchanges of 28 MB
@@ -117,3 +131,11 @@ def test_a_small_overlap_keeps_emulated_workers_busy(openmpi, tmp_path):
                    "1", "--workers", 2, "--seconds", 3)
     [cell] = result["cells"]
     assert 0.2 < cell["over_ideal"]["median"] <= 1.1      # a busy machine may be slow, but nobody is faster than the sleep
+
+
+def test_a_run_without_metrics_keeps_its_pushes_and_costs_of_metrics_are_read(openmpi, tmp_path):
+    result = small("benchmarks.metrics_cost", openmpi, tmp_path / "result.json", "--epochs", 1)["result"]
+    bytes_without, bytes_with = (result[f"{kind}: MB a rank and hour"]["median"] for kind in ("without", "with"))
+    assert 0 < bytes_without < bytes_with < result["with spans: MB a rank and hour"]["median"]
+    assert 0.1 < result["with: time over that without"]["median"] < 10      # it ran; how fast is no test
+    assert 0 < result["the meter's time for a step (us)"]["median"] < 1e4

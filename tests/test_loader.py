@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from photos import encoded, photo, write_odd_files, write_tree
 from PIL import Image
 
-from asgd_mpi.data.augment import COLOUR, POLICIES, Normalise, make_policy, resize, sample_rng, shift_colour
+from asgd_mpi.data.augment import (COLOUR, POLICIES, Normalise, Touch, Touches, add_levels, make_policy, resize,
+                                   sample_rng, whole_levels)
 from asgd_mpi.data.decode import decode_pillow, decode_simplejpeg
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.order import Order, Sequential
@@ -215,7 +216,7 @@ def test_a_resized_crop_is_pillows_to_less_than_half_a_level():
 
 def test_the_colour_shift_moves_every_pixel_by_the_same_whole_levels_and_saturates():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    shifted = shift_colour(image, np.array([20.4, -7.0, 0.3]) / 255)
+    shifted = add_levels(image, whole_levels(np.array([20.4, -7.0, 0.3]) / 255))
     assert np.array_equal(shifted, np.clip(image.astype(int) + [20, -7, 0], 0, 255))
 
 
@@ -225,6 +226,31 @@ def test_the_paper_policy_shifts_colours_along_the_principal_components_with_dev
     expected = COLOUR @ COLOUR.T * (0.1 * 255) ** 2 + np.eye(3) / 12  # 1/12: rounding to whole levels
     assert np.abs(shifts.mean(axis=0)).max() < 4 * 3.3 / np.sqrt(4000)
     np.testing.assert_allclose(np.cov(shifts.T), expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("policy", ["none", "paper", "reference"])
+def test_mirrors_and_colours_on_the_device_give_the_pixels_of_the_host_to_the_bit(shards, policy):
+    host, device = (make(shards, policy=policy, touch_on_device=on_device) for on_device in (False, True))
+    for epoch in range(3):
+        finished, left = host.batch(epoch, 0, 28), device.batch(epoch, 0, 28)
+        assert finished.touches is None and torch.equal(left.on(torch.device("cpu")), finished.on(torch.device("cpu")))
+        assert torch.equal(left.images, finished.images) == (policy == "none")   # something was left to do
+    host.close(), device.close()
+
+
+def test_a_damaged_sample_left_out_does_not_move_the_touches_of_the_others(damaged):
+    host, device = (make(damaged, Sequential(28), "paper", on_bad_image="skip", on_skip=lambda report: None,
+                         touch_on_device=on_device) for on_device in (False, True))
+    finished, left = host.batch(0, 0, 28), device.batch(0, 0, 28)
+    assert left.skipped == 2 and torch.equal(left.on(torch.device("cpu")), finished.images)
+
+
+def test_colours_on_the_device_saturate_as_on_the_host():
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    touches = [Touch(True, np.array(levels, dtype=np.int16)) for levels in ([255, -255, 7], [-3, 100, -100])] + [Touch()]
+    expected = np.stack([touch(image) for touch, image in zip(touches, images, strict=True)]).transpose(0, 3, 1, 2)
+    found = Touches(touches)(torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert np.array_equal(found.numpy(), expected) and expected.min() == 0 and expected.max() == 255
 
 
 def test_normalise_gives_zero_mean_and_unit_variance_and_leaves_its_input_alone():

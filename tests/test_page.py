@@ -287,8 +287,9 @@ def test_each_long_wait_is_named_with_its_share_and_its_option(tmp_path):
 
 
 def test_stragglers_torn_reads_and_damaged_images_are_named_with_their_numbers(tmp_path):
-    text = " ".join(advise(make_summary(tmp_path, torn_reads=10, fetches=100, skipped_images=3)))
+    text = " ".join(advise(make_summary(tmp_path, torn_reads=10, fetches=100, skipped_images=3, read_retries=7)))
     assert "rank 3 (cuda:0 on node1)" in text and "10 reads of 100 fetches were torn" in text and "3 damaged images" in text
+    assert "7 reads of shards failed and were repeated" in text
 
 
 def test_a_plateau_is_named_with_what_it_cost(tmp_path):

@@ -145,6 +145,18 @@ def test_a_worker_that_is_stopped_is_retired_and_comes_back_as_a_new_member(site
     assert any("retired worker" in event.reason for event in refusals)
 
 
+@pytest.mark.parametrize("what", ["bytes", "worker", "lease", "future"])
+def test_a_push_that_makes_no_sense_is_refused_and_its_sender_retired(site, what, monkeypatch):
+    monkeypatch.setenv("GARBLE", what)
+    done = site.launcher.train(3, "--data", str(site.digits), "--epochs", str(EPOCHS), "--run.dir", "run", *BRIEF, cwd=site.directory,
+                               module="garbles")
+    assert done.returncode == 3, done.stdout + done.stderr
+    [loss] = site.events(Retirement)
+    assert loss.rank == 1 and "a packet that makes no sense" in loss.reason and loss.for_good
+    assert len(site.events(Refusal)) == 1
+    site.check()
+
+
 def test_a_stall_is_written_down_with_the_stacks_of_all_ranks(site):
     done = site.train(2, "--inject", "stall:4s@step9:rank1", "--failure.stall_s", "1", "--checkpoint.every_s", "0", status=0, epochs=6)
     first = sorted(path.name.split(".")[0] for path in site.run.stalls.iterdir())[0]

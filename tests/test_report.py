@@ -91,6 +91,17 @@ def test_time_hidden_behind_the_computation_is_reported_apart_from_the_phases(ru
     assert "fetched for another 1.2 s in all behind the computation" in report.render(summarize(run)) and summarize(run).ranks[1].hidden == 1.25
 
 
+def test_the_overlap_is_the_hidden_share_of_push_and_fetch(run):
+    assert summarize(run).overlap == 0.0
+    write_log(run.metrics_of(1), [Interval(T0 + 50, T0 + 51, compute=1.0, hidden=2.5)])
+    summary = summarize(run)
+    assert summary.overlap == pytest.approx(2.5 / (2.5 + 0.125 * PUSHES))      # every push of a worker waits 0.125 s
+    assert "behind the computation, 25.0 % of the time that it took" in report.render(summary)
+    for rank in range(1, 4):
+        run.metrics_of(rank).unlink()
+    assert summarize(run).overlap is None
+
+
 def test_the_numbers_are_the_sums_over_the_raw_lines(run):
     summary = summarize(run)
     pushes = raw(run.pushes)  # [t, version, worker, read_version, epoch, start, stop, lr, loss, skipped]
@@ -166,7 +177,18 @@ def test_a_killed_run_is_reported_with_what_it_has(run):
     assert "no End event from rank 0, 1, 2, 3" in head and "pushes.log: 1 unreadable line left out" in head
 
 
+def without_the_servers_end(run):
+    path = run.metrics_of(0)
+    path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if b'"end"' not in line))
+
+
+def test_a_worker_that_failed_does_not_fail_a_run_that_the_server_finished(run):
+    write_log(run.metrics_of(1), [End(T0 + 9, "failed", "it was retired")])
+    assert summarize(run).status == "finished"
+
+
 def test_the_earliest_failure_is_the_reason(run):
+    without_the_servers_end(run)
     for rank, t in ((1, 9.0), (2, 8.5)):
         write_log(run.metrics_of(rank), [End(T0 + t, "failed", f"reason of rank {rank}")])
     summary = summarize(run)
@@ -174,6 +196,7 @@ def test_the_earliest_failure_is_the_reason(run):
 
 
 def test_an_error_file_makes_a_run_failed_although_no_event_says_so(run):
+    without_the_servers_end(run)
     run.error_of(2).write_text("Traceback")
     assert summarize(run).reason == "see error.rank002.txt"
 

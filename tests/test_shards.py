@@ -1,5 +1,6 @@
 """The shard reader: it returns what was packed, or says what is wrong with which file."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -194,6 +195,36 @@ def test_a_shard_that_comes_back_with_other_contents_never_gives_wrong_data(root
     (root / "copy").rename(root / SHARD)
     with pytest.raises(DamagedSample, match="checksum"):
         shards.read(10)
+
+
+def test_a_lock_that_keeps_hdf5_from_opening_a_shard_does_not_keep_a_run_from_reading_it(root):
+    with open(root / SHARD, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)      # what HDF5 asks for meets this, as it meets a file system without locks
+        with pytest.raises(BlockingIOError):
+            h5py.File(root / SHARD, "r", locking=True)
+        assert len(ShardSet.open(root, "train").read(10)) > 0
+
+
+def test_samples_to_come_are_announced_to_the_disk_in_the_order_in_which_they_lie_there(root, monkeypatch):
+    shards, announced, read = ShardSet.open(root, "train"), [], []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *hint: announced.append(hint))
+    really_read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: read.append((fd, at, len(buffers[0]), os.POSIX_FADV_WILLNEED))
+                        or really_read(fd, buffers, at))
+    shards.expect(np.array([17, 3, 23, 9, 10]))
+    for index in (3, 9, 10, 17, 23):
+        shards.read(index)
+    assert announced == read and len(read) == 5
+
+
+def test_announcing_samples_of_a_disk_that_takes_no_hints_is_harmless(root, monkeypatch):
+    def refuse(*_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    shards = ShardSet.open(root, "train")
+    shards.expect(np.arange(24))
+    assert len(shards.read(5)) > 0
 
 
 def test_an_unfinished_shard_is_refused(root):

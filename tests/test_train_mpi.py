@@ -183,26 +183,29 @@ def test_the_embedded_default_reaches_97_percent_as_written_in_the_readme(openmp
     assert accuracy > 97
     assert re.search(r"images/s, epoch [\d.]+, loss [\d.]+, accuracy [\d.]+ %, staleness [\d.]+, [\d:]+ left", done.stdout)
     [run] = (tmp_path / "runs").iterdir()
-    [saved] = (run / "checkpoints").iterdir()
+    saved = max((run / "checkpoints").iterdir())          # beside it is the best one on the way
     told = subprocess.run([sys.executable, "-m", "asgd_mpi.evaluate", str(saved), "--data", "data/digits"], cwd=tmp_path,
                           capture_output=True, text=True, check=True)
     assert f"top-1 error {1 - accuracy / 100:.4f}" in told.stdout
 
 
-def test_a_rank_that_raises_ends_the_job_at_once_with_its_traceback_first(openmpi, digits, tmp_path):
-    done = openmpi.train(4, "--data", str(digits), "--model", "networks_for_tests:raises_on_rank_2", "--run.dir", "run",
-                         cwd=tmp_path, timeout_s=60)
-    assert done.returncode != 0
+def test_a_rank_that_raises_shows_its_traceback_first_and_the_others_go_on(openmpi, digits, tmp_path):
+    done = openmpi.train(4, "--data", str(digits), "--model", "networks_for_tests:raises_on_rank_2", "--epochs", "3",
+                         "--run.dir", "run", cwd=tmp_path, timeout_s=60)
+    assert done.returncode == 3, done.stdout + done.stderr
     assert done.stderr.lstrip().startswith("rank 2 on ") and "the third rank has had enough" in done.stderr
     assert "ArithmeticError" in (tmp_path / "run" / "error.rank002.txt").read_text()
-    assert summarize(RunDir.open(tmp_path / "run")).status == "failed"
+    summary = summarize(RunDir.open(tmp_path / "run"))
+    assert summary.status == "finished" and [loss.rank for loss in summary.retirements] == [2]
 
 
 def test_a_rank_that_hangs_is_named_when_the_limit_is_over(openmpi, digits, tmp_path):
     done = openmpi.train(2, "--data", str(digits), "--model", "networks_for_tests:hangs_on_rank_1", "--run.timeout_s", "6",
-                         "--run.dir", "run", cwd=tmp_path, timeout_s=60)
+                         "--failure.retire_after_s", "3", "--failure.stall_s", "2", "--run.dir", "run", cwd=tmp_path, timeout_s=60)
     assert done.returncode != 0
-    assert "rank 0 waits for a packet from one of: worker 0 (rank 1): lease 1" in done.stderr and "6 s" in done.stderr
+    assert "rank 0 has heard of no worker for 6 s (--run.timeout_s)" in done.stderr
+    assert "rank 1: nothing has come from it for" in done.stderr and "stalls/ in the run directory" in done.stderr
+    assert "networks_for_tests.py" in "".join(path.read_text() for path in (tmp_path / "run" / "stalls").glob("*.rank001.txt"))
 
 
 def test_a_run_that_diverges_says_so_and_what_to_change(openmpi, digits, tmp_path):
@@ -276,6 +279,18 @@ def test_a_damaged_image_ends_the_run_by_name_or_is_left_out_and_counted_if_aske
     assert done.returncode == 0 and name in done.stderr
     summary = summarize(RunDir.open(tmp_path / "two"))
     assert (summary.skipped_images, summary.images) == (1, 93) and name in summary.notes[0].text
+
+
+def test_reads_that_had_to_be_repeated_are_counted_noted_and_reported(openmpi, digits, tmp_path):
+    done = openmpi.train(3, "--data", str(digits), "--epochs", "1", "--run.dir", "run", cwd=tmp_path, module="flaky_disk")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir.open(tmp_path / "run")
+    summary = summarize(run)
+    reads = 1437 + 2 * 360 + summary.read_retries              # at least: both validations, or one
+    assert reads // 80 <= summary.read_retries <= reads // 40
+    assert summary.read_retries == len(summary.notes) + summary.notes_left_out == done.stderr.count("Input/output error")
+    assert f"{summary.read_retries} reads failed and were repeated" in (run.report / "report.md").read_text()
+    assert "Input/output error" in summary.notes[0].text and not summary.audit.violations
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")

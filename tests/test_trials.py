@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from photos import write_odd_files, write_tree
 
+from asgd_mpi import evaluate
 from asgd_mpi.config import parse
 from asgd_mpi.data.augment import make_policy
 from asgd_mpi.data.loader import Loader
@@ -11,7 +12,9 @@ from asgd_mpi.data.order import Order
 from asgd_mpi.data.shards import DamagedSample
 from asgd_mpi.data.trials import FolderSet, SyntheticSet
 from asgd_mpi.errors import DataError
+from asgd_mpi.record import checkpoint
 from asgd_mpi.task import complete, open_task
+from data_prep import imagenet
 
 
 @pytest.fixture
@@ -74,3 +77,42 @@ def test_a_task_opens_either_and_sees_images_of_224_pixels(tree, options, num_tr
     assert (task.train.num_samples, task.train.num_classes, config.data.image_size) == (num_train, num_classes, 224)
     assert task.train_loader().batch(0, 0, 4).images.shape == (4, 3, 224, 224)
     assert task.val_loader().batch(0, 0, 4).images.shape == (4, 3, 224, 224)
+
+
+@pytest.fixture
+def checkpointed(tree, tmp_path):
+    """An untrained network of the tree's classes, saved as a run saves one."""
+    task = open_task(complete(parse(["--data.source", "folder", "--data", str(tree), "--model", "torchvision:resnet18",
+                                     "--data.image_size", "32", "--epochs", "1", "--batch-size", "8", "--data.augment", "none",
+                                     "--rule.momentum", "0", "--rule.weight_decay", "0", "--lr", "0.1",
+                                     "--schedule.name", "constant", "--schedule.warmup_epochs", "0"])))
+    saved = checkpoint.Manifest(7, 24, "torchvision:resnet18", 3, 3, 32, task.train.fingerprint, list(task.train.mean),
+                                list(task.train.std), 0.5, 0.5)
+    checkpoint.save(tmp_path / "v7", task.build_module().state_dict(), saved)
+    return tmp_path / "v7"
+
+
+def test_a_checkpoint_is_evaluated_on_a_tree_with_the_result_of_its_shards(checkpointed, tree, tmp_path, capsys):
+    imagenet.prepare(tree, tmp_path / "shards", shard_size=4)
+    capsys.readouterr()
+    found = []
+    for options in (["--data", str(tree), "--data.source", "folder"], [f"--data={tmp_path / 'shards'}"]):
+        assert evaluate.main([str(checkpointed), *options, "--device", "cpu"]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0].startswith(f"version 7 of torchvision:resnet18, 9 images of {tree} (val): top-1 error 0.")
+    assert found[0].split(": ")[1] == found[1].split(": ")[1]
+
+
+def test_an_evaluation_stops_at_a_damaged_file_or_leaves_it_out_and_counts_it(checkpointed, tree, capsys):
+    path = next((tree / "val").rglob("*.JPEG"))
+    path.write_bytes(path.read_bytes()[:100])
+    options = [str(checkpointed), "--data", str(tree), "--data.source", "folder", "--device", "cpu"]
+    assert evaluate.main(options) == 2 and str(path) in capsys.readouterr().err
+    assert evaluate.main([*options, "--data.on_bad_image", "skip"]) == 0
+    done = capsys.readouterr()
+    assert "8 images" in done.out and "and 1 damaged ones left out" in done.out and str(path) in done.err
+
+
+def test_a_tree_taken_for_shards_is_told_of_the_option_that_reads_trees(checkpointed, tree, capsys):
+    assert evaluate.main([str(checkpointed), "--data", str(tree), "--device", "cpu"]) == 2
+    assert "--data.source folder" in capsys.readouterr().err

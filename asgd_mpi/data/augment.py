@@ -1,7 +1,10 @@
 """What happens to one image between the shard and the batch, and to a batch on its device.
 
 In: a decoded image, uint8 (H, W, C), and the sample's random generator. Out: uint8 (S, S, C). Invariant: the pixels
-depend on (seed, epoch, sample index) alone, so not on rank, thread or batch size. Policies by name:
+depend on (seed, epoch, sample index) alone, so not on rank, thread, batch size or device. A policy crops and resizes, image
+by image; mirror and colour (`Touch`) follow on the image or, with the same result to the bit, on the batch where it then is
+(`Touches`): a GPU does them at no cost. Crops stay where the decoder is, for what is cut off need not travel, and a resize
+elsewhere rounds otherwise. Policies by name:
 
     none       short side to S * 256 / 224, centre crop; an image that is stored at S x S stays as it is
     paper      short side to S * 256 / 224, random crop, random mirror, random colour along the principal components of
@@ -13,7 +16,8 @@ Resizing is bilinear and antialiased, the same as Pillow's to the rounding.
 """
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,52 +38,87 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, index, 1])
 
 
-class Policy(Protocol):
+@dataclass(frozen=True)
+class Touch:
+    """What is left to do to an image once it has its size."""
+
+    mirror: bool = False  # left-right
+    levels: np.ndarray | None = None  # int16 (3,): added to the colours, which stay within 0..255
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Return uint8 (S, S, C) for an image uint8 (S, S, C)."""
+        image = image if self.levels is None else add_levels(image, self.levels)
+        return image[:, ::-1] if self.mirror else image
+
+
+class Touches:
+    """The same for the images of a batch, on their device."""
+
+    def __init__(self, touches: Sequence[Touch]):
+        self._mirror = torch.tensor([touch.mirror for touch in touches]).view(-1, 1, 1, 1)
+        self._levels = None  # int16 (B, 3, 1, 1)
+        if any(touch.levels is not None for touch in touches):
+            levels = [np.zeros(3, dtype=np.int16) if touch.levels is None else touch.levels for touch in touches]
+            self._levels = torch.from_numpy(np.stack(levels)).view(-1, 3, 1, 1)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return uint8 (B, C, S, S) for images uint8 (B, C, S, S) on any device."""
+        if self._levels is not None:
+            levels = self._levels.to(images.device, non_blocking=True)
+            images = images.to(torch.int16).add_(levels).clamp_(0, 255).to(torch.uint8)
+        return torch.where(self._mirror.to(images.device, non_blocking=True), images.flip(3), images)
+
+
+class Policy:
     """What one image goes through; `size` is S."""
 
     size: int
 
+    def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
+        """Return uint8 (S, S, C) for an image uint8 (H, W, C), maybe a view with any strides, and what remains to do."""
+        raise NotImplementedError
+
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return uint8 (S, S, C) for an image uint8 (H, W, C); may be a view of it, with any strides."""
+        image, touch = self.crop(image, rng)
+        return touch(image)
 
 
-class CentreCrop:
+class CentreCrop(Policy):
     def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None):
         self.size = size
         stored_to_size = image_shape is not None and image_shape[:2] == (size, size)
         self.short_side = size if stored_to_size else round(size * 256 / 224)
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
         image = _resize_short_side(image, self.short_side)
         top, left = ((side - self.size) // 2 for side in image.shape[:2])
-        return image[top : top + self.size, left : left + self.size]
+        return image[top : top + self.size, left : left + self.size], Touch()
 
 
-class RandomCrop:
+class RandomCrop(Policy):
     def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None):
         self.size = size
         self.short_side = round(size * 256 / 224)
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
         image = _resize_short_side(image, self.short_side)
         top, left = (int(rng.integers(side - self.size + 1)) for side in image.shape[:2])
-        image = image[top : top + self.size, left : left + self.size]
-        if image.shape[2] == 3:
-            image = shift_colour(image, COLOUR @ rng.normal(0, COLOUR_DEVIATION, size=3))
-        return _maybe_mirror(image, rng)
+        levels = whole_levels(COLOUR @ rng.normal(0, COLOUR_DEVIATION, size=3)) if image.shape[2] == 3 else None
+        return image[top : top + self.size, left : left + self.size], Touch(rng.random() >= 0.5, levels)
 
 
-class RandomResizedCrop:
+class RandomResizedCrop(Policy):
     AREA = (0.08, 1.0)  # fraction of the image
     ASPECT = (3 / 4, 4 / 3)  # width / height, log-uniform
 
     def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None):
         self.size = size
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
         top, left, height, width = self._box(*image.shape[:2], rng)
         image = resize(image[top : top + height, left : left + width], self.size, self.size)
-        return _maybe_mirror(image, rng)
+        return image, Touch(rng.random() >= 0.5)
 
     def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Return (top, left, height, width) of a crop; after ten boxes that do not fit, the largest centred one."""
@@ -94,7 +133,7 @@ class RandomResizedCrop:
         return (height - h) // 2, (width - w) // 2, h, w
 
 
-class Shift:
+class Shift(Policy):
     def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None):
         if image_shape is None or image_shape[:2] != (size, size):
             raise ConfigError(
@@ -103,10 +142,10 @@ class Shift:
             )
         self.size = size
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
         top, left = rng.integers(0, 3, size=2).tolist()  # 1 is no shift
         padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
-        return padded[top : top + self.size, left : left + self.size]
+        return padded[top : top + self.size, left : left + self.size], Touch()
 
 
 POLICIES = {"none": CentreCrop, "paper": RandomCrop, "reference": RandomResizedCrop, "shift": Shift}
@@ -133,14 +172,14 @@ def _resize_short_side(image: np.ndarray, short_side: int) -> np.ndarray:
     return resize(image, short_side * height // shortest, short_side * width // shortest)  # rounds as torchvision's
 
 
-def _maybe_mirror(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirror left-right half of the time."""
-    return image if rng.random() < 0.5 else image[:, ::-1]
+def whole_levels(shift: np.ndarray) -> np.ndarray:
+    """Return int16 (3,) in -255..255 for a shift of colours, float (3,), of images in 0..1."""
+    return np.rint(np.clip(shift, -1, 1) * 255).astype(np.int16)
 
 
-def shift_colour(image: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Return uint8 (H, W, 3) with `shift`, float (3,) in 0..1, added: to whole levels, staying within 0..255."""
-    levels = np.tile(np.rint(np.clip(shift, -1, 1) * 255).astype(np.int16), image.shape[1])  # a whole row: 4x faster
+def add_levels(image: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Return uint8 (H, W, 3) with `levels`, int16 (3,), added, staying within 0..255."""
+    levels = np.tile(levels, image.shape[1])  # a whole row: 4x faster
     up, down = np.maximum(levels, 0).astype(np.uint8), np.maximum(-levels, 0).astype(np.uint8)
     rows = np.minimum(image.reshape(len(image), -1), 255 - up)
     rows += up

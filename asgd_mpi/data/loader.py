@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from asgd_mpi.data.augment import Policy, sample_rng
+from asgd_mpi.data.augment import Policy, Touches, sample_rng
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import DamagedSample, ShardSet
@@ -24,13 +24,19 @@ from asgd_mpi.errors import DataError
 
 @dataclass(frozen=True)
 class Batch:
-    images: torch.Tensor  # uint8 (B, C, S, S), contiguous
+    images: torch.Tensor  # uint8 (B, C, S, S), contiguous; `on` finishes them
     labels: torch.Tensor  # int64 (B,)
     indices: np.ndarray  # int64 (B,), the samples in the ShardSet
     epoch: int
     start: int  # positions of the epoch, start..stop-1
     stop: int
     skipped: int  # damaged samples left out: B == stop - start - skipped
+    touches: Touches | None = None  # mirrors and colours that are left to the device
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """Return the finished images, uint8 (B, C, S, S), on a device."""
+        images = self.images.to(device, non_blocking=True)
+        return images if self.touches is None else self.touches(images)
 
 
 class Loader:
@@ -45,6 +51,7 @@ class Loader:
         threads: int,
         on_bad_image: str = "fail",
         on_skip: Callable[[str], None] = warnings.warn,
+        touch_on_device: bool = False,
     ):
         self.shards = shards
         self.order = order
@@ -52,6 +59,7 @@ class Loader:
         self.seed = seed
         self.on_bad_image = on_bad_image  # "fail" or "skip"
         self.on_skip = on_skip  # called with a message, once a damaged sample, from any thread
+        self.touch_on_device = touch_on_device  # leave mirrors and colours to Batch.on
         self._num_channels = 3 if shards.image_shape is None else shards.image_shape[2]
         self._reported: set[int] = set()
         self._reported_lock = threading.Lock()
@@ -60,11 +68,14 @@ class Loader:
     def batch(self, epoch: int, start: int, stop: int) -> Batch:
         """Return the samples at positions start..stop-1 of an epoch; raise DataError."""
         indices = self.order.indices(epoch, start, stop)
+        self.shards.expect(indices)
         images = np.empty((len(indices), self._num_channels, self.policy.size, self.policy.size), dtype=np.uint8)
-        good = np.ones(len(indices), dtype=bool)
+        good, touches = np.ones(len(indices), dtype=bool), []
         for row, index in enumerate(indices.tolist()):
             try:
-                images[row] = self._image(epoch, index).transpose(2, 0, 1)
+                image, touch = self.policy.crop(self._image(index), sample_rng(self.seed, epoch, index))
+                images[row] = (image if self.touch_on_device else touch(image)).transpose(2, 0, 1)
+                touches.append(touch)
             except DamagedSample as error:
                 if self.on_bad_image != "skip":
                     raise
@@ -78,7 +89,8 @@ class Loader:
                 )
             images, indices = images[good], indices[good]
         labels = torch.from_numpy(self.shards.labels(indices))
-        return Batch(torch.from_numpy(images), labels, indices, epoch, start, stop, int((~good).sum()))
+        return Batch(torch.from_numpy(images), labels, indices, epoch, start, stop, int((~good).sum()),
+                     Touches(touches) if self.touch_on_device else None)
 
     def submit(self, epoch: int, start: int, stop: int) -> Future[Batch]:
         """Start making a batch in a thread; its errors come out of the future's result()."""
@@ -88,8 +100,8 @@ class Loader:
         """Drop the batches not yet started and wait for the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _image(self, epoch: int, index: int) -> np.ndarray:
-        """Return one augmented image, uint8 (S, S, C)."""
+    def _image(self, index: int) -> np.ndarray:
+        """Return one decoded image, uint8 (H, W, C)."""
         image = self.shards.read(index)
         if self.shards.encoding == "jpeg":
             try:
@@ -99,7 +111,7 @@ class Loader:
                     f"{self.shards.source(index)} in {self.shards.root} does not decode as JPEG: {error}; prepare the "
                     f"data set again without it, or leave such samples out (on_bad_image: skip)"
                 ) from error
-        return self.policy(image, sample_rng(self.seed, epoch, index))
+        return image
 
     def _report(self, index: int, error: DamagedSample) -> None:
         with self._reported_lock:

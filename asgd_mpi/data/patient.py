@@ -8,6 +8,7 @@ Invariant: `read` returns as many bytes as were asked for, or raises. Whether th
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,11 @@ class PatientFile:
                 f"{sum(WAITS_S):g} s; restore the file from a good copy, check its disk, and start the run again"
             )
         return data
+
+    def expect(self, at: int, num_bytes: int) -> None:
+        """Tell the system of a read to come, so that the disk fetches it meanwhile."""
+        with suppress(OSError):  # no more than a hint; the read itself will say what is wrong
+            os.posix_fadvise(self._fd, at, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         os.close(self._fd)

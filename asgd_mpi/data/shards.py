@@ -87,7 +87,8 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         )
         raise DataError(
             f"{root} {what}; make it with `python -m data_prep.imagenet --source DIR --out {root}` "
-            f"or, for a quick trial, `python -m data_prep.digits --out {root}`"
+            f"or, for a quick trial, `python -m data_prep.digits --out {root}`; a tree of <split>/<class>/*.JPEG is read "
+            f"as it is with --data.source folder"
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; check the file's permissions and disk") from error
@@ -114,6 +115,11 @@ class _Shard:
     xxh3: np.ndarray  # (n,) uint64
     source_at: int  # first byte of /source in the file
     source_width: int
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Return the first byte of a sample in the file, and its length."""
+        at = self.offset.item(row)  # .item: five times faster than indexing
+        return at, self.offset.item(row + 1) - at
 
 
 class ShardSet:
@@ -166,17 +172,26 @@ class ShardSet:
         """Return the labels, int64, of some samples."""
         return self._label[indices]
 
+    def expect(self, indices: np.ndarray) -> None:
+        """Tell the disk of samples that are read soon, in the order in which they lie there.
+
+        A cold disk then reads as fast as if they were read in that order.
+        """
+        for index in np.sort(indices).tolist():
+            shard, row = self._locate(index)
+            shard.file.expect(*shard.place(row))
+
     def read(self, index: int) -> np.ndarray:
         """Return a sample, uint8: the JPEG file's bytes (n,) or the raw image (H, W, C).
 
         Raises DamagedSample if the checksum does not match and DataError if the file cannot be read at all.
         """
         shard, row = self._locate(index)
-        begin, end = int(shard.offset[row]), int(shard.offset[row + 1])
-        data = shard.file.read(begin, end - begin, f"sample {row}")
-        if checksum(data, shard.label[row]) != shard.xxh3[row]:
+        at, num_bytes = shard.place(row)
+        data = shard.file.read(at, num_bytes, f"sample {row}")
+        if checksum(data, shard.label.item(row)) != shard.xxh3.item(row):
             raise DamagedSample(
-                f"sample {row} of {shard.path} ({self.source(index)}, {end - begin} bytes) does not match its "
+                f"sample {row} of {shard.path} ({self.source(index)}, {num_bytes} bytes) does not match its "
                 f"checksum: it was damaged after packing; copy the shard again from a good copy or prepare the data "
                 f"again, or leave damaged samples out (on_bad_image: skip)"
             )
@@ -196,7 +211,7 @@ class ShardSet:
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         number = bisect_right(self._first, index) - 1
-        return self._shards[number], int(index) - self._first[number]
+        return self._shards[number], index - self._first[number]
 
     def _check_counts(self) -> None:
         counted, largest = len(self._label), int(self._label.max(initial=0))

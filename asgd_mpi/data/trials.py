@@ -45,6 +45,9 @@ class FolderSet:
         """Return the labels, int64, of some samples."""
         return self._label[indices]
 
+    def expect(self, indices: np.ndarray) -> None:
+        pass
+
     def read(self, index: int) -> np.ndarray:
         """Return a file's bytes, uint8 (n,); raise DataError if it cannot be read, DamagedSample if it was cut off."""
         try:
@@ -86,6 +89,9 @@ class SyntheticSet:
     def labels(self, indices: np.ndarray) -> np.ndarray:
         """Return the labels, int64, of some samples."""
         return np.asarray(indices, dtype=np.int64) * 7919 % self.num_classes
+
+    def expect(self, indices: np.ndarray) -> None:
+        pass
 
     def read(self, index: int) -> np.ndarray:
         """Return a raw image, uint8 (side, side, 3)."""

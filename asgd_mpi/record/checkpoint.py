@@ -17,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -61,6 +63,12 @@ class WorkerState(msgspec.Struct):
     worker: int
     made: int                 # the version that its last push had made
     sha256: str
+
+
+def step_back() -> None:
+    """Let this thread, which writes, leave the processors to those that train."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)     # on Linux, of the thread alone
 
 
 def worker_file(worker: int) -> str:
@@ -161,7 +169,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:            # what torch raises on a damaged file is its own affair
-        raise RunDirError(f"{path} cannot be read as tensors: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise RunDirError(f"{path} cannot be read as tensors: {type(error).__name__} "
+                          f"{str(error).partition(chr(10))[0]}".rstrip() + ". Take another file.") from error
     if not isinstance(tensors, dict):
         raise RunDirError(f"{path} holds a {type(tensors).__name__} in place of a state_dict (name -> tensor).")
     return tensors

@@ -38,6 +38,8 @@ class Start(msgspec.Struct, tag_field="event", tag="start", omit_defaults=True):
     reads_own_pushes: bool = True  # a snapshot holds all pushes of the worker that fetched it: no overlap
     threads: int = 1
     format: int = FORMAT
+    clock_offset_s: float = 0.0    # to add to this rank's times to get those of rank 0,
+    clock_error_s: float = 0.0     # known to that
 
 
 class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=True):
@@ -67,6 +69,15 @@ class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=
     bytes_pushed: int = 0
     bytes_fetched: int = 0
     refused_pushes: int = 0   # on the server: not finite, from a retired worker, or malformed
+    read_retries: int = 0     # reads of a shard that failed and were repeated
+
+
+class Span(msgspec.Struct, tag_field="event", tag="span"):
+    """One stretch of a phase; the first `record.spans` of a rank are written."""
+
+    t: float                  # its beginning
+    phase: str                # one of PHASES
+    seconds: float
 
 
 class Fetch(msgspec.Struct, tag_field="event", tag="fetch"):
@@ -142,7 +153,7 @@ class Refusal(msgspec.Struct, tag_field="event", tag="refusal"):
     given_up: int = 0         # positions that were tried too often and are left out of the epoch
 
 
-Event = Union[Start, Interval, Fetch, Publish, Validation, Checkpoint, Note, End, Retirement, Refusal]
+Event = Union[Start, Interval, Span, Fetch, Publish, Validation, Checkpoint, Note, End, Retirement, Refusal]
 
 
 class Push(msgspec.Struct, array_like=True, frozen=True):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from asgd_mpi.record.events import EventLog, Interval
+from asgd_mpi.record.events import PHASES, EventLog, Interval, Span
 
 
 class Meter:
-    """Times the phases of one rank; what no phase covers is idle."""
+    """Times the phases of one rank; what no phase covers is idle. Any thread may `add`; one thread does the rest."""
 
-    def __init__(self, log: EventLog, interval_s: float):
+    def __init__(self, log: EventLog, interval_s: float, spans: int = 0):
         self._log = log
         self._interval_s = interval_s
         self.doing = "the start"               # a phase, for the watchdog,
         self.last_progress = time.monotonic()  # ... and when something was last counted
+        self._spans_left = spans       # stretches of phases to write one by one
+        self._lock = threading.Lock()  # of the interval under way
         self._fresh()
 
     @contextmanager
@@ -29,8 +32,19 @@ class Meter:
     def add(self, **amounts: float) -> None:
         """Add to fields of Interval: seconds of a phase that was timed elsewhere, or counts."""
         self.last_progress = time.monotonic()
-        for name, amount in amounts.items():
-            setattr(self._now, name, getattr(self._now, name) + amount)
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self._now, name, getattr(self._now, name) + amount)
+        if self._spans_left > 0:
+            self._write_spans({name: seconds for name, seconds in amounts.items() if name in PHASES and seconds > 0})
+
+    def _write_spans(self, phases: dict[str, float]) -> None:
+        """Write phases that have just ended, one after the other."""
+        t = time.time() - sum(phases.values())
+        for name, seconds in phases.items():
+            self._log.write(Span(t, name, seconds))
+            self._spans_left -= 1
+            t += seconds
 
     def tick(self) -> None:
         """Write the interval if it is over."""
@@ -39,13 +53,13 @@ class Meter:
 
     def flush(self) -> None:
         """Write what there is."""
-        interval = self._now
-        elapsed = time.perf_counter() - self._started
+        with self._lock:
+            interval, elapsed = self._now, time.perf_counter() - self._started
+            self._fresh()
         interval.t1 = interval.t0 + elapsed
         interval.idle = max(0.0, elapsed - (interval.data + interval.compute + interval.push + interval.fetch
                                             + interval.validate + interval.apply + interval.checkpoint))
         self._log.write(interval)
-        self._fresh()
 
     def _fresh(self) -> None:
         self._started = time.perf_counter()

@@ -18,7 +18,8 @@ from asgd_mpi.record.events import PHASES, Checkpoint, End, Event, Interval, Not
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins
 
-COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched", "refused_pushes")
+COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched",
+            "refused_pushes", "read_retries")
 LARGEST = 1e15        # of any number in a line: seconds, samples, bytes
 MAX_WORKERS = 1 << 16
 MAX_NOTES = 50        # kept; the rest is counted
@@ -142,11 +143,10 @@ class Metrics:
         if isinstance(event, Start):
             one.num_workers = event.num_workers
 
-    @property
-    def gaps_s(self) -> float:
-        """Seconds between the end of a start and the next one."""
+    def gaps_s(self, until: float) -> float:
+        """Seconds between the end of a start and the next one, as far as they lie before `until`."""
         ordered = [one for _, one in sorted(self.restarts.items())]
-        return sum(max(0.0, after.started - before.ended) for before, after in zip(ordered, ordered[1:]))
+        return sum(max(0.0, min(after.started, until) - before.ended) for before, after in zip(ordered, ordered[1:]))
 
     def _add(self, rank: Rank, event: Event) -> None:
         t = event.t1 if isinstance(event, Interval) else event.t

@@ -102,6 +102,16 @@ class Summary(msgspec.Struct):
     server_busy: float | None                  # 0..1: apply and checkpoint, of the server's covered time
     timeline: Timeline
     audit: Audit
+    num_samples: int = 0                       # of an epoch; 0 if no Start says so
+    total_samples: int = 0                     # of the run
+    read_retries: int = 0                      # reads of shards that failed and were repeated
+
+    @property
+    def overlap(self) -> float | None:
+        """The share of the workers' push and fetch that lay behind the computation, 0..1; None if there was neither."""
+        workers = [rank for rank in self.ranks if rank.rank]
+        hidden = sum(rank.hidden for rank in workers)
+        return _ratio(hidden, hidden + sum(rank.phases["push"] + rank.phases["fetch"] for rank in workers))
 
     @property
     def stragglers(self) -> list[Worker]:
@@ -126,7 +136,7 @@ def summarize(run: RunDir) -> Summary:
     last_t = max(metrics.last_t, training.last_t)
     stopped = training.last_t if training.last else last_t
     training_s = _elapsed(started, stopped)
-    training_s = training_s and max(0.0, training_s - metrics.gaps_s)
+    training_s = training_s and max(0.0, training_s - metrics.gaps_s(stopped))
     images = training.images if training.last else sent["images"]
     server = metrics.ranks.get(0, Rank(0, "server"))
     validations = sorted(metrics.validations, key=lambda validation: validation.t)
@@ -151,7 +161,8 @@ def summarize(run: RunDir) -> Summary:
         forgotten_pushes=len(forgotten),
         num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
-        timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked)
+        timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,
+        num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"])
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:

@@ -33,6 +33,7 @@ class Watch:
         self._thread.start()
 
     def close(self) -> None:
+        """Watch no more; may be called twice."""
         self._end.set()
         self._thread.join()
 

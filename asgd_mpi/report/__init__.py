@@ -2,6 +2,8 @@
 
     summary     -> record.summary: every number
     advice      what the numbers suggest, in sentences
+    audit       each epoch's samples: due, used, repeated, missing
+    trace       all ranks on one clock, for Perfetto
     compare     several runs: speed-up, limit, time and cost to an accuracy (comparison: the same as a page)
     markdown    the text
     figures svg -> inline pictures (matplotlib, loaded when the first one is drawn)

@@ -20,7 +20,7 @@ MIN_VALIDATIONS = 6   # to speak of a plateau
 
 def advise(summary: Summary, cost: Cost | None = None) -> list[str]:
     """The sentences, the weightiest first."""
-    rules = (_audit, _saturated, _waiting, _data, _fetch, _lease, _validate, _room, _stragglers, _torn, _skipped)
+    rules = (_audit, _saturated, _waiting, _data, _fetch, _lease, _validate, _room, _stragglers, _torn, _skipped, _retries)
     found = [sentence for rule in rules if (sentence := rule(summary))]
     plateau = _plateau(summary, cost)
     return [*found, plateau] if plateau else found
@@ -149,6 +149,13 @@ def _skipped(summary: Summary) -> str | None:
     if not summary.skipped_images:
         return None
     return f"{summary.skipped_images:,} damaged images were left out: the notes name them; make their shards again."
+
+
+def _retries(summary: Summary) -> str | None:
+    if not summary.read_retries:
+        return None
+    return (f"{summary.read_retries:,} reads of shards failed and were repeated, each after half a second or more: look at the "
+            "file system; the notes name the shards.")
 
 
 def _plateau(summary: Summary, cost: Cost | None) -> str | None:

@@ -1,7 +1,9 @@
 """`python -m asgd_mpi.report RUN_DIR [RUN_DIR ...]`: what runs did and where their time went, from their directories alone.
 
-Several are compared (`compare`). For one, prints Markdown and writes `report/report.html`, `report/report.md` and
-`report/report.json` (a `Summary`, and the advice). Works on a run that finished, failed, was killed or is still going, on any machine: it imports neither MPI nor torch.
+Several are compared (`compare`). `--audit`, `--trace` and `--follow` do that instead (`audit`, `trace`, `follow`). For one,
+prints Markdown and writes `report/report.html`, `report/report.md` and
+`report/report.json` (a `Summary`, and the advice). Works on a run that finished, failed, was killed or is still going, on any
+machine: it imports neither MPI nor torch.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from asgd_mpi.errors import ConfigError, RunDirError, UserError
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.advice import advise
+from asgd_mpi.report.audit import account
 from asgd_mpi.report.compare import compare
 from asgd_mpi.report.cost import Cost, price
 from asgd_mpi.report.follow import follow
 from asgd_mpi.report.markdown import render, render_comparison
+from asgd_mpi.report.trace import write_trace
+from asgd_mpi.report.units import size
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -31,6 +36,10 @@ def make_parser() -> jsonargparse.ArgumentParser:
                         help="A directory that asgd_mpi.train made; several are compared, and that is written to --out.")
     parser.add_argument("--no-write", action="store_true", help="Only print; leave RUN_DIR/report as it is.")
     parser.add_argument("--follow", action="store_true", help="Show the state of one run until it ends, and write nothing.")
+    parser.add_argument("--audit", action="store_true", help="Show which samples of each epoch were due, used, repeated and "
+                        "missing, and what was checked; write nothing. Exit status 1 if something is violated.")
+    parser.add_argument("--trace", type=str, default="", metavar="FILE.json", help="Write a trace of one run for Perfetto or "
+                        "chrome://tracing, and nothing else; train with --record.spans 10000 to see single steps.")
     parser.add_argument("--price-per-gpu-hour", type=Optional[float], metavar="PRICE",
                         help="What a GPU costs in an hour, in any currency: adds the cost.")
     parser.add_argument("--num-gpus", type=Optional[int], metavar="GPUS",
@@ -47,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [RunDir.open(path) for path in options.run_dir]
         if options.follow and len(runs) > 1:
             raise ConfigError(f"--follow shows one run at a time, and {len(runs)} are given: start it once for each.")
+        if options.trace:
+            return _trace(runs, Path(options.trace))
+        if options.audit:
+            return _audit(runs)
         if options.follow:
             follow(runs[0])
         elif len(runs) > 1:
@@ -57,6 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _trace(runs: list[RunDir], path: Path) -> int:
+    if len(runs) > 1:
+        raise ConfigError(f"--trace writes one run to a file, and {len(runs)} are given: start it once for each.")
+    for problem in write_trace(runs[0], path):
+        print(problem, file=sys.stderr)
+    print(f"trace: {path} ({size(path.stat().st_size)}); open it in ui.perfetto.dev or chrome://tracing")
+    return 0
+
+
+def _audit(runs: list[RunDir]) -> int:
+    """Print the account of each run; returns 1 if one of them is violated."""
+    accounts = [account(summarize(run)) for run in runs]
+    print("\n".join(one.text for one in accounts), end="")
+    return int(any(one.violations for one in accounts))
 
 
 def _report(run: RunDir, options: jsonargparse.Namespace) -> None:

@@ -83,7 +83,7 @@ def _times(summary: Summary) -> tuple[list[float], float, str]:
 
 def _speed(summary: Summary) -> Figure | None:
     line = summary.timeline
-    if not line.t or not any(line.images_per_s):
+    if not line.t or not any(line.images_per_s) or not summary.images_per_s:
         return None
     t, scale, label = _times(summary)
     figure, (total, each) = canvas(2, height=4.4, sharex=True)

@@ -76,6 +76,7 @@ def _training(summary: Summary) -> list[tuple[str, str]]:
         ("training", f"{units.seconds(summary.training_s)}, to the last applied push"),
         ("images", f"{summary.images:,} applied, {summary.images_trained:,} trained by the workers, "
                    f"{summary.skipped_images:,} damaged and skipped"),
+        ("shards", f"{summary.read_retries:,} reads failed and were repeated"),
         ("learning rate", f"{units.rate(summary.lr_first)} first, {units.rate(summary.lr_last)} last"),
         ("parameters", f"{summary.num_parameters:,}" if summary.num_parameters else units.NONE),
     ]
@@ -86,6 +87,7 @@ def _traffic(summary: Summary) -> list[tuple[str, str]]:
         ("pushed", f"{units.size(summary.bytes_pushed)}, {units.size(summary.bytes_pushed_per_s)}/s"),
         ("fetched", f"{units.size(summary.bytes_fetched)}, {units.size(summary.bytes_fetched_per_s)}/s"),
         ("fetches", f"{summary.fetches:,}, and {summary.torn_reads:,} torn reads that were done again"),
+        ("overlap", f"{units.percent(summary.overlap)} of the time of push and fetch lay behind the computation"),
         ("server busy", f"{units.percent(summary.server_busy)} of its time, {units.short(summary.apply_s)} for one update"),
     ]
 

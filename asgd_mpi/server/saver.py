@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import msgspec
@@ -46,8 +46,9 @@ class Saver:
                  sync: Callable[[], None]):
         self._run, self._restart, self._about = run, restart, about
         self._flat, self._rule, self._keep, self._sync = flat, rule, keep, sync
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._thread = ThreadPoolExecutor(1, "saver", checkpoint.step_back)
         self._pending: _Pending | None = None
+        self._completing: list[Future[Checkpoint]] = []
         self.patience_s = PATIENCE_S
 
     @property
@@ -82,14 +83,28 @@ class Saver:
         if self._pending:
             self._pending.waits_for.discard(worker)
 
-    def poll(self, best: int) -> Checkpoint | None:
-        """Complete the checkpoint if all its parts are there. Raises RunDirError."""
+    def poll(self, best: int) -> list[Checkpoint]:
+        """Go on with what is being written; the checkpoints that have become whole. Raises RunDirError."""
         pending = self._pending
-        if pending is None or not pending.written.done():
-            return None
-        if pending.waits_for and time.time() - pending.started < self.patience_s:
-            return None
-        self._pending = None
+        if pending and pending.written.done() and (not pending.waits_for or time.time() - pending.started > self.patience_s):
+            self._completing.append(self._thread.submit(self._complete, pending, best))
+            self._pending = None
+        whole = []
+        while self._completing and self._completing[0].done():
+            whole.append(self._completing.pop(0).result())
+        return whole
+
+    def finish(self, best: int, timeout_s: float) -> list[Checkpoint]:
+        """Wait for what is being written, and complete it with the workers' parts that are there."""
+        if self._pending:
+            self._pending.waits_for.clear()
+            wait([self._pending.written], timeout_s)
+        whole = self.poll(best)
+        wait(self._completing, timeout_s)
+        return whole + self.poll(best)
+
+    def _complete(self, pending: _Pending, best: int) -> Checkpoint:
+        """On the thread: the disk may be busy for long with what has just been written."""
         pending.manifest.files |= pending.written.result()
         self._sync()                      # what the momenta have seen is in the log
         directory = self._run.checkpoint(pending.manifest.version, self._restart)
@@ -98,16 +113,11 @@ class Saver:
         return Checkpoint(time.time(), pending.manifest.version, str(directory.relative_to(self._run.path)),
                           time.time() - pending.started, num_bytes)
 
-    def finish(self, best: int, timeout_s: float) -> Checkpoint | None:
-        """Wait for what is being written, and complete it with the workers' parts that are there."""
-        if self._pending is None:
-            return None
-        self._pending.waits_for.clear()
-        self._pending.written.exception(timeout_s)
-        return self.poll(best)
+    def keep_best(self, version: int, score: Score, samples: int) -> None:
+        """Complete a model that a worker has written because its version is the best one."""
+        self._completing.append(self._thread.submit(self._complete_best, version, score, samples))
 
-    def keep_best(self, version: int, score: Score, samples: int) -> Checkpoint:
-        """Complete a model that a worker has written because its version is the best one. Raises RunDirError."""
+    def _complete_best(self, version: int, score: Score, samples: int) -> Checkpoint:
         started = time.time()
         staging = best_staging(self._run, version, self._restart)
         state = msgspec.json.decode((staging / "model.json").read_bytes(), type=checkpoint.WorkerState)

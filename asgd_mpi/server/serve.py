@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
 import torch
 import xxhash
 
@@ -19,7 +18,7 @@ from asgd_mpi.errors import DeadlineExceeded, TrainingDiverged, WorkersLost
 from asgd_mpi.exchange.link import Arrival, Inbox
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.record.events import EventLog, Member, Note, Publish, Push, Refusal, Retirement, Validation
+from asgd_mpi.record.events import Checkpoint, EventLog, Member, Note, Publish, Push, Refusal, Retirement, Validation
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict
@@ -183,7 +182,7 @@ class Server:
             case Kind.BEST:
                 best = self.ledger.best
                 if best and best.version == header.read_version:
-                    self._log_saved(self.saver.keep_best(header.read_version, best, self.ledger.samples))
+                    self.saver.keep_best(header.read_version, best, self.ledger.samples)
             case Kind.SIGNAL:
                 self.left_because = self.left_because or f"rank {header.worker + 1} was asked to end by a signal"
             case Kind.FAILED:
@@ -246,8 +245,8 @@ class Server:
         with self.meter.phase("checkpoint"):
             self.saver.begin(number, self.window.latest, self.ledger, self.statistics, self.latest_score, waits_for)
 
-    def _log_saved(self, event: msgspec.Struct | None) -> None:
-        if event:
+    def _log_saved(self, whole: list[Checkpoint]) -> None:
+        for event in whole:
             self.log.write(event)
 
     @property

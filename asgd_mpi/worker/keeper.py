@@ -22,7 +22,7 @@ class Keeper:
 
     def __init__(self, run: RunDir, restart: int, worker: int):
         self._run, self._restart, self._worker = run, restart, worker
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="keeper")
+        self._thread = ThreadPoolExecutor(1, "keeper", checkpoint.step_back)
         self._under_way: list[tuple[Kind, int, Future[bool]]] = []
 
     def save(self, number: int, made: int, state: dict[str, torch.Tensor]) -> None:

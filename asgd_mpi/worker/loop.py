@@ -295,4 +295,4 @@ class Worker:
             batches = (self.train_loader.batch(0, start, min(start + self.batch_size, last))
                        for start in range(0, last, self.batch_size))
             batchnorm.recalibrate_(
-                self.flat.module, (self.normalise(batch.images.to(self.flat.device)) for batch in batches))
+                self.flat.module, (self.normalise(batch.on(self.flat.device)) for batch in batches))

@@ -24,7 +24,7 @@ def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed:
     _seed_dropout(flat.device, int(np.random.SeedSequence([seed, batch.epoch, batch.start]).generate_state(1)[0]))
     if not accumulate:
         flat.gradient.zero_()
-    images = normalise(batch.images.to(flat.device, non_blocking=True))
+    images = normalise(batch.on(flat.device))
     loss = functional.cross_entropy(flat.module(images), batch.labels.to(flat.device, non_blocking=True))
     loss.backward()
     return loss.item()  # sync: the push carries it
@@ -53,7 +53,7 @@ def validate(flat: FlatModel, normalise: Normalise, batches: Iterable[Batch]) ->
     flat.module.eval()
     for batch in batches:
         labels = batch.labels.to(flat.device)
-        scores = flat.module(normalise(batch.images.to(flat.device)))
+        scores = flat.module(normalise(batch.on(flat.device)))
         guesses = scores.topk(min(5, scores.shape[1]), dim=1).indices
         right = guesses == labels[:, None]
         errors.num_images += len(labels)

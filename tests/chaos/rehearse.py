@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
+import pytest  # noqa: E402
 from conftest import Launcher, _find_openmpi, finish, kill_session, ranks_of, session_of  # noqa: E402
 
 from asgd_mpi import replay  # noqa: E402
@@ -31,7 +32,7 @@ from asgd_mpi.record.rundir import RunDir  # noqa: E402
 
 SAMPLES, EPOCHS = 1437, 6.5
 STARTS = 5                     # the last one without failures
-TIMEOUT_S = 240
+TIMEOUT_S = 150
 EXCHANGES = [[], [], ["--n-sync", "3"], ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"],
              ["--rule.momentum_at", "server"]]
 ULFM = ("--with-ft", "ulfm")
@@ -51,7 +52,7 @@ def rehearse(seed: int, launcher: Launcher, digits: Path, directory: Path) -> Ou
     run = RunDir(directory / "run")
     options = ["--data", str(digits), "--model", "networks_for_tests:restless", "--epochs", str(EPOCHS), "--run.dir", "run",
                "--resume", "auto", "--checkpoint.every_s", "0.3", "--failure.retire_after_s", "2", "--failure.grace_s", "6",
-               "--run.timeout_s", "40", "--compute.threads", "1", *dice.choice(EXCHANGES)]
+               "--run.timeout_s", "40", "--failure.stall_s", "8", "--compute.threads", "1", *dice.choice(EXCHANGES)]
     for start in range(1, STARTS + 1):
         status = _start(dice, launcher, directory, options, outcome, is_last=start == STARTS)
         if run.finished.exists():
@@ -174,7 +175,7 @@ def main() -> int:
             outcome = rehearse(seed, launcher, work / "digits", directory)
             statuses.update(line.split("-> ")[1] for line in outcome.starts)
             print(f"{seed}: {len(outcome.starts)} starts, {outcome.seconds:.0f} s\n" + "\n".join(outcome.starts), flush=True)
-        except AssertionError as error:
+        except (AssertionError, pytest.fail.Exception) as error:    # the latter for a hang
             failed.append(seed)
             print(f"{seed}: FAILED {error}", flush=True)
             if options.keep:

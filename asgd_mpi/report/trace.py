@@ -1,0 +1,131 @@
+"""A run as a trace in Chrome's JSON format, to open in Perfetto (ui.perfetto.dev) or chrome://tracing.
+
+In: the metrics files and `pushes.log` of a run directory, whatever is there. Out: one JSON file. Each rank is a process with
+up to three threads: `phases`, the stretches that `--record.spans` wrote; `intervals`, one slice for each line with the
+seconds of every phase; on the server `pushes`, one mark for each applied push. Validations, checkpoints and notes are marks.
+
+Times are microseconds after the first Start, on the clock of rank 0: each rank's own, plus the offset that it measured when
+it started, so they are right to `clock_error_s` and to what the clocks drifted since.
+
+The file is bounded: of more than MAX_EVENTS intervals or pushes, one of n is kept, and `otherData` says so. Spans are
+bounded when they are written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, Note, Push, Span, Start, Validation,
+                                    read_events, read_pushes)
+from asgd_mpi.record.readings import COUNTERS, Lines
+from asgd_mpi.record.rundir import RunDir, unwritable
+
+MAX_EVENTS = 200_000                      # of intervals, and of pushes: a file of some 50 MB
+SPANS, INTERVALS, PUSHES = 1, 2, 3        # threads
+THREADS = {SPANS: "phases", INTERVALS: "intervals", PUSHES: "pushes"}
+MARKS = {Validation: "validation", Checkpoint: "checkpoint", Note: "note", End: "end"}
+
+
+def write_trace(run: RunDir, path: Path) -> list[str]:
+    """Write the trace of a run to `path`; returns what was left out or could not be read. Raises RunDirError."""
+    lines, encode = Lines(run), msgspec.json.Encoder().encode
+    files = {file: int(found[1]) for file in sorted(run.metrics.glob("rank*.jsonl"))
+             if (found := re.match(r"rank(\d+)", file.name))}
+    starts = [event for file in files for event in _starts(file)]
+    zero = min((event.t + event.clock_offset_s for event in starts), default=None)
+    every = _stride(files), _stride([run.pushes])
+    try:
+        with open(path, "wb") as out:
+            out.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
+            for event in _events(run, lines, files, zero, *every):
+                out.write(encode(event) + b",\n")
+            thinned = {name: f"one of {stride} is kept" for name, stride in zip(("intervals", "pushes"), every)
+                       if stride > 1}
+            worst = max((event.clock_error_s for event in starts), default=0.0)
+            notes = {"run": run.path.resolve().name, "clock_error_s": worst, **thinned}
+            out.write(b'{"name":"end of trace","ph":"M","pid":0,"args":{}}\n],"otherData":' + encode(notes) + b"}\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return [*lines.problems, *(f"{name}: {what}, so that the file stays small." for name, what in thinned.items())]
+
+
+def _starts(file: Path) -> Iterator[Start]:
+    """The Start of a metrics file is its first line."""
+    try:
+        first = next(read_events(file), None)
+    except (OSError, UnicodeError):
+        return
+    if isinstance(first, Start):
+        yield first
+
+
+def _stride(files) -> int:
+    count = 0
+    for file in files:
+        try:
+            with open(file, "rb") as lines:
+                count += sum(1 for _ in lines)
+        except OSError:
+            continue
+    return max(1, -(-count // MAX_EVENTS))
+
+
+def _events(run: RunDir, lines: Lines, files: dict[Path, int], zero: float | None, every_interval: int,
+            every_push: int) -> Iterator[dict]:
+    server_offset = 0.0
+    for file, rank in files.items():
+        offset, number = 0.0, 0
+        for event in lines.read(read_events, file):
+            if zero is None:
+                zero = event.t0 if isinstance(event, Interval) else event.t
+            if isinstance(event, Start):
+                offset = event.clock_offset_s
+                server_offset = offset if rank == 0 else server_offset
+                yield from _names(event, rank)
+            elif isinstance(event, Interval):
+                number += 1
+                if number % every_interval:
+                    continue
+            yield from _laid(event, rank, lambda t: round(1e6 * (t + offset - zero), 1))
+    for number, push in enumerate(lines.read(read_pushes, run.pushes), start=1):
+        zero = push.t if zero is None else zero
+        if number % every_push == 0:
+            yield _mark("push", 0, PUSHES, round(1e6 * (push.t + server_offset - zero), 1), _push_facts(push))
+
+
+def _names(start: Start, rank: int) -> Iterator[dict]:
+    name = f"rank {rank}, {start.role} ({start.device} on {start.host})"
+    yield {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": name}}
+    yield {"name": "process_sort_index", "ph": "M", "pid": rank, "args": {"sort_index": rank}}
+    for thread, title in THREADS.items():
+        if thread != PUSHES or rank == 0:
+            yield {"name": "thread_name", "ph": "M", "pid": rank, "tid": thread, "args": {"name": title}}
+
+
+def _laid(event: Event, rank: int, place: Callable[[float], float]) -> Iterator[dict]:
+    """One event on the axis."""
+    match event:
+        case Span():
+            yield {"name": event.phase, "cat": "phase", "ph": "X", "pid": rank, "tid": SPANS, "ts": place(event.t),
+                   "dur": round(1e6 * event.seconds, 1)}
+        case Interval():
+            phases = {phase: getattr(event, phase) for phase in (*PHASES, "hidden") if getattr(event, phase)}
+            counts = {counter: getattr(event, counter) for counter in COUNTERS if getattr(event, counter)}
+            longest = max(phases, key=phases.get, default="idle")
+            yield {"name": f"mostly {longest}", "cat": "interval", "ph": "X", "pid": rank, "tid": INTERVALS,
+                   "ts": place(event.t0), "dur": round(1e6 * (event.t1 - event.t0), 1), "args": phases | counts}
+        case Validation() | Checkpoint() | Note() | End():
+            yield _mark(MARKS[type(event)], rank, INTERVALS, place(event.t), msgspec.to_builtins(event))
+
+
+def _mark(name: str, rank: int, thread: int, ts: float, facts: dict) -> dict:
+    return {"name": name, "ph": "i", "s": "t", "pid": rank, "tid": thread, "ts": ts, "args": facts}
+
+
+def _push_facts(push: Push) -> dict:
+    return {"version": push.version, "rank": push.worker + 1, "staleness": push.staleness, "images": push.positions,
+            "lr": push.lr, "loss": push.loss}

@@ -1,0 +1,21 @@
+"""`asgd_mpi.train` on a file system where every 40th read of a shard fails at first, as `python -m flaky_disk`."""
+
+import itertools
+import sys
+
+from asgd_mpi import train
+from asgd_mpi.data import patient
+
+EVERY = 40
+reads = itertools.count(1)
+really_read = patient.PatientFile._try_to_read
+
+
+def fail_sometimes(self, data, at):
+    return "Input/output error" if next(reads) % EVERY == 0 else really_read(self, data, at)
+
+
+if __name__ == "__main__":
+    patient.WAITS_S = (0.001, 0.001, 0.001)
+    patient.PatientFile._try_to_read = fail_sometimes
+    sys.exit(train.main())
