@@ -81,8 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(setup["greeting"], flush=True)
                 stack.enter_context(run.locked())
             status = _train(world, config, run, places, setup["restart"], setup["checkpoint"])
-            signals.ignore()
-            return status
+        signals.ignore()
+        world.leave(status)
+        return status
     except BaseException as error:  # noqa: B036 - whatever ends one rank here must end all of them
         _fail(world, run, error)
     return 1

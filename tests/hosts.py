@@ -61,6 +61,10 @@ class Hosts:
                     for name in self.names]
         return bool(shutil.which("tc")) and not any(subprocess.run(each, capture_output=True).returncode for each in commands)
 
+    def connect(self, number: int, is_up: bool) -> None:
+        """Cut a host off from the others, or join it again."""
+        _ip(f"-n {self.names[number]} link set eth0 {'up' if is_up else 'down'}")
+
     def command(self, command: list[str]) -> list[str]:
         """`command`, to be run on the first host."""
         return ["sh", "-c", f"exec {self._inside(self.names[0], shlex.join(command))}"]

@@ -1,14 +1,16 @@
 """Training over several hosts: network namespaces of this machine, joined by slow links."""
 
 import sys
+import time
 
 import pytest
 
 import hosts
 from asgd_mpi import replay
 from asgd_mpi.record.audit import audit
-from asgd_mpi.record.events import Fetch, Publish, Start, read_events, read_pushes
+from asgd_mpi.record.events import Fetch, Member, Publish, Retirement, Start, read_events, read_log, read_pushes
 from asgd_mpi.record.rundir import RunDir
+from conftest import finish
 
 NUM_WORKERS = 4   # ranks 0, 1 on the first host, 2, 3 on the second, 4 on the third
 
@@ -29,6 +31,41 @@ def finished(request, openmpi, digits, tmp_path_factory) -> RunDir:
         done = openmpi.run_as_given(command, cwd=directory)
     assert done.returncode == 0, done.stdout + done.stderr
     return RunDir.open(directory / "run")
+
+
+@pytest.fixture(scope="module")
+def cut(openmpi, digits, tmp_path_factory) -> RunDir:
+    """A run whose second host, with ranks 2 and 3, is cut off for 6 s; workers are given up after 3."""
+    reason = hosts.why_not()
+    if reason:
+        pytest.skip(reason)
+    directory = tmp_path_factory.mktemp("cut")
+    run = RunDir(directory / "run")
+    with hosts.hosts(3, directory) as several:
+        process = openmpi.start_as_given(several.command(
+            [openmpi.mpirun, *several.mpirun_options(ranks_per_host=2), "-x", "PYTHONPATH", "-np", str(NUM_WORKERS + 1),
+             sys.executable, "-m", "asgd_mpi.train", "--data", str(digits), "--epochs", "40", "--run.dir", "run",
+             "--model", "networks_for_tests:restless", "--run.progress", "none", "--compute.threads", "1",
+             "--failure.retire_after_s", "3", "--run.timeout_s", "60"]), cwd=directory)
+        until = time.monotonic() + 60
+        while not run.pushes.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(1)
+        several.connect(1, is_up=False)
+        time.sleep(6)
+        several.connect(1, is_up=True)
+        done = finish(process)
+    assert done.returncode in (0, 3), done.stdout + done.stderr     # 3: one was slow once more at the very end
+    return run
+
+
+def test_ranks_behind_a_cut_link_are_retired_and_come_back_as_new_members(cut):
+    assert {event.rank for event in events(cut, Retirement)} >= {2, 3}
+    back = {entry.worker + 1 for entry in read_log(cut.pushes) if isinstance(entry, Member)}
+    assert back >= {2, 3}
+    found = audit(read_pushes(cut.pushes), 1437, 40 * 1437, reads_own_pushes=False)
+    assert not found.violations and not any(epoch.missing for epoch in found.epochs)
+    assert replay.main([str(cut.path)]) == 0
 
 
 def events(run: RunDir, kind):

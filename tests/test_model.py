@@ -75,3 +75,20 @@ def test_statistics_travel_through_a_flat_vector():
     one.save_statistics(packet)
     two.load_statistics_(packet)
     assert all(torch.equal(a, b) for a, b in zip(one.statistics, two.statistics)) and one.num_statistics == 9600
+
+
+def test_weights_of_torchvision_begin_a_run_and_what_does_not_fit_is_named(tmp_path):
+    torch.manual_seed(1)
+    other = networks.build("resnet18", num_classes=1000, channels=3, image_size=64)
+    torch.save(other.state_dict(), tmp_path / "resnet18.pth")
+    same = networks.build("resnet18", num_classes=1000, channels=3, image_size=64)
+    assert networks.load_weights_(same, str(tmp_path / "resnet18.pth")) == []
+    assert all(torch.equal(one, two) for one, two in zip(same.state_dict().values(), other.state_dict().values()))
+    ten = networks.build("resnet18", num_classes=10, channels=3, image_size=64)
+    with pytest.raises(ConfigError, match=r"2 have another shape, such as fc.weight \(1000, 512\) in place of \(10, 512\).*partial"):
+        networks.load_weights_(ten, str(tmp_path / "resnet18.pth"))
+    assert networks.load_weights_(ten, str(tmp_path / "resnet18.pth"), partial=True) == ["fc.weight", "fc.bias"]
+    assert torch.equal(ten.conv1.weight, other.conv1.weight)
+    with pytest.raises(ConfigError, match="nothing of it fits"):
+        networks.load_weights_(networks.build("digits_cnn", num_classes=10, channels=1, image_size=8),
+                               str(tmp_path / "resnet18.pth"), partial=True)
