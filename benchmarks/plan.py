@@ -31,7 +31,7 @@ def train(out: Path, network: str, num_workers: int, epochs: float, step_s: floa
              "--run.dir", str(path), "--epochs", str(epochs), "--data.batch_size", "8", "--schedule.lr", "0.001",
              "--run.validate_every", "1000", "--run.progress", "none", "--compute.threads", "1", "--data.threads", "1",
              "--data.augment", "none", "--rule.momentum", "0.9", "--rule.weight_decay", "0.0001", "--schedule.name", "constant",
-             "--schedule.warmup_epochs", "0"],
+             "--schedule.warmup_epochs", "0", "--compute.device", "cpu"],
             check=True, env=env, cwd=out, stdout=subprocess.DEVNULL)
     return RunDir.open(path)
 

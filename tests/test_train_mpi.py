@@ -177,7 +177,7 @@ def test_a_network_with_batch_norm_is_saved_with_the_statistics_it_was_validated
 
 
 def test_the_embedded_default_reaches_97_percent_as_written_in_the_readme(openmpi, tmp_path):
-    done = openmpi.run(4, "-m", "asgd_mpi.train", cwd=tmp_path)
+    done = openmpi.run(4, "-m", "asgd_mpi.train", "--compute.workers_per_gpu", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     accuracy = float(re.search(r"([\d.]+) % of 360 validation images right", done.stdout)[1])
     assert accuracy > 97
