@@ -27,7 +27,8 @@ def finished(request, openmpi, digits, tmp_path_factory) -> RunDir:
         command = several.command(
             [openmpi.mpirun, *several.mpirun_options(ranks_per_host=2), "-x", "PYTHONPATH", "-np", str(NUM_WORKERS + 1),
              sys.executable, "-m", "asgd_mpi.train", "--data", str(digits), "--compute.device", "cpu",
-             "--epochs", "2", "--run.dir", "run", "--run.progress", "none", "--record.hash_snapshots", "true", "--compute.threads", "1", *request.param])
+             "--epochs", "2", "--run.dir", "run", "--run.progress", "none", "--record.hash_snapshots", "true",
+             "--compute.threads", "1", *request.param])
         done = openmpi.run_as_given(command, cwd=directory)
     assert done.returncode == 0, done.stdout + done.stderr
     return RunDir.open(directory / "run")
@@ -45,8 +46,8 @@ def cut(openmpi, digits, tmp_path_factory) -> RunDir:
         process = openmpi.start_as_given(several.command(
             [openmpi.mpirun, *several.mpirun_options(ranks_per_host=2), "-x", "PYTHONPATH", "-np", str(NUM_WORKERS + 1),
              sys.executable, "-m", "asgd_mpi.train", "--data", str(digits), "--compute.device", "cpu",
-             "--epochs", "40", "--run.dir", "run", "--model", "networks_for_tests:restless", "--run.progress", "none", "--compute.threads", "1",
-             "--failure.retire_after_s", "3", "--run.timeout_s", "60"]), cwd=directory)
+             "--epochs", "40", "--run.dir", "run", "--model", "networks_for_tests:restless", "--run.progress", "none",
+             "--compute.threads", "1", "--failure.retire_after_s", "3", "--run.timeout_s", "60"]), cwd=directory)
         until = time.monotonic() + 60
         while not run.pushes.exists() and time.monotonic() < until:
             time.sleep(0.1)
