@@ -346,7 +346,8 @@ def _check(config: Config) -> None:
     auto = exchange.n_push == "auto"
     demand(auto or exchange.n_push > 0, "exchange.n_push", exchange.n_push, "a push holds 1 batch or more; or give auto")
     demand(exchange.n_fetch is None or exchange.n_fetch > 0, "exchange.n_fetch", exchange.n_fetch, "give 1 batch or more")
-    demand(not (auto and exchange.n_fetch not in (None, 1)), "exchange.n_fetch", exchange.n_fetch, "with n_push auto every push fetches")
+    demand(not (auto and exchange.n_fetch not in (None, 1)), "exchange.n_fetch", exchange.n_fetch,
+           "with n_push auto every push fetches")
     demand(not (auto and exchange.overlap is False), "exchange.overlap", "false",
            "n_push auto sums on while a push is under way, so it needs the overlap")
     demand(auto or not exchange.n_fetch or exchange.n_fetch % exchange.n_push == 0, "exchange.n_fetch", exchange.n_fetch,

@@ -22,7 +22,8 @@ import torch
 
 from asgd_mpi.errors import ConfigError
 
-ENTRY = re.compile(r"(?P<kind>[a-z]+)(?::(?P<amount>[\d.]+)(?:s|x)?)?@(?:(?:step(?P<step>\d+)|t=(?P<t>[\d.]+)s?):)?rank(?P<rank>\d+)")
+ENTRY = re.compile(r"(?P<kind>[a-z]+)(?::(?P<amount>[\d.]+)(?:s|x)?)?"
+                   r"@(?:(?:step(?P<step>\d+)|t=(?P<t>[\d.]+)s?):)?rank(?P<rank>\d+)")
 KINDS = {"slow": 3.0, "raise": 0.0, "nan": 1.0, "kill": 0.0, "term": 0.0, "stop": 10.0, "stall": 60.0}   # default amounts
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 

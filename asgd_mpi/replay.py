@@ -172,7 +172,8 @@ def _replay_and_compare(run: RunDir) -> int:
     return 0
 
 
-def _replay_session(run: RunDir, session: Session, successor: Resume | None, begin: Point | None) -> tuple[FlatModel, Point | None, int]:
+def _replay_session(run: RunDir, session: Session, successor: Resume | None,
+                    begin: Point | None) -> tuple[FlatModel, Point | None, int]:
     """Replay one start of the run; also returns the number of its pushes."""
     start = next((event for worker in run.metrics_files if worker[:2] == (1, session.restart)
                   for event in read_events(worker[2]) if isinstance(event, Start)), None)

@@ -1,7 +1,7 @@
 """Train a network by asynchronous SGD: `mpirun -np 8 python -m asgd_mpi.train` (1 server, 7 workers).
 
-Rank 0 reads the command line, checks everything that can be checked, makes the run directory and tells the others;
-then it serves and they work. A worker that fails is retired, and the others go on; a server that fails ends the job,
+Rank 0 reads the command line, checks everything that can be checked (`prepare`), makes the run directory and tells the
+others; then it serves and they work. A worker that fails is retired, and the others go on; a server that fails ends the job,
 with its own error as the first thing to see.
 
 Status: 0 finished; 3 finished, but with fewer workers than at the beginning; 75 asked to end by a signal, to be resumed
@@ -34,7 +34,7 @@ from torch import nn
 
 import asgd_mpi
 from asgd_mpi import config as configuration
-from asgd_mpi import gpus, inject, launch, report, resume, topology
+from asgd_mpi import gpus, inject, launch, report, topology
 from asgd_mpi.config import Config
 from asgd_mpi.errors import DeadlineExceeded, ServerLost, UserError
 from asgd_mpi.exchange import clock, wait
@@ -43,6 +43,7 @@ from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
 from asgd_mpi.inject import Injector
 from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
+from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, ranklog
 from asgd_mpi.record.events import End, EventLog, Note, Resume, Start
 from asgd_mpi.record.meter import Meter
@@ -53,7 +54,7 @@ from asgd_mpi.server.ledger import Ledger, Orders, Plan
 from asgd_mpi.server.rules import RULES
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
-from asgd_mpi.task import Task, complete, open_task
+from asgd_mpi.task import Task, open_task
 from asgd_mpi.topology import Topology
 from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.keeper import Keeper
@@ -95,7 +96,7 @@ def _agree(world: World, arguments: list[str]) -> dict:
     setup = None
     if world.is_server:
         try:
-            setup = _prepare(arguments, ranks)
+            setup = prepare(arguments, ranks, tasks_of_scheduler())
         except UserError as error:
             if launch.is_first_process():    # not from each of many worlds of one rank
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -105,74 +106,6 @@ def _agree(world: World, arguments: list[str]) -> dict:
         except BaseException as error:  # noqa: B036
             _fail(world, None, error)
     return world.share(setup)
-
-
-def _prepare(arguments: list[str], ranks: list[dict]) -> dict:
-    """Everything that can go wrong before training starts goes wrong here, on one rank. Raises UserError."""
-    config = configuration.parse(arguments)
-    run, point = _find_run(config)
-    changes = []
-    if point:
-        old = configuration.from_yaml(run.config_of(max(point.restart - 1, 0)).read_text())
-        config = complete(configuration.parse(arguments, base=old))
-        changes = resume.demand_same(old, config)
-    if config.compute.device == "cpu":
-        ranks = [rank | {"gpus": []} for rank in ranks]
-    places = Topology.of(ranks)
-    if places.size > 1 or not config.run.dry_run:
-        topology.check(places, tasks_of_scheduler())
-        topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
-    config = complete(config)
-    inject.parse(config.run.inject)
-    task = open_task(config)
-    task.first_module()
-    task.train_loader().close()
-    num_workers = max(1, places.num_workers)
-    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers, capacity=1)
-    total = task.plan(num_workers).total_samples
-    if point:
-        if point.manifest:
-            resume.demand_same_data(point.manifest, task.train.fingerprint, task.train.num_classes, config.data.path)
-        for line in [*resume.describe(run, point, places.num_workers or None, total), *changes]:
-            print(line, flush=True)
-        if run.finished.exists() and point.manifest and point.manifest.samples >= total:
-            print(f"{run.path} is finished: nothing is left to do. To train on, give more --epochs with --override run.epochs.")
-            return {"status": 0}
-    if config.run.dry_run:
-        return {"status": 0}
-    if point:
-        with run.locked():
-            resume.clean(run)
-            run.finished.unlink(missing_ok=True)
-    else:
-        run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))
-    restart = point.restart if point else 0
-    write_whole(run.config_of(restart), configuration.to_yaml(config).encode())
-    num_train, num_val = task.train.num_samples, task.val.num_samples
-    greeting = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or len(set(places.hosts)) > 1 else ""
-    greeting += (
-        f"{places.num_workers} workers and 1 server on {len(set(places.hosts))} host(s); {config.model.name} on {num_train} "
-        f"training and {num_val} validation images of {task.train.num_classes} classes from {config.data.path}\n"
-        f"expect a staleness of about {places.num_workers * (1 + config.exchange.overlap) - 1}; the run directory is "
-        f"{run.path}")
-    directory = point.directory if point else None
-    return {"config": configuration.to_yaml(config), "run": str(run.path), "ranks": ranks, "restart": restart,
-            "checkpoint": str(directory) if directory else None, "greeting": greeting}
-
-
-def _find_run(config: Config) -> tuple[RunDir | None, resume.Point | None]:
-    """The run to go on with, and where; None for a new one. Raises UserError."""
-    if not config.run.resume:
-        return None, None
-    path = config.run.resume
-    if path == "auto":
-        if not config.run.dir:
-            raise configuration.ConfigError("--resume auto goes on with the run in --run.dir, or begins one there: give --run.dir DIR.")
-        path = config.run.dir
-        if not RunDir(Path(path)).config.exists():
-            return None, None
-    run = RunDir.open(path)
-    return run, resume.find(run)
 
 
 def _train(world: World, config: Config, run: RunDir, places: Topology, restart: int, directory: str | None) -> int:

@@ -9,7 +9,7 @@ ORDER = ["errors", "signals", "launch", "inject", "config", "topology", "gpus", 
          "record.events", "record.history", "record.audit", "record.timeline", "record.readings", "record.summary",
          "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "server.ledger",
          "server.rules", "server.schedule", "exchange", "server.saver", "server.serve", "worker", "task", "report", "evaluate",
-         "replay", "plan", "resume", "train", "findings", "doctor"]
+         "replay", "plan", "resume", "prepare", "train", "findings", "doctor"]
 
 
 def place(module: str) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -13,7 +12,6 @@ import msgspec
 import pytest
 
 import slurm_cluster
-from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import Start, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize

@@ -86,9 +86,11 @@ def checkpointed(tree, tmp_path):
                                      "--data.image_size", "32", "--epochs", "1", "--batch-size", "8", "--data.augment", "none",
                                      "--rule.momentum", "0", "--rule.weight_decay", "0", "--lr", "0.1",
                                      "--schedule.name", "constant", "--schedule.warmup_epochs", "0"])))
-    saved = checkpoint.Manifest(7, 24, "torchvision:resnet18", 3, 3, 32, task.train.fingerprint, list(task.train.mean),
-                                list(task.train.std), 0.5, 0.5)
-    checkpoint.save(tmp_path / "v7", task.build_module().state_dict(), saved)
+    checkpoint.stage(tmp_path / "staging")
+    sha256 = checkpoint.write_tensors(tmp_path / "staging" / checkpoint.MODEL, task.build_module().state_dict())
+    checkpoint.commit(tmp_path / "staging", tmp_path / "v7", checkpoint.Manifest(
+        7, 24, "torchvision:resnet18", 3, 3, 32, task.train.fingerprint, list(task.train.mean), list(task.train.std), 0.5, 0.5,
+        files={checkpoint.MODEL: sha256}))
     return tmp_path / "v7"
 
 

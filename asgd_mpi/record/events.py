@@ -2,7 +2,8 @@
 
 Every line of `metrics/rankNNN.jsonl` is one of the structs in `Event`, told apart by its `event` field; every line of
 `pushes.log` is one `Push` (a JSON array) or one of the structs in `Turn` (a JSON object). A resumed run begins files of
-its own, `rankNNN.r1.jsonl` and `pushes.r1.log` for the first restart (see `history`). Times are Unix seconds on the writing rank's clock, durations seconds, sizes bytes. Fields
+its own, `rankNNN.r1.jsonl` and `pushes.r1.log` for the first restart (see `history`).
+Times are Unix seconds on the writing rank's clock, durations seconds, sizes bytes. Fields
 may be added with a default, never renamed: an old run directory stays readable.
 """
 

@@ -110,7 +110,8 @@ def _speed(summary: Summary) -> Figure | None:
 
 def _mark_events(axes, summary: Summary, scale: float) -> None:
     """Failures, retired workers, restarts, ranks that fell silent before the others, and checkpoints, on the time axis."""
-    lines = {"failed": (RED, "-", []), "retired": (RED, (0, (4, 2)), []), "restart": (INK, "-", []), "ended early": (ORANGE, ":", []), "checkpoint": (GREEN, (0, (1, 2)), [])}
+    lines = {"failed": (RED, "-", []), "retired": (RED, (0, (4, 2)), []), "restart": (INK, "-", []),
+             "ended early": (ORANGE, ":", []), "checkpoint": (GREEN, (0, (1, 2)), [])}
     latest = max((rank.last_t for rank in summary.ranks if rank.last_t is not None), default=0.0)
     quiet = max(5.0, 0.02 * (summary.duration_s or 0.0))
     for rank in summary.ranks:

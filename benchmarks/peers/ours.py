@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asgd_mpi.config import RuleConfig
+from asgd_mpi.config import CheckpointConfig, FailureConfig, RuleConfig
 from asgd_mpi.exchange.link import Inbox, Outbox
 from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
 from asgd_mpi.exchange.wire import Header, Kind
@@ -20,7 +20,7 @@ from asgd_mpi.model.flat import FlatModel, num_floats
 from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.server.ledger import Ledger, Lease, Plan, Verdict
+from asgd_mpi.server.ledger import Ledger, Lease, Mail, Orders, Plan, Verdict
 from asgd_mpi.server.rules import RULES
 from asgd_mpi.server.serve import Server
 from asgd_mpi.worker.courier import Courier
@@ -44,6 +44,21 @@ class TimedLedger(Ledger):
         return super().judge(header)
 
 
+class NoSaver:
+    """Of a run that nobody will resume."""
+
+    is_busy = False
+
+    def begin(self, *_: object) -> None:
+        pass
+
+    def poll(self, best: int) -> list:
+        return []
+
+    def finish(self, best: int, timeout_s: float) -> list:
+        return []
+
+
 class Vector(nn.Module):
     """P parameters."""
 
@@ -58,7 +73,8 @@ def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, optio
     with tempfile.TemporaryDirectory() as place:
         pushes = EventLog(Path(place) / "pushes.log")
         server = Server(window, Inbox(world, window), TimedLedger(options.workers, options.warmup + options.seconds), rule,
-                        meter, log, pushes, Progress("none", ENDLESS, ENDLESS), world.timeout_s)
+                        meter, log, pushes, Progress("none", ENDLESS, ENDLESS), world.timeout_s, FailureConfig(),
+                        CheckpointConfig(every_s=0), NoSaver())
         server.publish_first(torch.zeros(window.layout.num_parameters))
         server.run()
         server.inbox.close()
@@ -71,12 +87,16 @@ def work(world: World, courier: Courier, clock: protocol.Clock) -> None:
     def granted() -> Lease | None:
         return next((lease for lease in courier.mail.leases if lease.number == number), None)
 
+    def is_news(mail: Mail) -> bool:
+        return mail.orders == Orders.STOP or any(lease.number == number for lease in mail.leases)
+
     number = 1
     while True:
         if not granted():                              # else it came with the last trip, as it does in a training
-            courier.await_lease(number)
+            courier.await_mail(is_news, "grant it a lease")
         lease = granted()
         if lease is None:
+            courier.say(Header(Kind.GOODBYE, world.worker, courier.sent + 1, 0, 0, 0, 0))
             return
         courier.push_gradient(Header(Kind.GRADIENT, world.worker, courier.sent + 1, courier.version, number, lease.start, 1),
                               fetch=True)

@@ -1,0 +1,89 @@
+"""Before a run: everything that can go wrong before training starts goes wrong here, on rank 0, with nothing begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from asgd_mpi import config as configuration
+from asgd_mpi import inject, resume, topology
+from asgd_mpi.config import Config, ConfigError
+from asgd_mpi.exchange.window import Layout
+from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.task import Task, complete, open_task
+from asgd_mpi.topology import Topology
+
+
+def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> dict:
+    """Check, and make or reopen the run directory; returns what every rank must know, or the status to leave with.
+
+    `ranks`: the host and the visible GPUs of each; `num_tasks`: how many of them a scheduler says it started, if there is one.
+    Raises UserError.
+    """
+    config = configuration.parse(arguments)
+    run, point = _find_run(config)
+    changes = []
+    if point:
+        old = configuration.from_yaml(run.config_of(max(point.restart - 1, 0)).read_text())
+        config = complete(configuration.parse(arguments, base=old))
+        changes = resume.demand_same(old, config)
+    if config.compute.device == "cpu":
+        ranks = [rank | {"gpus": []} for rank in ranks]
+    places = Topology.of(ranks)
+    if places.size > 1 or not config.run.dry_run:
+        topology.check(places, num_tasks)
+        topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
+    config = complete(config)
+    inject.parse(config.run.inject)
+    task = open_task(config)
+    task.first_module()
+    task.train_loader().close()
+    num_workers = max(1, places.num_workers)
+    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers, capacity=1)
+    total = task.plan(num_workers).total_samples
+    if point:
+        if point.manifest:
+            resume.demand_same_data(point.manifest, task.train.fingerprint, task.train.num_classes, config.data.path)
+        for line in [*resume.describe(run, point, places.num_workers or None, total), *changes]:
+            print(line, flush=True)
+        if run.finished.exists() and point.manifest and point.manifest.samples >= total:
+            print(f"{run.path} is finished: nothing is left to do. To train on, give more --epochs with --override run.epochs.")
+            return {"status": 0}
+    if config.run.dry_run:
+        return {"status": 0}
+    if point:
+        with run.locked():
+            resume.clean(run)
+            run.finished.unlink(missing_ok=True)
+    else:
+        run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))
+    restart, directory = (point.restart, point.directory) if point else (0, None)
+    text = configuration.to_yaml(config)
+    write_whole(run.config_of(restart), text.encode())
+    return {"config": text, "run": str(run.path), "ranks": ranks, "restart": restart,
+            "checkpoint": str(directory) if directory else None, "greeting": _greeting(places, task, run)}
+
+
+def _greeting(places: Topology, task: Task, run: RunDir) -> str:
+    """What the user sees first: who does what, on how much data, and what to expect."""
+    num_hosts, config = len(set(places.hosts)), task.config
+    table = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or num_hosts > 1 else ""
+    return table + (
+        f"{places.num_workers} workers and 1 server on {num_hosts} host(s); {config.model.name} on {task.train.num_samples} "
+        f"training and {task.val.num_samples} validation images of {task.train.num_classes} classes from {config.data.path}\n"
+        f"expect a staleness of about {places.num_workers * (1 + config.exchange.overlap) - 1}; the run directory is "
+        f"{run.path}")
+
+
+def _find_run(config: Config) -> tuple[RunDir | None, resume.Point | None]:
+    """The run to go on with, and where; None for a new one. Raises UserError."""
+    if not config.run.resume:
+        return None, None
+    path = config.run.resume
+    if path == "auto":
+        if not config.run.dir:
+            raise ConfigError("--resume auto goes on with the run in --run.dir, or begins one there: give --run.dir DIR.")
+        path = config.run.dir
+        if not RunDir(Path(path)).config.exists():
+            return None, None
+    run = RunDir.open(path)
+    return run, resume.find(run)
