@@ -176,10 +176,10 @@ def test_when_the_server_dies_the_workers_end_and_only_what_came_after_the_check
 
 
 def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(site):
-    process = site.start(1, "--inject", "slow:6x@rank1,stall:60s@step100:rank1", "--checkpoint.every_s", "0.2",
-                         "--failure.grace_s", "40")
+    process = site.start(1, "--inject", "slow:6x@rank1,stall:90s@step60:rank1", "--checkpoint.every_s", "0.2",
+                         "--failure.grace_s", "60", "--failure.stall_s", "2")
     site.wait_for(lambda: list(site.run.checkpoints.glob("v*")))
-    time.sleep(5)                                                     # the worker stalls now
+    site.wait_for(site.run.stalls.exists)
     server = ranks_of(process)[0]
     os.kill(server, signal.SIGTERM)
     time.sleep(2.5)
