@@ -2,15 +2,16 @@
 
 `pushes.log` says which worker pushed what in which order, and on which version it had computed. Nothing else is
 needed: a gradient is a pure function of (weights, epoch, positions, seed). On the CPU, in float32, with the thread
-count of the run, the weights come out the same to the bit, over failures and restarts of the run. Every entry goes
+counts of the ranks, the weights come out the same to the bit, over failures and restarts of the run. Every entry goes
 through a ledger of its own invariants (versions in order, staleness not negative, the rate that the schedule gives).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import jsonargparse
 import torch
@@ -26,6 +27,7 @@ from asgd_mpi.record.history import Session, lineage
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.server.rules import RULES, Rule, pieces
 from asgd_mpi.task import Task, open_task
+from asgd_mpi.topology import SERVER
 from asgd_mpi.worker.momentum import Momentum
 from asgd_mpi.worker.step import compute_gradient_
 
@@ -44,10 +46,11 @@ class Point:
 
 
 def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: Point | None = None,
-           successor: Resume | None = None) -> tuple[FlatModel, Point | None]:
+           successor: Resume | None = None, threads: Mapping[int, int] = MappingProxyType({})) -> tuple[FlatModel, Point | None]:
     """Apply the entries of one start's log; returns the network after the last push, and where `successor` begins.
 
-    `begin`: None for the first weights. What was applied after the successor's checkpoint is computed, too: momenta may
+    `begin`: None for the first weights. `threads`: of each rank; the bits depend on how a
+    vector is shared out among them. What was applied after the successor's checkpoint is computed, too: momenta may
     hold a little of it. Memory: one (P,) vector for each version that a worker may still have computed on, and one for
     each worker's momentum. Raises RunDirError.
     """
@@ -73,6 +76,7 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
         push = entry
         _check(push, version, schedule(samples, push.staleness), snapshots)
         flat.weights.copy_(snapshots[push.read_version])
+        _use(threads.get(push.worker + 1))
         losses = [compute_gradient_(flat, task.normalise, batch, config.run.seed, accumulate=number > 0)
                   for number, batch in enumerate(_batches(push, loader, config.data.batch_size))]
         loss = sum(losses) / len(losses)
@@ -80,6 +84,7 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
             raise RunDirError(f"the push that made version {version + 1} recorded a loss of {push.loss!r}, the replay "
                               f"computes {loss!r}: the log, the data or the arithmetic (threads, library) differ.")
         momenta[push.worker].push_(flat.gradient)
+        _use(threads.get(SERVER))
         fresh = snapshots[version].clone()
         for piece in pieces(len(fresh)):
             rule.apply_(fresh, flat.gradient, push.lr, piece)
@@ -94,6 +99,11 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
     flat.weights.copy_(snapshots[version])
     loader.close()
     return flat, handover.point()
+
+
+def _use(threads: int | None) -> None:
+    if threads and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 class _Handover:
@@ -175,19 +185,20 @@ def _replay_and_compare(run: RunDir) -> int:
 def _replay_session(run: RunDir, session: Session, successor: Resume | None,
                     begin: Point | None) -> tuple[FlatModel, Point | None, int]:
     """Replay one start of the run; also returns the number of its pushes."""
-    start = next((event for worker in run.metrics_files if worker[:2] == (1, session.restart)
-                  for event in read_events(worker[2]) if isinstance(event, Start)), None)
+    starts = {rank: event for rank, restart, path in run.metrics_files if restart == session.restart
+              for event in read_events(path) if isinstance(event, Start)}
     entries = list(read_log(session.log)) if session.log.exists() else []
     if successor is not None:                 # what came after its checkpoint is needed for the momenta only
         needed = max([successor.version, *successor.momenta])
         entries = [entry for entry in entries if entry and (not isinstance(entry, Push) or entry.version < needed)]
-    if start is None or None in entries or not entries and successor is None:
-        raise RunDirError(f"{run.path}: the log of pushes or the metrics of rank 1 are missing or damaged (start "
+    if not starts or None in entries or not entries and successor is None:
+        raise RunDirError(f"{run.path}: the log of pushes or the metrics of the ranks are missing or damaged (start "
                           f"{session.restart}): a replay needs every push.")
-    torch.set_num_threads(start.threads)
     task = open_task(configuration.from_yaml(run.config_of(session.restart).read_text()))
     pushes = sum(isinstance(entry, Push) for entry in entries)
-    flat, point = replay(task, tqdm(entries, unit=" pushes"), start.num_workers, begin, successor)
+    num_workers = next(iter(starts.values())).num_workers
+    flat, point = replay(task, tqdm(entries, unit=" pushes"), num_workers, begin, successor,
+                         {rank: start.threads for rank, start in starts.items()})
     return flat, point, pushes
 
 

@@ -17,7 +17,10 @@ NUM_WORKERS = 4   # ranks 0, 1 on the first host, 2, 3 on the second, 4 on the t
 
 @pytest.fixture(scope="module", params=[[], ["--exchange.n_push", "auto"]], ids=["every-step", "auto"])
 def finished(request, openmpi, digits, tmp_path_factory) -> RunDir:
-    """A run over three hosts, joined by links of 0.2 ms and 2 Gbit/s, or by plain ones if the kernel has no netem."""
+    """A run over three hosts, joined by links of 0.2 ms and 2 Gbit/s, or by plain ones if the kernel has no netem.
+
+    On the third host there is one rank: it has the threads of the whole machine, the others have fewer.
+    """
     reason = hosts.why_not()
     if reason:
         pytest.skip(reason)
@@ -28,7 +31,7 @@ def finished(request, openmpi, digits, tmp_path_factory) -> RunDir:
             [openmpi.mpirun, *several.mpirun_options(ranks_per_host=2), "-x", "PYTHONPATH", "-np", str(NUM_WORKERS + 1),
              sys.executable, "-m", "asgd_mpi.train", "--data", str(digits), "--compute.device", "cpu",
              "--epochs", "2", "--run.dir", "run", "--run.progress", "none", "--record.hash_snapshots", "true",
-             "--compute.threads", "1", *request.param])
+             *request.param])
         done = openmpi.run_as_given(command, cwd=directory)
     assert done.returncode == 0, done.stdout + done.stderr
     return RunDir.open(directory / "run")
