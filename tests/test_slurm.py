@@ -18,7 +18,7 @@ from asgd_mpi.record.summary import summarize
 from photos import write_tree
 
 TESTS = Path(__file__).parent
-JOB_S = 120.0                                # of any job here; on a quiet machine they take 5 to 40 s
+JOB_S = 240.0                                # of any job here; on a quiet machine they take 5 to 40 s
 SMALL = ["--cpus-per-task=1", "--time=20"]   # the cluster's CPUs are fewer than it says
 CLUSTER_OF_6_GPUS = ["--nodes=3", "--ntasks=7", "--ntasks-per-node=3", "--gpus-per-node=2"]
 TWO_NODES = ["--nodes=2", "--ntasks=3", "--ntasks-per-node=2", "--gpus-per-node=2"]     # rank 2 is on the second one
