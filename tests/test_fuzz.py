@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from asgd_mpi import config as configuration
@@ -71,22 +71,23 @@ def test_a_command_line_of_any_words_is_read_or_refused(words):
 
 
 @FEW
+@example(where=[(0.3125, 32)], name="manifest.json")
 @given(where=DAMAGE, name=st.sampled_from(["manifest.json", "ledger.json", "model.pt", "server.pt", "worker000.pt"]))
 def test_a_damaged_checkpoint_is_refused_or_unchanged(tmp_path_factory, where, name):
     run = RunDir.create(tmp_path_factory.mktemp("fuzz") / "run", "test")
     (run.path / "config.yaml").write_text("x")
     run.pushes.write_text("")
-    path = write(run.path, 7) / name
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole, where))
+    directory = write(run.path, 7)
+    written = checkpoint.read_manifest(directory)
+    path = directory / name
+    path.write_bytes(damage(path.read_bytes(), where))
     try:
         point = resume.find(run)
     except RunDirError as error:
         assert "v000000007" in str(error)
-    else:
-        if point.directory:                                           # the damage was none, or of a number that is none of ours
-            state, _ = checkpoint.load(point.directory)
-            assert torch.equal(state["w"], torch.full([1000], 7.0))
+    else:                                                             # the damage was none
+        state, manifest = checkpoint.load(point.directory)
+        assert torch.equal(state["w"], torch.full([1000], 7.0)) and manifest == point.manifest == written
     shutil.rmtree(run.path)
 
 

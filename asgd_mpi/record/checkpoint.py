@@ -43,7 +43,6 @@ class Manifest(msgspec.Struct):
     std: list[float]
     top1_error: float | None = None       # of exactly these weights, if they were validated
     top5_error: float | None = None
-    sha256: str = ""          # of model.pt
     format: int = 2
     restart: int = 0          # of the run that wrote it
     files: dict[str, str] = {}            # name -> sha256
@@ -51,10 +50,15 @@ class Manifest(msgspec.Struct):
     momenta: dict[str, int] = {}          # worker -> version that the last push in its momentum had made
     statistics_of: int | None = None      # version that the batch-norm statistics were measured on
     software: dict[str, str] = {}
+    sha256: str = ""          # of all the above; in format 1 of model.pt, the only file
 
     @property
     def is_resumable(self) -> bool:
         return LEDGER in self.files
+
+    def seal(self) -> str:
+        """The sha256 of what it says, but for that itself."""
+        return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(self, sha256=""))).hexdigest()
 
 
 class WorkerState(msgspec.Struct):
@@ -117,7 +121,7 @@ def commit(staging: Path, directory: Path, manifest: Manifest) -> int:
         manifest.files[worker_file(state.worker)] = state.sha256
         manifest.momenta[str(state.worker)] = state.made
         path.unlink()
-    manifest.sha256 = manifest.files[MODEL]
+    manifest.sha256 = manifest.seal()
     write_whole(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
     try:
         _sync_directory(staging)
@@ -139,18 +143,24 @@ def commit(staging: Path, directory: Path, manifest: Manifest) -> int:
 def read_manifest(directory: Path) -> Manifest:
     """Raises RunDirError if it is missing or damaged."""
     try:
-        return msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
     except OSError as error:
         raise RunDirError(f"{directory} is not a checkpoint: {error.strerror}: {error.filename}. Give a directory "
                           "under checkpoints/ of a run directory.") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RunDirError(f"the manifest of checkpoint {directory} is damaged: {error}. Take another checkpoint.") from error
+    if manifest.format == 1:
+        manifest.files = {MODEL: manifest.sha256}
+    elif manifest.sha256 != (found := manifest.seal()):
+        raise RunDirError(f"the manifest of checkpoint {directory} is damaged: its sha256 is {found[:16]}..., but "
+                          f"{manifest.sha256[:16]}... was written. Take another checkpoint.")
+    return manifest
 
 
 def verify(directory: Path) -> Manifest:
     """Read all of a checkpoint, and compare it with its manifest. Raises RunDirError naming what is damaged."""
     manifest = read_manifest(directory)
-    for name, written in (manifest.files or {MODEL: manifest.sha256}).items():
+    for name, written in manifest.files.items():
         _verify(directory / name, written)
     return manifest
 
@@ -160,7 +170,7 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Manifest]:
     path = Path(path)
     directory = path.parent if path.name == MODEL else path
     manifest = read_manifest(directory)
-    _verify(directory / MODEL, manifest.sha256)
+    _verify(directory / MODEL, manifest.files.get(MODEL, ""))
     return read_tensors(directory / MODEL), manifest
 
 
