@@ -17,6 +17,9 @@ from typing import Literal, Optional, Union
 import jsonargparse
 
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.server import rulebook
+
+RULES = tuple(rulebook.RULEBOOK)
 
 
 @dataclass
@@ -93,18 +96,37 @@ class RuleConfig:
     """How the server applies a gradient.
 
     Args:
-        name: asgd applies every gradient on arrival
-        momentum: 0 for plain SGD (default: the network's recipe)
-        momentum_at: who keeps the velocity; dana (each worker, looking ahead), worker, or server (the least stable one)
-        staleness: weight of a gradient by its staleness; delay_adaptive, inverse or constant
+        name: asgd applies every gradient on arrival; docs/rules.md tells of all of them
+        momentum: 0 for plain SGD (default: the network's recipe, if the rule is to have momentum)
+        momentum_at: who keeps the velocity; dana (each worker, looking ahead), worker, server or server_nag (the least
+            stable ones), none (default: the rule's own, dana for asgd)
+        staleness: weight of a gradient by its staleness; delay_adaptive, inverse or constant (default: delay_adaptive)
         weight_decay: L2 penalty (default: the network's recipe)
+        clip_norm: gradients are scaled down to this norm, on the worker; 0 for no limit
+        warm_start_epochs: one worker alone trains so many epochs before the others join
+        splits: of softsync; a step is the mean of workers / splits gradients
+        max_staleness: of ringmaster; gradients as stale as this are dropped; 0 for twice the number of workers
+        slack: of ssp; steps that a worker may be ahead of the slowest one
+        backup: of sync_backup; workers that a step does not wait for
+        alpha: of easgd and eamsgd; the pull between worker and centre at an exchange; 0 for 0.9 / workers
+        dc_lambda: of dc_asgd_c and dc_asgd_a; strength of the compensation (default: 0.04 and 2)
+        dc_decay: of dc_asgd_a; decay of the mean square
     """
 
-    name: Literal["asgd"] = "asgd"
+    name: Literal[RULES] = "asgd"
     momentum: Optional[float] = None
-    momentum_at: Literal["dana", "worker", "server"] = "dana"
-    staleness: Literal["delay_adaptive", "inverse", "constant"] = "delay_adaptive"
+    momentum_at: Optional[Literal["dana", "worker", "server", "server_nag", "none"]] = None
+    staleness: Optional[Literal["delay_adaptive", "inverse", "constant"]] = None
     weight_decay: Optional[float] = None
+    clip_norm: float = 0.0
+    warm_start_epochs: float = 0.0
+    splits: int = 1
+    max_staleness: int = 0
+    slack: int = 3
+    backup: int = 1
+    alpha: float = 0.0
+    dc_lambda: Optional[float] = None
+    dc_decay: float = 0.95
 
 
 @dataclass
@@ -133,12 +155,13 @@ class ExchangeConfig:
     Args:
         ring: snapshots kept in the window; a fetch is torn only if ring - 1 newer ones appear while it is read
         n_push: batches whose gradients are summed up in one push; auto never waits for the server, and sums on instead
+            (default: 1, or the rule's own)
         n_fetch: batches between two fetches, a multiple of n_push (default: n_push, so that n_push is the paper's n_sync)
         overlap: push and fetch while the next gradient is computed, which makes it staler (default: with n_push auto)
     """
 
     ring: int = 3
-    n_push: Union[int, Literal["auto"]] = 1
+    n_push: Union[int, Literal["auto"], None] = None
     n_fetch: Optional[int] = None
     overlap: Optional[bool] = None
 
@@ -296,14 +319,15 @@ def with_recipe(config: Config, recipe: Recipe) -> Config:
         missing = {name: value for name, value in defaults.items() if getattr(section, name) is None}
         return dataclasses.replace(section, **missing)
 
+    of_rule, lr = rulebook.defaults(config.rule, recipe.momentum, recipe.lr)
+    n_push = config.exchange.n_push or rulebook.RULEBOOK[config.rule.name].n_push
     return dataclasses.replace(
         config,
         run=fill(config.run, epochs=recipe.epochs),
         data=fill(config.data, batch_size=recipe.batch_size, augment=recipe.augment),
-        rule=fill(config.rule, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
-        schedule=fill(config.schedule, name=recipe.schedule, lr=recipe.lr, warmup_epochs=recipe.warmup_epochs),
-        exchange=fill(config.exchange, overlap=config.exchange.n_push == "auto",
-                      n_fetch=1 if config.exchange.n_push == "auto" else config.exchange.n_push))
+        rule=fill(config.rule, weight_decay=recipe.weight_decay, **of_rule),
+        schedule=fill(config.schedule, name=recipe.schedule, lr=lr, warmup_epochs=recipe.warmup_epochs),
+        exchange=fill(config.exchange, n_push=n_push, overlap=n_push == "auto", n_fetch=1 if n_push == "auto" else n_push))
 
 
 def _long_form(argument: str) -> str:
@@ -341,16 +365,27 @@ def _check(config: Config) -> None:
     demand(schedule.lr is None or schedule.lr > 0, "schedule.lr", schedule.lr, "the learning rate must be above 0")
     demand(config.rule.momentum is None or 0 <= config.rule.momentum < 1, "rule.momentum", config.rule.momentum,
            "momentum is 0 or more and below 1; at 1 the velocity never decays")
+    rule = config.rule
+    demand(rule.clip_norm >= 0, "rule.clip_norm", rule.clip_norm, "give a norm, or 0 for no limit")
+    demand(rule.warm_start_epochs >= 0, "rule.warm_start_epochs", rule.warm_start_epochs, "give epochs, or 0 for a cold start")
+    demand(rule.splits > 0, "rule.splits", rule.splits, "a step is the mean of workers / splits gradients; give 1 or more")
+    demand(rule.max_staleness >= 0, "rule.max_staleness", rule.max_staleness, "give versions, or 0 for twice the workers")
+    demand(rule.slack >= 0, "rule.slack", rule.slack, "give steps; 0 lets everybody wait for the slowest at every step")
+    demand(rule.backup >= 0, "rule.backup", rule.backup, "give workers; with 0 a step waits for all of them")
+    demand(0 <= rule.alpha < 1, "rule.alpha", rule.alpha, "the spring pulls by a part of the way, above 0 and below 1")
+    demand(rule.dc_lambda is None or rule.dc_lambda >= 0, "rule.dc_lambda", rule.dc_lambda, "give 0 or more")
+    demand(0 <= rule.dc_decay < 1, "rule.dc_decay", rule.dc_decay, "the decay of a mean is 0 or more and below 1")
     demand(exchange.ring >= 2, "exchange.ring", exchange.ring,
            "one slot is read while the next is written, so at least 2 are needed")
     auto = exchange.n_push == "auto"
-    demand(auto or exchange.n_push > 0, "exchange.n_push", exchange.n_push, "a push holds 1 batch or more; or give auto")
+    demand(exchange.n_push is None or auto or exchange.n_push > 0, "exchange.n_push", exchange.n_push,
+           "a push holds 1 batch or more; or give auto")
     demand(exchange.n_fetch is None or exchange.n_fetch > 0, "exchange.n_fetch", exchange.n_fetch, "give 1 batch or more")
     demand(not (auto and exchange.n_fetch not in (None, 1)), "exchange.n_fetch", exchange.n_fetch,
            "with n_push auto every push fetches")
     demand(not (auto and exchange.overlap is False), "exchange.overlap", "false",
            "n_push auto sums on while a push is under way, so it needs the overlap")
-    demand(auto or not exchange.n_fetch or exchange.n_fetch % exchange.n_push == 0, "exchange.n_fetch", exchange.n_fetch,
+    demand(auto or not exchange.n_fetch or not exchange.n_push or exchange.n_fetch % exchange.n_push == 0, "exchange.n_fetch", exchange.n_fetch,
            f"the batches of one push are computed on one snapshot, so give a multiple of n_push ({exchange.n_push})")
     demand(config.compute.workers_per_gpu > 0, "compute.workers_per_gpu", config.compute.workers_per_gpu,
            "a GPU has 1 worker or more")

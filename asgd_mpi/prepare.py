@@ -8,7 +8,9 @@ from asgd_mpi import config as configuration
 from asgd_mpi import inject, resume, topology
 from asgd_mpi.config import Config, ConfigError
 from asgd_mpi.exchange.window import Layout
+from asgd_mpi.model.flat import num_floats
 from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.server import rulebook
 from asgd_mpi.task import Task, complete, open_task
 from asgd_mpi.topology import Topology
 
@@ -38,6 +40,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     task.first_module()
     task.train_loader().close()
     num_workers = max(1, places.num_workers)
+    rulebook.check(config, num_workers)
     Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers, capacity=1)
     total = task.plan(num_workers).total_samples
     if point:
@@ -70,8 +73,18 @@ def _greeting(places: Topology, task: Task, run: RunDir) -> str:
     return table + (
         f"{places.num_workers} workers and 1 server on {num_hosts} host(s); {config.model.name} on {task.train.num_samples} "
         f"training and {task.val.num_samples} validation images of {task.train.num_classes} classes from {config.data.path}\n"
-        f"expect a staleness of about {places.num_workers * (1 + config.exchange.overlap) - 1}; the run directory is "
-        f"{run.path}")
+        f"{_expectation(config, places.num_workers, num_floats(task.build_module()))}\nthe run directory is {run.path}")
+
+
+def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
+    """What the rule is, what it keeps in memory, and how stale its gradients will be."""
+    rule, n_push = config.rule, config.exchange.n_push
+    momentum = f"momentum {rule.momentum:g} ({rule.momentum_at})" if rule.momentum else "no momentum"
+    server, worker = (4e-6 * num_parameters * count for count in rulebook.vectors(rule, num_workers))
+    warm = f"; one worker alone for the first {rule.warm_start_epochs:g} epochs" if rule.warm_start_epochs else ""
+    return (f"{rule.name}: {rulebook.RULEBOOK[rule.name].what}, {momentum}; it keeps {server:.0f} MB on the server and "
+            f"{worker:.0f} MB on each worker beside the weights\n"
+            f"{rulebook.expected_staleness(rule, num_workers, num_workers * (1 + config.exchange.overlap))}, n_sync {n_push}{warm}")
 
 
 def _find_run(config: Config) -> tuple[RunDir | None, resume.Point | None]:

@@ -25,11 +25,11 @@ from asgd_mpi.record import checkpoint
 from asgd_mpi.record.events import Member, Push, Resume, Start, Turn, read_events, read_log
 from asgd_mpi.record.history import Session, lineage
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.server.rules import RULES, Rule, pieces
+from asgd_mpi.server.ledger import Verdict
+from asgd_mpi.server.rules import Rule, make_rule, pieces
 from asgd_mpi.task import Task, open_task
 from asgd_mpi.topology import SERVER
-from asgd_mpi.worker.momentum import Momentum
-from asgd_mpi.worker.step import compute_gradient_
+from asgd_mpi.worker.replica import Replica
 
 State = dict[str, torch.Tensor]
 
@@ -56,43 +56,56 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
     """
     config = task.config
     flat = FlatModel(task.first_module(), torch.device("cpu"))
-    rule = RULES[config.rule.name](flat.num_floats, config.rule)
+    rule = make_rule(flat.num_floats, config.rule, num_workers)
     begin = begin or Point(0, 0, flat.weights.clone())
     _load(rule, begin.rule)
-    schedule, loader, samples, version = task.schedule(num_workers), task.train_loader(), begin.samples, begin.version
+    plan, schedule, loader = task.plan(num_workers), task.schedule(num_workers), task.train_loader()
+    samples, version = begin.samples, begin.version
     held: dict[int, int] = dict.fromkeys(range(num_workers), version)  # worker -> the version it read last
-    momenta = [Momentum(config.rule, flat.weights) for _ in range(num_workers)]
-    for momentum, state in zip(momenta, begin.momenta):
-        momentum.load_(state)
-    snapshots = {version: begin.weights}
-    handover = _Handover(successor, rule, version, samples, begin.weights, momenta)
+    replicas = [Replica(flat, config, num_workers, schedule, shares=True) for _ in range(num_workers)]
+    for replica, state in zip(replicas, begin.momenta):
+        replica.load_(state)
+    for worker in range(num_workers):
+        rule.begin_(worker, begin.weights)
+    snapshots, clock = {version: begin.weights}, {version: samples}
+    fetched: dict[int, int] = {}                                       # worker -> the version that its replica has
+    handover = _Handover(successor, rule, version, samples, begin.weights, replicas)
     for entry in pushes:
         if isinstance(entry, Member):
             held[entry.worker] = entry.version
-            momenta[entry.worker].load_({})
-            handover.see_momentum(entry.worker, entry.version, momenta[entry.worker])
+            replicas[entry.worker].load_({})
+            rule.begin_(entry.worker, snapshots[version])
+            fetched.pop(entry.worker, None)
+            handover.see_momentum(entry.worker, entry.version, replicas[entry.worker])
         if not isinstance(entry, Push):
             continue
-        push = entry
-        _check(push, version, schedule(samples, push.staleness), snapshots)
-        flat.weights.copy_(snapshots[push.read_version])
+        push, replica = entry, replicas[entry.worker]
+        staleness = plan.pacing.staleness(version, push.read_version)
+        _check(push, version, schedule(samples, staleness), snapshots)
+        elastic = replica.moves == "elastic"
+        begun = push.base if elastic and replica.base == -1 else push.read_version
+        if fetched.get(push.worker) != begun and not (elastic and replica.base != -1):
+            replica.fetched_(begun, clock[begun], snapshots[begun])
         _use(threads.get(push.worker + 1))
-        losses = [compute_gradient_(flat, task.normalise, batch, config.run.seed, accumulate=number > 0)
-                  for number, batch in enumerate(_batches(push, loader, config.data.batch_size))]
+        losses = [replica.add(batch, task.normalise) for batch in _batches(push, loader, config.data.batch_size)]
         loss = sum(losses) / len(losses)
         if loss != push.loss:
             raise RunDirError(f"the push that made version {version + 1} recorded a loss of {push.loss!r}, the replay "
                               f"computes {loss!r}: the log, the data or the arithmetic (threads, library) differ.")
-        momenta[push.worker].push_(flat.gradient)
+        if elastic:
+            replica.fetched_(push.read_version, clock[push.read_version], snapshots[push.read_version])
+        fetched[push.worker] = push.read_version
+        replica.finish()
+        verdict = Verdict(push.lr, version, push.staleness, push.worker, rate=schedule(samples), mean_of=push.mean_of)
         _use(threads.get(SERVER))
         fresh = snapshots[version].clone()
         for piece in pieces(len(fresh)):
-            rule.apply_(fresh, flat.gradient, push.lr, piece)
+            rule.apply_(fresh, flat.gradient, verdict, piece)
         version += 1
         samples += push.positions
-        snapshots[version] = fresh
+        snapshots[version], clock[version] = fresh, samples
         handover.see_version(version, samples, fresh, rule)
-        handover.see_momentum(push.worker, version, momenta[push.worker])
+        handover.see_momentum(push.worker, version, replica)
         held[push.worker] = push.read_version                    # a worker never reads an older version again
         for old in [old for old in snapshots if old < min(held.values())]:
             del snapshots[old]
@@ -110,21 +123,21 @@ class _Handover:
     """Collects, on the way, what the successor's checkpoint held."""
 
     def __init__(self, successor: Resume | None, rule: Rule, version: int, samples: int, weights: torch.Tensor,
-                 momenta: list[Momentum]):
+                 replicas: list[Replica]):
         self._successor = successor
         self._point: Point | None = None
         self._momenta: list[State] = [{} for _ in successor.momenta] if successor else []
         self.see_version(version, samples, weights, rule)
-        for worker, momentum in enumerate(momenta):
-            self.see_momentum(worker, version, momentum)
+        for worker, replica in enumerate(replicas):
+            self.see_momentum(worker, version, replica)
 
     def see_version(self, version: int, samples: int, weights: torch.Tensor, rule: Rule) -> None:
         if self._successor and self._successor.version == version:
             self._point = Point(version, samples, weights.clone(), _clone(rule.state), self._momenta)
 
-    def see_momentum(self, worker: int, made: int, momentum: Momentum) -> None:
+    def see_momentum(self, worker: int, made: int, replica: Replica) -> None:
         if worker < len(self._momenta) and self._successor.momenta[worker] == made:
-            self._momenta[worker] = _clone(momentum.state)
+            self._momenta[worker] = _clone(replica.state)
 
     def point(self) -> Point | None:
         if self._successor and self._point is None:

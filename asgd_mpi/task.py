@@ -21,6 +21,7 @@ from asgd_mpi.data.shards import MANIFEST, ShardSet
 from asgd_mpi.data.trials import FolderSet, SyntheticSet
 from asgd_mpi.model import networks
 from asgd_mpi.server.ledger import Plan
+from asgd_mpi.server.rulebook import pacing
 from asgd_mpi.server.schedule import Schedule
 
 EMBEDDED = "digits"
@@ -66,7 +67,8 @@ class Task:
     def plan(self, num_workers: int) -> Plan:
         data, run, samples = self.config.data, self.config.run, self.train.num_samples
         return Plan(num_workers, samples, self.val.num_samples, round(run.epochs * samples), data.batch_size,
-                    data.lease_batches, run.validate_every, self.config.failure.max_nonfinite)
+                    data.lease_batches, run.validate_every, self.config.failure.max_nonfinite,
+                    round(self.config.rule.warm_start_epochs * samples), pacing(self.config.rule, num_workers))
 
     def schedule(self, num_workers: int) -> Schedule:
         samples, config = self.train.num_samples, self.config

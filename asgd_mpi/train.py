@@ -51,7 +51,8 @@ from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.watch import Watch
 from asgd_mpi.server.ledger import Ledger, Orders, Plan
-from asgd_mpi.server.rules import RULES
+from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
+from asgd_mpi.server.rules import make_rule
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
 from asgd_mpi.task import Task, open_task
@@ -59,7 +60,7 @@ from asgd_mpi.topology import Topology
 from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.loop import Worker
-from asgd_mpi.worker.momentum import is_kept_by_workers
+from asgd_mpi.worker.replica import Replica
 
 FORWARDING_S = 0.5  # the launcher forwards output at leisure, and drops what it still holds when the job is aborted
 DEGRADED, RESUME_ME = 3, 75   # statuses; 75 is EX_TEMPFAIL of sysexits.h
@@ -167,7 +168,7 @@ class _Part:
         """Rank 0; returns the status of the job."""
         task, config = self.task, self.task.config
         flat = FlatModel(task.first_module(), torch.device("cpu"))
-        rule = RULES[config.rule.name](flat.num_floats, config.rule)
+        rule = make_rule(flat.num_floats, config.rule, plan.num_workers)
         ledger = Ledger(plan, task.schedule(plan.num_workers), self._restore(flat, rule))
         statistics = None
         if flat.statistics:
@@ -180,7 +181,8 @@ class _Part:
         server = Server(
             self.window, Inbox(self.world, self.window), ledger, rule, self.meter, self.log, pushes, progress,
             self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots, statistics,
-            is_kept_by_workers(config.rule), signals.asked_to_leave, self.injector.step)
+            workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves), signals.asked_to_leave,
+            self.injector.step)
         self.version = lambda: ledger.version
         server.publish_first(first)
         try:
@@ -205,10 +207,12 @@ class _Part:
                    self.task.val_loader(self.note))
         outbox = Outbox(world, self.window)
         in_place = device.type == "cpu" and not exchange.overlap      # compute the gradient where the server reads it
-        flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap)
-        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap)
+        elastic = RULEBOOK[config.rule.name].moves == "elastic"
+        flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap or elastic)
+        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, fetches_aside=elastic)
+        num_workers = world.size - 1
         worker = Worker(
-            world.worker, courier, flat, self.task.normalise, loaders, config, self.meter,
+            world.worker, courier, Replica(flat, config, num_workers, self.task.schedule(num_workers)), self.task.normalise, loaders, config, self.meter,
             Keeper(self.run, self.restart, world.worker), self.log if config.record.hash_snapshots else None,
             signals.asked_to_leave, self.injector.step)
         self._restore_momentum(worker)
@@ -279,7 +283,7 @@ class _Part:
 
     def _restore_momentum(self, worker: Worker) -> None:
         if str(self.world.worker) in (self.manifest.momenta if self.manifest else {}):
-            worker.momentum.load_(checkpoint.read_tensors(self.directory / checkpoint.worker_file(self.world.worker)))
+            worker.replica.load_(checkpoint.read_tensors(self.directory / checkpoint.worker_file(self.world.worker)))
 
     def _begin_log(self, ledger: Ledger) -> EventLog:
         pushes = EventLog(self.run.pushes_of(self.restart))

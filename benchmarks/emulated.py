@@ -9,7 +9,7 @@ import sys
 import time
 
 from asgd_mpi import train
-from asgd_mpi.worker import loop
+from asgd_mpi.worker import replica
 from benchmarks.networks import STEPS_MS
 
 
@@ -20,6 +20,6 @@ def sleep_(*_: object, accumulate: bool = False) -> float:
 
 
 if __name__ == "__main__":
-    assert callable(loop.compute_gradient_)     # what is replaced must be what the worker calls
-    loop.compute_gradient_ = sleep_
+    assert callable(replica.compute_gradient_)     # what is replaced must be what the worker calls
+    replica.compute_gradient_ = sleep_
     sys.exit(train.main())

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from asgd_mpi import config as configuration
 from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.server.rules import RULES, pieces
+from asgd_mpi.server.ledger import Verdict
+from asgd_mpi.server.rules import make_rule, pieces
 from asgd_mpi.task import Task, complete, open_task
-from asgd_mpi.worker.momentum import Momentum
-from asgd_mpi.worker.step import compute_gradient_, validate
+from asgd_mpi.worker.replica import Replica
+from asgd_mpi.worker.step import validate
 from benchmarks import machine
 
 KEEPERS = ("server", "worker", "dana", "none")
@@ -31,21 +32,22 @@ def train(task: Task, num_workers: int) -> float:
     """Accuracy (0..1) on the validation split after the configured epochs; workers push in turn."""
     config, samples, k = task.config, 0, 0
     flat = FlatModel(task.build_module(), torch.device("cpu"))
-    rule, schedule, plan = RULES["asgd"](flat.num_floats, config.rule), task.schedule(num_workers), task.plan(num_workers)
-    weights, loader = flat.weights.clone(), task.train_loader()
-    momenta = [Momentum(config.rule, weights) for _ in range(num_workers)]
-    held = [(weights.clone(), 0) for _ in range(num_workers)]     # what each worker computes on, and its version
+    schedule, plan, loader = task.schedule(num_workers), task.plan(num_workers), task.train_loader()
+    rule, weights = make_rule(flat.num_floats, config.rule, num_workers), flat.weights.clone()
+    replicas, read = [Replica(flat, config, num_workers, schedule, shares=True) for _ in range(num_workers)], [0] * num_workers
+    for replica in replicas:
+        replica.fetched_(0, 0, weights.clone())
     while samples < plan.total_samples:
         epoch, start = divmod(samples, plan.num_samples)
         stop = min(plan.num_samples, start + plan.batch_size)
-        snapshot, version = held[k % num_workers]
-        flat.weights.copy_(snapshot)
-        compute_gradient_(flat, task.normalise, loader.batch(epoch, start, stop), config.run.seed)
-        momenta[k % num_workers].push_(flat.gradient)
+        replica = replicas[k % num_workers]
+        replica.add(loader.batch(epoch, start, stop), task.normalise)
+        replica.finish()
         for piece in pieces(flat.num_floats):
-            rule.apply_(weights, flat.gradient, schedule(samples, k - version), piece)
-        samples, k = samples + stop - start, k + 1
-        held[(k - 1) % num_workers] = (weights.clone(), k)
+            rule.apply_(weights, flat.gradient, Verdict(schedule(samples, k - read[k % num_workers])), piece)
+        samples = samples + stop - start
+        replica.fetched_(k + 1, samples, weights.clone())
+        read[k % num_workers], k = k + 1, k + 1
     flat.weights.copy_(weights)
     val = task.val_loader()
     errors = validate(flat, task.normalise, [val.batch(0, 0, task.val.num_samples)])

@@ -35,12 +35,12 @@ class FakeServerWindow:
         return self._exchange.ring[self._exchange.slot]
 
     @contextmanager
-    def next_snapshot(self, version):
+    def next_snapshot(self, version, samples):
         exchange = self._exchange
         with exchange.lock:
             slot = (exchange.slot + 1) % len(exchange.ring)
             yield exchange.ring[slot]
-            exchange.version, exchange.slot = version, slot
+            exchange.version, exchange.samples, exchange.slot = version, samples, slot
 
     def post(self, worker, mail):
         self._exchange.mail[worker] = mail
@@ -79,7 +79,7 @@ class FakeWorkerWindow:
         with self._exchange.lock:
             into.copy_(self._exchange.ring[self._exchange.slot])
             assert self._exchange.version >= at_least
-            return Snapshot(self._exchange.version, torn_reads=0)
+            return Snapshot(self._exchange.version, self._exchange.samples, torn_reads=0)
 
 
 class FakeOutbox:

@@ -9,21 +9,22 @@ from asgd_mpi import config as configuration
 from asgd_mpi.errors import TrainingDiverged
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.audit import audit
-from asgd_mpi.record.events import EventLog, Publish, read_events, read_pushes
+from asgd_mpi.record.events import EventLog, Publish, read_events, read_log, read_pushes
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.replay import replay
 from asgd_mpi.server.ledger import Ledger, Mail, Orders
-from asgd_mpi.server.rules import Asgd
+from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
+from asgd_mpi.server.rules import make_rule
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
 from asgd_mpi.task import complete, open_task
 from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.loop import Worker
-from asgd_mpi.worker.momentum import is_kept_by_workers
+from asgd_mpi.worker.replica import Replica
 from fakes import Exchange, FakeInbox, FakeOutbox, FakeServerWindow, FakeWorkerWindow
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ class Cluster:
         self.exchange = Exchange(flat.num_floats)
         self.run = RunDir.create(directory / "run", "test")
         self.log, self.pushes = EventLog(self.run.metrics_of(0)), EventLog(self.run.pushes)
-        rule = Asgd(flat.num_floats, task.config.rule)
+        rule = make_rule(flat.num_floats, task.config.rule, num_workers)
         saver = Saver(self.run, 0, ABOUT, FlatModel(task.build_module(), CPU), rule, keep=3, sync=self.pushes.sync)
         self.server = Server(
             FakeServerWindow(self.exchange), FakeInbox(self.exchange), Ledger(self.plan, task.schedule(num_workers)),
@@ -48,17 +49,20 @@ class Cluster:
             Progress("none", self.plan.total_samples, self.plan.num_samples), 20, task.config.failure,
             task.config.checkpoint, saver, hash_snapshots=True,
             statistics=torch.zeros(flat.num_statistics) if flat.statistics else None,
-            workers_keep_momentum=is_kept_by_workers(task.config.rule))
+            workers_keep_momentum=workers_keep_state(task.config.rule),
+            workers_move=bool(RULEBOOK[task.config.rule.name].moves))
         self.first_weights = flat.weights
 
     def work(self, number):
         exchange = self.task.config.exchange
-        flat = FlatModel(self.task.build_module(), CPU, spare=exchange.overlap)
+        elastic = RULEBOOK[self.task.config.rule.name].moves == "elastic"
+        flat = FlatModel(self.task.build_module(), CPU, spare=exchange.overlap or elastic)
+        replica = Replica(flat, self.task.config, self.num_workers, self.task.schedule(self.num_workers))
         log = EventLog(self.run.metrics_of(number + 1))
         loaders = self.task.train_loader(), self.task.val_loader()
         outbox, meter = FakeOutbox(self.exchange, max(flat.num_floats, flat.num_statistics)), Meter(log, 1.0)
-        courier = Courier(FakeWorkerWindow(self.exchange, number), outbox, flat, meter, exchange.overlap)
-        Worker(number, courier, flat, self.task.normalise, loaders, self.task.config, meter,
+        courier = Courier(FakeWorkerWindow(self.exchange, number), outbox, flat, meter, exchange.overlap, elastic)
+        Worker(number, courier, replica, self.task.normalise, loaders, self.task.config, meter,
                Keeper(self.run, 0, number), log).run()
         log.close()
 
@@ -99,6 +103,27 @@ def test_the_replay_of_a_run_gives_the_same_weights_to_the_bit(digits, tmp_path,
     cluster = Cluster(make_task(digits, *options), 1, tmp_path)
     pushes = cluster.train()
     assert torch.equal(replay(cluster.task, pushes, 1)[0].weights, cluster.server.window.latest)
+
+
+RULES = {"sasgd": [], "downpour": ["--exchange.n_push", "2", "--exchange.n_fetch", "4"], "adagrad": ["--lr", "0.01"],
+         "softsync": ["--rule.splits", "2"], "ringmaster": ["--rule.max_staleness", "3"], "ssp": ["--rule.slack", "1"],
+         "dc_asgd_c": ["--rule.momentum_at", "server_nag", "--rule.momentum", "0.5"], "dc_asgd_a": [],
+         "easgd": ["--n-sync", "4"], "eamsgd": ["--n-sync", "4"], "sync": [], "sync_backup": [],
+         "asgd": ["--rule.warm_start_epochs", "0.5", "--rule.clip_norm", "0.5"]}
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_uses_every_sample_once_and_replays_to_the_bit(digits, tmp_path, rule, num_workers):
+    options = RULES[rule] + (["--rule.backup", "0"] if num_workers == 1 and rule == "sync_backup" else [])
+    options += ["--model", "networks_for_tests:without_dropout"]
+    cluster = Cluster(make_task(digits, "--rule", rule, *options), num_workers, tmp_path)
+    pushes = cluster.train()
+    found = audit(pushes, 1437, round(1.5 * 1437), num_workers, reads_own_pushes=rule != "downpour")   # which fetches less often
+    assert not found.violations and [epoch.missing for epoch in found.epochs] == [0, 0]
+    log = list(read_log(cluster.run.pushes))
+    assert torch.equal(replay(cluster.task, log, num_workers)[0].weights, cluster.server.window.latest)
+    assert cluster.server.final_score.loss < 2.25               # it learns: a guess among 10 classes has 2.30
 
 
 def test_snapshots_are_published_in_order_up_to_the_last_version(digits, tmp_path):

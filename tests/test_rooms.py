@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "asgd_mpi"
 # A room may import from those before it in this list, and from itself.
-ORDER = ["errors", "signals", "launch", "inject", "config", "topology", "gpus", "forecast", "record.rundir", "record.ranklog",
+ORDER = ["errors", "signals", "launch", "inject", "server.pace", "server.rulebook", "config", "topology", "gpus", "forecast", "record.rundir", "record.ranklog",
          "record.events", "record.history", "record.audit", "record.timeline", "record.readings", "record.summary",
          "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "server.ledger",
          "server.rules", "server.schedule", "exchange", "server.saver", "server.serve", "worker", "task", "report", "evaluate",
@@ -50,7 +50,8 @@ def test_mpi4py_is_imported_in_the_exchange_only():
     assert where and all(name.startswith("asgd_mpi.exchange.") for name in where)
 
 
-def test_the_ledger_is_pure():
-    ledger = PACKAGE / "server" / "ledger.py"
-    assert not {module.split(".")[0] for module, for_hints in imports(ledger) if not for_hints} & {
-        "torch", "time", "mpi4py", "numpy", "random"}
+def test_the_decisions_of_the_server_are_pure():
+    for name in ("ledger", "pace", "rulebook", "schedule"):
+        path = PACKAGE / "server" / f"{name}.py"
+        assert not {module.split(".")[0] for module, for_hints in imports(path) if not for_hints} & {
+            "torch", "time", "mpi4py", "numpy", "random"}, name

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from asgd_mpi.config import RuleConfig, ScheduleConfig
-from asgd_mpi.server.rules import PIECE, Asgd, pieces
+from asgd_mpi.server.ledger import Verdict
+from asgd_mpi.server.rules import PIECE, Rule, pieces
 from asgd_mpi.server.schedule import WEIGHTS, Schedule
 from asgd_mpi.worker.momentum import Momentum
 
@@ -14,7 +15,7 @@ from asgd_mpi.worker.momentum import Momentum
 def step(rule, weights, gradient, lr):
     weights = weights.clone()
     for piece in pieces(len(weights)):
-        rule.apply_(weights, gradient, lr, piece)
+        rule.apply_(weights, gradient, Verdict(lr), piece)
     return weights
 
 
@@ -25,7 +26,7 @@ def test_one_worker_equals_torch_sgd_to_the_bit(momentum, weight_decay):
     size = 2 * PIECE + 48
     parameter = torch.nn.Parameter(torch.randn(size))
     optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=momentum, weight_decay=weight_decay, foreach=False)
-    rule, weights = Asgd(size, RuleConfig(momentum=momentum, momentum_at="server", weight_decay=weight_decay)), parameter.detach().clone()
+    rule, weights = Rule(size, RuleConfig(momentum=momentum, momentum_at="server", weight_decay=weight_decay)), parameter.detach().clone()
     for k in range(5):
         parameter.grad = torch.randn(size)
         optimizer.param_groups[0]["lr"] = lr = 0.1 / (k + 1)
@@ -37,7 +38,7 @@ def test_one_worker_equals_torch_sgd_to_the_bit(momentum, weight_decay):
 def trace(workers, pushes, eta, momentum=0.0, momentum_at="server", staleness="constant"):
     """x0 = 1, gradient x, all workers pull version 0, round robin, a worker pulls again right after its push."""
     config, x = RuleConfig(momentum=momentum, momentum_at=momentum_at, weight_decay=0.0), torch.ones(1)
-    rule, momenta = Asgd(1, config), [Momentum(config, x) for _ in range(workers)]
+    rule, momenta = Rule(1, config), [Momentum(config, x) for _ in range(workers)]
     held, read, seen = [x] * workers, [0] * workers, [1.0]
     for k in range(pushes):
         pushed = held[k % workers].clone()
@@ -80,7 +81,7 @@ def test_one_worker_with_its_own_momentum_equals_torch_sgd_to_the_bit(momentum_a
     parameter = torch.nn.Parameter(torch.randn(1600))
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, nesterov=nesterov, foreach=False)
     config = RuleConfig(momentum=0.9, momentum_at=momentum_at, weight_decay=0.0)
-    rule, own, weights = Asgd(1600, config), Momentum(config, parameter.detach()), parameter.detach().clone()
+    rule, own, weights = Rule(1600, config), Momentum(config, parameter.detach()), parameter.detach().clone()
     for _ in range(5):
         parameter.grad = torch.randn(1600)
         pushed = parameter.grad.clone()

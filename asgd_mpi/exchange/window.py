@@ -2,7 +2,7 @@
 
 Rank 0 owns, in bytes:
 
-    control   16 words of int64: latest version, its slot, and one version word for each slot of the ring
+    control   16 words of int64: latest version, its slot; and for each slot of the ring its version and its sample clock
     mail      N x 16 words: see wire.pack_mail
     ring      K slots of P float32, each on a page of its own
 
@@ -41,6 +41,7 @@ T = TypeVar("T")
 PAGE = 4096
 CONTROL_WORDS = 16
 LATEST, SLOT, FIRST_WORD = 0, 1, 2   # positions of the control words
+WORDS_OF_SLOT = 2                    # its version, and the samples that this version has seen
 ABSENT = -1                          # the version word of a slot that is being written
 WORD = 8                             # bytes
 SHARED_MEMORY = Path("/dev/shm")
@@ -56,8 +57,9 @@ class Layout:
     capacity: int             # floats of a packet's payload: P, or the batch-norm statistics if they are more
 
     def __post_init__(self):
-        if self.ring > CONTROL_WORDS - FIRST_WORD:
-            raise ConfigError(f"--exchange.ring {self.ring}: the window has room for {CONTROL_WORDS - FIRST_WORD} slots.")
+        room = (CONTROL_WORDS - FIRST_WORD) // WORDS_OF_SLOT
+        if self.ring > room:
+            raise ConfigError(f"--exchange.ring {self.ring}: the window has room for {room} slots.")
 
     def mail(self, worker: int) -> int:
         return WORD * (CONTROL_WORDS + wire.MAIL_WORDS * worker)
@@ -73,6 +75,10 @@ class Layout:
     def worker_bytes(self) -> int:
         """A worker on the server's host: its gradient."""
         return _to_page(4 * self.capacity)
+
+
+def _version_word(slot: int) -> int:
+    return FIRST_WORD + WORDS_OF_SLOT * slot
 
 
 def _to_page(num_bytes: int) -> int:
@@ -161,13 +167,13 @@ class ServerWindow(_Window):
         return self._ring[self._control[SLOT]]
 
     @contextmanager
-    def next_snapshot(self, version: int) -> Iterator[torch.Tensor]:
+    def next_snapshot(self, version: int, samples: int) -> Iterator[torch.Tensor]:
         """The slot of the next snapshot, (P,) float32, to be written whole; published on exit as `version`."""
         slot = (int(self._control[SLOT]) + 1) % self.layout.ring
-        self._set(FIRST_WORD + slot, ABSENT)
+        self._set(_version_word(slot), ABSENT)
         yield self._ring[slot]
-        self._win.Sync()                      # the weights are there before their version word,
-        self._set(FIRST_WORD + slot, version)
+        self._set(_version_word(slot) + 1, samples)
+        self._set(_version_word(slot), version)    # the weights are there before their version word,
         self._control[SLOT] = slot
         self._set(LATEST, version)            # ... and that before anybody is sent to the slot
 
@@ -185,6 +191,7 @@ class Snapshot:
     """What a fetch brought beside the weights."""
 
     version: int
+    samples: int              # that the server had applied
     torn_reads: int
 
 
@@ -217,11 +224,11 @@ class WorkerWindow(_Window):
         while True:
             self._until(lambda: self._read_control()[LATEST] >= at_least, f"publish version {at_least}")
             slot = int(self._control[SLOT])
-            version = int(self._control[FIRST_WORD + slot])
+            version, samples = (int(word) for word in self._control[_version_word(slot):][:WORDS_OF_SLOT])
             if version >= at_least:
                 self._get(weights, self.layout.slot(slot), f"version {version}")
-                if self._read_control()[FIRST_WORD + slot] == version:
-                    return Snapshot(version, torn_reads)
+                if self._read_control()[_version_word(slot)] == version:
+                    return Snapshot(version, samples, torn_reads)
             torn_reads += 1
 
     def _read_control(self) -> np.ndarray:

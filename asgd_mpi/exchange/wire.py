@@ -41,16 +41,17 @@ class Header:
     loss: float = 0.0         # mean over the batches; sum over the range of a validation
     top1: int = 0             # of a validation: images whose first guess is right,
     top5: int = 0             # ... whose first five guesses hold the right one
+    base: int = -1            # of a gradient: the snapshot that the worker's own weights began with, if it moves them
 
 
-_HEADER = struct.Struct("<9qd2q")
+_HEADER = struct.Struct("<9qd3q")
 HEADER_BYTES = 128
 
 
 def pack_header(header: Header) -> bytes:
     """HEADER_BYTES bytes."""
     words = _HEADER.pack(MAGIC, header.kind, header.worker, header.packet, header.read_version, header.lease,
-                         header.start, header.count, header.skipped, header.loss, header.top1, header.top5)
+                         header.start, header.count, header.skipped, header.loss, header.top1, header.top5, header.base)
     return words.ljust(HEADER_BYTES, b"\0")
 
 
@@ -63,13 +64,13 @@ def unpack_header(packet: bytes | memoryview) -> Header:
 
 
 MAIL_WORDS = 24
-_MAIL_FIELDS = 6   # before the leases
+_MAIL_FIELDS = 8   # before the leases
 _LEASE_WORDS = 5
 
 
 def pack_mail(mail: Mail) -> list[int]:
     """MAIL_WORDS words; the last one is a check over the others, so that half-written mail is told from mail."""
-    words = [mail.judged, mail.version, mail.orders, mail.dropped, mail.save, mail.best]
+    words = [mail.judged, mail.version, mail.orders, mail.dropped, mail.save, mail.best, mail.refused, mail.hold]
     for lease in mail.leases:
         words += [lease.number, lease.work, lease.epoch, lease.start, lease.stop]
     words += [0] * (MAIL_WORDS - 1 - len(words))
@@ -80,13 +81,13 @@ def unpack_mail(words: list[int]) -> Mail | None:
     """The mail in MAIL_WORDS words; None if it was being written while it was read."""
     if words[-1] != _check(words[:-1]):
         return None
-    judged, version, orders, dropped, save, best = words[:_MAIL_FIELDS]
+    judged, version, orders, dropped, save, best, refused, hold = words[:_MAIL_FIELDS]
     leases = []
     for at in range(_MAIL_FIELDS, MAIL_WORDS - _LEASE_WORDS, _LEASE_WORDS):
         number, work, epoch, first, last = words[at:at + _LEASE_WORDS]
         if number:
             leases.append(Lease(number, Work(work), epoch, first, last))
-    return Mail(judged, version, Orders(orders), dropped, save, best, tuple(leases))
+    return Mail(judged, version, Orders(orders), dropped, save, best, refused, bool(hold), tuple(leases))
 
 
 def _check(words: list[int]) -> int:

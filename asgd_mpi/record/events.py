@@ -174,6 +174,8 @@ class Push(msgspec.Struct, array_like=True, frozen=True):
     loss: float               # mean over its batches
     skipped: int = 0          # damaged images left out
     more: list[tuple[int, int, int]] = []   # ... and of these (epoch, start, stop), if it goes on in another lease
+    mean_of: int = 1          # gradients that the step made with it is the mean of; 0: it waits for more of them
+    base: int = -1            # the snapshot that its worker's own weights began with, if it moves them
 
     @property
     def staleness(self) -> int:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from asgd_mpi.server.pace import Pace, Pacing
+
 if TYPE_CHECKING:
     from asgd_mpi.exchange.wire import Header
 
@@ -60,6 +62,8 @@ class Mail:
     dropped: int = 0          # packets of this worker that came when it had been retired; it is a new member then
     save: int = 0             # number of the latest checkpoint that the worker is to save its own state for
     best: int = 0             # the version with the lowest error so far
+    refused: int = 0          # gradients of this worker that were too late: their images are lent again
+    hold: bool = False        # wait for the others before the next step
     leases: tuple[Lease, ...] = ()
 
 
@@ -74,12 +78,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a gradient: it turns `version` into `version + 1`."""
+    """What becomes of a gradient: it turns `version` into `version + 1`, unless it is dropped."""
 
-    version: int
-    staleness: int
-    lr: float
-    segments: tuple[Segment, ...]   # what it was computed on
+    lr: float                       # its own
+    version: int = 0
+    staleness: int = 0              # in versions
+    worker: int = 0
+    segments: tuple[Segment, ...] = ()   # what it was computed on
+    rate: float = 0.0               # that a gradient without staleness would have
+    mean_of: int = 1                # gradients that the step made with it is the mean of; 0: it waits for more
+    dropped: bool = False           # it was too late
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,8 @@ class Plan:
     lease_batches: int
     validate_every: float     # epochs
     max_nonfinite: int = 3    # of a worker's gradients in a row, until it is retired
+    warm_start: int = 0       # samples that are lent to one worker alone
+    pacing: Pacing = Pacing()
 
 
 class LedgerError(RuntimeError):
@@ -123,6 +133,7 @@ class _Account:
     cursor: int = 0           # of the first lease: what is delivered of it
     leases: deque[Lease] = field(default_factory=deque)
     dropped: int = 0
+    refused: int = 0
     nonfinite: int = 0        # in a row
     is_member: bool = True    # lent to
     may_return: bool = True   # a retired worker is a member again with its next packet
@@ -156,7 +167,9 @@ class Ledger:
         self._accounts = [_Account() for _ in range(plan.num_workers)]
         if state:
             self._restore(state)
+        self._pace = Pace(plan.pacing, plan.num_workers, self.version, state.get("gathered", 0) if state else 0)
         self._lend_to_all()
+        self._keep_pace()
 
     @property
     def trained(self) -> bool:
@@ -177,6 +190,11 @@ class Ledger:
         return [worker for worker, account in enumerate(self._accounts) if not account.is_gone]
 
     @property
+    def held(self) -> set[int]:
+        """The workers that are to wait for the others."""
+        return self._pace.held
+
+    @property
     def in_debt(self) -> list[int]:
         """The workers that hold a lease."""
         return [worker for worker, account in enumerate(self._accounts) if account.leases]
@@ -184,17 +202,27 @@ class Ledger:
     def judge(self, header: Header) -> Verdict:
         """Take a gradient into account. Raises LedgerError if it cannot be one of this run's."""
         segments = self._settle(header, {Work.TRAIN})
-        staleness = self.version - header.read_version
-        verdict = Verdict(self.version, staleness, self._lr_at(self.samples, staleness), segments)
-        before = self._epochs_validated(self.samples)
-        self.version += 1
-        self.samples += header.count
-        self._accounts[header.worker].made = self.version
-        self._accounts[header.worker].nonfinite = 0
-        if self._epochs_validated(self.samples) > before and not self.trained:
+        version, samples, account = self.version, self.samples, self._accounts[header.worker]
+        rate = self._lr_at(samples, 0)
+        lr = self._lr_at(samples, self.plan.pacing.staleness(version, header.read_version))
+        dropped, mean_of = self._pace.is_late(version, header.read_version), 0
+        if dropped:
+            self._returned.extend((Work.TRAIN, segment) for segment in segments)
+            account.refused += 1
+        else:
+            self.version += 1
+            self.samples += header.count
+        account.made = self.version
+        account.nonfinite = 0
+        if self._epochs_validated(self.samples) > self._epochs_validated(samples) and not self.trained:
             self._validations_due = 1
         self._relend(header.worker)
-        return verdict
+        if samples < self.plan.warm_start <= self.samples:
+            self._lend_to_all()
+        if not dropped:
+            mean_of = self._pace.take(header.worker, self.version, self._active, self.trained)
+        self._keep_pace()
+        return Verdict(lr, version, version - header.read_version, header.worker, segments, rate, mean_of, dropped)
 
     def tally(self, header: Header) -> Score | None:
         """Take a validated range into account; the score, once it is whole. Raises LedgerError."""
@@ -202,6 +230,7 @@ class Ledger:
         work = self._accounts[header.worker].leases[0].work
         self._accounts[header.worker].made = self.version
         self._relend(header.worker)
+        self._keep_pace()
         if work == Work.VALIDATE:
             score = _score([header], final=False)
         else:
@@ -229,6 +258,8 @@ class Ledger:
         account.made = self.version
         account.nonfinite += 1
         self._relend(header.worker)
+        self._pace.pass_(header.worker)
+        self._keep_pace()
         if account.nonfinite >= self.plan.max_nonfinite:
             self.retire(header.worker, for_good=True)
         return given_up
@@ -251,6 +282,8 @@ class Ledger:
         self._returned.extend(held)
         self._news.add(worker)
         self._lend_to_all()
+        self._pace.forget(worker)
+        self._keep_pace()
         return sum(segment.stop - segment.start for _, segment in held)
 
     def readmit(self, header: Header) -> bool:
@@ -261,6 +294,7 @@ class Ledger:
         account.read = self.version if account.may_return else account.read
         account.is_member = account.may_return
         self._lend_to_all()
+        self._keep_pace()
         return account.is_member
 
     def reject(self, worker: int) -> None:
@@ -291,7 +325,8 @@ class Ledger:
             orders = (Orders.STOP if self.finished else Orders.LEAVE if self._is_leaving
                       else Orders.GO_ON if account.is_member or account.may_return else Orders.REST)
             yield worker, Mail(account.judged, account.made, orders, account.dropped, self.save,
-                               self.best.version if self.best else 0, tuple(account.leases))
+                               self.best.version if self.best else 0, account.refused, worker in self._pace.held,
+                               tuple(account.leases))
 
     def outstanding(self) -> str:
         """Who holds what, for a message: `worker 0 (rank 1): lease 3, epoch 1 [64, 128), 0 of 64 delivered`."""
@@ -310,7 +345,7 @@ class Ledger:
             "version": self.version, "samples": self.samples, "lent": self._lent, "todo": todo,
             "later": [(part.epoch, part.start, part.stop, self._tries[part]) for part in self._later],
             "given_up": [(part.epoch, part.start, part.stop) for part in self.given_up],
-            "validations_due": self._validations_due, "finished": self.finished,
+            "validations_due": self._validations_due, "finished": self.finished, "gathered": self._pace.gathered,
             "best": None if self.best is None else [
                 self.best.version, self.best.num_images, self.best.loss, self.best.top1_error, self.best.top5_error]}
 
@@ -389,7 +424,7 @@ class Ledger:
     def _lend(self, worker: int) -> bool:
         """Lend the next range to `worker`, if anything is left; whether there was."""
         plan = self.plan
-        if self._is_leaving:
+        if self._is_leaving or self.samples < plan.warm_start and worker != self.members[0]:
             return False
         if self._returned:
             work, segment = self._returned.popleft()
@@ -428,6 +463,16 @@ class Ledger:
             account.cursor = segment.start
         account.leases.append(Lease(account.lent, work, segment.epoch, segment.start, segment.stop))
         self._news.add(worker)
+
+    def _active(self) -> list[int]:
+        """The members that have something to train."""
+        return [worker for worker, account in enumerate(self._accounts)
+                if account.is_member and account.leases and account.leases[0].work == Work.TRAIN]
+
+    def _keep_pace(self) -> None:
+        """Tell those that are to wait from now on, and those that need not any more."""
+        if not self._pace.is_free:
+            self._news |= self._pace.update(self._active())
 
     def _epochs_validated(self, samples: int) -> int:
         return int(samples / (self.plan.num_samples * self.plan.validate_every))

@@ -1,17 +1,19 @@
-"""How a gradient moves the weights: torch, in place, on flat float32 vectors, without MPI.
+"""How what a worker pushes moves the weights: torch, in place, on flat float32 vectors, without MPI.
 
 A rule is called piece by piece, on pieces that fit the cache: what the server does before and after on the same piece
 (copying it from one slot of the ring to the next, applying the next waiting gradient) costs no extra pass over memory.
+Which rule has which settings, and where it is from, is in `rulebook`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 
 from asgd_mpi.config import RuleConfig
+from asgd_mpi.server.ledger import Verdict
+from asgd_mpi.server.rulebook import RULEBOOK
 
 PIECE = 262_144  # floats: 1 MB each of weights, velocity and gradient; smaller ones cost more in calls than they save
 
@@ -21,32 +23,109 @@ def pieces(num_floats: int) -> Iterator[slice]:
     return (slice(start, min(start + PIECE, num_floats)) for start in range(0, num_floats, PIECE))
 
 
-class Rule(Protocol):
-    state: dict[str, torch.Tensor]        # what a checkpoint keeps of the rule, (P,) float32 each
+class Rule:
+    """Applies each gradient on arrival: x <- x - lr (u + wd x), where u is what a worker pushes.
 
-    def apply_(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
-        """Move `piece` of the weights by that of the gradient; both (P,) float32."""
-
-
-class Asgd:
-    """Apply each gradient on arrival: x <- x - lr (u + wd x), where u is what a worker pushes.
-
-    With the momentum at the server (heavy ball), v <- m v + (u + wd x) and x <- x - lr v. State: v, (P,) float32. With one
-    worker, to the bit torch.optim.SGD that is not fused; so long as pieces hold a multiple of 16 floats, as those of
-    FlatModel do: the fused kernel rounds the rest of a vector in another way. Otherwise no state; weight decay acts on
-    the server's fresh weights, apart from the momentum. Source: Downpour SGD with n_push = n_fetch = 1 (Dean et al. 2012).
+    With the momentum at the server (heavy ball), v <- m v + (u + wd x) and x <- x - lr v; `server_nag` (Nesterov's) takes
+    u + wd x + m v in place of v. State: v, (P,) float32. With one worker, to the bit torch.optim.SGD that is not fused; so
+    long as pieces hold a multiple of 16 floats, as those of FlatModel do: the fused kernel rounds the rest of a vector in
+    another way. Otherwise no state; weight decay acts on the server's fresh weights, apart from the momentum.
     """
 
-    def __init__(self, num_parameters: int, config: RuleConfig):
-        self.momentum = config.momentum if config.momentum_at == "server" else 0.0
+    def __init__(self, num_parameters: int, config: RuleConfig, num_workers: int = 1):
+        self.momentum = config.momentum if config.momentum_at in ("server", "server_nag") else 0.0
+        self.nesterov = bool(self.momentum) and config.momentum_at == "server_nag"
         self.weight_decay = config.weight_decay
-        self.state = {"velocity": torch.zeros(num_parameters)} if self.momentum else {}
+        self._velocity = [torch.zeros(num_parameters)] if self.momentum else []
+        self.state = {"velocity": velocity for velocity in self._velocity}   # what a checkpoint keeps, (P,) float32 each
 
-    def apply_(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
+    def begin_(self, worker: int, weights: torch.Tensor) -> None:
+        """A worker begins, or begins again, with these weights, (P,) float32."""
+
+    def apply_(self, weights: torch.Tensor, pushed: torch.Tensor, verdict: Verdict, piece: slice) -> None:
+        """Move `piece` of the weights by that of what was pushed; both (P,) float32."""
+        self._descend_(weights[piece], pushed[piece], verdict.lr, piece)
+
+    def _descend_(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:
         torch._fused_sgd_(
-            [weights[piece]], [gradient[piece]], [velocity[piece] for velocity in self.state.values()],
-            weight_decay=self.weight_decay, momentum=self.momentum, lr=lr, dampening=0.0, nesterov=False,
-            maximize=False, is_first_step=False)
+            [weights], [gradient], [velocity[piece] for velocity in self._velocity], weight_decay=self.weight_decay,
+            momentum=self.momentum, lr=lr, dampening=0.0, nesterov=self.nesterov, maximize=False, is_first_step=False)
 
 
-RULES = {"asgd": Asgd}
+class Mean(Rule):
+    """A step is made with the mean of several gradients, each weighted by its staleness (softsync, sync, sync_backup).
+
+    s <- s + w u; with the last one, a step with s / c at the rate of that moment, and s <- 0. State: s, (P,) float32.
+    """
+
+    def __init__(self, num_parameters: int, config: RuleConfig, num_workers: int = 1):
+        super().__init__(num_parameters, config)
+        self._sum = self.state["sum"] = torch.zeros(num_parameters)
+
+    def apply_(self, weights: torch.Tensor, pushed: torch.Tensor, verdict: Verdict, piece: slice) -> None:
+        total = self._sum[piece]
+        total.add_(pushed[piece], alpha=verdict.lr / verdict.rate if verdict.rate else 1.0)
+        if verdict.mean_of:
+            self._descend_(weights[piece], total.div_(verdict.mean_of), verdict.rate, piece)
+            total.zero_()
+
+
+class Adagrad(Rule):
+    """h <- h + g g; x <- x - lr g / (sqrt(h) + 1e-10), g with weight decay: torch.optim.Adagrad. State: h, (P,) float32."""
+
+    def __init__(self, num_parameters: int, config: RuleConfig, num_workers: int = 1):
+        super().__init__(num_parameters, config)
+        self._squares = self.state["squares"] = torch.zeros(num_parameters)
+
+    def apply_(self, weights: torch.Tensor, pushed: torch.Tensor, verdict: Verdict, piece: slice) -> None:
+        weights, squares = weights[piece], self._squares[piece]
+        gradient = pushed[piece].add(weights, alpha=self.weight_decay)
+        squares.addcmul_(gradient, gradient)
+        weights.addcdiv_(gradient, squares.sqrt().add_(1e-10), value=-verdict.lr)
+
+
+class DelayCompensated(Rule):
+    """Corrects a gradient by the way that the weights have moved since: g + lambda g g (x - x_i), element by element.
+
+    x_i are the weights right after worker i's last push: what it fetches then, or a version that others have moved by a
+    little since. Adaptive: MS_i <- mm MS_i + (1 - mm) g g and lambda = lambda0 / sqrt(MS_i + 1e-7). Memory: x_i, and with
+    `a` MS_i, each (P,) float32 for each worker; a checkpoint keeps MS_i alone.
+    """
+
+    def __init__(self, num_parameters: int, config: RuleConfig, num_workers: int = 1):
+        super().__init__(num_parameters, config)
+        self._lambda, self._decay = config.dc_lambda, config.dc_decay
+        self._backups = [torch.zeros(num_parameters) for _ in range(num_workers)]
+        self._squares = [torch.zeros(num_parameters) for _ in range(num_workers)] if config.name == "dc_asgd_a" else []
+        self.state |= {f"squares{worker:03d}": squares for worker, squares in enumerate(self._squares)}
+
+    def begin_(self, worker: int, weights: torch.Tensor) -> None:
+        self._backups[worker].copy_(weights)
+
+    def apply_(self, weights: torch.Tensor, pushed: torch.Tensor, verdict: Verdict, piece: slice) -> None:
+        weights, gradient, backup = weights[piece], pushed[piece], self._backups[verdict.worker][piece]
+        square = gradient * gradient
+        correction = square * (weights - backup)
+        if self._squares:
+            mean = self._squares[verdict.worker][piece].mul_(self._decay).add_(square, alpha=1 - self._decay)
+            correction.div_((mean + 1e-7).sqrt_())
+        self._descend_(weights, gradient + self._lambda * correction, verdict.lr, piece)
+        backup.copy_(weights)
+
+
+class Elastic(Rule):
+    """x <- x + d, where a worker pushes d = alpha (x_i - x) and has moved its own x_i by -d (easgd, eamsgd).
+
+    x + the sum of all x_i is kept. No state. Weight decay is the workers'.
+    """
+
+    def apply_(self, weights: torch.Tensor, pushed: torch.Tensor, verdict: Verdict, piece: slice) -> None:
+        weights[piece].add_(pushed[piece])
+
+
+_CLASSES = {"sgd": Rule, "mean": Mean, "adagrad": Adagrad, "dc": DelayCompensated, "elastic": Elastic}
+
+
+def make_rule(num_parameters: int, config: RuleConfig, num_workers: int) -> Rule:
+    """The rule of a complete configuration."""
+    return _CLASSES[RULEBOOK[config.name].server](num_parameters, config, num_workers)

@@ -48,6 +48,7 @@ class Server:
     hash_snapshots: bool = False
     statistics: torch.Tensor | None = None                 # batch-norm statistics of the last validated version
     workers_keep_momentum: bool = False
+    workers_move: bool = False                             # their own weights, between two fetches
     asked_to_leave: Callable[[], str] = lambda: ""
     at_every_pass: Callable[[], None] = lambda: None       # failures that are rehearsed
     final_score: Score | None = field(default=None, init=False)
@@ -63,8 +64,10 @@ class Server:
 
     def publish_first(self, weights: torch.Tensor) -> None:
         """Publish the (P,) float32 `weights` as the version that the ledger begins with, and the first leases."""
-        with self.window.next_snapshot(self.ledger.version) as fresh:
+        with self.window.next_snapshot(self.ledger.version, self.ledger.samples) as fresh:
             fresh.copy_(weights)
+        for worker in range(self.ledger.plan.num_workers):
+            self.rule.begin_(worker, weights)
         self._hash()
         self._answer()
 
@@ -131,11 +134,12 @@ class Server:
         if not judged:
             return
         self.at_every_pass()
-        with self.meter.phase("apply"), self.window.next_snapshot(self.ledger.version) as weights:    # publishes on exit
+        with self.meter.phase("apply"), self.window.next_snapshot(
+                self.ledger.version, self.ledger.samples) as weights:                            # publishes on exit
             for number, piece in enumerate(pieces(len(weights)), start=1):
                 weights[piece].copy_(self.window.latest[piece])
                 for arrival, verdict in judged:
-                    self.rule.apply_(weights, arrival.payload, verdict.lr, piece)
+                    self.rule.apply_(weights, arrival.payload, verdict, piece)
                 if number % POLL_EVERY == 0:
                     self.inbox.poll()                                                 # fetches over a network need that
         self._hash()
@@ -150,8 +154,12 @@ class Server:
             return None
         try:
             if math.isfinite(header.loss):
-                return self.ledger.judge(header)
-            self._refuse(header)
+                verdict = self.ledger.judge(header)
+                if not verdict.dropped:
+                    return verdict
+                self._record_refusal(header.worker, f"too late: {verdict.staleness} versions stale")
+            else:
+                self._refuse(header)
         except LedgerError as error:
             self._expel(arrival.worker, str(error))
         return None
@@ -200,8 +208,8 @@ class Server:
         self.left_because = self.asked_to_leave()
         in_debt = set(self.ledger.in_debt)
         for worker, heard in enumerate(self._heard):
-            if worker not in in_debt and worker in self.ledger.members:
-                self._heard[worker] = now                                             # idle: nothing is due from it
+            if (worker not in in_debt or worker in self.ledger.held) and worker in self.ledger.members:
+                self._heard[worker] = now                                             # nothing is due from it
             elif worker in in_debt and now - heard > self.failure.retire_after_s:
                 self._retire(worker, f"nothing has come from it for {now - heard:.0f} s (--failure.retire_after_s)",
                              for_good=False)
@@ -259,12 +267,18 @@ class Server:
         self._record_refusal(header.worker, "it came from a retired worker")
         if is_member:
             self._say(f"rank {header.worker + 1} is back, and begins again")
-            self.pushes.write(Member(time.time(), self.ledger.version, header.worker))
+            self._begin_anew(header.worker)
+
+    def _begin_anew(self, worker: int) -> None:
+        self.rule.begin_(worker, self.window.latest)
+        self.pushes.write(Member(time.time(), self.ledger.version, worker))
 
     def _refuse(self, header: Header) -> None:
         """Refuse a gradient that is not finite."""
         given_up = sum(segment.stop - segment.start for segment in self.ledger.refuse(header))
         self._record_refusal(header.worker, f"not finite: loss {header.loss}", given_up)
+        if self.workers_move:
+            self._begin_anew(header.worker)
         if given_up:
             self._say(f"{given_up} images are left out of the epoch: their gradient was not finite, however often tried")
         if header.worker not in self.ledger.members:
@@ -319,7 +333,8 @@ class Server:
         first, *more = verdict.segments
         self.pushes.write(Push(
             time.time(), verdict.version, header.worker, header.read_version, first.epoch, first.start, first.stop,
-            verdict.lr, header.loss, header.skipped, [(other.epoch, other.start, other.stop) for other in more]))
+            verdict.lr, header.loss, header.skipped, [(other.epoch, other.start, other.stop) for other in more],
+            verdict.mean_of, header.base))
         self.meter.add(images=header.count, pushes=1, skipped_images=header.skipped)
         self.progress.push(header.count, header.loss, verdict.staleness)
 

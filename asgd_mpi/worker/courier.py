@@ -18,10 +18,10 @@ import torch
 
 from asgd_mpi.exchange.link import Outbox
 from asgd_mpi.exchange.window import Snapshot, WorkerWindow
-from asgd_mpi.exchange.wire import Header
+from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.meter import Meter
-from asgd_mpi.server.ledger import Mail
+from asgd_mpi.server.ledger import Mail, Orders
 
 
 @dataclass
@@ -35,16 +35,21 @@ class _Trip:
 
 
 class Courier:
-    """Owns the worker's MPI calls. `version` is that of the weights in `flat`; `mail` came with the last trip."""
+    """Owns the worker's MPI calls. `version` is that of the fetched weights; `mail` came with the last trip.
 
-    def __init__(self, window: WorkerWindow, outbox: Outbox, flat: FlatModel, meter: Meter, overlap: bool):
+    What is fetched is in flat.weights, or, with `fetches_aside`, in flat.spare_weights.
+    """
+
+    def __init__(self, window: WorkerWindow, outbox: Outbox, flat: FlatModel, meter: Meter, overlap: bool,
+                 fetches_aside: bool = False):
         self._window, self._outbox, self._flat, self._meter = window, outbox, flat, meter
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="courier") if overlap else None
         self._trip: Future[_Trip] | None = None
         on_gpu = flat.device.type == "cuda"
         self._staging = torch.empty(flat.num_floats, pin_memory=True) if on_gpu else None
         self._stream = torch.cuda.Stream(flat.device) if on_gpu and overlap else None
-        self.version = 0
+        self._aside = fetches_aside
+        self.version = self.samples = 0
         self.mail = Mail(judged=0, version=0)
 
     @property
@@ -76,6 +81,11 @@ class Courier:
 
         self.start(header, fill, fetch)
 
+    @property
+    def fetched(self) -> torch.Tensor:
+        """The weights that the last fetch brought, (P,) float32 on the device of `flat`."""
+        return self._flat.spare_weights if self._aside else self._flat.weights
+
     def wait(self) -> bool:
         """Wait for the trip to end, and take what it brought; whether the weights are new."""
         if self._trip is None:
@@ -90,7 +100,7 @@ class Courier:
         self.mail = trip.mail
         if trip.snapshot is None:
             return False
-        self.version = trip.snapshot.version
+        self.version, self.samples = trip.snapshot.version, trip.snapshot.samples
         self._meter.add(fetches=1, torn_reads=trip.snapshot.torn_reads, bytes_fetched=4 * self._flat.num_floats)
         if self._thread:
             self._flat.swap_weights_()
@@ -122,16 +132,21 @@ class Courier:
             if header is not None:
                 self._outbox.send(header, fill(self._outbox.payload))
                 self._outbox.wait()
-            trip = _Trip(self._window.await_mail(self.sent), push_s=time.perf_counter() - started)
+            until = _may_go_on if header and header.kind in (Kind.GRADIENT, Kind.NONFINITE) else lambda mail: True
+            trip = _Trip(self._window.await_mail(self.sent, until, "let it go on"), push_s=time.perf_counter() - started)
             if fetch:
                 trip.snapshot = self._fetch(trip.mail.version)
         trip.fetch_s = time.perf_counter() - started - trip.push_s
         return trip
 
     def _fetch(self, at_least: int) -> Snapshot:
-        weights = self._flat.spare_weights if self._thread else self._flat.weights
+        weights = self._flat.spare_weights if self._thread or self._aside else self._flat.weights
         if self._staging is None:
             return self._window.fetch(weights, at_least)
         snapshot = self._window.fetch(self._staging, at_least)
         weights.copy_(self._staging)
         return snapshot
+
+
+def _may_go_on(mail: Mail) -> bool:
+    return not mail.hold or mail.orders != Orders.GO_ON

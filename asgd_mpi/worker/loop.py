@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 import xxhash
@@ -16,14 +16,13 @@ from asgd_mpi.config import Config
 from asgd_mpi.data.loader import Batch, Loader
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model import batchnorm
-from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.events import EventLog, Fetch
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.server.ledger import Lease, Mail, Orders, Work
 from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.keeper import Keeper
-from asgd_mpi.worker.momentum import Momentum
-from asgd_mpi.worker.step import Normalise, compute_gradient_, validate
+from asgd_mpi.worker.replica import Replica
+from asgd_mpi.worker.step import Normalise, validate
 
 READ_AHEAD = 4  # batches of a validation
 
@@ -49,19 +48,17 @@ class Worker:
     at_every_batch: what to do to a gradient that has been computed; failures are rehearsed with it.
     """
 
-    def __init__(self, number: int, courier: Courier, flat: FlatModel, normalise: Normalise,
+    def __init__(self, number: int, courier: Courier, replica: Replica, normalise: Normalise,
                  loaders: tuple[Loader, Loader], config: Config, meter: Meter, keeper: Keeper, log: EventLog | None = None,
                  asked_to_leave: Callable[[], str] = lambda: "",
                  at_every_batch: Callable[[torch.Tensor], None] = lambda gradient: None):
         self.number = number
         self.courier = courier
-        self.flat = flat
+        self.replica, self.flat = replica, replica.flat
         self.normalise = normalise
         self.train_loader, self.val_loader = loaders
         self.batch_size = config.data.batch_size
-        self.seed = config.run.seed
         self.exchange = config.exchange
-        self.momentum = Momentum(config.rule, flat.weights)
         self.meter = meter
         self.keeper = keeper
         self.log = log                                         # of every fetched snapshot's hash, if asked for
@@ -73,7 +70,7 @@ class Worker:
         self._done = 0                                         # the last lease that was worked on
         self._pushed = False                                   # a gradient is under way,
         self._made = -1                                        # ... the version that the last one made
-        self._dropped = 0                                      # packets, as far as this worker knows
+        self._dropped = self._refused = 0                      # packets, as far as this worker knows
         self._saved = 0                                        # the last checkpoint that the momentum was saved for
         self._told_of_signal = False
 
@@ -111,7 +108,7 @@ class Worker:
         membership = self._dropped
         for batch in self._batches(lease):
             with self.meter.phase("compute"):                                  # -> flat.gradient (P,)
-                loss = compute_gradient_(self.flat, self.normalise, batch, self.seed, accumulate=self._sum is not None)
+                loss = self.replica.add(batch, self.normalise)
                 self.at_every_batch(self.flat.gradient)
             self._sum = self._sum or _Sum(lease, batch)
             self._sum.add(batch, loss)
@@ -142,7 +139,7 @@ class Worker:
             return False
         self._dropped = mail.dropped
         self._sum = None
-        self.momentum.load_({})
+        self.replica.load_({})
         self._made = mail.version
         granted = {lease.number for lease in mail.leases}
         self._ahead = {number: futures for number, futures in self._ahead.items() if number in granted}
@@ -152,19 +149,24 @@ class Worker:
     def _push(self) -> None:
         """Send the courier with the sum; go on with the weights that the last trip brought, or this one without overlap."""
         version, done, self._sum = self.courier.version, self._sum, None
+        elastic = self.replica.moves == "elastic"
+        if elastic:
+            self.courier.start(None, lambda payload: 0)
         self._take()
         if self._lost_membership():
             return
+        version = self.courier.version if elastic else version
         self._since_fetch += done.batches
-        fetch = self._since_fetch >= self.exchange.n_fetch
-        self._since_fetch = 0 if fetch else self._since_fetch
         with self.meter.phase("compute"):
-            is_finite = math.isfinite(done.loss) and bool(self.flat.gradient.sum().isfinite())
-            if is_finite:
-                self.momentum.push_(self.flat.gradient)
+            is_finite = math.isfinite(done.loss) and self.replica.finish()
+        fetch = not elastic and self._since_fetch >= self.exchange.n_fetch
+        if not is_finite and self.replica.moves:               # its own weights are spoilt
+            self.replica.load_({})
+            fetch = True
+        self._since_fetch = 0 if fetch else self._since_fetch
         header = self._header(
             Kind.GRADIENT if is_finite else Kind.NONFINITE, read_version=version, lease=done.lease, start=done.start,
-            count=done.count, skipped=done.skipped, loss=done.loss / done.batches)
+            count=done.count, skipped=done.skipped, loss=done.loss / done.batches, base=self.replica.base)
         if is_finite:
             self.courier.push_gradient(header, fetch)
             self._pushed = True
@@ -177,10 +179,15 @@ class Worker:
 
     def _take(self) -> None:
         """Wait for the courier; new weights, new leases."""
-        if self.courier.wait() and self.log:
-            digest = xxhash.xxh3_64_hexdigest(self.flat.weights.cpu().numpy())
-            self.log.write(Fetch(time.time(), self.courier.version, self.courier.sent, digest))
-        if self._pushed and self.courier.mail.dropped == self._dropped:
+        if self.courier.wait():
+            self.replica.fetched_(self.courier.version, self.courier.samples, self.courier.fetched)
+            if self.log:
+                digest = xxhash.xxh3_64_hexdigest(self.courier.fetched.cpu().numpy())
+                self.log.write(Fetch(time.time(), self.courier.version, self.courier.sent, digest))
+        if self.courier.mail.refused != self._refused:
+            self._refused = self.courier.mail.refused
+            self.replica.undo_()
+        elif self._pushed and self.courier.mail.dropped == self._dropped:
             self._made = self.courier.mail.version
         self._pushed = False
         if self.courier.mail.orders != Orders.LEAVE:           # then all pushes are waited for first
@@ -190,9 +197,9 @@ class Worker:
 
     def _save_if_asked(self) -> None:
         """Begin to write the momentum, if a checkpoint waits for it."""
-        if self.momentum.state and self.courier.mail.save > self._saved:
+        if self.replica.state and self.courier.mail.save > self._saved:
             self._saved = self.courier.mail.save
-            self.keeper.save(self._saved, self._made, self.momentum.state)
+            self.keeper.save(self._saved, self._made, self.replica.state)
 
     def _tell_of_saved(self, wait: bool = False) -> None:
         for kind, version in self.keeper.take_done(wait):
@@ -215,7 +222,7 @@ class Worker:
 
     def _validate(self, lease: Lease) -> None:
         self._refresh()
-        with self.meter.phase("validate"):
+        with self.meter.phase("validate"), self._on_the_snapshot():
             self._recalibrate()
             errors = validate(self.flat, self.normalise, self._in_order(lease))
 
@@ -235,6 +242,16 @@ class Worker:
         self._refresh()
         self.meter.tick()
 
+    @contextmanager
+    def _on_the_snapshot(self) -> Iterator[None]:
+        """Let the network hold what was fetched, for an elastic rule, too."""
+        aside = self.courier.fetched is not self.flat.weights
+        if aside:
+            self.flat.swap_weights_()
+        yield
+        if aside:
+            self.flat.swap_weights_()
+
     def _leases(self) -> Iterator[Lease]:
         """The leases granted to this worker, in order, until the run is over."""
         while True:
@@ -245,6 +262,8 @@ class Worker:
                 self.courier.await_mail(self._is_news, "grant it a lease")
                 self._save_if_asked()
                 self._read_ahead()
+                if self._next_lease():
+                    self._refresh()                      # others have moved the weights in the meantime
             if self.courier.mail.orders == Orders.REST:
                 self._await_end()
             if self.courier.mail.orders != Orders.GO_ON:
@@ -259,7 +278,7 @@ class Worker:
     def _is_news(self, mail: Mail) -> bool:
         """Whether mail is worth an idle worker's time."""
         return (mail.orders != Orders.GO_ON or any(lease.number > self._done for lease in mail.leases)
-                or bool(self.momentum.state) and mail.save > self._saved or bool(self.asked_to_leave()) and not self._told_of_signal)
+                or bool(self.replica.state) and mail.save > self._saved or bool(self.asked_to_leave()) and not self._told_of_signal)
 
     def _read_ahead(self) -> None:
         """Let the loader begin with the leases that have come."""

@@ -21,7 +21,7 @@ from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.server.ledger import Ledger, Lease, Mail, Orders, Plan, Verdict
-from asgd_mpi.server.rules import RULES
+from asgd_mpi.server.rules import Rule
 from asgd_mpi.server.serve import Server
 from asgd_mpi.worker.courier import Courier
 from benchmarks.peers import protocol
@@ -69,7 +69,7 @@ class Vector(nn.Module):
 
 def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, options) -> int:
     """Serve for the time; the number of pushes."""
-    rule = RULES["asgd"](window.layout.num_parameters, RuleConfig(momentum=protocol.MOMENTUM, momentum_at="server", weight_decay=0.0))
+    rule = Rule(window.layout.num_parameters, RuleConfig(momentum=protocol.MOMENTUM, momentum_at="server", weight_decay=0.0))
     with tempfile.TemporaryDirectory() as place:
         pushes = EventLog(Path(place) / "pushes.log")
         server = Server(window, Inbox(world, window), TimedLedger(options.workers, options.warmup + options.seconds), rule,

@@ -1,0 +1,153 @@
+"""The update rules by name: what each asks of the server, the ledger and the workers, its defaults, and its source.
+
+Pure: no MPI, no torch. The vectors are moved in `rules` (server) and `worker.replica`; who waits for whom, and which
+gradients make a step together, is decided in `pace`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Optional
+
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.server.pace import Pacing
+
+if TYPE_CHECKING:
+    from asgd_mpi.config import Config, RuleConfig
+
+MOMENTA = ("dana", "worker", "server", "server_nag", "none")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rule."""
+
+    what: str                                       # in one line
+    source: str
+    server: str = "sgd"                             # how the server moves the weights: a class of `rules`
+    moves: str = ""                                 # how a worker moves its own weights: "", descends or elastic
+    momenta: tuple[str, ...] = MOMENTA              # where a velocity may be kept; the first is the default
+    staleness: Optional[str] = None                 # weight of a stale gradient, where the rule prescribes it
+    n_push: int = 1                                 # default
+    may_overlap: bool = True                        # push and fetch behind the next gradient
+    pacing: Callable[[RuleConfig, int], Pacing] = lambda rule, num_workers: Pacing()
+
+
+def _softsync(rule: RuleConfig, num_workers: int) -> Pacing:
+    return Pacing(mean_of=max(1, num_workers // rule.splits))
+
+
+def _ringmaster(rule: RuleConfig, num_workers: int) -> Pacing:
+    return Pacing(max_staleness=rule.max_staleness or 2 * num_workers)
+
+
+RULEBOOK = {
+    "asgd": Entry("every gradient on arrival", "Downpour SGD with n_push = n_fetch = 1, Dean et al. 2012"),
+    "sasgd": Entry("asgd, the rate divided by the staleness", "Zhang et al. 2016, arXiv:1511.05950, equation 3",
+                   staleness="inverse"),
+    "downpour": Entry("workers descend on their own weights between two fetches", "Dean et al. 2012, algorithm 1; Paine et al. "
+                      "2013, arXiv:1312.6186", moves="descends", momenta=("none", "worker", "dana"), n_push=5,
+                      may_overlap=False),
+    "adagrad": Entry("a rate of its own for every weight", "Downpour SGD with Adagrad, Dean et al. 2012, section 4.1",
+                     server="adagrad", momenta=("none",)),
+    "softsync": Entry("a step is the mean of workers / splits gradients", "Zhang et al. 2016, arXiv:1511.05950, equation 2",
+                      server="mean", pacing=_softsync),
+    "ringmaster": Entry("gradients staler than max_staleness are dropped", "Maranjyan et al. 2025, arXiv:2501.16168",
+                        pacing=_ringmaster),
+    "ssp": Entry("a worker waits that is more than slack steps ahead", "Ho et al. 2013, stale synchronous parallel",
+                 may_overlap=False, pacing=lambda rule, num_workers: Pacing(slack=rule.slack)),
+    "dc_asgd_c": Entry("delay compensation, constant", "Zheng et al. 2017, arXiv:1609.08326, equation 10", server="dc",
+                       momenta=("none", "server", "server_nag")),
+    "dc_asgd_a": Entry("delay compensation, adaptive", "Zheng et al. 2017, arXiv:1609.08326, equations 10 and 14", server="dc",
+                       momenta=("none", "server", "server_nag")),
+    "easgd": Entry("workers descend on their own, tied to the centre by a spring", "Zhang, Choromanska, LeCun 2015, "
+                   "arXiv:1412.6651, algorithm 1", server="elastic", moves="elastic", momenta=("none",), staleness="constant",
+                   n_push=10, may_overlap=False),
+    "eamsgd": Entry("easgd with Nesterov momentum at the workers", "Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, "
+                    "algorithm 2", server="elastic", moves="elastic", momenta=("dana",), staleness="constant", n_push=10,
+                    may_overlap=False),
+    "sync": Entry("a step is the mean of one gradient of each worker", "synchronous SGD, the line to meet", server="mean",
+                  staleness="constant", may_overlap=False, pacing=lambda rule, num_workers: Pacing(mean_of=0)),
+    "sync_backup": Entry("sync that does not wait for the last workers", "Chen et al. 2016, arXiv:1604.00981", server="mean",
+                         staleness="constant", may_overlap=False,
+                         pacing=lambda rule, num_workers: Pacing(mean_of=0, backup=rule.backup)),
+}
+
+
+def is_kept_by_workers(rule: RuleConfig) -> bool:
+    """Whether the velocity is the workers'."""
+    return bool(rule.momentum) and rule.momentum_at in ("dana", "worker")
+
+
+def workers_keep_state(rule: RuleConfig) -> bool:
+    """Whether a checkpoint holds something of every worker's own; one that moves its own weights begins anew."""
+    return is_kept_by_workers(rule) and not RULEBOOK[rule.name].moves
+
+
+def pacing(rule: RuleConfig, num_workers: int) -> Pacing:
+    return RULEBOOK[rule.name].pacing(rule, num_workers)
+
+
+def vectors(rule: RuleConfig, num_workers: int) -> tuple[int, int]:
+    """How many (P,) float32 vectors the rule keeps: on the server, and on each worker."""
+    entry, momentum = RULEBOOK[rule.name], bool(rule.momentum)
+    server = int(momentum and rule.momentum_at.startswith("server")) + {
+        "adagrad": 1, "mean": 1, "dc": num_workers + (rule.name == "dc_asgd_a")}.get(entry.server, 0)
+    worker = is_kept_by_workers(rule) * (2 if entry.pacing(rule, num_workers).may_drop else 1) + {
+        "descends": 1, "elastic": 1}.get(entry.moves, 0)
+    return server, worker
+
+
+def check(config: Config, num_workers: int) -> None:
+    """Refuse combinations that make no sense, with the reason. `config` is complete. Raises ConfigError."""
+    rule, exchange = config.rule, config.exchange
+    entry = RULEBOOK[rule.name]
+
+    def demand(holds: bool, option: str, value: object, reason: str) -> None:
+        if not holds:
+            raise ConfigError(f"--{option} {value} with --rule.name {rule.name}: {reason}.")
+
+    if rule.momentum and rule.momentum_at not in entry.momenta:
+        why = {"dc": "the server needs the gradient itself, not a velocity", "adagrad": "its rates are of the gradients' squares",
+               "elastic": "what is pushed is a difference of weights, not a gradient"}.get(
+                   entry.server, "a worker that moves its own weights must know the whole step")
+        demand(False, "rule.momentum_at", rule.momentum_at, f"{why}; choose of {', '.join(entry.momenta)}")
+    demand(entry.may_overlap or not exchange.overlap, "exchange.overlap", "true",
+           "a worker would compute while it is to wait, or on weights that it is about to move" + (
+               "; n_push auto needs the overlap" if exchange.n_push == "auto" else ""))
+    demand(entry.moves != "elastic" or exchange.n_fetch == exchange.n_push, "exchange.n_fetch", exchange.n_fetch,
+           "the difference to the centre is of the weights that were just fetched; leave n_fetch out")
+    demand(not rule.momentum or rule.momentum_at != "none", "rule.momentum", rule.momentum, "--rule.momentum_at is none")
+    demand(rule.staleness == entry.staleness or not entry.staleness, "rule.staleness", rule.staleness,
+           f"the rule has its own weights ({entry.staleness})")
+    demand(rule.name != "sync_backup" or rule.backup < num_workers, "rule.backup", rule.backup,
+           f"of {num_workers} workers, none would be waited for")
+    demand(rule.name != "softsync" or rule.splits <= num_workers, "rule.splits", rule.splits,
+           f"there are {num_workers} workers, so a step cannot be the mean of less than a gradient")
+
+
+def defaults(rule: RuleConfig, momentum: float, lr: float) -> tuple[dict[str, object], float]:
+    """For the fields of `rule` that are None, and the rate; `momentum` and `lr`: the network's recipe.
+
+    A rule without momentum gets the rate lr / (1 - momentum), at which a gradient moves the weights as far in the end.
+    """
+    entry = RULEBOOK[rule.name]
+    at = entry.momenta[0]
+    if at == "none" and rule.momentum and len(entry.momenta) > 1:
+        at = entry.momenta[1]
+    without = (rule.momentum_at or at) == "none"
+    rate = lr / (1 - momentum) if without and rule.momentum is None and entry.server != "adagrad" else lr
+    return {"momentum_at": at, "momentum": 0.0 if without else momentum, "staleness": entry.staleness or "delay_adaptive",
+            "dc_lambda": 2.0 if rule.name == "dc_asgd_a" else 0.04}, rate
+
+
+def expected_staleness(rule: RuleConfig, num_workers: int, in_flight: int) -> str:
+    """What a user is to expect, in a line."""
+    pacing_ = pacing(rule, num_workers)
+    if not pacing_.mean_of:
+        return f"{num_workers} workers, {rule.name}: a step is the mean of {num_workers - pacing_.backup} gradients"
+    bound = [f"at most {pacing_.max_staleness - 1:g}"] if math.isfinite(pacing_.max_staleness) else []
+    together = [f"{pacing_.mean_of} gradients a step"] if pacing_.mean_of > 1 else []
+    return f"{num_workers} workers: expect a staleness of about {in_flight - 1}" + "".join(f", {text}" for text in bound + together)
