@@ -1,5 +1,6 @@
 """The ledger when workers are retired, come back, refuse, and when a run is resumed: pure, in any order."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.server.ledger import Ledger, LedgerError, Orders, Plan, Work
+from asgd_mpi.server.pace import Pacing
 
 PLAN = Plan(num_workers=3, num_samples=50, num_validation=10, total_samples=120, batch_size=4, lease_batches=3,
             validate_every=1.0)
@@ -19,13 +21,14 @@ class Cast:
 
     def __init__(self, plan=PLAN, state=None, used=()):
         self.ledger = Ledger(plan, lambda samples, staleness: 1.0, state)
+        self.taken = 0                                                # gradients that steps were made of
         self.mail = dict(self.ledger.take_news())
         self.used = list(used)                                        # (epoch, position) of what was applied
         self.done = [0] * plan.num_workers                            # the last finished lease of each
         self.at = {}                                                  # worker -> (lease, position)
         self.sent = [0] * plan.num_workers
         self.read = [self.ledger.version] * plan.num_workers
-        self.dead = set()
+        self.dead, self.waited = set(), set()
 
     def packet(self, worker, kind=None):
         if worker not in self.at:
@@ -44,9 +47,17 @@ class Cast:
 
     def step(self, worker, kind=None):
         """One packet of a worker, as the server would treat it."""
-        if worker in self.dead:
+        if worker in self.dead or self.mail[worker].hold and worker in self.ledger.members:
             return
+        if worker in self.waited:                                     # a fetch comes after the wait
+            self.waited.discard(worker)
+            self.read[worker] = self.ledger.version
         packet = self.packet(worker, kind)
+        if packet is None and self.mail[worker].orders == Orders.REPORT:
+            self.sent[worker] += 1
+            self.ledger.readmit(Header(Kind.HERE, worker, self.sent[worker], 0, 0, 0, 0))
+            self.mail |= dict(self.ledger.take_news())
+            self.read[worker] = self.ledger.version
         if packet is None:
             return
         lease, position = self.at[worker]
@@ -60,14 +71,18 @@ class Cast:
             elif packet.kind == Kind.NONFINITE:
                 self.ledger.refuse(packet)
             else:
-                self.used += [(segment.epoch, p) for segment in self.ledger.judge(packet).segments
-                              for p in range(segment.start, segment.stop)]
+                verdict = self.ledger.judge(packet)
+                self.taken += verdict.mean_of
+                if not verdict.dropped:
+                    self.used += [(segment.epoch, p) for segment in verdict.segments for p in range(segment.start, segment.stop)]
             self.at[worker] = (lease, position + packet.count)
             if position + packet.count == lease.stop:
                 del self.at[worker]
                 self.done[worker] = lease.number
         self.mail |= dict(self.ledger.take_news())
         self.read[worker] = self.ledger.version
+        if self.mail[worker].hold:
+            self.waited.add(worker)
 
     def finish(self, rounds=2000):
         while not self.ledger.finished:
@@ -80,10 +95,15 @@ class Cast:
 ACTS = st.lists(st.tuples(st.sampled_from(["step"] * 12 + ["retire", "kill", "nonfinite", "resume"]), st.integers(0, 2)), max_size=150)
 
 
-@settings(deadline=None, max_examples=150)
-@given(ACTS)
-def test_every_sample_is_used_exactly_once_whoever_fails_and_however_often_it_is_resumed(acts):
-    cast = Cast()
+PACES = [PLAN, *(dataclasses.replace(PLAN, pacing=pacing) for pacing in [
+    Pacing(mean_of=2), Pacing(max_staleness=2), Pacing(slack=0), Pacing(slack=2), Pacing(mean_of=0), Pacing(mean_of=0, backup=1)]),
+    dataclasses.replace(PLAN, warm_start=30), dataclasses.replace(PLAN, warm_start=30, pacing=Pacing(mean_of=0))]
+
+
+@settings(deadline=None, max_examples=400)
+@given(ACTS, st.sampled_from(PACES))
+def test_every_sample_is_used_exactly_once_whoever_fails_and_however_often_it_is_resumed(acts, plan):
+    cast = Cast(plan)
     for act, worker in acts:
         if cast.ledger.finished:
             break
@@ -96,10 +116,11 @@ def test_every_sample_is_used_exactly_once_whoever_fails_and_however_often_it_is
         elif act == "kill" and worker in cast.ledger.members and len(cast.ledger.members) > 1:
             cast.ledger.retire(worker, for_good=True, is_gone=True)
             cast.dead.add(worker)
-        elif act == "resume":
-            cast = Cast(state=json.loads(json.dumps(cast.ledger.state())), used=cast.used)
+        cast.mail |= dict(cast.ledger.take_news())
+        if act == "resume":
+            cast = Cast(plan, json.loads(json.dumps(cast.ledger.state())), cast.used)
     if not cast.ledger.finished and not set(cast.ledger.members) - cast.dead:
-        cast = Cast(state=cast.ledger.state(), used=cast.used)        # nobody was left
+        cast = Cast(plan, cast.ledger.state(), cast.used)             # nobody was left
     cast.finish()
     given_up = sorted((part.epoch, p) for part in cast.ledger.given_up for p in range(part.start, part.stop))
     assert sorted(cast.used + given_up) == EVERYTHING

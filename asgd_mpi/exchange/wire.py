@@ -24,6 +24,7 @@ class Kind(IntEnum):
     SIGNAL = 5       # the worker has been asked to end by a signal
     FAILED = 6       # the worker cannot go on; it rests until the run ends
     GOODBYE = 7      # the worker's last words
+    HERE = 9         # a retired worker that holds nothing is heard of again
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import torch
@@ -79,24 +81,52 @@ def worker_file(worker: int) -> str:
     return f"worker{worker:03d}.pt"
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Write and force to the disk; returns the sha256. Raises RunDirError."""
+class _Considerate:
+    """A file that is written piece by piece, with pauses in between, until somebody is in a hurry; and its sha256."""
+
+    PIECE, PAUSE = 1 << 20, 4             # bytes; times as long as a piece took
+
+    def __init__(self, file: BinaryIO, hurry: threading.Event | None):
+        self._file, self._hurry = file, hurry
+        self.digest = hashlib.sha256()
+
+    def write(self, content: bytes | memoryview) -> int:
+        for start in range(0, len(content), self.PIECE):
+            began = time.monotonic()
+            piece = content[start:start + self.PIECE]
+            self._file.write(piece)
+            self.digest.update(piece)
+            if self._hurry and len(piece) == self.PIECE:
+                self._hurry.wait(self.PAUSE * (time.monotonic() - began))
+        return len(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], hurry: threading.Event | None = None) -> str:
+    """Write and force to the disk; returns the sha256. Raises RunDirError.
+
+    `hurry`: write slowly until it is set, so that the training beside it keeps processors and memory for itself.
+    """
     try:
         with open(path, "wb") as file:
-            torch.save(tensors, file)
+            writer = _Considerate(file, hurry)
+            torch.save(tensors, writer)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise unwritable(path, error) from error
-    return sha256(path)
+    return writer.digest.hexdigest()
 
 
-def save_worker(staging: Path, worker: int, made: int, tensors: dict[str, torch.Tensor]) -> bool:
+def save_worker(staging: Path, worker: int, made: int, tensors: dict[str, torch.Tensor],
+                hurry: threading.Event | None = None) -> bool:
     """Write a worker's own state; False if nobody waits for it any more. Raises RunDirError."""
     if not staging.is_dir():
         return False
     try:
-        state = WorkerState(worker, made, write_tensors(staging / worker_file(worker), tensors))
+        state = WorkerState(worker, made, write_tensors(staging / worker_file(worker), tensors, hurry))
         write_whole(staging / f"worker{worker:03d}.json", msgspec.json.encode(state))
     except RunDirError:
         if staging.is_dir():

@@ -39,6 +39,7 @@ class Orders(IntEnum):
     STOP = 1         # the run is finished
     LEAVE = 2        # save what is to be saved: the run will be resumed
     REST = 3         # retired for good: wait for one of the two above
+    REPORT = 4       # retired for now: any packet makes it a member again
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ class Ledger:
         for worker in sorted(news if not self.finished else range(self.plan.num_workers)):
             account = self._accounts[worker]
             orders = (Orders.STOP if self.finished else Orders.LEAVE if self._is_leaving
-                      else Orders.GO_ON if account.is_member or account.may_return else Orders.REST)
+                      else Orders.GO_ON if account.is_member else Orders.REPORT if account.may_return else Orders.REST)
             yield worker, Mail(account.judged, account.made, orders, account.dropped, self.save,
                                self.best.version if self.best else 0, account.refused, worker in self._pace.held,
                                tuple(account.leases))

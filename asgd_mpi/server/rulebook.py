@@ -109,17 +109,18 @@ def check(config: Config, num_workers: int) -> None:
         if not holds:
             raise ConfigError(f"--{option} {value} with --rule.name {rule.name}: {reason}.")
 
-    if rule.momentum and rule.momentum_at not in entry.momenta:
+    at = rule.momentum_at
+    if rule.momentum and (at == "none" or at not in entry.momenta):
+        places = [place for place in entry.momenta if place != "none"]
         why = {"dc": "the server needs the gradient itself, not a velocity", "adagrad": "its rates are of the gradients' squares",
                "elastic": "what is pushed is a difference of weights, not a gradient"}.get(
-                   entry.server, "a worker that moves its own weights must know the whole step")
-        demand(False, "rule.momentum_at", rule.momentum_at, f"{why}; choose of {', '.join(entry.momenta)}")
+                   entry.server, "a worker that moves its own weights must know the whole step" if entry.moves else "it is set to none")
+        demand(False, "rule.momentum_at", at, f"{why}; choose of {', '.join(places)}" if places else f"{why}; leave the momentum out")
     demand(entry.may_overlap or not exchange.overlap, "exchange.overlap", "true",
            "a worker would compute while it is to wait, or on weights that it is about to move" + (
                "; n_push auto needs the overlap" if exchange.n_push == "auto" else ""))
     demand(entry.moves != "elastic" or exchange.n_fetch == exchange.n_push, "exchange.n_fetch", exchange.n_fetch,
            "the difference to the centre is of the weights that were just fetched; leave n_fetch out")
-    demand(not rule.momentum or rule.momentum_at != "none", "rule.momentum", rule.momentum, "--rule.momentum_at is none")
     demand(rule.staleness == entry.staleness or not entry.staleness, "rule.staleness", rule.staleness,
            f"the rule has its own weights ({entry.staleness})")
     demand(rule.name != "sync_backup" or rule.backup < num_workers, "rule.backup", rule.backup,

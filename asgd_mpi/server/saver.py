@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,7 +25,7 @@ from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.server.ledger import Ledger, Score
 from asgd_mpi.server.rules import Rule
 
-PATIENCE_S = 60.0   # for a worker to write its momentum
+PATIENCE_S = 300.0  # for a worker to write its momentum
 
 
 @dataclasses.dataclass
@@ -50,6 +51,8 @@ class Saver:
         self._pending: _Pending | None = None
         self._completing: list[Future[Checkpoint]] = []
         self.patience_s = PATIENCE_S
+        self._hurry = threading.Event()
+        self._frozen: dict[str, torch.Tensor] = {}    # the rule's state; nobody writes into it while it is written
 
     @property
     def is_busy(self) -> bool:
@@ -70,8 +73,9 @@ class Saver:
             self._about, version=ledger.version, samples=ledger.samples, num_workers=ledger.plan.num_workers,
             restart=self._restart, statistics_of=score.version if score else None, files={}, momenta={},
             top1_error=score.top1_error if is_of_this else None, top5_error=score.top5_error if is_of_this else None)
-        state = {name: vector.clone() for name, vector in self._rule.state.items()}
-        todo = self._thread.submit(_write, staging, self._flat.module.state_dict(), state, ledger.state())
+        self._frozen = {name: self._frozen[name].copy_(vector) if name in self._frozen else vector.clone()
+                        for name, vector in self._rule.state.items()}
+        todo = self._thread.submit(_write, staging, self._flat.module.state_dict(), self._frozen, ledger.state(), self._hurry)
         self._pending = _Pending(staging, manifest, time.time(), set(waits_for), todo)
 
     def announce(self, number: int) -> None:
@@ -95,7 +99,8 @@ class Saver:
         return whole
 
     def finish(self, best: int, timeout_s: float) -> list[Checkpoint]:
-        """Wait for what is being written, and complete it with the workers' parts that are there."""
+        """Wait for what is being written, and complete it with the workers' parts that are there; from now on, hurry."""
+        self._hurry.set()
         if self._pending:
             self._pending.waits_for.clear()
             wait([self._pending.written], timeout_s)
@@ -142,10 +147,10 @@ def best_staging(run: RunDir, version: int, restart: int) -> Path:
     return run.staging(version, restart).with_name(f".best{version:09d}.{restart}")
 
 
-def _write(staging: Path, model: dict, state: dict, ledger: dict) -> dict[str, str]:
-    files = {MODEL: checkpoint.write_tensors(staging / MODEL, model)}
+def _write(staging: Path, model: dict, state: dict, ledger: dict, hurry: threading.Event) -> dict[str, str]:
+    files = {MODEL: checkpoint.write_tensors(staging / MODEL, model, hurry)}
     if state:
-        files[SERVER] = checkpoint.write_tensors(staging / SERVER, state)
+        files[SERVER] = checkpoint.write_tensors(staging / SERVER, state, hurry)
     write_whole(staging / LEDGER, msgspec.json.format(msgspec.json.encode(ledger)))
     files[LEDGER] = checkpoint.sha256(staging / LEDGER)
     return files

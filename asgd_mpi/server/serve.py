@@ -170,7 +170,7 @@ class Server:
         try:
             if header is None:
                 self._expel(worker, arrival.fault)
-            elif header.kind in (Kind.VALIDATION, Kind.NONFINITE) and worker not in self.ledger.members:
+            elif header.kind in (Kind.VALIDATION, Kind.NONFINITE, Kind.HERE) and worker not in self.ledger.members:
                 self._drop(header)
             elif header.kind == Kind.VALIDATION:
                 self._score(arrival)

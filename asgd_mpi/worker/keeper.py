@@ -6,6 +6,7 @@ there, and completes the checkpoint.
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -23,13 +24,19 @@ class Keeper:
     def __init__(self, run: RunDir, restart: int, worker: int):
         self._run, self._restart, self._worker = run, restart, worker
         self._thread = ThreadPoolExecutor(1, "keeper", checkpoint.step_back)
+        self._hurry = threading.Event()
+        self._frozen: dict[str, torch.Tensor] = {}
         self._under_way: list[tuple[Kind, int, Future[bool]]] = []
 
     def save(self, number: int, made: int, state: dict[str, torch.Tensor]) -> None:
         """Begin to write the momentum, whose last push made version `made`, for checkpoint `number`."""
-        frozen = {name: vector.detach().cpu().clone() for name, vector in state.items()}
+        self._hurry.clear()
+        if any(kind == Kind.SAVED and not future.done() for kind, _, future in self._under_way):
+            self._frozen = {}             # it is still being written
+        self._frozen = {name: self._frozen[name].copy_(vector) if name in self._frozen else vector.detach().cpu().clone()
+                        for name, vector in state.items()}
         staging = self._run.staging(number, self._restart)
-        self._start(Kind.SAVED, made, checkpoint.save_worker, staging, self._worker, made, frozen)
+        self._start(Kind.SAVED, made, checkpoint.save_worker, staging, self._worker, made, self._frozen, self._hurry)
 
     def save_best(self, version: int, model: dict[str, torch.Tensor]) -> None:
         """Begin to write the state_dict of the validated version."""
@@ -37,7 +44,9 @@ class Keeper:
         self._start(Kind.BEST, version, self._write_best, version, frozen)
 
     def take_done(self, wait: bool = False) -> list[tuple[Kind, int]]:
-        """What has been written (`wait`: all of it), in order. Raises RunDirError."""
+        """What has been written (`wait`: all of it, in a hurry), in order. Raises RunDirError."""
+        if wait:
+            self._hurry.set()
         done = []
         while self._under_way and (wait or self._under_way[0][2].done()):
             kind, version, future = self._under_way.pop(0)
@@ -46,6 +55,7 @@ class Keeper:
         return done
 
     def close(self) -> None:
+        self._hurry.set()
         self._thread.shutdown()
 
     def _start(self, kind: Kind, version: int, write, *arguments: object) -> None:

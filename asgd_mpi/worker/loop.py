@@ -130,7 +130,7 @@ class Worker:
             self._take()
             self.courier.say(self._header(Kind.SIGNAL))
             self._await_end()                                                  # what is summed up is trained again
-        return self.courier.mail.orders != Orders.GO_ON or self._lost_membership()
+        return self.courier.mail.orders not in (Orders.GO_ON, Orders.REPORT) or self._lost_membership()
 
     def _lost_membership(self) -> bool:
         """Whether a packet was dropped since this worker had been retired: then it begins again, as a new one."""
@@ -266,6 +266,10 @@ class Worker:
                     self._refresh()                      # others have moved the weights in the meantime
             if self.courier.mail.orders == Orders.REST:
                 self._await_end()
+            if self.courier.mail.orders == Orders.REPORT and self._next_lease() is None:
+                self.courier.say(self._header(Kind.HERE))
+                self._lost_membership()
+                continue
             if self.courier.mail.orders != Orders.GO_ON:
                 return
             lease = self._next_lease()
