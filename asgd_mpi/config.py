@@ -84,11 +84,14 @@ class ModelConfig:
         name: digits_cnn, alexnet, resnet18, resnet50, torchvision:NAME, or package.module:function
         weights: state_dict file (torchvision's or your own) or checkpoint to begin with, in place of random weights
         partial_weights: take what fits of it, such as all but a head for other classes
+        batchnorm: statistics to validate with; recalibrate measures them anew on the validated version, local takes the
+            running ones of the worker that validates
     """
 
     name: str = "digits_cnn"
     weights: str = ""
     partial_weights: bool = False
+    batchnorm: Literal["recalibrate", "local"] = "recalibrate"
 
 
 @dataclass
@@ -134,18 +137,20 @@ class ScheduleConfig:
     """The learning rate, a function of the samples applied at the server.
 
     Args:
-        name: constant, step (times gamma every step_epochs) or cosine (to 0 at the end) (default: recipe)
+        name: constant, step (times gamma every step_epochs), cosine or poly (both to 0 at the end) (default: recipe)
         lr: learning rate of one gradient (default: the network's recipe)
         warmup_epochs: epochs over which the rate rises linearly from lr / workers (default: the network's recipe)
         step_epochs: epochs between two steps of `step`
         gamma: factor of a step of `step`
+        power: of `poly`, (1 - the part of the run that is done) ** power
     """
 
-    name: Optional[Literal["constant", "step", "cosine"]] = None
+    name: Optional[Literal["constant", "step", "cosine", "poly"]] = None
     lr: Optional[float] = None
     warmup_epochs: Optional[float] = None
     step_epochs: float = 30.0
     gamma: float = 0.1
+    power: float = 1.0
 
 
 @dataclass
@@ -174,11 +179,19 @@ class ComputeConfig:
         device: auto takes the GPU at the worker's position among the workers of its node, or the CPU if it has none
         threads: torch threads of each rank; 0 shares the cores of a node among its ranks
         workers_per_gpu: how many workers may share a GPU; more than that are refused before the run
+        precision: of forward and backward; bfloat16 and float16 (with a scaled loss) under autocast, weights stay float32
+        micro_batches: compute a batch in so many parts, one after the other, for networks that need much memory
+        channels_last: lay images and convolutions out by pixels, as fast GPU kernels want it
+        compile: let torch.compile compile the network
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     workers_per_gpu: int = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    micro_batches: int = 1
+    channels_last: bool = False
+    compile: bool = False
 
 
 @dataclass
@@ -389,6 +402,8 @@ def _check(config: Config) -> None:
            f"the batches of one push are computed on one snapshot, so give a multiple of n_push ({exchange.n_push})")
     demand(config.compute.workers_per_gpu > 0, "compute.workers_per_gpu", config.compute.workers_per_gpu,
            "a GPU has 1 worker or more")
+    demand(config.compute.micro_batches > 0, "compute.micro_batches", config.compute.micro_batches, "a batch has 1 part or more")
+    demand(schedule.power > 0, "schedule.power", schedule.power, "with 0 the rate is constant; give more than 0")
     every, failure = config.checkpoint, config.failure
     demand(every.every_s >= 0, "checkpoint.every_s", every.every_s, "give seconds, or 0 for none by time")
     demand(every.every_samples >= 0, "checkpoint.every_samples", every.every_samples, "give images, or 0 for none by images")

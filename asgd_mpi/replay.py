@@ -8,10 +8,12 @@ through a ledger of its own invariants (versions in order, staleness not negativ
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Optional
 
 import jsonargparse
 import torch
@@ -21,7 +23,7 @@ from asgd_mpi import config as configuration
 from asgd_mpi.data.loader import Batch, Loader
 from asgd_mpi.errors import RunDirError, UserError
 from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.record import checkpoint
+from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.events import Member, Push, Resume, Start, Turn, read_events, read_log
 from asgd_mpi.record.history import Session, lineage
 from asgd_mpi.record.rundir import RunDir
@@ -46,10 +48,11 @@ class Point:
 
 
 def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: Point | None = None,
-           successor: Resume | None = None, threads: Mapping[int, int] = MappingProxyType({})) -> tuple[FlatModel, Point | None]:
+           successor: Resume | None = None, threads: Mapping[int, int] = MappingProxyType({}),
+           until: float = math.inf) -> tuple[FlatModel, Point | None]:
     """Apply the entries of one start's log; returns the network after the last push, and where `successor` begins.
 
-    `begin`: None for the first weights. `threads`: of each rank; the bits depend on how a
+    `until`: the version to stop at. `begin`: None for the first weights. `threads`: of each rank; the bits depend on how a
     vector is shared out among them. What was applied after the successor's checkpoint is computed, too: momenta may
     hold a little of it. Memory: one (P,) vector for each version that a worker may still have computed on, and one for
     each worker's momentum. Raises RunDirError.
@@ -79,6 +82,8 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
             handover.see_momentum(entry.worker, entry.version, replicas[entry.worker])
         if not isinstance(entry, Push):
             continue
+        if version >= until:
+            break
         push, replica = entry, replicas[entry.worker]
         staleness = plan.pacing.staleness(version, push.read_version)
         _check(push, version, schedule(samples, staleness), snapshots)
@@ -171,9 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = jsonargparse.ArgumentParser(
         prog="python -m asgd_mpi.replay", description="Compute a recorded run again and compare the weights.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="A directory that asgd_mpi.train made.")
+    parser.add_argument("--until", type=Optional[int], metavar="VERSION", help="Stop at this version of the weights.")
+    parser.add_argument("--debug", action="store_true",
+                        help="Start the debugger there; `flat` is the network, `push` the next entry of the log.")
     options = parser.parse_args(arguments)
     try:
-        return _replay_and_compare(RunDir.open(options.run_dir))
+        run = RunDir.open(options.run_dir)
+        return _replay_and_compare(run) if options.until is None else _replay_until(run, options.until, options.debug)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -195,8 +204,34 @@ def _replay_and_compare(run: RunDir) -> int:
     return 0
 
 
+def _replay_until(run: RunDir, version: int, debug: bool) -> int:
+    """Replay up to a version, compare it with its checkpoint if there is one, and look at it."""
+    last = max((push.version + 1 for push in history.pushes(run) if push), default=0)
+    if not 0 <= version <= last:
+        raise RunDirError(f"--until {version}: the run has the versions 0 to {last}.")
+    flat, point = None, None
+    sessions = lineage(run)
+    for session, successor in zip(sessions, [*sessions[1:], None]):
+        ends_here = successor is None or successor.begin.version >= version
+        flat, point, _ = _replay_session(run, session, None if ends_here else successor.begin, point, version)
+        if ends_here:
+            break
+    push = next((push for push in history.pushes(run) if push and push.version == version), None)
+    print(f"version {version} of the weights: norm {flat.weights.norm().item():.9g}; the next push is {push}")
+    directory = next((path for path, manifest in checkpoint.resumable(run) if manifest and manifest.version == version), None)
+    status = 0
+    if directory:
+        found = checkpoint.load(directory)[0]
+        same = all(torch.equal(parameter, found[name]) for name, parameter in flat.module.named_parameters())
+        print(f"the weights are {'the same to the bit as' if same else 'not those'} in {directory}")
+        status = 0 if same else 1
+    if debug:
+        breakpoint()
+    return status
+
+
 def _replay_session(run: RunDir, session: Session, successor: Resume | None,
-                    begin: Point | None) -> tuple[FlatModel, Point | None, int]:
+                    begin: Point | None, until: float = math.inf) -> tuple[FlatModel, Point | None, int]:
     """Replay one start of the run; also returns the number of its pushes."""
     starts = {rank: event for rank, restart, path in run.metrics_files if restart == session.restart
               for event in read_events(path) if isinstance(event, Start)}
@@ -211,7 +246,7 @@ def _replay_session(run: RunDir, session: Session, successor: Resume | None,
     pushes = sum(isinstance(entry, Push) for entry in entries)
     num_workers = next(iter(starts.values())).num_workers
     flat, point = replay(task, tqdm(entries, unit=" pushes"), num_workers, begin, successor,
-                         {rank: start.threads for rank, start in starts.items()})
+                         {rank: start.threads for rank, start in starts.items()}, until)
     return flat, point, pushes
 
 

@@ -48,7 +48,8 @@ class Task:
     def build_module(self) -> nn.Module:
         """The network with its first weights, a function of the seed. Raises ConfigError."""
         torch.manual_seed(self.config.run.seed)
-        return networks.build(self.config.model.name, self.train.num_classes, self.channels, self.config.data.image_size)
+        module = networks.build(self.config.model.name, self.train.num_classes, self.channels, self.config.data.image_size)
+        return module.to(memory_format=torch.channels_last) if self.config.compute.channels_last else module
 
     def first_module(self) -> nn.Module:
         """The network with the weights that training begins with: random, or from a file. Raises ConfigError."""

@@ -9,17 +9,17 @@ import sys
 import time
 
 from asgd_mpi import train
-from asgd_mpi.worker import replica
+from asgd_mpi.worker import step
 from benchmarks.networks import STEPS_MS
 
 
-def sleep_(*_: object, accumulate: bool = False) -> float:
+def sleep_(*_: object, **__: object) -> float:
     """In place of `compute_gradient_`: the loss."""
     time.sleep(float(os.environ[STEPS_MS]) / 1e3)
     return 0.0
 
 
 if __name__ == "__main__":
-    assert callable(replica.compute_gradient_)     # what is replaced must be what the worker calls
-    replica.compute_gradient_ = sleep_
+    assert callable(step.compute_gradient_)     # what is replaced must be what the worker calls
+    step.compute_gradient_ = sleep_
     sys.exit(train.main())

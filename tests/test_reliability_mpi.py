@@ -100,7 +100,9 @@ def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers
     assert "nothing is left to do" in done.stdout
 
 
-@pytest.mark.parametrize("options", [[], ["--exchange.n_push", "auto"]], ids=["default", "auto"])
+@pytest.mark.parametrize("options", [
+    [], ["--exchange.n_push", "auto"], ["--rule", "ssp", "--rule.slack", "1"], ["--rule", "sync"],
+    ["--rule.warm_start_epochs", "3"]], ids=["default", "auto", "ssp", "sync", "warm start"])
 def test_workers_that_are_killed_are_retired_and_the_others_go_on(site, options):
     site.train(3, *options, "--inject", "kill@step30:rank2,kill@t=1s:rank3", status=3, ulfm=True, epochs=6)
     assert sorted(site.check(epochs=6)["retired"]) == [2, 3]

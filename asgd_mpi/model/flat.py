@@ -28,6 +28,7 @@ class FlatModel:
         self.device = device
         _demand_float32(self.module)
         self._parameters = list(self.module.parameters())
+        self._strides = [_stride(parameter) for parameter in self._parameters]
         self._known: dict[int, list[torch.Tensor]] = {}   # the parameters' views of each of the vectors
         self.weights = torch.zeros(num_floats(module), device=device)
         self.gradient = torch.zeros_like(self.weights) if gradient is None else gradient[:len(self.weights)].zero_()
@@ -54,8 +55,8 @@ class FlatModel:
     def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
         if id(vector) not in self._known:
             starts = itertools.accumulate((_padded(p) for p in self._parameters), initial=0)
-            self._known[id(vector)] = [vector[start:start + p.numel()].view(p.shape)
-                                       for start, p in zip(starts, self._parameters)]
+            self._known[id(vector)] = [vector[start:start + p.numel()].as_strided(p.shape, stride)
+                                       for start, p, stride in zip(starts, self._parameters, self._strides)]
         return self._known[id(vector)]
 
     @property
@@ -93,6 +94,12 @@ def num_floats(module: nn.Module) -> int:
 def num_statistics(module: nn.Module) -> int:
     """How many floats the buffers of a module hold."""
     return sum(buffer.numel() for buffer in module.buffers() if buffer.is_floating_point())
+
+
+def _stride(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Of a parameter within its part of the vector: rows by rows, or channels last if the module has it so."""
+    return parameter.stride() if parameter.dim() == 4 and parameter.is_contiguous(
+        memory_format=torch.channels_last) else torch.empty(parameter.shape, device="meta").stride()
 
 
 def _padded(parameter: torch.Tensor) -> int:

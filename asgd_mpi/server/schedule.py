@@ -49,4 +49,6 @@ class Schedule:
             return self.config.gamma ** (samples // round(self.config.step_epochs * self.samples_per_epoch))
         if self.config.name == "cosine":
             return 0.5 * (1 + math.cos(math.pi * samples / self.total_samples))
+        if self.config.name == "poly":
+            return (1 - samples / self.total_samples) ** self.config.power
         return 1.0

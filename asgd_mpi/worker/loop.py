@@ -59,6 +59,7 @@ class Worker:
         self.train_loader, self.val_loader = loaders
         self.batch_size = config.data.batch_size
         self.exchange = config.exchange
+        self.recalibrates = config.model.batchnorm == "recalibrate"
         self.meter = meter
         self.keeper = keeper
         self.log = log                                         # of every fetched snapshot's hash, if asked for
@@ -313,7 +314,7 @@ class Worker:
 
     def _recalibrate(self) -> None:
         """Measure the batch-norm statistics of the fetched snapshot, on the first training images of epoch 0."""
-        if batchnorm.layers(self.flat.module):
+        if self.recalibrates and batchnorm.layers(self.flat.module):
             last = min(batchnorm.NUM_BATCHES * self.batch_size, self.train_loader.shards.num_samples)
             batches = (self.train_loader.batch(0, start, min(start + self.batch_size, last))
                        for start in range(0, last, self.batch_size))

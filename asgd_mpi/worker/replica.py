@@ -17,7 +17,7 @@ from asgd_mpi.data.loader import Batch
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.rulebook import RULEBOOK, pacing
 from asgd_mpi.worker.momentum import Momentum
-from asgd_mpi.worker.step import Normalise, compute_gradient_
+from asgd_mpi.worker.step import Normalise, ScaledLoss
 
 
 class Replica:
@@ -40,6 +40,9 @@ class Replica:
         rule = config.rule
         self.flat, self._rate_at, self._rule, self._seed, self._shares = flat, rate_at, rule, config.run.seed, shares
         self.moves = RULEBOOK[rule.name].moves
+        self._loss = ScaledLoss(config.compute)
+        if config.compute.compile:
+            flat.module.compile()
         self._alpha = rule.alpha or 0.9 / num_workers
         self._momentum = Momentum(rule, flat.weights, keeps_last=pacing(rule, num_workers).may_drop)
         self._sum = torch.zeros_like(flat.weights) if self.moves == "descends" else None
@@ -74,7 +77,7 @@ class Replica:
         is_first, self._batches = self._batches == 0, self._batches + 1
         if self._shares:
             self.flat.weights.copy_(self._own)
-        loss = compute_gradient_(self.flat, normalise, batch, self._seed, accumulate=not (is_first or self.moves))
+        loss = self._loss.compute_gradient_(self.flat, normalise, batch, self._seed, accumulate=not (is_first or self.moves))
         if self.moves:
             self._move_(is_first)
         return loss

@@ -6,6 +6,7 @@ and the dropout from generators seeded by where in the epoch the batch lies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,21 +14,64 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from asgd_mpi.config import ComputeConfig
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.model.flat import FlatModel
 
 Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> float32 (B, C, S, S)
 
 
-def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False) -> float:
-    """Set `flat.gradient` to the gradient of the mean loss over the batch, or add it; returns the loss."""
+def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
+                      compute: ComputeConfig = ComputeConfig(), scale: float = 1.0) -> float:
+    """Set `flat.gradient` to the gradient of the mean loss over the batch times `scale`, or add it; returns the loss."""
     _seed_dropout(flat.device, int(np.random.SeedSequence([seed, batch.epoch, batch.start]).generate_state(1)[0]))
     if not accumulate:
         flat.gradient.zero_()
-    images = normalise(batch.on(flat.device))
-    loss = functional.cross_entropy(flat.module(images), batch.labels.to(flat.device, non_blocking=True))
-    loss.backward()
-    return loss.item()  # sync: the push carries it
+    images, labels = normalise(batch.on(flat.device)), batch.labels.to(flat.device, non_blocking=True)
+    if compute.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    losses = []
+    for part, truth in zip(images.tensor_split(compute.micro_batches), labels.tensor_split(compute.micro_batches)):
+        if len(truth):
+            with torch.autocast(flat.device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32"):
+                loss = functional.cross_entropy(flat.module(part), truth)
+            share = len(truth) / len(labels)
+            (loss * (share * scale)).backward()
+            losses.append(loss.detach() * share)
+    return sum(losses).item()  # sync: the push carries it
+
+
+class ScaledLoss:
+    """float16 keeps small gradients only if the loss is scaled up: a power of 2, halved when the gradient overflows.
+
+    The batch is then computed again, so that none is lost; after 2000 batches without, it is doubled (Micikevicius et al.
+    2018, arXiv:1710.03740, section 3.2).
+    """
+
+    FIRST, PATIENCE = 2.0 ** 16, 2000
+
+    def __init__(self, compute: ComputeConfig):
+        self._compute = compute
+        self._scale = self.FIRST if compute.precision == "float16" else 1.0
+        self._good = 0                # batches since it was changed
+
+    def compute_gradient_(self, flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool) -> float:
+        """As the function of that name."""
+        if self._compute.precision != "float16":
+            return compute_gradient_(flat, normalise, batch, seed, accumulate, self._compute)
+        before = flat.gradient.clone() if accumulate else None
+        while True:
+            loss = compute_gradient_(flat, normalise, batch, seed, False, self._compute, self._scale)
+            flat.gradient.div_(self._scale)
+            if flat.gradient.sum().isfinite() or self._scale == 1 or not math.isfinite(loss):
+                break
+            self._scale, self._good = self._scale / 2, 0
+        if before is not None:
+            flat.gradient.add_(before)
+        self._good += 1
+        if self._good == self.PATIENCE:
+            self._scale, self._good = self._scale * 2, 0
+        return loss
 
 
 def _seed_dropout(device: torch.device, seed: int) -> None:

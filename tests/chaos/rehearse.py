@@ -34,7 +34,9 @@ SAMPLES, EPOCHS = 1437, 6.5
 STARTS = 5                     # the last one without failures
 TIMEOUT_S = 150
 EXCHANGES = [[], [], ["--n-sync", "3"], ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"],
-             ["--rule.momentum_at", "server"]]
+             ["--rule.momentum_at", "server"], ["--rule", "sync"], ["--rule", "ssp", "--rule.slack", "1"],
+             ["--rule.warm_start_epochs", "2"], ["--rule", "ringmaster", "--rule.max_staleness", "3"],
+             ["--rule", "softsync"], ["--rule", "downpour"], ["--rule", "eamsgd"], ["--rule", "dc_asgd_a"]]
 ULFM = ("--with-ft", "ulfm")
 STATUSES = {0, 3, 75}
 
