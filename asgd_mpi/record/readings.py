@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,11 @@ class Restart(msgspec.Struct):
     num_workers: int
     version: int = 0                           # that it went on from
     forgotten_pushes: int = 0                  # applied by it, after the checkpoint that the next start went on from
+
+
+def gaps_s(starts: Sequence[Restart], until: float) -> float:
+    """Seconds between the end of a start and the next one, as far as they lie before `until`."""
+    return sum(max(0.0, min(after.started, until) - before.ended) for before, after in zip(starts, starts[1:]))
 
 
 class RankNote(msgspec.Struct):
@@ -142,11 +147,6 @@ class Metrics:
         one.ended = max(one.ended, t)
         if isinstance(event, Start):
             one.num_workers = event.num_workers
-
-    def gaps_s(self, until: float) -> float:
-        """Seconds between the end of a start and the next one, as far as they lie before `until`."""
-        ordered = [one for _, one in sorted(self.restarts.items())]
-        return sum(max(0.0, min(after.started, until) - before.ended) for before, after in zip(ordered, ordered[1:]))
 
     def _add(self, rank: Rank, event: Event) -> None:
         t = event.t1 if isinstance(event, Interval) else event.t

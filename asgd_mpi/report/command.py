@@ -21,7 +21,7 @@ from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.audit import account
-from asgd_mpi.report.compare import compare
+from asgd_mpi.report.compare import Comparison, compare
 from asgd_mpi.report.cost import Cost, price
 from asgd_mpi.report.follow import follow
 from asgd_mpi.report.markdown import render, render_comparison
@@ -102,18 +102,24 @@ def _report(run: RunDir, options: jsonargparse.Namespace) -> None:
 
 
 def _compare(runs: list[RunDir], options: jsonargparse.Namespace) -> None:
-    summaries = [summarize(run) for run in runs]
     target = None if options.target_accuracy is None else options.target_accuracy / 100
-    comparison = compare(summaries, target, options.price_per_gpu_hour)
+    write_comparison(runs, None if options.no_write else Path(options.out), target, options.price_per_gpu_hour)
+
+
+def write_comparison(runs: Sequence[RunDir], out: Path | None, target_accuracy: float | None = None,
+                     price_per_gpu_hour: float | None = None) -> Comparison:
+    """Print the comparison, and write `comparison.html`, `.md` and `.json` into `out`, if given. Raises RunDirError."""
+    summaries = [summarize(run) for run in runs]
+    comparison = compare(summaries, target_accuracy, price_per_gpu_hour)
     markdown = render_comparison(comparison)
     print(markdown, end="")
-    if not options.no_write:
+    if out is not None:
         from asgd_mpi.report.comparison import page
 
-        out = _directory(Path(options.out))
-        write_whole(out / "comparison.md", markdown.encode())
+        write_whole(_directory(out) / "comparison.md", markdown.encode())
         write_whole(out / "comparison.json", _json(msgspec.to_builtins(comparison)))
         write_whole(out / "comparison.html", page(comparison, summaries).encode())
+    return comparison
 
 
 def write(run: RunDir, summary: Summary, markdown: str, cost: Cost | None = None) -> None:
