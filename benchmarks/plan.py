@@ -69,8 +69,8 @@ def _compare(network: str, basis: tuple[int, ...], n_push: int, num_workers: int
     measured, found = observe(run), simulate(replace(costs, n_push=n_push, n_fetch=None), num_workers)
     summary = summarize(run)
     return {"network": network, "parameters": summary.num_parameters, "calibrated_with": basis, "n_push": n_push,
-            "workers": num_workers, "measured_images_per_s": measured.images_per_s, "predicted_images_per_s": found.images_per_s,
-            "error": found.images_per_s / measured.images_per_s - 1, "measured_staleness": summary.staleness.mean,
+            "workers": num_workers, "measured_images_per_s": measured.images_per_s,
+            "predicted_images_per_s": found.images_per_s, "error": found.images_per_s / measured.images_per_s - 1, "measured_staleness": summary.staleness.mean,
             "predicted_staleness": found.staleness, "measured_server_busy": summary.server_busy,
             "predicted_server_busy": found.server_busy, "knee": replace(costs, n_push=n_push).knee}
 
@@ -86,7 +86,8 @@ def _table(rows: list[dict], pushes: list[int]) -> str:
     for network in ("small", "large"):
         for basis in BASES:
             for n_push in pushes:
-                part = [row for row in rows if (row["network"], row["calibrated_with"], row["n_push"]) == (network, basis, n_push)]
+                part = [row for row in rows
+                        if (row["network"], row["calibrated_with"], row["n_push"]) == (network, basis, n_push)]
                 lines.append([f"{part[0]['parameters'] / 1e6:.2g} million", " and ".join(map(str, basis)), n_push,
                               *(f"{100 * row['error']:+.1f} %" for row in part)])
     return machine.table(["parameters", "calibrated with workers", "n_push", *map(str, WORKERS)], lines)

@@ -126,7 +126,8 @@ def test_runs_of_two_sizes_tell_the_servers_overhead_and_so_the_sizes_between(ov
     known = replace(COSTS, overhead_s=overhead_s, travel_s=0.006)
     found = calibrate([observed(known, 1), observed(known, 20)])
     for num_workers in (2, 7, 14, 40):
-        assert simulate(found, num_workers).images_per_s == pytest.approx(simulate(known, num_workers).images_per_s, rel=0.05)
+        assert simulate(found, num_workers).images_per_s == pytest.approx(
+            simulate(known, num_workers).images_per_s, rel=0.05)
 
 
 def test_an_update_slowed_by_many_ranks_is_taken_from_the_larger_run():
@@ -185,7 +186,8 @@ def test_the_command_plans_from_a_recorded_run(tmp_path, capsys):
 
 def test_the_command_plans_for_other_settings_and_marks_what_only_the_model_can(tmp_path, capsys):
     options = ["--workers", "1,4096", "--servers", "64", "--wire", "int8", "--link-gbit", "1", "--n-push", "4",
-               "--n-fetch", "8", "--overlap", "--step-ms", "100", "--batch-size", "64", "--spread", "0.1", "--link-latency-us", "20"]
+               "--n-fetch", "8", "--overlap", "--step-ms", "100", "--batch-size", "64", "--spread", "0.1",
+               "--link-latency-us", "20"]
     assert plan.main([str(RUN), *options, "--out", str(tmp_path)]) == 0
     assert "64 servers and wire format int8: of the model only" in capsys.readouterr().out
     costs = json.loads((tmp_path / "plan.json").read_bytes())["costs"]

@@ -22,7 +22,8 @@ import yaml
 from asgd_mpi.record.audit import Audit, audit
 from asgd_mpi.record import history
 from asgd_mpi.record.events import Checkpoint, Push, Retirement, Validation, read_events
-from asgd_mpi.record.readings import COUNTERS, Epoch, Lines, Metrics, Rank, RankNote, Restart, Status, Training, gaps_s
+from asgd_mpi.record.readings import (
+    COUNTERS, Epoch, GpuUse, Lines, Metrics, Rank, RankNote, Restart, Status, Training, gaps_s)
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins, Timeline
 
@@ -105,6 +106,13 @@ class Summary(msgspec.Struct):
     num_samples: int = 0                       # of an epoch; 0 if no Start says so
     total_samples: int = 0                     # of the run
     read_retries: int = 0                      # reads of shards that failed and were repeated
+    gpus: list[GpuUse] = []                    # those of which NVML told something
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """Of all GPUs together; None if no GPU counts it."""
+        known = [gpu.energy_j for gpu in self.gpus if gpu.energy_j is not None]
+        return sum(known) / 3.6e6 if known else None
 
     @property
     def overlap(self) -> float | None:
@@ -168,7 +176,8 @@ def summarize(run: RunDir) -> Summary:
         num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
         timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,
-        num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"])
+        num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"],
+        gpus=metrics.gpus)
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:

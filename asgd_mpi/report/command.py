@@ -42,6 +42,8 @@ def make_parser() -> jsonargparse.ArgumentParser:
                         "chrome://tracing, and nothing else; train with --record.spans 10000 to see single steps.")
     parser.add_argument("--price-per-gpu-hour", type=Optional[float], metavar="PRICE",
                         help="What a GPU costs in an hour, in any currency: adds the cost.")
+    parser.add_argument("--price-per-kwh", type=Optional[float], metavar="PRICE", help="Of one run: adds the energy of the "
+                        "GPUs, where it was measured, to the cost.")
     parser.add_argument("--num-gpus", type=Optional[int], metavar="GPUS",
                         help="GPUs of the one run, if its workers shared them (default: one for each worker).")
     parser.add_argument("--target-accuracy", type=Optional[float], metavar="PERCENT", help="Of a comparison: top-1 accuracy "
@@ -93,8 +95,11 @@ def _report(run: RunDir, options: jsonargparse.Namespace) -> None:
     cost = None
     if options.num_gpus is not None and options.num_gpus < 1:
         raise ConfigError(f"--num-gpus {options.num_gpus}: give the GPUs that the workers shared, 1 or more.")
-    if options.price_per_gpu_hour is not None:
-        cost = price(summary, options.price_per_gpu_hour, options.num_gpus)
+    if options.price_per_kwh is not None and summary.energy_kwh is None:
+        raise ConfigError(f"--price-per-kwh {options.price_per_kwh:g}: {run.path} holds no energy. It is measured on GPUs "
+                          "that count it, with nvidia-ml-py (pip install 'asgd_mpi[nvml]').")
+    if options.price_per_gpu_hour is not None or options.price_per_kwh is not None:
+        cost = price(summary, options.price_per_gpu_hour or 0.0, options.num_gpus, options.price_per_kwh)
     markdown = render(summary, cost)
     print(markdown, end="")
     if not options.no_write:
