@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -52,7 +52,8 @@ class Trial:
         linear scaling rule; Goyal et al. 2017, arXiv:1706.02677), with the warm-up of the configuration.
         """
         if self.is_sync:
-            return ["--rule.name", SYNC, "--schedule.lr", repr(one_worker_lr * self.num_workers)]
+            waits = ["--exchange.overlap", "false", *(["--exchange.n_push", "1"] if config.exchange.n_push == "auto" else [])]
+            return ["--rule.name", SYNC, "--schedule.lr", repr(one_worker_lr * self.num_workers), *waits]
         return ["--rule.name", "asgd"] if config.rule.name == SYNC else []
 
 
@@ -166,6 +167,7 @@ def _left_s(path: Path, budget_s: float) -> float:
 def _one_worker_lr(config: Config) -> float:
     from asgd_mpi.model import networks                    # loads torch
 
+    config = replace(config, rule=replace(config.rule, name=SYNC))
     return configuration.with_recipe(config, networks.recipe(config.model.name)).schedule.lr
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from asgd_mpi import poc, supervise
-from asgd_mpi.config import Config
+from asgd_mpi.config import Config, ExchangeConfig
 from asgd_mpi.exchange import wait
 from asgd_mpi.launch import Allocation
 from asgd_mpi.poc import Trial, left_s, trials
@@ -42,8 +42,14 @@ def test_one_worker_is_always_tried_and_every_other_number_with_both_rules():
 
 
 def test_the_rate_of_a_synchronous_run_is_that_of_one_worker_times_the_workers():
-    assert Trial(True, 4).options(Config(), 0.02) == ["--rule.name", "sync", "--schedule.lr", "0.08"]
+    assert Trial(True, 4).options(Config(), 0.02)[:4] == ["--rule.name", "sync", "--schedule.lr", "0.08"]
     assert Trial(False, 4).options(Config(), 0.02) == []
+
+
+def test_synchronous_runs_have_no_overlap_whatever_the_others_have():
+    auto = Config(exchange=ExchangeConfig(n_push="auto"))
+    assert Trial(True, 2).options(auto, 0.1)[4:] == ["--exchange.overlap", "false", "--exchange.n_push", "1"]
+    assert Trial(False, 2).options(auto, 0.1) == []
 
 
 @pytest.mark.parametrize("trained, finished, left", [(0, False, 600), (200, False, 400), (595, False, 0), (700, False, 0),
