@@ -201,11 +201,13 @@ class RecordConfig:
     Args:
         interval_s: seconds that one line of a metrics file covers
         spans: stretches of time of each rank to write one by one, for a trace (report --trace); 0 for none, 90 bytes each
+        tensorboard: write the server's numbers for TensorBoard, too, into tensorboard/ of the run directory
         hash_snapshots: write a hash of every published and fetched snapshot (a check of the exchange; slow)
     """
 
     interval_s: float = 1.0
     spans: int = 0
+    tensorboard: bool = False
     hash_snapshots: bool = False
 
 

@@ -1,13 +1,18 @@
-"""A model of the exchange: how many images/s, how stale, how busy a server, for any number of workers.
+"""A model of the exchange: how many images/s, how stale, how busy a server, for any number of workers and servers.
 
 Pure discrete-event simulation, one heap, three events for each push:
 
-    SEND    a worker's gradient takes its turn on the link to the server
-    SERVE   the server applies it, one after the other in order of arrival: `apply_s + overhead_s` each
-    FETCH   the worker, told of it, reads the latest weights over the link from the server, then computes a step
+    SEND    a worker has computed `n_push` batches; their gradient takes its turn on the link to the servers
+    SERVE   each server applies its part of it, one push after the other in order of arrival: `serve_s` each
+    BACK    the worker, told of it by the slowest server, reads the latest weights if a fetch is due, then goes on computing;
+            with overlap it has gone on at SEND, and sends again when both are done
+
+S servers hold equal parts of the vector and see all pushes in the same order, so one event serves for all of them: their
+queues are a vector, and differ by the spread of their updates. Several servers and a narrower wire format are features to
+come (`Costs.future`): the model knows them, the training does not yet.
 
 What it leaves out: ranks that share cores (but see `calibrate`), validation, the end of a run, the loader falling behind,
-and links other than the server's.
+workers that share a link, and that a server applies waiting pushes in one pass.
 """
 
 from __future__ import annotations
@@ -17,51 +22,100 @@ import itertools
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
 
 MIN_PUSHES = 2000     # simulated at least, and PUSHES_EACH for each worker
 PUSHES_EACH = 12
 WARM_UP = 1 / 3       # of the pushes: not counted
-SEND, SERVE, FETCH = range(3)
+WIRES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}     # bytes of a number on a link
+SEND, SERVE, BACK = range(3)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What one push costs, in seconds on an exchange without queues."""
+    """What a batch and a push cost, in seconds on an exchange without queues, and how the exchange is set."""
 
-    batch: float                               # images a push
-    step_s: float                              # data and compute on a worker
-    apply_s: float                             # the update, on the server
+    batch: float                               # images a batch
+    step_s: float                              # data and compute of a batch on a worker
+    apply_s: float                             # the update of the whole vector
     fetch_s: float                             # one read of the weights
     travel_s: float = 0.0                      # from the end of a step to the server's turn, and back to the worker's notice
     overhead_s: float = 0.0                    # for a push, beside the update: nobody else is served
-    spread: float = 0.0                        # standard deviation of a step over its mean
-    link_s: float = 0.0                        # the weights' or a gradient's time on the server's link, one at a time
+    spread: float = 0.0                        # standard deviation of a batch's step over its mean
+    apply_spread: float = 0.0                  # ... and of an update
+    link_s: float = 0.0                        # the whole vector in float32 on a server's link, one at a time each way
+    latency_s: float = 0.0                     # of that link, each way
+    n_push: int | Literal["auto"] = 1          # batches a push; auto: as many as a worker computes while one is under way
+    n_fetch: int | None = None                 # batches between two fetches; None: one with every push
+    overlap: bool = False                      # compute while a push is under way
+    wire: str = "float32"                      # one of WIRES
+    num_servers: int = 1
+
+    @property
+    def overlaps(self) -> bool:
+        return self.overlap or self.n_push == "auto"
+
+    @property
+    def push_batches(self) -> int:
+        """Batches in a push; of auto the least."""
+        return 1 if self.n_push == "auto" else self.n_push
+
+    @property
+    def fetches(self) -> float:
+        """For each push."""
+        return self.push_batches / (self.n_fetch or self.push_batches)
+
+    @property
+    def sent_s(self) -> float:
+        """The whole vector on a worker's link, which is as wide as a server's."""
+        return self.link_s * WIRES[self.wire] / WIRES["float32"]
+
+    @property
+    def serve_s(self) -> float:
+        """A server's time for a push: its part of the update, and what it does for any message."""
+        return self.apply_s / self.num_servers + self.overhead_s
+
+    @property
+    def trip_s(self) -> float:
+        """A push and its answer, when nothing queues."""
+        return (self.travel_s + 2 * self.latency_s + self.sent_s + self.serve_s
+                + self.fetches * (self.fetch_s + self.sent_s))
 
     @property
     def cycle_s(self) -> float:
         """A worker's time from push to push when it never queues."""
-        return self.step_s + self.travel_s + self.serve_s + self.fetch_s + 2 * self.link_s
+        step_s = self.push_batches * self.step_s
+        return max(step_s, self.trip_s) if self.overlaps else step_s + self.trip_s
 
     @property
-    def serve_s(self) -> float:
-        return self.apply_s + self.overhead_s
+    def alone(self) -> float:
+        """Images/s of a worker that never queues."""
+        return self.batch / self.step_s if self.n_push == "auto" else self.batch * self.push_batches / self.cycle_s
 
     @property
     def slowest_s(self) -> float:
-        """What the most loaded shared part (server, link in, link out) needs for a push."""
-        return max(self.serve_s, self.link_s)
+        """What the most loaded shared part (a server, its link in, its link out) needs for a push."""
+        return max(self.serve_s, max(1.0, self.fetches) * self.sent_s / self.num_servers)
 
     @property
     def limit(self) -> float:
-        """Images/s that no number of workers exceeds."""
-        return self.batch / self.slowest_s if self.slowest_s else math.inf
+        """Images/s that no number of workers exceeds; n_push auto has none, its pushes grow."""
+        return math.inf if self.n_push == "auto" or not self.slowest_s else self.batch * self.push_batches / self.slowest_s
 
     @property
     def knee(self) -> float:
         """Workers whose pushes would keep the slowest shared part busy all the time."""
         return self.cycle_s / self.slowest_s if self.slowest_s else math.inf
+
+    @property
+    def future(self) -> list[str]:
+        """What of this only the model can do."""
+        return [*([f"{self.num_servers} servers"] if self.num_servers > 1 else []),
+                *([f"wire format {self.wire}"] if self.wire != "float32" else [])]
 
 
 @dataclass(frozen=True)
@@ -70,55 +124,141 @@ class Outcome:
 
     num_workers: int
     images_per_s: float
-    staleness: float                           # mean
+    staleness: float                           # mean, in versions
     staleness_max: int
     server_busy: float                         # 0..1, with updates: what a report measures
     queue_busy: float                          # 0..1, with updates and overhead: at 1 it is the limit
-    wait_s: float                              # mean time that a push waits for the server's turn
+    wait_s: float                              # mean time that a push waits for the slowest server's turn
+    batches: float = 1.0                       # in a push, mean
+
+
+@dataclass
+class _Worker:
+    """One worker of a simulation."""
+
+    read: int = 0                              # the version that it computes on,
+    held: int = 0                              # ... and the latest that it has fetched
+    batches: int = 0                           # summed up, not yet sent
+    since_fetch: int = 0                       # batches
+    is_out: bool = False                       # a push is under way,
+    is_waiting: bool = False                   # ... and the next one is ready
 
 
 def simulate(costs: Costs, num_workers: int, seed: int = 0) -> Outcome:
     """Play MIN_PUSHES or more pushes through the exchange."""
-    clock, order = random.Random(seed), itertools.count()
-    step = _steps(costs, clock)
-    heap = [(step() * clock.random(), next(order), SEND, worker) for worker in range(num_workers)]
-    heapq.heapify(heap)
-    total = max(MIN_PUSHES, PUSHES_EACH * num_workers)
-    counted_from = int(WARM_UP * total)
-    done: list[float] = []                     # time at which version n + 1 was there
-    read = [0] * num_workers                   # the version that each worker computes on
-    server_free = in_free = out_free = 0.0
-    waits, staleness = 0.0, []
-    while len(done) < total:
-        t, _, event, worker = heapq.heappop(heap)
-        if event == SEND:
-            in_free = max(t, in_free) + costs.link_s
-            following = (in_free + costs.travel_s / 2, SERVE)
-        elif event == SERVE:
-            start = max(t, server_free)
-            server_free = start + costs.serve_s
-            if len(done) >= counted_from:
-                staleness.append(len(done) - read[worker])
-                waits += start - t
-            done.append(server_free)
-            following = (server_free + costs.travel_s / 2, FETCH)
+    return _Simulation(costs, num_workers, seed).run()
+
+
+class _Simulation:
+    """The state of all workers, servers and links at a time."""
+
+    def __init__(self, costs: Costs, num_workers: int, seed: int):
+        self.costs, self.num_workers = costs, num_workers
+        self.chance = random.Random(seed)
+        self.step = _steps(costs.step_s, costs.spread, self.chance)
+        self.serve = _servers(costs, seed)
+        self.workers = [_Worker() for _ in range(num_workers)]
+        self.order, self.heap = itertools.count(), []
+        self.done: list[float] = []            # time at which version n + 1 was there, on all servers
+        self.in_free = self.out_free = 0.0     # the servers' links
+
+    def run(self) -> Outcome:
+        costs, done = self.costs, self.done
+        total = max(MIN_PUSHES, PUSHES_EACH * self.num_workers)
+        counted_from = int(WARM_UP * total)
+        batches, waits, staleness = 0, 0.0, []
+        for number in range(self.num_workers):
+            self._plan(self._compute_s() * self.chance.random(), SEND, number, costs.push_batches)
+        while len(done) < total:
+            t, _, event, number, amount = heapq.heappop(self.heap)
+            if event == SEND:
+                self._computed(t, number, amount)
+            elif event == SERVE:
+                wait_s, finished = self.serve(t)
+                if len(done) >= counted_from:
+                    staleness.append(len(done) - amount[0])
+                    batches += amount[1]
+                    waits += wait_s
+                done.append(finished)
+                self._plan(finished + costs.travel_s / 2 + costs.latency_s, BACK, number, amount[1])
+            else:
+                self._back(t, number)
+        pushes, elapsed = total - counted_from, done[-1] - done[counted_from - 1]
+        busy_s = costs.apply_s / costs.num_servers
+        return Outcome(self.num_workers, costs.batch * batches / elapsed, sum(staleness) / pushes, max(staleness),
+                       min(1.0, busy_s * pushes / elapsed), min(1.0, costs.serve_s * pushes / elapsed), waits / pushes,
+                       batches / pushes)
+
+    def _plan(self, t: float, event: int, number: int, amount) -> None:
+        heapq.heappush(self.heap, (t, next(self.order), event, number, amount))
+
+    def _compute_s(self) -> float:
+        return sum(self.step() for _ in range(self.costs.push_batches))
+
+    def _compute(self, t: float, number: int) -> None:
+        """Begin with the next batches, on the latest weights that are here."""
+        worker = self.workers[number]
+        worker.read = worker.held if not worker.batches else worker.read
+        self._plan(t + self._compute_s(), SEND, number, self.costs.push_batches)
+
+    def _computed(self, t: float, number: int, batches: int) -> None:
+        worker = self.workers[number]
+        worker.batches += batches
+        if not worker.is_out:
+            self._push(t, number)
+        elif self.costs.n_push == "auto":
+            self._compute(t, number)           # sums on
         else:
-            read[worker] = bisect_right(done, t)
-            out_free = max(t, out_free) + costs.link_s
-            following = (out_free + costs.fetch_s + step(), SEND)
-        heapq.heappush(heap, (following[0], next(order), following[1], worker))
-    pushes, elapsed = total - counted_from, done[-1] - done[counted_from - 1]
-    return Outcome(num_workers, costs.batch * pushes / elapsed, sum(staleness) / pushes, max(staleness),
-                   min(1.0, costs.apply_s * pushes / elapsed), min(1.0, costs.serve_s * pushes / elapsed), waits / pushes)
+            worker.is_waiting = True
+
+    def _push(self, t: float, number: int) -> None:
+        costs, worker = self.costs, self.workers[number]
+        self.in_free = max(t, self.in_free) + costs.sent_s / costs.num_servers
+        arrives = max(self.in_free, t + costs.sent_s) + costs.latency_s + costs.travel_s / 2
+        self._plan(arrives, SERVE, number, (worker.read, worker.batches))
+        worker.since_fetch += worker.batches
+        worker.batches, worker.is_out, worker.is_waiting = 0, True, False
+        if costs.overlaps:
+            self._compute(t, number)
+
+    def _back(self, t: float, number: int) -> None:
+        """The answer has come: fetch if it is time, then the worker is free for the next push."""
+        costs, worker = self.costs, self.workers[number]
+        if worker.since_fetch >= (costs.n_fetch or 1):
+            worker.held, worker.since_fetch = bisect_right(self.done, t), 0
+            self.out_free = max(t, self.out_free) + costs.sent_s / costs.num_servers
+            t = max(self.out_free, t + costs.sent_s) + costs.fetch_s
+            self._plan(t, BACK, number, None)
+            return
+        worker.is_out = False
+        if worker.is_waiting:
+            self._push(t, number)
+        elif not costs.overlaps:
+            self._compute(t, number)
 
 
-def _steps(costs: Costs, clock: random.Random):
+def _steps(mean_s: float, spread: float, chance: random.Random) -> Callable[[], float]:
     """Step times: log-normal with the given mean and spread, or constant."""
-    if not costs.spread or not costs.step_s:
-        return lambda: costs.step_s
-    sigma2 = math.log(1 + costs.spread ** 2)
-    mu, sigma = math.log(costs.step_s) - sigma2 / 2, math.sqrt(sigma2)
-    return lambda: clock.lognormvariate(mu, sigma)
+    if not spread or not mean_s:
+        return lambda: mean_s
+    sigma2 = math.log(1 + spread ** 2)
+    mu, sigma = math.log(mean_s) - sigma2 / 2, math.sqrt(sigma2)
+    return lambda: chance.lognormvariate(mu, sigma)
+
+
+def _servers(costs: Costs, seed: int) -> Callable[[float], tuple[float, float]]:
+    """serve(t): a push arrives at all servers; how long it waits for the last of them, and when the last is done with it."""
+    apply_s = costs.apply_s / costs.num_servers
+    free, chance = np.zeros(costs.num_servers), np.random.default_rng(seed)
+    sigma2 = math.log(1 + costs.apply_spread ** 2)
+
+    def serve(t: float) -> tuple[float, float]:
+        start = np.maximum(t, free)
+        times = chance.lognormal(-sigma2 / 2, math.sqrt(sigma2), costs.num_servers) if sigma2 else 1.0
+        free[:] = start + apply_s * times + costs.overhead_s
+        return float(start.max()) - t, float(free.max())
+
+    return serve
 
 
 @dataclass(frozen=True)
@@ -143,23 +283,25 @@ def calibrate(observations: Sequence[Observation]) -> Costs:
     def travel(seconds: float) -> Costs:
         return replace(smallest.costs, travel_s=seconds)
 
-    cycle_s = smallest.num_workers * smallest.costs.batch / smallest.images_per_s   # queues included
+    push_images = smallest.costs.batch * smallest.costs.push_batches
+    cycle_s = smallest.num_workers * push_images / smallest.images_per_s            # queues included
     alone = travel(_solve(lambda seconds: simulate(travel(seconds), smallest.num_workers).images_per_s,
                           smallest.images_per_s, cycle_s))
     if largest.num_workers == smallest.num_workers:
         return alone
     shared = _move(alone, "apply_s", largest.costs.apply_s - alone.apply_s)
+    setting = {name: getattr(largest.costs, name) for name in ("n_push", "n_fetch")}    # that of the larger run
     return _move(shared, "overhead_s", _solve(
-        lambda seconds: simulate(_move(shared, "overhead_s", seconds), largest.num_workers).images_per_s,
+        lambda seconds: simulate(replace(_move(shared, "overhead_s", seconds), **setting), largest.num_workers).images_per_s,
         largest.images_per_s, shared.cycle_s - shared.serve_s))
 
 
 def _move(costs: Costs, into: str, seconds: float) -> Costs:
     """Move up to `seconds` of a push's cycle from where workers are independent to where only one at a time can be."""
     changed, rest = {}, max(0.0, seconds)
-    for name in ("travel_s", "step_s", "fetch_s"):
-        taken = min(rest, getattr(costs, name))
-        changed[name], rest = getattr(costs, name) - taken, rest - taken
+    for name, times in (("travel_s", 1), ("step_s", costs.push_batches), ("fetch_s", costs.fetches)):   # in a push
+        taken = min(rest, times * getattr(costs, name))
+        changed[name], rest = getattr(costs, name) - taken / times, rest - taken
     changed[into] = getattr(costs, into) + max(0.0, seconds) - rest
     return replace(costs, **changed)
 
@@ -173,15 +315,21 @@ def _solve(rate, target: float, high: float) -> float:
     return low
 
 
-CHANGES = (
+CHANGES: tuple[tuple[str, Callable[[Costs], Costs]], ...] = (
     ("the update twice as fast", lambda costs: replace(costs, apply_s=costs.apply_s / 2)),
     ("what is done one worker at a time beside the update, halved",
      lambda costs: replace(costs, overhead_s=costs.overhead_s / 2)),
-    ("messages twice as fast", lambda costs: replace(costs, travel_s=costs.travel_s / 2, link_s=costs.link_s / 2)),
+    ("messages twice as fast", lambda costs: replace(
+        costs, travel_s=costs.travel_s / 2, link_s=costs.link_s / 2, latency_s=costs.latency_s / 2)),
     ("fetches twice as fast", lambda costs: replace(costs, fetch_s=costs.fetch_s / 2)),
     ("twice the batch, in steps twice as long",
      lambda costs: replace(costs, batch=2 * costs.batch, step_s=2 * costs.step_s)),
     ("workers twice as fast", lambda costs: replace(costs, step_s=costs.step_s / 2)),
+    ("4 times the batches in a push (--n-sync)", lambda costs: costs if costs.n_push == "auto" else replace(
+        costs, n_push=4 * costs.n_push, n_fetch=costs.n_fetch and 4 * costs.n_fetch)),
+    ("overlap (--exchange.overlap true)", lambda costs: replace(costs, overlap=True)),
+    ("a wire of 2 bytes a number (to come)", lambda costs: replace(costs, wire="bfloat16") if costs.link_s else costs),
+    ("twice the servers (to come)", lambda costs: replace(costs, num_servers=2 * costs.num_servers)),
 )
 
 

@@ -32,6 +32,7 @@ class Allocation:
     num_tasks: int
     num_nodes: int
     num_groups: int = 1
+    is_part: bool = False
 
     @classmethod
     def of(cls, env: Mapping[str, str]) -> Allocation | None:
@@ -44,13 +45,19 @@ class Allocation:
         tasks = [int(env.get(f"SLURM_NTASKS{suffix}", number)) for suffix, number in zip(suffixes, nodes)]
         return cls(sum(tasks), sum(nodes), groups)
 
+    def part(self, num_tasks: int) -> Allocation:
+        """So many of the tasks, on as few of the nodes as hold them."""
+        per_node = -(-self.num_tasks // self.num_nodes)
+        return Allocation(num_tasks, -(-num_tasks // per_node), self.num_groups, is_part=True)
+
     def launchers(self) -> list[str]:
         """What to try, the best first: srun passes signals on, and its status is that of the ranks."""
         if self.num_groups > 1:          # mpirun sees the first group only
             groups = ",".join(map(str, range(self.num_groups)))
             return [f"srun --mpi={kind} --het-group={groups}" for kind in ("pmix", "pmi2")]
         mpirun = f"env SLURM_MPI_TYPE=none mpirun -n {self.num_tasks}"     # mpirun starts its own daemons with srun
-        return ["srun --mpi=pmix", "srun --mpi=pmi2", mpirun]
+        size = f" --nodes={self.num_nodes} --ntasks={self.num_tasks}" if self.is_part else ""
+        return [f"srun --mpi=pmix{size}", f"srun --mpi=pmi2{size}", mpirun]
 
 
 def is_first_process(env: Mapping[str, str] = environ) -> bool:
@@ -94,6 +101,16 @@ def attempt(launcher: str, python: list[str], allocation: Allocation) -> str:
     return judge(allocation, done.returncode, done.stdout)
 
 
+def find(allocation: Allocation, python: list[str]) -> int | None:
+    """The position in `launchers` of the first that works; what is wrong with those before it goes to standard error."""
+    for number, launcher in enumerate(allocation.launchers()):
+        wrong = attempt(launcher, python, allocation)
+        if not wrong:
+            return number
+        print(f"{launcher}: {wrong}", file=sys.stderr)
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     allocation = Allocation.of(environ)
@@ -101,12 +118,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__ if arguments[:1] == ["--help"] else
               "usage: python -m asgd_mpi.launch [-- PYTHON...], in a Slurm job (sbatch, salloc)", file=sys.stderr)
         return 2
-    for launcher in allocation.launchers():
-        wrong = attempt(launcher, arguments[1:] or [sys.executable], allocation)
-        if not wrong:
-            print(launcher)
-            return 0
-        print(f"{launcher}: {wrong}", file=sys.stderr)
+    number = find(allocation, arguments[1:] or [sys.executable])
+    if number is not None:
+        print(allocation.launchers()[number])
+        return 0
     print(f"no launcher brings {allocation.num_tasks} ranks on {allocation.num_nodes} nodes into one world. Load the MPI "
           "that mpi4py was built with in slurm/env.sh, or set LAUNCH there to what your site starts MPI programs with.",
           file=sys.stderr)

@@ -1,49 +1,44 @@
-"""`python -m asgd_mpi.plan RUN_DIR [RUN_DIR ...]`: how many workers are worth it, from short runs on the same hardware.
+"""`python -m asgd_mpi.plan RUN_DIR [RUN_DIR ...]`: how many workers are worth it, and how to set the exchange.
 
-Calibrates the model of the exchange (`forecast`) with what the runs measured, and prints images/s, staleness and server
-load for other numbers of workers, where it ends, and what would move that. Writes `plan.html` and `plan.json`.
+Calibrates the model of the exchange (`forecast`) with short runs on the same hardware, or with a probe of a minute
+(`--probe`: two runs of a network that sleeps in place of a GPU), and prints images/s, staleness and server load for other
+numbers of workers and servers, other n_push, links and step times, where it ends, and what would move that. Writes
+`plan.html` and `plan.json`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import jsonargparse
 import msgspec
 
+from asgd_mpi import supervise
 from asgd_mpi.errors import ConfigError, RunDirError, UserError
-from asgd_mpi.forecast import Costs, Observation, Outcome, calibrate, simulate, what_moves
+from asgd_mpi.forecast import WIRES, Costs, Observation, Outcome, calibrate, simulate, what_moves
 from asgd_mpi.record.events import Interval, read_events
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report.units import number, percent, short
 
 DEFAULT_WORKERS = "1,2,4,8,16,32,64,128"
-MAX_WORKERS = 4096
+MAX_WORKERS, MAX_SERVERS = 4096, 64
+PROBE_S, PROBE_STEP_S = 20.0, 0.02     # of each of the two runs; short steps, to meet the server's limit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m asgd_mpi.plan",
-        description="Predict images/s, staleness and server load for other numbers of workers.")
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=str, nargs="+",
-                        help="Runs to calibrate with; of two sizes (1 worker, and as many as a host holds) is best.")
-    parser.add_argument("--workers", type=str, default=DEFAULT_WORKERS, metavar="N,N,...", help=f"Up to {MAX_WORKERS}.")
-    parser.add_argument("--link-gbit", type=Optional[float], metavar="GBIT",
-                        help="Gbit/s of the server's link, if the runs were on one host and the plan is for several.")
-    parser.add_argument("--out", type=str, default="plan", metavar="DIR", help="Where plan.html and plan.json are written.")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         counts = _counts(options.workers)
-        observations = [observe(RunDir.open(path)) for path in options.run_dir]
-        costs = calibrate(observations)
-        if options.link_gbit is not None:
-            costs = _with_link(costs, options.link_gbit, options.run_dir[0])
+        observations, num_parameters = _observe(options)
+        costs = _as_asked(calibrate(observations), options, num_parameters)
         outcomes = [simulate(costs, count) for count in counts]
         moves = what_moves(costs, counts[-1])
         for line in describe(costs, outcomes, moves):
@@ -55,6 +50,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m asgd_mpi.plan",
+        description="Predict images/s, staleness and server load for other numbers of workers and other settings.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=str, nargs="*",
+                        help="Runs to calibrate with; of two sizes (1 worker, and as many as a host holds) is best.")
+    parser.add_argument("--probe", action="store_true", help="Calibrate with two runs of 20 s in place of a RUN_DIR.")
+    parser.add_argument("--parameters", type=float, default=11.7e6, help="Of the probe's network.")
+    parser.add_argument("--batch-size", type=Optional[int], help="Images a batch (default: the run's; 32 with --probe).")
+    parser.add_argument("--step-ms", type=Optional[float], help="A batch on a GPU (default: the run's; 100 with --probe).")
+    parser.add_argument("--spread", type=Optional[float], help="Standard deviation of a batch's time over its mean.")
+    parser.add_argument("--workers", type=str, default=DEFAULT_WORKERS, metavar="N,N,...", help=f"Up to {MAX_WORKERS}.")
+    parser.add_argument("--servers", type=int, default=1, help=f"Up to {MAX_SERVERS}, which share the weights. The model "
+                        "only: a training has one.")
+    parser.add_argument("--n-push", type=str, default="", metavar="N|auto", help="Batches a push (default: the run's).")
+    parser.add_argument("--n-fetch", type=Optional[int], help="Batches between two fetches (default: n_push).")
+    parser.add_argument("--overlap", action="store_true", help="Compute while a push is under way.")
+    parser.add_argument("--wire", type=Literal[tuple(WIRES)], default="float32", help="Numbers on a link. The model only: a "
+                        "training sends float32.")
+    parser.add_argument("--link-gbit", type=Optional[float], metavar="GBIT",
+                        help="Gbit/s of each host's link, if the runs were on one host and the plan is for several.")
+    parser.add_argument("--link-latency-us", type=float, default=0.0, metavar="US", help="Its latency, one way.")
+    parser.add_argument("--launcher", type=str, default="", help="What starts the ranks of a probe here (default: mpirun).")
+    parser.add_argument("--out", type=str, default="plan", metavar="DIR", help="Where plan.html and plan.json are written.")
+    return parser
+
+
+def _observe(options: jsonargparse.Namespace) -> tuple[list[Observation], int]:
+    """What the runs measured, and their parameters; a probe's are made first."""
+    if options.probe == bool(options.run_dir):
+        raise ConfigError("give runs to calibrate with (RUN_DIR ...), or --probe, which makes two short ones; not both.")
+    if not options.probe:
+        runs = [RunDir.open(path) for path in options.run_dir]
+        return [observe(run) for run in runs], summarize(runs[0]).num_parameters
+    if not 1 <= options.parameters < 1e11:
+        raise ConfigError(f"--parameters {options.parameters:g}: give those of the network to plan for, such as 25.6e6.")
+    with tempfile.TemporaryDirectory(prefix="asgd_mpi_probe_") as place:
+        runs = probe(Path(place), int(options.parameters), options.launcher)
+        return [observe(run) for run in runs], int(options.parameters)
+
+
+def probe(place: Path, num_parameters: int, launcher: str = "") -> list[RunDir]:
+    """Train an emulated network with 1 worker, and with as many as this host has cores (2 to 8). Raises RunDirError."""
+    from asgd_mpi.model import emulated                    # loads torch
+
+    begin, runs = supervise.find_launcher(launcher), []
+    for num_workers in (1, min(8, max(2, os.cpu_count() or 2))):
+        run, output = RunDir(place / f"workers{num_workers}"), place / f"workers{num_workers}.txt"
+        print(f"probe: {num_workers} worker(s), {PROBE_S:.0f} s", file=sys.stderr, flush=True)
+        supervise.train(
+            begin, num_workers,
+            ["--run.dir", str(run.path), "--model", "asgd_mpi.model.emulated:network", "--data.source", "synthetic",
+             "--data.image_size", "8", "--data.augment", "none", "--data.batch_size", "1", "--data.threads", "1",
+             "--data.lease_batches", "64", "--epochs", "1", "--rule.momentum", "0", "--rule.weight_decay", "0",
+             "--schedule.name", "constant", "--schedule.warmup_epochs", "0", "--run.validate_every", "1000",
+             "--run.progress", "none", "--compute.device", "cpu", "--compute.threads", "1", "--checkpoint.every_s", "0"],
+            PROBE_S, output, env={emulated.PARAMETERS: str(num_parameters), emulated.STEP_S: str(PROBE_STEP_S)})
+        if supervise.trained_s(run) < PROBE_S / 2:
+            raise RunDirError(f"the probe with {num_workers} worker(s) did not train:\n{supervise.last_words(output)}")
+        runs.append(run)
+    return runs
+
+
+def _as_asked(costs: Costs, options: jsonargparse.Namespace, num_parameters: int) -> Costs:
+    """The calibrated costs, with what the options set. Raises ConfigError."""
+    n_push = _n_push(options.n_push) if options.n_push else costs.n_push
+    n_fetch = options.n_fetch if options.n_fetch or options.n_push else costs.n_fetch
+    batch, step_ms = ((32, 100.0) if options.probe else (costs.batch, 1e3 * costs.step_s))
+    batch, step_ms = options.batch_size or batch, step_ms if options.step_ms is None else options.step_ms
+    for name, value, least in (("--step-ms", step_ms, 0), ("--batch-size", batch, 0), ("--link-gbit", options.link_gbit, 0),
+                               ("--servers", options.servers, 0), ("--link-latency-us", options.link_latency_us, -1e-9),
+                               ("--spread", options.spread, -1e-9)):
+        if value is not None and not value > least:
+            raise ConfigError(f"{name} {value:g}: give {'more than 0' if least == 0 else '0 or more'}.")
+    if options.servers > MAX_SERVERS:
+        raise ConfigError(f"--servers {options.servers}: up to {MAX_SERVERS} servers can be planned.")
+    if n_fetch and (n_push == "auto" or n_fetch % n_push):
+        raise ConfigError(f"--n-fetch {n_fetch}: give a multiple of the batches of a push, {n_push}.")
+    link_s = 0.0 if options.link_gbit is None else 8 * WIRES["float32"] * num_parameters / (options.link_gbit * 1e9)
+    return dataclasses.replace(
+        costs, batch=batch, step_s=step_ms / 1e3, spread=costs.spread if options.spread is None else options.spread,
+        n_push=n_push, n_fetch=n_fetch, overlap=options.overlap, wire=options.wire, num_servers=options.servers,
+        link_s=link_s, latency_s=options.link_latency_us / 1e6)
+
+
+def _n_push(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise ConfigError(f"--n-push {text}: give 1 batch or more, or auto.")
+    return text if text == "auto" else int(text)
+
+
 def observe(run: RunDir) -> Observation:
     """What a run measured, over all its workers. Raises RunDirError if it holds too little."""
     summary = summarize(run)
@@ -62,39 +148,53 @@ def observe(run: RunDir) -> Observation:
     if not workers or not summary.apply_s:
         raise RunDirError(f"{run.path} holds no worker's intervals with pushes, or none of the server's: nothing to "
                           "calibrate with. Take a run that trained for a few seconds.")
+    n_push, rule = summary.config.get("exchange.n_push", 1), summary.config.get("rule.name", "asgd")
+    if n_push == "auto" or summary.config.get("exchange.overlap") or rule == "sync":
+        raise RunDirError(f"{run.path} hides what a push costs behind the computation, or behind other workers (overlap, "
+                          "n_push auto, rule sync): calibrate with a run that does not; the plan may then have --overlap.")
     pushes = sum(rank.counts["pushes"] for rank in workers)
-    batch = sum(rank.counts["images"] for rank in workers) / pushes
+    images = sum(rank.counts["images"] for rank in workers) / pushes
     total = {phase: sum(rank.phases[phase] for rank in workers) for phase in ("data", "compute", "fetch")}
     cycles = [sum(rank.phases[phase] for phase in ("data", "compute", "push", "fetch")) / rank.counts["pushes"]
               for rank in workers]
     fetches = sum(rank.counts["fetches"] for rank in workers) or pushes
-    step_s = (total["data"] + total["compute"]) / pushes
-    spread = _spread([event for rank in workers for event in read_events(run.metrics_of(rank.rank))
-                      if isinstance(event, Interval)], step_s)
-    costs = Costs(batch, step_s, summary.apply_s, total["fetch"] / fetches, spread=spread)
-    return Observation(costs, len(workers), sum(batch / cycle for cycle in cycles))
+    step_s = (total["data"] + total["compute"]) / pushes / n_push
+    spread = _spread([(interval.data + interval.compute, interval.pushes * n_push)
+                      for rank in workers for interval in _intervals(run, rank.rank)], step_s)
+    apply_spread = _spread([(interval.apply, interval.pushes) for interval in _intervals(run, 0)], summary.apply_s)
+    costs = Costs(images / n_push, step_s, summary.apply_s, total["fetch"] / fetches, spread=spread,
+                  apply_spread=apply_spread, n_push=n_push, n_fetch=summary.config.get("exchange.n_fetch"))
+    return Observation(costs, len(workers), sum(images / cycle for cycle in cycles))
 
 
-def _spread(intervals: list[Interval], mean_s: float) -> float:
-    """Standard deviation of a step over its mean, from means over intervals: that of n steps has 1 / n of the variance."""
-    weighted = [(interval.data + interval.compute - interval.pushes * mean_s) ** 2 / interval.pushes
-                for interval in intervals if interval.pushes]
+def _intervals(run: RunDir, number: int) -> list[Interval]:
+    return [event for rank, _, path in run.metrics_files if rank == number for event in read_events(path)
+            if isinstance(event, Interval)]
+
+
+def _spread(sums: list[tuple[float, int]], mean_s: float) -> float:
+    """Standard deviation over mean of one time, from (sum, number) of many: a sum of n times has n times the variance."""
+    weighted = [(seconds - times * mean_s) ** 2 / times for seconds, times in sums if times]
     return min(1.0, math.sqrt(sum(weighted) / len(weighted)) / mean_s) if weighted and mean_s else 0.0
 
 
 def describe(costs: Costs, outcomes: Sequence[Outcome], moves: Sequence[tuple[str, float, float]]) -> list[str]:
     """The plan, as lines of text."""
-    lines = [f"one push of {number(costs.batch, 0)} images: step {short(costs.step_s)} (spread {percent(costs.spread, 0)}), "
-             f"travel {short(costs.travel_s)}, update {short(costs.apply_s)}, {short(costs.overhead_s)} more one at a time, "
-             f"fetch {short(costs.fetch_s)}" + (f", link {short(costs.link_s)} each way" if costs.link_s else ""),
-             "workers    images/s  efficiency  staleness  server busy  queue busy"]
-    one = costs.batch / costs.cycle_s
-    lines += [f"{row.num_workers:7,} {row.images_per_s:11,.1f} {percent(row.images_per_s / one / row.num_workers, 0):>11} "
-              f"{row.staleness:10,.1f} {percent(row.server_busy, 0):>12} "
-              f"{percent(row.queue_busy, 0):>11}" for row in outcomes]
-    whose = "link's" if costs.link_s > costs.serve_s else "queue's: the update and what else is done one at a time"
-    lines.append(f"the knee is at {number(costs.knee)} workers: with more, {number(costs.limit, 0)} images/s is the limit "
-                 f"(the {whose})")
+    pushes = f"n_push {costs.n_push}, n_fetch {costs.n_fetch or costs.n_push}{', overlap' if costs.overlaps else ''}"
+    lines = [f"a batch of {number(costs.batch, 0)} images: step {short(costs.step_s)} (spread {percent(costs.spread, 0)}); "
+             f"a push ({pushes}): travel {short(costs.travel_s)}, update {short(costs.apply_s)} (spread "
+             f"{percent(costs.apply_spread, 0)}), {short(costs.overhead_s)} more one at a time, fetch {short(costs.fetch_s)}"
+             + (f", link {short(costs.sent_s)} each way and {short(costs.latency_s)} of latency" if costs.link_s else "")]
+    if costs.future:
+        lines.append(f"{' and '.join(costs.future)}: of the model only, the training cannot do that yet")
+    lines.append("workers    images/s  efficiency  staleness  server busy  queue busy  batches a push")
+    lines += [f"{row.num_workers:7,} {row.images_per_s:11,.1f} "
+              f"{percent(row.images_per_s / costs.alone / row.num_workers, 0):>11} {row.staleness:10,.1f} "
+              f"{percent(row.server_busy, 0):>12} {percent(row.queue_busy, 0):>11} {row.batches:15,.1f}" for row in outcomes]
+    whose = "link's" if costs.slowest_s > costs.serve_s else "queue's: the update and what else is done one at a time"
+    then = (f"{number(costs.limit, 0)} images/s is the limit (the {whose})" if math.isfinite(costs.limit) else
+            f"pushes wait (for the {whose}), and sum up more batches")
+    lines.append(f"the knee is at {number(costs.knee)} workers: with more, {then}")
     lines.append(f"what would move {outcomes[-1].num_workers:,} workers:")
     lines += [f"  {name}: {100 * gain:+.0f} % images/s, the knee at {number(knee)}" for name, gain, knee in moves]
     return lines
@@ -108,13 +208,6 @@ def _counts(text: str) -> list[int]:
     if counts[0] < 1 or counts[-1] > MAX_WORKERS:
         raise ConfigError(f"--workers {text}: from 1 to {MAX_WORKERS} workers can be planned.")
     return counts
-
-
-def _with_link(costs: Costs, gbit: float, path: str) -> Costs:
-    if not gbit > 0:
-        raise ConfigError(f"--link-gbit {gbit}: give the Gbit/s of the server's link, above 0.")
-    num_bytes = 4 * summarize(RunDir.open(path)).num_parameters
-    return dataclasses.replace(costs, link_s=8 * num_bytes / (gbit * 1e9))
 
 
 def _write(out: Path, costs: Costs, observations: Sequence[Observation], outcomes: Sequence[Outcome],

@@ -9,6 +9,7 @@ from asgd_mpi import inject, resume, topology
 from asgd_mpi.config import Config, ConfigError
 from asgd_mpi.exchange.window import Layout
 from asgd_mpi.model.flat import num_floats
+from asgd_mpi.record import board
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.server import rulebook
 from asgd_mpi.task import Task, complete, open_task
@@ -36,6 +37,8 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
         topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
     config = complete(config)
     inject.parse(config.run.inject)
+    if config.record.tensorboard:
+        board.find_writer()
     task = open_task(config)
     task.first_module()
     task.train_loader().close()

@@ -45,8 +45,10 @@ from asgd_mpi.inject import Injector
 from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
 from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, ranklog
+from asgd_mpi.record.board import Board
 from asgd_mpi.record.events import End, EventLog, Note, Resume, Start
 from asgd_mpi.record.meter import Meter
+from asgd_mpi.record.nvml import open_gauge
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.watch import Watch
@@ -110,7 +112,8 @@ def _agree(world: World, arguments: list[str]) -> dict:
 
 
 def _train(world: World, config: Config, run: RunDir, places: Topology, restart: int, directory: str | None) -> int:
-    log = EventLog(run.metrics_of(world.rank, restart))
+    is_shown = world.is_server and config.record.tensorboard
+    log = EventLog(run.metrics_of(world.rank, restart), Board(run.tensorboard).add if is_shown else None)
     meter = Meter(log, config.record.interval_s, config.record.spans)
     threads = config.compute.threads or topology.threads_for(
         os.cpu_count(), len(os.sched_getaffinity(0)), places.num_on_host_of(world.rank))
@@ -123,6 +126,8 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
 
     task = open_task(config, lambda text: note(text, read_retries=1))
     device = gpus.take(places, world.rank)
+    if gpu := places.gpu(world.rank):
+        meter.gauge = open_gauge(gpu.id)
     module = task.build_module()
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
     plan, exchange, offset = task.plan(places.num_workers), config.exchange, clock.measure(world)
@@ -286,7 +291,7 @@ class _Part:
             worker.replica.load_(checkpoint.read_tensors(self.directory / checkpoint.worker_file(self.world.worker)))
 
     def _begin_log(self, ledger: Ledger) -> EventLog:
-        pushes = EventLog(self.run.pushes_of(self.restart))
+        pushes = EventLog(self.run.pushes_of(self.restart), self.log.also)
         if self.restart:
             momenta = self.manifest.momenta if self.manifest else {}
             pushes.write(Resume(

@@ -1,63 +1,97 @@
-"""How far the plan is from real runs: `python benchmarks/plan.py --out DIR`, with mpirun on the PATH.
+"""How far the plan is from real runs, and how long it takes: `python -m benchmarks.plan --work DIR`.
 
-Trains networks that stand for a GPU (`sleeping`: a step sleeps) with 1, 2, 4 and 7 workers, calibrates the model with the
-run of 1 worker, and again with those of 1 and 7, and prints predicted against measured images/s.
+Trains networks of two sizes that stand for a GPU (`sleeping`: a step sleeps) with 1, 2, 4 and 7 workers and several n_push,
+calibrates the model with the run of 1 worker at n_push 1, and again with those of 1 and 7, and compares predicted with
+measured images/s of all. Runs that are in DIR already are taken as they are. Then plans 4096 workers and 64 servers.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
-from asgd_mpi.forecast import calibrate, simulate
-from asgd_mpi.plan import observe
+from asgd_mpi.forecast import Costs, calibrate, simulate
+from asgd_mpi.plan import MAX_SERVERS, MAX_WORKERS, observe
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
+from benchmarks import launch, machine
 
-HERE = Path(__file__).parent
 WORKERS = (1, 2, 4, 7)
+BASES = ((1,), (1, 7))    # workers of the runs to calibrate with
+DEADLINE_S = 600.0
 
 
-def train(out: Path, network: str, num_workers: int, epochs: float, step_s: float) -> RunDir:
-    """One run, without validations; done before, it is taken as it is."""
-    path = out / f"{network}-{num_workers}"
-    if not (path / "report" / "report.json").exists():
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "EMULATED_STEP_S": str(step_s)}
-        subprocess.run(
-            ["mpirun", "-np", str(num_workers + 1), sys.executable, "-m", "asgd_mpi.train", "--model", f"benchmarks.sleeping:{network}",
-             "--run.dir", str(path), "--epochs", str(epochs), "--data.batch_size", "8", "--schedule.lr", "0.001",
-             "--run.validate_every", "1000", "--run.progress", "none", "--compute.threads", "1", "--data.threads", "1",
-             "--data.augment", "none", "--rule.momentum", "0.9", "--rule.weight_decay", "0.0001", "--schedule.name", "constant",
-             "--schedule.warmup_epochs", "0", "--compute.device", "cpu"],
-            check=True, env=env, cwd=out, stdout=subprocess.DEVNULL)
+def main() -> int:
+    options = _parse()
+    described = machine.describe("benchmarks.plan")
+    rows = []
+    for network in ("small", "large"):
+        runs = {(n_push, count): _train(options, network, n_push, count) for n_push in options.n_push for count in WORKERS}
+        for basis in BASES:
+            costs = calibrate([observe(runs[1, count]) for count in basis])
+            rows += [_compare(network, basis, n_push, count, costs, run) for (n_push, count), run in runs.items()]
+    seconds = _largest(costs)
+    print(_table(rows, options.n_push))
+    print(f"\n{MAX_WORKERS} workers and {MAX_SERVERS} servers are planned in {seconds:.2f} s")
+    machine.write(options.out, described | {"rows": rows, "seconds_for_the_largest_plan": seconds})
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="where the runs are kept")
+    parser.add_argument("--n-push", type=machine.integers, default=[1, 4], help="1 among them")
+    parser.add_argument("--epochs", type=float, default=3.0, help="for each worker")
+    parser.add_argument("--step-s", type=float, default=0.02)
+    parser.add_argument("--out", type=Path, default=machine.RESULTS / "plan.json")
+    return parser.parse_args()
+
+
+def _train(options: argparse.Namespace, network: str, n_push: int, num_workers: int) -> RunDir:
+    """One run, without validations."""
+    path = options.work.resolve() / f"{network}-push{n_push}-{num_workers}"
+    if not (path / "finished.json").exists():
+        launch.run(
+            launch.mpirun(num_workers + 1) + launch.python(
+                "asgd_mpi.train", "--model", f"benchmarks.sleeping:{network}", "--run.dir", path, "--epochs",
+                options.epochs * num_workers, "--n-sync", n_push, "--data.batch_size", 8, "--data.lease_batches", 4 * n_push,
+                "--schedule.lr", 0.001, "--run.validate_every", 1000, "--run.progress", "none", "--compute.threads", 1,
+                "--data.threads", 1, "--data.augment", "none", "--rule.momentum", 0.9, "--rule.weight_decay", 0.0001,
+                "--schedule.name", "constant", "--schedule.warmup_epochs", 0, "--compute.device", "cpu"),
+            DEADLINE_S, {"EMULATED_STEP_S": str(options.step_s)})
     return RunDir.open(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=float, default=3.0, help="for each worker")
-    parser.add_argument("--step-s", type=float, default=0.02)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    out = options.out.resolve()
+def _compare(network: str, basis: tuple[int, ...], n_push: int, num_workers: int, costs: Costs, run: RunDir) -> dict:
+    measured, found = observe(run), simulate(replace(costs, n_push=n_push, n_fetch=None), num_workers)
+    summary = summarize(run)
+    return {"network": network, "parameters": summary.num_parameters, "calibrated_with": basis, "n_push": n_push,
+            "workers": num_workers, "measured_images_per_s": measured.images_per_s,
+            "predicted_images_per_s": found.images_per_s, "error": found.images_per_s / measured.images_per_s - 1, "measured_staleness": summary.staleness.mean,
+            "predicted_staleness": found.staleness, "measured_server_busy": summary.server_busy,
+            "predicted_server_busy": found.server_busy, "knee": replace(costs, n_push=n_push).knee}
+
+
+def _largest(costs: Costs) -> float:
+    started = time.perf_counter()
+    simulate(replace(costs, num_servers=MAX_SERVERS, n_push=4, link_s=0.01, latency_s=1e-5), MAX_WORKERS)
+    return time.perf_counter() - started
+
+
+def _table(rows: list[dict], pushes: list[int]) -> str:
+    lines = []
     for network in ("small", "large"):
-        runs = {count: train(out, network, count, options.epochs * count, options.step_s) for count in WORKERS}
-        seen, measured = ({count: read(run) for count, run in runs.items()} for read in (observe, summarize))
-        for basis in ((1,), (1, 7)):
-            costs = calibrate([seen[count] for count in basis])
-            print(f"{network}, calibrated with {' and '.join(map(str, basis))} worker(s): step {1e3 * costs.step_s:.1f} ms, travel "
-                  f"{1e3 * costs.travel_s:.2f}, update {1e3 * costs.apply_s:.2f} + {1e3 * costs.overhead_s:.2f}, knee {costs.knee:.1f}")
-            for count, one in seen.items():
-                found = simulate(costs, count)
-                print(f"  {count} workers: measured {one.images_per_s:8.1f} images/s, predicted {found.images_per_s:8.1f} "
-                      f"({100 * (found.images_per_s / one.images_per_s - 1):+.1f} %); staleness "
-                      f"{measured[count].staleness.mean:.2f} and {found.staleness:.2f}; server busy "
-                      f"{measured[count].server_busy:.1%} and {found.server_busy:.1%}")
+        for basis in BASES:
+            for n_push in pushes:
+                part = [row for row in rows
+                        if (row["network"], row["calibrated_with"], row["n_push"]) == (network, basis, n_push)]
+                lines.append([f"{part[0]['parameters'] / 1e6:.2g} million", " and ".join(map(str, basis)), n_push,
+                              *(f"{100 * row['error']:+.1f} %" for row in part)])
+    return machine.table(["parameters", "calibrated with workers", "n_push", *map(str, WORKERS)], lines)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

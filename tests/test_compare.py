@@ -94,6 +94,30 @@ def test_runs_without_numbers_are_compared_as_far_as_they_go(summaries):
     assert Reader(page(found, summaries)).tags.count("svg") == 3
 
 
+def make_grid(path, starts):
+    """Runs of 1 and 4 workers, n_push 1 and 8, each cold or warm."""
+    return [make_summary(path / f"{n_push}-{warm}", workers, 100.0 * workers, [0.4, 0.2, 0.1, 0.05], name=f"{n_push} {warm}",
+                         config={"exchange.n_push": n_push, "rule.warm_start_epochs": warm})
+            for workers in (1, 4) for n_push in (1, 8) for warm in starts]
+
+
+@pytest.mark.parametrize("starts", [[0.0], [0.0, 2.0]])
+def test_runs_that_differ_in_workers_and_n_push_give_the_papers_figure(tmp_path, starts):
+    summaries = make_grid(tmp_path, starts)
+    found = compare(summaries)
+    assert not found.differences and found.verdict is None
+    seen = Reader(page(found, summaries))
+    assert "Workers x n_sync" in seen.text and "top-1 error (%)" in seen.text
+    assert all(text in seen.text for text in ("1 worker", "4 workers", "n_push 1", "n_push 8", "cold start"))
+    assert ("warm start" in seen.text) == (len(starts) > 1)
+
+
+def test_without_two_numbers_of_workers_and_of_n_push_there_is_no_grid(tmp_path):
+    summaries = make_grid(tmp_path, [0.0])
+    for part in (summaries[:2], summaries[::2]):
+        assert "Workers x n_sync" not in Reader(page(compare(part), part)).text
+
+
 def test_the_command_compares_several_runs_and_escapes_their_names(tmp_path, capsys):
     paths = [make_run(tmp_path / name, make_pushes()).path for name in ("a<script>", "c|d")]
     out = tmp_path / "out"

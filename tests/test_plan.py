@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,55 @@ def test_one_worker_pays_every_cost_in_turn_and_is_never_stale():
     found = simulate(COSTS, 1)
     assert found.images_per_s == pytest.approx(32 / (0.05 + 0.004 + 0.003 + 0.002 + 0.001))
     assert (found.staleness, found.staleness_max, found.wait_s) == (0, 0, pytest.approx(0))
+
+
+@pytest.mark.parametrize("n_push, n_fetch, cycle_s", [
+    (4, None, 4 * 0.05 + 0.004 + 0.003 + 0.002 + 0.001), (2, 8, 2 * 0.05 + 0.004 + 0.003 / 4 + 0.002 + 0.001)])
+def test_batches_of_a_push_share_its_costs_and_pushes_between_two_fetches_those_of_a_fetch(n_push, n_fetch, cycle_s):
+    found = simulate(replace(COSTS, n_push=n_push, n_fetch=n_fetch), 1)
+    assert found.images_per_s == pytest.approx(n_push * 32 / cycle_s, rel=1e-3) and found.batches == n_push
+    since_fetch = [0] if n_fetch is None else [0, 1, 2, 3]             # own pushes, which the weights do not hold
+    assert found.staleness == pytest.approx(sum(since_fetch) / len(since_fetch), abs=0.01)
+
+
+def test_overlap_costs_the_longer_of_step_and_trip_and_makes_the_gradients_of_one_worker_stale():
+    long, short = replace(COSTS, overlap=True), replace(COSTS, overlap=True, step_s=0.002)
+    assert simulate(long, 1).images_per_s == pytest.approx(32 / 0.05)
+    assert simulate(short, 1).images_per_s == pytest.approx(32 / (0.004 + 0.003 + 0.002 + 0.001))
+    assert simulate(long, 1).staleness == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("num_workers", [1, 8, 100])
+def test_n_push_auto_never_waits_and_sends_the_larger_pushes_the_fuller_the_server_is(num_workers):
+    found = simulate(replace(COSTS, n_push="auto"), num_workers)
+    assert found.images_per_s == pytest.approx(num_workers * 32 / 0.05, rel=0.01)
+    assert found.batches == pytest.approx(max(1.0, num_workers * 0.005 / 0.05), rel=0.1)      # pushes at the server's pace
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 64), st.integers(1, 80))
+def test_servers_share_the_update_but_not_what_each_message_costs(num_servers, num_workers):
+    """Equal servers without chance are each a server of a part of the vector."""
+    alone = replace(COSTS, apply_s=COSTS.apply_s / num_servers, link_s=0.01 / num_servers)
+    found = simulate(replace(COSTS, num_servers=num_servers), num_workers)
+    assert found == simulate(replace(alone, link_s=0.0), num_workers)
+    assert replace(COSTS, num_servers=num_servers, link_s=0.01).slowest_s == pytest.approx(alone.slowest_s)
+
+
+def test_the_slowest_of_many_servers_is_waited_for():
+    quiet = replace(COSTS, num_servers=32, apply_s=0.064, apply_spread=0.0)
+    noisy = replace(quiet, apply_spread=1.0)
+    assert simulate(noisy, 1).images_per_s < 0.95 * simulate(quiet, 1).images_per_s
+    assert simulate(replace(noisy, num_servers=1), 1).images_per_s == pytest.approx(
+        simulate(replace(quiet, num_servers=1), 1).images_per_s, rel=0.05)
+
+
+def test_a_narrower_wire_and_more_servers_widen_a_link_that_is_the_limit():
+    slow = replace(COSTS, link_s=0.04, latency_s=0.001)
+    limits = [simulate(costs, 100).images_per_s
+              for costs in (slow, replace(slow, wire="bfloat16"), replace(slow, num_servers=4))]
+    assert limits == pytest.approx([32 / 0.04, 32 / 0.02, 32 / 0.01], rel=1e-2)
+    assert simulate(slow, 1).images_per_s == pytest.approx(32 / (COSTS.cycle_s + 2 * 0.04 + 2 * 0.001))
 
 
 @pytest.mark.parametrize("num_workers", [3, 6])
@@ -76,7 +126,8 @@ def test_runs_of_two_sizes_tell_the_servers_overhead_and_so_the_sizes_between(ov
     known = replace(COSTS, overhead_s=overhead_s, travel_s=0.006)
     found = calibrate([observed(known, 1), observed(known, 20)])
     for num_workers in (2, 7, 14, 40):
-        assert simulate(found, num_workers).images_per_s == pytest.approx(simulate(known, num_workers).images_per_s, rel=0.05)
+        assert simulate(found, num_workers).images_per_s == pytest.approx(
+            simulate(known, num_workers).images_per_s, rel=0.05)
 
 
 def test_an_update_slowed_by_many_ranks_is_taken_from_the_larger_run():
@@ -85,6 +136,16 @@ def test_an_update_slowed_by_many_ranks_is_taken_from_the_larger_run():
     assert found.apply_s == pytest.approx(0.012) and found.cycle_s == pytest.approx(alone.cycle_s, rel=0.01)
     assert simulate(found, 40).server_busy == pytest.approx(1.0, abs=0.05)
     assert simulate(found, 40).images_per_s == pytest.approx(32 / 0.012, rel=0.05)
+
+
+@pytest.mark.parametrize("n_push", [1, 4])
+def test_runs_with_several_batches_a_push_tell_the_same(n_push):
+    known = replace(COSTS, n_push=n_push)
+    found = calibrate([observed(known, 1), observed(known, 40)])
+    for setting in (known, replace(known, n_push=8)):
+        for num_workers in (2, 20, 80):
+            assert simulate(replace(found, n_push=setting.n_push), num_workers).images_per_s == pytest.approx(
+                simulate(setting, num_workers).images_per_s, rel=0.05)
 
 
 def test_what_moves_a_saturated_server_is_its_own_time_and_the_batch():
@@ -96,7 +157,8 @@ def test_what_moves_a_saturated_server_is_its_own_time_and_the_batch():
 
 def test_the_spread_of_steps_is_found_from_the_means_over_intervals():
     intervals = [Interval(0, 1, compute=10 * 0.1 + error, pushes=10) for error in (0.05, -0.05) * 20]
-    assert plan._spread(intervals, 0.1) == pytest.approx(0.05 / math.sqrt(10) / 0.1)
+    sums = [(interval.compute, interval.pushes) for interval in intervals]
+    assert plan._spread(sums, 0.1) == pytest.approx(0.05 / math.sqrt(10) / 0.1)
 
 
 def test_the_observation_of_a_run_is_that_of_its_raw_lines():
@@ -120,6 +182,34 @@ def test_the_command_plans_from_a_recorded_run(tmp_path, capsys):
     assert f"the knee is at {facts['knee_workers']:.1f} workers" in printed
     seen = Reader((tmp_path / "plan.html").read_text())
     assert "svg" in seen.tags and printed.splitlines()[0] in seen.text
+
+
+def test_the_command_plans_for_other_settings_and_marks_what_only_the_model_can(tmp_path, capsys):
+    options = ["--workers", "1,4096", "--servers", "64", "--wire", "int8", "--link-gbit", "1", "--n-push", "4",
+               "--n-fetch", "8", "--overlap", "--step-ms", "100", "--batch-size", "64", "--spread", "0.1",
+               "--link-latency-us", "20"]
+    assert plan.main([str(RUN), *options, "--out", str(tmp_path)]) == 0
+    assert "64 servers and wire format int8: of the model only" in capsys.readouterr().out
+    costs = json.loads((tmp_path / "plan.json").read_bytes())["costs"]
+    asked = {"num_servers": 64, "wire": "int8", "n_push": 4, "n_fetch": 8, "overlap": True, "step_s": 0.1, "batch": 64,
+             "spread": 0.1, "latency_s": 2e-5}
+    assert {name: costs[name] for name in asked} == pytest.approx(asked)
+
+
+@pytest.mark.parametrize("options, part", [
+    (["--servers", "65"], "up to 64 servers"), (["--servers", "0"], "more than 0"), (["--n-push", "x"], "1 batch or more"),
+    (["--n-push", "4", "--n-fetch", "6"], "multiple"), (["--step-ms", "-1"], "more than 0"), (["--probe"], "not both")])
+def test_settings_that_make_no_sense_are_refused(options, part, tmp_path, capsys):
+    assert plan.main([str(RUN), *options, "--out", str(tmp_path)]) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_a_run_that_hides_its_pushes_cannot_calibrate(tmp_path, capsys):
+    shutil.copytree(RUN, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("  ring: 3", "  ring: 3\n  overlap: true"))
+    assert plan.main([str(tmp_path / "run"), "--out", str(tmp_path / "plan")]) == 2
+    assert "hides what a push costs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["", "1,x", "0,2", "5000"])

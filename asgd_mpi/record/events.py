@@ -154,7 +154,18 @@ class Refusal(msgspec.Struct, tag_field="event", tag="refusal"):
     given_up: int = 0         # positions that were tried too often and are left out of the epoch
 
 
-Event = Union[Start, Interval, Span, Fetch, Publish, Validation, Checkpoint, Note, End, Retirement, Refusal]
+class Gpu(msgspec.Struct, tag_field="event", tag="gpu", omit_defaults=True):
+    """What the driver says of a worker's GPU, whoever else uses it; None where it does not know."""
+
+    t: float
+    id: str                   # its UUID
+    utilisation: float | None = None   # 0..1: share of the last second or less in which a kernel ran
+    memory_bytes: int | None = None    # in use,
+    memory_total: int | None = None    # ... of so much
+    energy_j: float | None = None      # a counter: only differences within one start of the run mean something
+
+
+Event = Union[Start, Interval, Span, Gpu, Fetch, Publish, Validation, Checkpoint, Note, End, Retirement, Refusal]
 
 
 class Push(msgspec.Struct, array_like=True, frozen=True):
@@ -217,11 +228,11 @@ Turn = Union[Resume, Member]
 class EventLog:
     """Appends events to one file; a line is written whole, or the reader leaves it out and counts it.
 
-    Raises RunDirError when the file cannot be written.
+    `also` gets every event, too. Raises RunDirError when the file cannot be written.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, also: Callable[[msgspec.Struct], None] | None = None):
+        self._path, self.also = path, also
         self._encode = msgspec.json.Encoder().encode
         self._flushed_at = time.monotonic()
         with self._explained():
@@ -231,6 +242,8 @@ class EventLog:
     def write(self, event: msgspec.Struct) -> None:
         with self._explained():
             self._file.write(self._encode(event) + b"\n")
+            if self.also:
+                self.also(event)
             now = time.monotonic()
             if now - self._flushed_at > 1.0:  # who follows a run sees it at most a second late
                 self._file.flush()

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from asgd_mpi.record.events import PHASES, EventLog, Interval, Span
+from asgd_mpi.record.nvml import Gauge
 
 
 class Meter:
     """Times the phases of one rank; what no phase covers is idle. Any thread may `add`; one thread does the rest."""
 
     def __init__(self, log: EventLog, interval_s: float, spans: int = 0):
+        self.gauge: Gauge | None = None        # of the rank's GPU: read at the end of every interval
         self._log = log
         self._interval_s = interval_s
         self.doing = "the start"               # a phase, for the watchdog,
@@ -60,6 +62,9 @@ class Meter:
         interval.idle = max(0.0, elapsed - (interval.data + interval.compute + interval.push + interval.fetch
                                             + interval.validate + interval.apply + interval.checkpoint))
         self._log.write(interval)
+        reading = self.gauge.read() if self.gauge else None
+        if reading:
+            self._log.write(reading)
 
     def _fresh(self) -> None:
         self._started = time.perf_counter()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from asgd_mpi.record.events import PHASES, Checkpoint, End, Event, Interval, Note, Push, Refusal, Retirement, Start, Validation
+from asgd_mpi.record.events import (
+    PHASES, Checkpoint, End, Event, Gpu, Interval, Note, Push, Refusal, Retirement, Start, Validation)
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins
 
@@ -60,6 +61,24 @@ class Restart(msgspec.Struct):
     num_workers: int
     version: int = 0                           # that it went on from
     forgotten_pushes: int = 0                  # applied by it, after the checkpoint that the next start went on from
+
+
+class GpuUse(msgspec.Struct):
+    """What NVML said of one GPU, over the run; whoever else used it is in it."""
+
+    id: str
+    host: str
+    ranks: list[int] = []                      # that drive it
+    readings: int = 0
+    utilisation: float | None = None           # 0..1, mean
+    memory_bytes: int | None = None            # the most that was in use,
+    memory_total: int | None = None            # ... of so much
+    energy_j: float | None = None              # between the first and the last reading of each start
+
+
+def gaps_s(starts: Sequence[Restart], until: float) -> float:
+    """Seconds between the end of a start and the next one, as far as they lie before `until`."""
+    return sum(max(0.0, min(after.started, until) - before.ended) for before, after in zip(starts, starts[1:]))
 
 
 class RankNote(msgspec.Struct):
@@ -126,6 +145,16 @@ class Metrics:
         self.refusals: Counter[str] = Counter()                         # reason -> pushes
         self.given_up = 0                                               # positions left out of their epoch
         self.restarts: dict[int, Restart] = {}
+        self._gpus: dict[str, GpuUse] = {}
+        self._energy: dict[tuple[str, int], tuple[float, float]] = {}  # GPU, start -> lowest and highest count
+
+    @property
+    def gpus(self) -> list[GpuUse]:
+        """Every GPU of which there is a reading; two ranks that share one count it once."""
+        for use in self._gpus.values():
+            spent = [high - low for (gpu, _), (low, high) in self._energy.items() if gpu == use.id]
+            use.energy_j = sum(spent) if spent else None
+        return sorted(self._gpus.values(), key=lambda use: use.ranks)
 
     def read(self, number: int, restart: int, events: Iterable[Event]) -> None:
         """Add up one metrics file: what a rank did in one start of the run."""
@@ -133,6 +162,8 @@ class Metrics:
         rank.status, rank.reason, rank.ended = "unfinished", "", None   # the latest start counts
         for event in events:
             self._add(rank, event)
+            if isinstance(event, Gpu):
+                self._measure(rank, restart, event)
             if not number:
                 self._see_start(restart, event)
 
@@ -143,10 +174,18 @@ class Metrics:
         if isinstance(event, Start):
             one.num_workers = event.num_workers
 
-    def gaps_s(self, until: float) -> float:
-        """Seconds between the end of a start and the next one, as far as they lie before `until`."""
-        ordered = [one for _, one in sorted(self.restarts.items())]
-        return sum(max(0.0, min(after.started, until) - before.ended) for before, after in zip(ordered, ordered[1:]))
+    def _measure(self, rank: Rank, restart: int, reading: Gpu) -> None:
+        use = self._gpus.setdefault(reading.id, GpuUse(reading.id, rank.host))
+        if rank.rank not in use.ranks:
+            use.ranks = [*use.ranks, rank.rank]
+        if reading.utilisation is not None:
+            use.readings += 1
+            use.utilisation = (use.utilisation or 0.0) + (reading.utilisation - (use.utilisation or 0.0)) / use.readings
+        if reading.memory_bytes is not None:
+            use.memory_bytes, use.memory_total = max(use.memory_bytes or 0, reading.memory_bytes), reading.memory_total
+        if reading.energy_j is not None:
+            low, high = self._energy.get((reading.id, restart), (math.inf, -math.inf))
+            self._energy[reading.id, restart] = min(low, reading.energy_j), max(high, reading.energy_j)
 
     def _add(self, rank: Rank, event: Event) -> None:
         t = event.t1 if isinstance(event, Interval) else event.t

@@ -51,6 +51,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report"
         self.logs = self.path / "log"
+        self.tensorboard = self.path / "tensorboard"
 
     @classmethod
     def create(cls, path: str | Path | None, name: str) -> RunDir:

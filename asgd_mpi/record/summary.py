@@ -22,12 +22,13 @@ import yaml
 from asgd_mpi.record.audit import Audit, audit
 from asgd_mpi.record import history
 from asgd_mpi.record.events import Checkpoint, Push, Retirement, Validation, read_events
-from asgd_mpi.record.readings import COUNTERS, Epoch, Lines, Metrics, Rank, RankNote, Restart, Status, Training
+from asgd_mpi.record.readings import (
+    COUNTERS, Epoch, GpuUse, Lines, Metrics, Rank, RankNote, Restart, Status, Training, gaps_s)
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins, Timeline
 
 CONFIG_KEYS = ("model.name", "data.path", "data.batch_size", "run.epochs", "run.seed", "rule.name", "rule.momentum",
-               "schedule.lr")
+               "rule.warm_start_epochs", "schedule.lr", "exchange.n_push", "exchange.n_fetch", "exchange.overlap")
 MAX_BINS = 20         # of the staleness histogram
 
 
@@ -105,6 +106,13 @@ class Summary(msgspec.Struct):
     num_samples: int = 0                       # of an epoch; 0 if no Start says so
     total_samples: int = 0                     # of the run
     read_retries: int = 0                      # reads of shards that failed and were repeated
+    gpus: list[GpuUse] = []                    # those of which NVML told something
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """Of all GPUs together; None if no GPU counts it."""
+        known = [gpu.energy_j for gpu in self.gpus if gpu.energy_j is not None]
+        return sum(known) / 3.6e6 if known else None
 
     @property
     def overlap(self) -> float | None:
@@ -112,6 +120,10 @@ class Summary(msgspec.Struct):
         workers = [rank for rank in self.ranks if rank.rank]
         hidden = sum(rank.hidden for rank in workers)
         return _ratio(hidden, hidden + sum(rank.phases["push"] + rank.phases["fetch"] for rank in workers))
+
+    def seconds_at(self, t: float) -> float | None:
+        """Training time at `t`, Unix seconds: from the first Start, without the time between the starts of a resumed run."""
+        return None if self.started is None else t - self.started - gaps_s(self.restarts, t)
 
     @property
     def stragglers(self) -> list[Worker]:
@@ -136,7 +148,8 @@ def summarize(run: RunDir) -> Summary:
     last_t = max(metrics.last_t, training.last_t)
     stopped = training.last_t if training.last else last_t
     training_s = _elapsed(started, stopped)
-    training_s = training_s and max(0.0, training_s - metrics.gaps_s(stopped))
+    starts = [one for _, one in sorted(metrics.restarts.items())]
+    training_s = training_s and max(0.0, training_s - gaps_s(starts, stopped))
     images = training.images if training.last else sent["images"]
     server = metrics.ranks.get(0, Rank(0, "server"))
     validations = sorted(metrics.validations, key=lambda validation: validation.t)
@@ -158,12 +171,13 @@ def summarize(run: RunDir) -> Summary:
         validations=validations, checkpoints=sorted(metrics.checkpoints, key=lambda checkpoint: checkpoint.t),
         notes=sorted(metrics.notes, key=lambda note: note.t), notes_left_out=metrics.notes_left_out,
         retirements=metrics.retirements, refusals=dict(metrics.refusals),
-        given_up=metrics.given_up, restarts=[one for _, one in sorted(metrics.restarts.items())],
+        given_up=metrics.given_up, restarts=starts,
         forgotten_pushes=len(forgotten),
         num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
         timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,
-        num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"])
+        num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"],
+        gpus=metrics.gpus)
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:

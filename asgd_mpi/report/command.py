@@ -21,7 +21,7 @@ from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.audit import account
-from asgd_mpi.report.compare import compare
+from asgd_mpi.report.compare import Comparison, compare
 from asgd_mpi.report.cost import Cost, price
 from asgd_mpi.report.follow import follow
 from asgd_mpi.report.markdown import render, render_comparison
@@ -42,6 +42,8 @@ def make_parser() -> jsonargparse.ArgumentParser:
                         "chrome://tracing, and nothing else; train with --record.spans 10000 to see single steps.")
     parser.add_argument("--price-per-gpu-hour", type=Optional[float], metavar="PRICE",
                         help="What a GPU costs in an hour, in any currency: adds the cost.")
+    parser.add_argument("--price-per-kwh", type=Optional[float], metavar="PRICE", help="Of one run: adds the energy of the "
+                        "GPUs, where it was measured, to the cost.")
     parser.add_argument("--num-gpus", type=Optional[int], metavar="GPUS",
                         help="GPUs of the one run, if its workers shared them (default: one for each worker).")
     parser.add_argument("--target-accuracy", type=Optional[float], metavar="PERCENT", help="Of a comparison: top-1 accuracy "
@@ -93,8 +95,11 @@ def _report(run: RunDir, options: jsonargparse.Namespace) -> None:
     cost = None
     if options.num_gpus is not None and options.num_gpus < 1:
         raise ConfigError(f"--num-gpus {options.num_gpus}: give the GPUs that the workers shared, 1 or more.")
-    if options.price_per_gpu_hour is not None:
-        cost = price(summary, options.price_per_gpu_hour, options.num_gpus)
+    if options.price_per_kwh is not None and summary.energy_kwh is None:
+        raise ConfigError(f"--price-per-kwh {options.price_per_kwh:g}: {run.path} holds no energy. It is measured on GPUs "
+                          "that count it, with nvidia-ml-py (pip install 'asgd_mpi[nvml]').")
+    if options.price_per_gpu_hour is not None or options.price_per_kwh is not None:
+        cost = price(summary, options.price_per_gpu_hour or 0.0, options.num_gpus, options.price_per_kwh)
     markdown = render(summary, cost)
     print(markdown, end="")
     if not options.no_write:
@@ -102,18 +107,24 @@ def _report(run: RunDir, options: jsonargparse.Namespace) -> None:
 
 
 def _compare(runs: list[RunDir], options: jsonargparse.Namespace) -> None:
-    summaries = [summarize(run) for run in runs]
     target = None if options.target_accuracy is None else options.target_accuracy / 100
-    comparison = compare(summaries, target, options.price_per_gpu_hour)
+    write_comparison(runs, None if options.no_write else Path(options.out), target, options.price_per_gpu_hour)
+
+
+def write_comparison(runs: Sequence[RunDir], out: Path | None, target_accuracy: float | None = None,
+                     price_per_gpu_hour: float | None = None) -> Comparison:
+    """Print the comparison, and write `comparison.html`, `.md` and `.json` into `out`, if given. Raises RunDirError."""
+    summaries = [summarize(run) for run in runs]
+    comparison = compare(summaries, target_accuracy, price_per_gpu_hour)
     markdown = render_comparison(comparison)
     print(markdown, end="")
-    if not options.no_write:
+    if out is not None:
         from asgd_mpi.report.comparison import page
 
-        out = _directory(Path(options.out))
-        write_whole(out / "comparison.md", markdown.encode())
+        write_whole(_directory(out) / "comparison.md", markdown.encode())
         write_whole(out / "comparison.json", _json(msgspec.to_builtins(comparison)))
         write_whole(out / "comparison.html", page(comparison, summaries).encode())
+    return comparison
 
 
 def write(run: RunDir, summary: Summary, markdown: str, cost: Cost | None = None) -> None:

@@ -15,7 +15,10 @@ import msgspec
 from asgd_mpi.record.events import Validation
 from asgd_mpi.record.summary import Summary
 from asgd_mpi.report import cost as costs
-from asgd_mpi.report.units import number, percent, seconds
+from asgd_mpi.report.units import count, number, percent, seconds
+from asgd_mpi.report.verdict import MARGIN, SYNC, Verdict, is_sync, judge
+
+VARIED = ("rule.name", "rule.warm_start_epochs", "exchange.n_push", "exchange.n_fetch")   # columns of the comparison
 
 
 class Reached(msgspec.Struct):
@@ -34,6 +37,11 @@ class Entry(msgspec.Struct):
     name: str
     status: str
     num_workers: int
+    rule: str
+    n_push: int | str                          # batches in a push, or auto
+    warm_start_epochs: float                   # 0: cold
+    num_validations: int
+    seconds: float | None                      # of training
     images_per_s: float | None
     speedup: float | None
     efficiency: float | None                   # speedup / workers
@@ -68,23 +76,39 @@ class Comparison(msgspec.Struct):
     entries: list[Entry]                       # by workers
     differences: dict[str, list[str]]          # setting -> its values, if they differ
     target_accuracy: float | None              # 0..1
-    fit: Fit | None
+    fit: Fit | None                            # of the runs of one rule
     sentences: list[str]
+    verdict: Verdict | None = None             # if synchronous and asynchronous runs are compared
 
 
 def compare(summaries: Sequence[Summary], target_accuracy: float | None = None,
             price_per_gpu_hour: float | None = None) -> Comparison:
-    """Put the runs side by side; without a target it is the best accuracy that all of them reach, to 0.1 %."""
+    """Put the runs side by side; without a target accuracy it is `_default_target`."""
     summaries = sorted(summaries, key=lambda summary: (summary.num_workers, summary.name))
-    best = [max((1 - score.top1_error for score in summary.validations), default=None) for summary in summaries]
-    if target_accuracy is None and best and None not in best:
-        target_accuracy = math.floor(1000 * min(best) + 1e-9) / 1000
+    if target_accuracy is None:
+        target_accuracy = _default_target(summaries)
     base = _base([summary for summary in summaries if summary.images_per_s])
-    entries = [_entry(summary, accuracy, base, target_accuracy, price_per_gpu_hour)
-               for summary, accuracy in zip(summaries, best)]
-    found = fit([(entry.num_workers, entry.images_per_s) for entry in entries if entry.images_per_s])
+    entries = [_entry(summary, base, target_accuracy, price_per_gpu_hour) for summary in summaries]
+    found = fit([(entry.num_workers, entry.images_per_s) for entry in entries
+                 if entry.images_per_s and not is_sync(entry)])
     return Comparison(entries, _differences(summaries), target_accuracy, found,
-                      _sentences(entries, found, target_accuracy))
+                      _sentences(entries, found, target_accuracy), judge(entries, target_accuracy))
+
+
+def _default_target(summaries: Sequence[Summary]) -> float | None:
+    """The best accuracy that all runs reach, to 0.1 %; with synchronous ones among them, MARGIN below the best of any.
+
+    There a run that does not learn shall not lower what the others are measured at.
+    """
+    best = [_best_accuracy(summary) for summary in summaries]
+    if any(summary.config.get("rule.name") == SYNC for summary in summaries):
+        known = [accuracy for accuracy in best if accuracy is not None]
+        return max(0.0, math.floor(1000 * (max(known) - MARGIN) + 1e-9) / 1000) if known else None
+    return math.floor(1000 * min(best) + 1e-9) / 1000 if best and None not in best else None
+
+
+def _best_accuracy(summary: Summary) -> float | None:
+    return max((1 - score.top1_error for score in summary.validations), default=None)
 
 
 def fit(points: Sequence[tuple[int, float]]) -> Fit | None:
@@ -115,25 +139,27 @@ def _base(summaries: list[Summary]) -> float | None:
     return sum(rates) / len(rates)
 
 
-def _entry(summary: Summary, accuracy: float | None, base: float | None, target: float | None,
-           price_per_gpu_hour: float | None) -> Entry:
+def _entry(summary: Summary, base: float | None, target: float | None, price_per_gpu_hour: float | None) -> Entry:
     cost = None if price_per_gpu_hour is None else costs.price(summary, price_per_gpu_hour)
     speedup = summary.images_per_s / base if summary.images_per_s and base else None
     score = first_at(summary.validations, target) if target is not None else None
+    elapsed = score and summary.seconds_at(score.t)
     reached = None
-    if score and summary.started is not None and score.t > summary.started:
-        elapsed = score.t - summary.started
+    if elapsed and elapsed > 0:
         reached = Reached(elapsed, score.samples, score.epoch, score.samples / elapsed,
                           cost and cost.num_gpus * cost.price_per_gpu_hour * elapsed / 3600)
-    return Entry(summary.name, summary.status, summary.num_workers, summary.images_per_s, speedup,
-                 speedup and speedup / summary.num_workers, summary.staleness and summary.staleness.mean,
-                 summary.server_busy, accuracy, reached, cost and cost.total)
+    settings = summary.config
+    return Entry(summary.name, summary.status, summary.num_workers, settings.get("rule.name", "asgd"),
+                 settings.get("exchange.n_push", 1), settings.get("rule.warm_start_epochs", 0.0), len(summary.validations),
+                 summary.training_s, summary.images_per_s, speedup, speedup and speedup / summary.num_workers,
+                 summary.staleness and summary.staleness.mean, summary.server_busy, _best_accuracy(summary), reached,
+                 cost and cost.total)
 
 
 def _differences(summaries: list[Summary]) -> dict[str, list[str]]:
-    """The settings that the runs do not share: whoever compares must know."""
+    """The settings that the runs do not share, beside VARIED: whoever compares must know."""
     keys = {key: None for summary in summaries for key in summary.config}
-    values = {key: [str(summary.config.get(key, "n/a")) for summary in summaries] for key in keys}
+    values = {key: [str(summary.config.get(key, "n/a")) for summary in summaries] for key in keys if key not in VARIED}
     return {key: list(dict.fromkeys(found)) for key, found in values.items() if len(set(found)) > 1}
 
 
@@ -142,18 +168,20 @@ def _sentences(entries: list[Entry], found: Fit | None, target: float | None) ->
     sentences = []
     if found and found.limit:
         most = max(entry.num_workers for entry in entries)
+        half = found.half_gain_workers
         sentences.append(
             f"More workers of this kind reach at most about {number(found.limit, 0)} images/s; from "
-            f"{_workers(max(1, round(found.half_gain_workers)))} on, a further one adds less than half of what the first did"
-            f"{'' if found.half_gain_workers <= most else f' (beyond the {most} measured: an extrapolation)'}.")
+            f"{count(max(1, round(half)), 'worker')} on, a further one adds less than half of what the first did"
+            f"{'' if half <= most else f' (beyond the {most} measured: an extrapolation)'}.")
     elif found:
         sentences.append("Up to here images/s grow in proportion to the workers: these runs show no limit.")
     there = [entry for entry in entries if entry.reached]
     if target is not None and there:
         fastest = min(there, key=lambda entry: entry.reached.seconds)
         sentences.append(f"{percent(target)} top-1 accuracy was reached first by {fastest.name} "
-                         f"({_workers(fastest.num_workers)}), after {seconds(fastest.reached.seconds)}.")
-        first, last = there[0], there[-1]
+                         f"({count(fastest.num_workers, 'worker')}), after {seconds(fastest.reached.seconds)}.")
+        alike = [entry for entry in there if not is_sync(entry)] or there
+        first, last = alike[0], alike[-1]
         if last.num_workers > first.num_workers:
             speed = last.reached.images_per_s / first.reached.images_per_s
             samples = last.reached.samples / first.reached.samples
@@ -162,12 +190,8 @@ def _sentences(entries: list[Entry], found: Fit | None, target: float | None) ->
                 f"the samples to that accuracy, so {speed / samples:.2f} times as fast to it.")
         if all(entry.reached.cost is not None for entry in there):
             cheapest = min(there, key=lambda entry: entry.reached.cost)
-            sentences.append(f"Cheapest to that accuracy: {cheapest.name} ({_workers(cheapest.num_workers)}), "
+            sentences.append(f"Cheapest to that accuracy: {cheapest.name} ({count(cheapest.num_workers, 'worker')}), "
                              f"{cheapest.reached.cost:.4g}.")
     if short := [entry.name for entry in entries if target is not None and not entry.reached]:
         sentences.append(f"Not reached by {', '.join(short)}.")
     return sentences
-
-
-def _workers(count: int) -> str:
-    return f"{count:,} worker{'s' * (count != 1)}"

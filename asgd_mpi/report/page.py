@@ -97,6 +97,8 @@ def _money(cost: Cost) -> list[tuple[str, str]]:
     return [
         ("price", f"{cost.price_per_gpu_hour:,.4g} for one GPU hour"),
         ("GPU hours", f"{cost.gpu_hours:,.4g}, of {cost.num_gpus} {what}"),
+        ("energy of the GPUs", "not measured" if cost.energy_kwh is None else f"{cost.energy_kwh:,.4g} kWh" + (
+            f" at {cost.price_per_kwh:,.4g}" if cost.price_per_kwh is not None else ", not in the total")),
         ("total", f"{cost.total:,.4g}"),
         ("for one epoch", units.rate(cost.per_epoch)),
         ("for a million images", units.rate(cost.per_million_images)),

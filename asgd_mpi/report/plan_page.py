@@ -25,7 +25,7 @@ def page(costs: Costs, observations: Sequence[Observation], outcomes: Sequence[O
 def _draw(costs: Costs, observations: Sequence[Observation], outcomes: Sequence[Outcome]) -> Figure:
     counts = [outcome.num_workers for outcome in outcomes]
     figure, (speed, busy, stale) = canvas(3, height=6.0, sharex=True)
-    ideal = [count * costs.batch / costs.cycle_s for count in counts]
+    ideal = [count * costs.alone for count in counts]
     speed.plot(counts, ideal, color=FAINT, linestyle="--", linewidth=1, label="no queue")
     speed.plot(counts, [outcome.images_per_s for outcome in outcomes], color=BLUE, marker="o", markersize=3,
                label="predicted")

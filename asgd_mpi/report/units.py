@@ -9,6 +9,11 @@ def number(value: float | None, digits: int = 1) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
+def count(number: int, thing: str) -> str:
+    """`1 worker`, `1,200 workers`."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
 def rate(value: float | None) -> str:
     return NONE if value is None else f"{value:.4g}"
 
