@@ -155,7 +155,7 @@ class _Simulation:
     def __init__(self, costs: Costs, num_workers: int, seed: int):
         self.costs, self.num_workers = costs, num_workers
         self.chance = random.Random(seed)
-        self.step = _steps(costs.step_s, costs.spread, self.chance)
+        self.step = steps(costs.step_s, costs.spread, self.chance)
         self.serve = _servers(costs, seed)
         self.workers = [_Worker() for _ in range(num_workers)]
         self.order, self.heap = itertools.count(), []
@@ -237,7 +237,7 @@ class _Simulation:
             self._compute(t, number)
 
 
-def _steps(mean_s: float, spread: float, chance: random.Random) -> Callable[[], float]:
+def steps(mean_s: float, spread: float, chance: random.Random) -> Callable[[], float]:
     """Step times: log-normal with the given mean and spread, or constant."""
     if not spread or not mean_s:
         return lambda: mean_s

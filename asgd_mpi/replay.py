@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Optional
@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from asgd_mpi import config as configuration
-from asgd_mpi.data.loader import Batch, Loader
+from asgd_mpi.computation import Computation, Snapshot
 from asgd_mpi.errors import RunDirError, UserError
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint, history
@@ -28,7 +28,7 @@ from asgd_mpi.record.events import Member, Push, Resume, Start, Turn, read_event
 from asgd_mpi.record.history import Session, lineage
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.server.ledger import Verdict
-from asgd_mpi.server.rules import Rule, make_rule, pieces
+from asgd_mpi.server.rules import Rule
 from asgd_mpi.task import Task, open_task
 from asgd_mpi.topology import SERVER
 from asgd_mpi.worker.replica import Replica
@@ -57,66 +57,53 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
     hold a little of it. Memory: one (P,) vector for each version that a worker may still have computed on, and one for
     each worker's momentum. Raises RunDirError.
     """
-    config = task.config
-    flat = FlatModel(task.first_module(), torch.device("cpu"))
-    rule = make_rule(flat.num_floats, config.rule, num_workers)
-    begin = begin or Point(0, 0, flat.weights.clone())
-    _load(rule, begin.rule)
-    plan, schedule, loader = task.plan(num_workers), task.schedule(num_workers), task.train_loader()
-    samples, version = begin.samples, begin.version
-    held: dict[int, int] = dict.fromkeys(range(num_workers), version)  # worker -> the version it read last
-    replicas = [Replica(flat, config, num_workers, schedule, shares=True) for _ in range(num_workers)]
-    for replica, state in zip(replicas, begin.momenta):
+    first = begin and Snapshot(begin.version, begin.samples, begin.weights)
+    computation = Computation(task, num_workers, first)
+    rule, replicas, schedule = computation.rule, computation.replicas, computation.schedule
+    pacing = task.plan(num_workers).pacing
+    latest = computation.first
+    _load(rule, begin.rule if begin else {})
+    for replica, state in zip(replicas, begin.momenta if begin else []):
         replica.load_(state)
-    for worker in range(num_workers):
-        rule.begin_(worker, begin.weights)
-    snapshots, clock = {version: begin.weights}, {version: samples}
+    held: dict[int, int] = dict.fromkeys(range(num_workers), latest.version)  # worker -> the version it read last
+    snapshots = {latest.version: latest}
     fetched: dict[int, int] = {}                                       # worker -> the version that its replica has
-    handover = _Handover(successor, rule, version, samples, begin.weights, replicas)
+    handover = _Handover(successor, rule, latest, replicas)
     for entry in pushes:
         if isinstance(entry, Member):
             held[entry.worker] = entry.version
-            replicas[entry.worker].load_({})
-            rule.begin_(entry.worker, snapshots[version])
+            computation.begin_anew_(entry.worker, latest)
             fetched.pop(entry.worker, None)
             handover.see_momentum(entry.worker, entry.version, replicas[entry.worker])
         if not isinstance(entry, Push):
             continue
-        if version >= until:
+        if latest.version >= until:
             break
         push, replica = entry, replicas[entry.worker]
-        staleness = plan.pacing.staleness(version, push.read_version)
-        _check(push, version, schedule(samples, staleness), snapshots)
+        staleness = pacing.staleness(latest.version, push.read_version)
+        _check(push, latest.version, schedule(latest.samples, staleness), snapshots)
         elastic = replica.moves == "elastic"
         begun = push.base if elastic and replica.base == -1 else push.read_version
-        if fetched.get(push.worker) != begun and not (elastic and replica.base != -1):
-            replica.fetched_(begun, clock[begun], snapshots[begun])
+        goes_on = fetched.get(push.worker) == begun or elastic and replica.base != -1
         _use(threads.get(push.worker + 1))
-        losses = [replica.add(batch, task.normalise) for batch in _batches(push, loader, config.data.batch_size)]
-        loss = sum(losses) / len(losses)
+        loss = computation.compute_(push.worker, push.segments, None if goes_on else snapshots[begun],
+                                    snapshots[push.read_version] if elastic else None).loss
         if loss != push.loss:
-            raise RunDirError(f"the push that made version {version + 1} recorded a loss of {push.loss!r}, the replay "
-                              f"computes {loss!r}: the log, the data or the arithmetic (threads, library) differ.")
-        if elastic:
-            replica.fetched_(push.read_version, clock[push.read_version], snapshots[push.read_version])
+            raise RunDirError(f"the push that made version {latest.version + 1} recorded a loss of {push.loss!r}, the "
+                              f"replay computes {loss!r}: the log, the data or the arithmetic (threads, library) differ.")
         fetched[push.worker] = push.read_version
-        replica.finish()
-        verdict = Verdict(push.lr, version, push.staleness, push.worker, rate=schedule(samples), mean_of=push.mean_of)
+        verdict = Verdict(push.lr, push.version, push.staleness, push.worker, rate=schedule(latest.samples),
+                          mean_of=push.mean_of)
         _use(threads.get(SERVER))
-        fresh = snapshots[version].clone()
-        for piece in pieces(len(fresh)):
-            rule.apply_(fresh, flat.gradient, verdict, piece)
-        version += 1
-        samples += push.positions
-        snapshots[version], clock[version] = fresh, samples
-        handover.see_version(version, samples, fresh, rule)
-        handover.see_momentum(push.worker, version, replica)
+        latest = snapshots[push.version + 1] = computation.applied(latest, verdict, push.positions)
+        handover.see_version(latest, rule)
+        handover.see_momentum(push.worker, latest.version, replica)
         held[push.worker] = push.read_version                    # a worker never reads an older version again
         for old in [old for old in snapshots if old < min(held.values())]:
             del snapshots[old]
-    flat.weights.copy_(snapshots[version])
-    loader.close()
-    return flat, handover.point()
+    computation.flat.weights.copy_(latest.weights)
+    computation.close()
+    return computation.flat, handover.point()
 
 
 def _use(threads: int | None) -> None:
@@ -127,18 +114,17 @@ def _use(threads: int | None) -> None:
 class _Handover:
     """Collects, on the way, what the successor's checkpoint held."""
 
-    def __init__(self, successor: Resume | None, rule: Rule, version: int, samples: int, weights: torch.Tensor,
-                 replicas: list[Replica]):
+    def __init__(self, successor: Resume | None, rule: Rule, first: Snapshot, replicas: list[Replica]):
         self._successor = successor
         self._point: Point | None = None
         self._momenta: list[State] = [{} for _ in successor.momenta] if successor else []
-        self.see_version(version, samples, weights, rule)
+        self.see_version(first, rule)
         for worker, replica in enumerate(replicas):
-            self.see_momentum(worker, version, replica)
+            self.see_momentum(worker, first.version, replica)
 
-    def see_version(self, version: int, samples: int, weights: torch.Tensor, rule: Rule) -> None:
-        if self._successor and self._successor.version == version:
-            self._point = Point(version, samples, weights.clone(), _clone(rule.state), self._momenta)
+    def see_version(self, latest: Snapshot, rule: Rule) -> None:
+        if self._successor and self._successor.version == latest.version:
+            self._point = Point(*latest, _clone(rule.state), self._momenta)
 
     def see_momentum(self, worker: int, made: int, replica: Replica) -> None:
         if worker < len(self._momenta) and self._successor.momenta[worker] == made:
@@ -159,14 +145,7 @@ def _load(rule: Rule, state: State) -> None:
         rule.state[name].copy_(state[name])
 
 
-def _batches(push: Push, loader: Loader, batch_size: int) -> Iterator[Batch]:
-    """The batches that a push was computed on, cut as the worker cut them."""
-    for epoch, start, stop in push.segments:
-        for first in range(start, stop, batch_size):
-            yield loader.batch(epoch, first, min(first + batch_size, stop))
-
-
-def _check(push: Push, version: int, lr: float, snapshots: dict[int, torch.Tensor]) -> None:
+def _check(push: Push, version: int, lr: float, snapshots: dict[int, Snapshot]) -> None:
     if push.version != version or push.read_version not in snapshots or push.lr != lr:
         raise RunDirError(f"pushes.log does not follow from itself: version {version} at rate {lr!r} was due, with a read "
                           f"of one of the versions {min(snapshots)} to {version}; it has {push}. It was cut or changed.")

@@ -67,8 +67,10 @@ class Task:
 
     def plan(self, num_workers: int) -> Plan:
         data, run, samples = self.config.data, self.config.run, self.train.num_samples
+        n_push = self.config.exchange.n_push
+        lease_batches = max(data.lease_batches, n_push if n_push != "auto" else 1)   # two are held: enough for a push
         return Plan(num_workers, samples, self.val.num_samples, round(run.epochs * samples), data.batch_size,
-                    data.lease_batches, run.validate_every, self.config.failure.max_nonfinite,
+                    lease_batches, run.validate_every, self.config.failure.max_nonfinite,
                     round(self.config.rule.warm_start_epochs * samples), pacing(self.config.rule, num_workers))
 
     def schedule(self, num_workers: int) -> Schedule:

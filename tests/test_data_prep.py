@@ -1,6 +1,7 @@
 """data_prep: what it packs, what it refuses, and what it leaves behind when it fails."""
 
 import errno
+import gzip
 import os
 import shutil
 import subprocess
@@ -16,8 +17,8 @@ from photos import write_odd_files, write_tree
 
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.shards import MANIFEST, ShardSet, read_manifest
-from asgd_mpi.errors import DataError
-from data_prep import digits, writer
+from asgd_mpi.errors import DataError, UserError
+from data_prep import digits, fashion_mnist, writer
 from data_prep.imagenet import prepare
 
 
@@ -223,3 +224,25 @@ def test_the_command_line_packs_a_tree_and_reports_a_users_mistake_in_one_line_w
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
     assert again.stderr.count("\n") == 1
+
+
+def test_idx_files_become_a_data_set_and_damaged_ones_are_named(tmp_path, capsys):
+    rng, sizes = np.random.default_rng(0), {"train": 70, "t10k": 20}
+    images = {stem: rng.integers(0, 256, (count, 28, 28), np.uint8) for stem, count in sizes.items()}
+    labels = {stem: rng.integers(0, 10, count).astype(np.uint8) for stem, count in sizes.items()}
+    for stem, count in sizes.items():
+        header = np.array([count, 28, 28], ">u4").tobytes()
+        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + header + images[stem].tobytes()))
+        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + header[:4] + labels[stem].tobytes())
+    fashion_mnist.prepare(tmp_path / "out", tmp_path, limit=60)
+    train, val = (ShardSet.open(tmp_path / "out", split) for split in ("train", "val"))
+    assert (train.num_samples, val.num_samples, train.num_classes) == (60, 20, 10)
+    assert {val.source(i): (val.labels(np.array([i])).item(), val.read(i).tobytes()) for i in range(20)} == {
+        f"t10k/{row}": (label, image.tobytes()) for row, (image, label) in enumerate(zip(images["t10k"], labels["t10k"]))}
+    whole = (tmp_path / "train-images-idx3-ubyte.gz").read_bytes()
+    for damaged in (whole[:400], gzip.compress(b"\0\0\x08\x03" + header), b"", gzip.compress(b"\0\0\x0d\x03" + header)):
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged .*: fetch it again"):
+            fashion_mnist.prepare(tmp_path / "again", tmp_path)
+    with pytest.raises(UserError, match="dataset-fashion-mnist"):
+        fashion_mnist.prepare(tmp_path / "again", tmp_path / "out")

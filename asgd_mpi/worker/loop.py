@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -159,7 +158,7 @@ class Worker:
         version = self.courier.version if elastic else version
         self._since_fetch += done.batches
         with self.meter.phase("compute"):
-            is_finite = math.isfinite(done.loss) and self.replica.finish()
+            is_finite = self.replica.finish()
         fetch = not elastic and self._since_fetch >= self.exchange.n_fetch
         if not is_finite and self.replica.moves:               # its own weights are spoilt
             self.replica.load_({})

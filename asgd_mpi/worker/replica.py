@@ -8,6 +8,7 @@ DANA, 0.209 without momentum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from asgd_mpi.config import Config
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.server.rulebook import RULEBOOK, pacing
+from asgd_mpi.server.rulebook import RULEBOOK, clip_norm, pacing
 from asgd_mpi.worker.momentum import Momentum
 from asgd_mpi.worker.step import Normalise, ScaledLoss
 
@@ -44,10 +45,12 @@ class Replica:
         if config.compute.compile:
             flat.module.compile()
         self._alpha = rule.alpha or 0.9 / num_workers
+        self._longest = clip_norm(rule, num_workers)
         self._momentum = Momentum(rule, flat.weights, keeps_last=pacing(rule, num_workers).may_drop)
         self._sum = torch.zeros_like(flat.weights) if self.moves == "descends" else None
         self._snapshot = self._own = flat.weights
         self._rate, self._samples, self._batches = 0.0, 0, 0
+        self._is_finite = True    # the loss of every batch since the last push
         self.base = -1            # the snapshot that its own weights began with, if a fetch does not replace them
 
     @property
@@ -78,25 +81,29 @@ class Replica:
         if self._shares:
             self.flat.weights.copy_(self._own)
         loss = self._loss.compute_gradient_(self.flat, normalise, batch, self._seed, accumulate=not (is_first or self.moves))
+        self._is_finite = math.isfinite(loss) and (is_first or self._is_finite)
         if self.moves:
             self._move_(is_first)
         return loss
 
     def finish(self) -> bool:
-        """Turn flat.gradient, (P,) float32, into what is pushed; whether it is finite. If not, nothing has been changed."""
-        self._batches = 0
+        """Turn flat.gradient, (P,) float32, into what is pushed; whether it and the losses are finite.
+
+        If not, nothing has been changed, and the next gradient begins anew.
+        """
+        batches, self._batches = self._batches, 0
         flat = self.flat
         if self.moves == "elastic":
             torch.sub(self._own, self._snapshot, out=flat.gradient).mul_(self._alpha)
         elif self.moves == "descends":
             flat.gradient.copy_(self._sum)
-        if not flat.gradient.sum().isfinite():
+        if not self._is_finite or not flat.gradient.sum().isfinite():
             return False
         if self.moves == "elastic":
             self._own.sub_(flat.gradient)
             self._rate = self._rate_at(self._samples)
         elif not self.moves:
-            self._clip_()
+            self._clip_(batches)
             self._momentum.push_(flat.gradient)
         return True
 
@@ -114,9 +121,9 @@ class Replica:
             self._sum.copy_(gradient) if is_first else self._sum.add_(gradient)
         weights.sub_(gradient, alpha=self._rate)
 
-    def _clip_(self) -> None:
-        """Scale the gradient to a norm of clip_norm at most; 0: leave it as it is."""
-        if self._rule.clip_norm:
-            norm = self.flat.gradient.norm().item()
-            if norm > self._rule.clip_norm:
-                self.flat.gradient.mul_(self._rule.clip_norm / norm)
+    def _clip_(self, batches: int = 1) -> None:
+        """Scale the gradient, a sum over batches, to a norm of `clip_norm` for each of them at most; 0: leave it as it is."""
+        if self._longest:
+            norm, longest = self.flat.gradient.norm().item(), batches * self._longest
+            if norm > longest:
+                self.flat.gradient.mul_(longest / norm)

@@ -1,0 +1,108 @@
+"""Everything of a run that is arithmetic, in one process: what the replay and the simulation share.
+
+One network, on which the replicas of all workers take turns, and the server's rule. Who computes on which snapshot, and when
+it is applied, is the caller's to say: the log of a run, or a virtual clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from asgd_mpi.model import batchnorm
+from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.server.ledger import Verdict
+from asgd_mpi.server.rules import make_rule, pieces
+from asgd_mpi.task import Task
+from asgd_mpi.worker.replica import Replica
+from asgd_mpi.worker.step import Errors, validate
+
+
+class Snapshot(NamedTuple):
+    version: int
+    samples: int              # applied so far
+    weights: torch.Tensor     # (P,) float32; never changed
+
+
+class Computed(NamedTuple):
+    """What a push was computed to be; the payload itself is in flat.gradient."""
+
+    loss: float               # mean over its batches
+    skipped: int              # damaged images left out
+    is_finite: bool
+
+
+class Computation:
+    """`first`: the snapshot with the first weights. Memory: one (P,) for each snapshot that somebody holds, those that the
+    rule keeps (`rulebook.vectors`), and one more for each worker that moves its own weights."""
+
+    def __init__(self, task: Task, num_workers: int, first: Snapshot | None = None):
+        self.task = task
+        self.flat = FlatModel(task.first_module(), torch.device("cpu"))
+        self.first = first or Snapshot(0, 0, self.flat.weights.clone())
+        self.schedule, self.loader = task.schedule(num_workers), task.train_loader()
+        self.rule = make_rule(self.flat.num_floats, task.config.rule, num_workers)
+        self.replicas = [Replica(self.flat, task.config, num_workers, self.schedule, shares=True)
+                         for _ in range(num_workers)]
+        for worker in range(num_workers):
+            self.rule.begin_(worker, self.first.weights)
+
+    def compute_(self, worker: int, segments: Iterable[tuple[int, int, int]], fetched: Snapshot | None,
+                 centre: Snapshot | None = None) -> Computed:
+        """Let a worker compute what it pushes, on all (epoch, start, stop).
+
+        `fetched`: what it fetched before, None if it goes on where it was; `centre`: what it fetches after the batches, if
+        the rule is elastic.
+        """
+        replica, loss, skipped, num_batches = self.replicas[worker], 0.0, 0, 0
+        if fetched is not None:
+            replica.fetched_(*fetched)
+        for batch in self._batches(segments):
+            loss += replica.add(batch, self.task.normalise)
+            skipped += batch.skipped
+            num_batches += 1
+        if centre is not None:
+            replica.fetched_(*centre)
+        return Computed(loss / num_batches, skipped, replica.finish())
+
+    def applied(self, latest: Snapshot, verdict: Verdict, positions: int) -> Snapshot:
+        """The snapshot that what was computed last makes of the latest one."""
+        weights = latest.weights.clone()
+        for piece in pieces(len(weights)):
+            self.rule.apply_(weights, self.flat.gradient, verdict, piece)
+        return Snapshot(latest.version + 1, latest.samples + positions, weights)
+
+    def begin_anew_(self, worker: int, latest: Snapshot) -> None:
+        """A worker begins again, without what it kept."""
+        self.replicas[worker].load_({})
+        self.rule.begin_(worker, latest.weights)
+
+    def undo_(self, worker: int) -> None:
+        """What a worker computed last has been dropped."""
+        self.replicas[worker].undo_()
+
+    def validate_(self, snapshot: Snapshot, start: int, stop: int) -> Errors:
+        """The errors of a snapshot on positions [start, stop) of the validation split; `flat` holds it then."""
+        task, size = self.task, self.task.config.data.batch_size
+        self.flat.weights.copy_(snapshot.weights)
+        if batchnorm.layers(self.flat.module):
+            last = min(batchnorm.NUM_BATCHES * size, task.train.num_samples)
+            images = (task.normalise(batch.images) for batch in self._batches([(0, 0, last)]))
+            batchnorm.recalibrate_(self.flat.module, images)
+        loader = task.val_loader()
+        errors = validate(self.flat, task.normalise,
+                          (loader.batch(0, at, min(at + size, stop)) for at in range(start, stop, size)))
+        loader.close()
+        return errors
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def _batches(self, segments: Iterable[tuple[int, int, int]]):
+        """The batches of a push, cut as the worker cuts them."""
+        size = self.task.config.data.batch_size
+        for epoch, start, stop in segments:
+            for first in range(start, stop, size):
+                yield self.loader.batch(epoch, first, min(first + size, stop))

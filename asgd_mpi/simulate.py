@@ -1,0 +1,181 @@
+"""`python -m asgd_mpi.simulate [train options] --workers 64`: train in one process, on a virtual clock, without MPI.
+
+Prints accuracy against virtual time; `--out` leaves a run directory, for report, replay and evaluate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import torch
+
+from asgd_mpi import config as configuration
+from asgd_mpi import forecast, plan
+from asgd_mpi.config import Config
+from asgd_mpi.errors import ConfigError, UserError
+from asgd_mpi.record.checkpoint import Manifest
+from asgd_mpi.record.events import End, EventLog, Note, Push, Start
+from asgd_mpi.record.progress import Progress
+from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.report.units import number, percent, seconds
+from asgd_mpi.server import rulebook
+from asgd_mpi.server.saver import Saver
+from asgd_mpi.simulation import Simulation, Times, simulate
+from asgd_mpi.task import Task, complete, open_task
+
+MAX_WORKERS = 4096
+TIMES = {"step": 10.0, "push": 1.0, "apply": 0.1, "fetch": 1.0}   # milliseconds
+
+
+def times_of(runs: Sequence[RunDir]) -> Times:
+    """What the workers and the server of recorded runs took, as `asgd_mpi.plan` sees them. Raises RunDirError."""
+    costs = forecast.calibrate([plan.observe(run) for run in runs])
+    return Times(costs.step_s, costs.travel_s, costs.serve_s, costs.fetch_s, costs.spread)
+
+
+# ---- what it leaves behind
+
+
+def write_run(run: RunDir, task: Task, simulation: Simulation) -> None:
+    """Write the log, the metrics, the last version and the marker of success, as a run does; time begins at 0."""
+    config, plan_, exchange = task.config, simulation.plan, task.config.exchange
+    computation, score = simulation.computation, simulation.scores[-1]
+    write_whole(run.config, configuration.to_yaml(config).encode())
+    write_whole(run.versions, msgspec.json.encode({"torch": str(torch.__version__), "mpi": "none: simulated"}))
+    with _log(run.pushes) as pushes:
+        for push in simulation.pushes:
+            pushes.write(push)
+        _save(run, task, simulation, pushes)
+    for rank, book in enumerate(simulation.books):
+        with _log(run.metrics_of(rank)) as log:
+            log.write(Start(
+                0.0, rank, "worker" if rank else "server", "simulated", "cpu", plan_.num_workers,
+                computation.flat.num_floats, plan_.num_samples, plan_.total_samples, not exchange.overlap and exchange.n_fetch in (1, exchange.n_push),
+                torch.get_num_threads()))
+            if not rank:
+                log.write(Note(0.0, f"simulated, on a virtual clock: {simulation.times}"))
+            for event in book.events:
+                log.write(event)
+            dead = rank and simulation.workers[rank - 1].is_dead
+            log.write(End(simulation.now, "failed" if dead else "finished", "killed on purpose" if dead else ""))
+    write_whole(run.finished, msgspec.json.format(msgspec.json.encode({
+        "status": 0, "version": score.version, "top1_error": score.top1_error, "top5_error": score.top5_error})))
+
+
+@contextmanager
+def _log(path: Path) -> Iterator[EventLog]:
+    log = EventLog(path)
+    yield log
+    log.close()
+
+
+def _save(run: RunDir, task: Task, simulation: Simulation, pushes: EventLog) -> None:
+    """Write the last version as a checkpoint."""
+    data, computation = task.train, simulation.computation
+    about = Manifest(0, 0, task.config.model.name, data.num_classes, task.channels, task.config.data.image_size,
+                     data.fingerprint, list(data.mean), list(data.std))
+    saver = Saver(run, 0, about, computation.flat, computation.rule, task.config.checkpoint.keep, pushes.sync)
+    saver.begin(1, simulation.latest.weights, simulation.ledger, None, None, set())
+    saver.finish(simulation.latest.version, task.config.run.timeout_s)
+    saver.close()
+
+
+def describe(simulation: Simulation) -> list[str]:
+    """The course of the training and its sums, as lines of text."""
+    pushes = [push for push in simulation.pushes if isinstance(push, Push)]
+    lines = ["   time (s)   epoch   version   accuracy      loss"]
+    lines += [f"{score.t:11.3f} {score.epoch:7.2f} {score.version:9,} {percent(1 - score.top1_error, 2):>10} "
+              f"{number(score.loss, 4):>9}" for score in simulation.scores]
+    last, made = simulation.scores[-1], len(pushes)
+    staleness = sum(push.staleness for push in pushes) / made
+    dropped = simulation.num_dropped / (made + simulation.num_dropped)
+    lines.append(f"{simulation.plan.num_workers} workers: {percent(1 - last.top1_error, 2)} after "
+                 f"{seconds(pushes[-1].t)}, {number(simulation.ledger.samples / pushes[-1].t, 0)} images a virtual second, "
+                 f"mean staleness {staleness:.2f}, {percent(dropped, 1)} of {made + simulation.num_dropped:,} pushes "
+                 "dropped")
+    if simulation.is_degraded:
+        lines.append(f"{len(simulation.ledger.members)} of {simulation.plan.num_workers} workers were left at the end")
+    return lines
+
+
+# ---- the command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m asgd_mpi.simulate", allow_abbrev=False,
+        description="Train in one process on a virtual clock, with any number of workers.",
+        epilog="Every other option is one of asgd_mpi.train: --config FILE, --rule sync, --epochs 12, "
+               "--inject kill@t=3s:rank1 (virtual seconds), ...; `python -m asgd_mpi.train --help` lists them.")
+    parser.add_argument("--workers", type=int, default=8, metavar="N", help=f"Up to {MAX_WORKERS} (default: 8).")
+    for name, default in TIMES.items():
+        parser.add_argument(f"--{name}-time", type=float, metavar="MS", help=f"Milliseconds (default: {default:g}).")
+    parser.add_argument("--spread", type=float, metavar="S",
+                        help="Standard deviation of a step over its mean, log-normal (default: 0.1).")
+    parser.add_argument("--times-from", nargs="+", metavar="RUN_DIR",
+                        help="Take the times from recorded runs; of two sizes is best (see asgd_mpi.plan).")
+    parser.add_argument("--slow", default="", metavar="FACTORx@RANK,...",
+                        help="Stragglers, such as 3x@2,5x@7; short for --inject slow:3x@rank2,slow:5x@rank7.")
+    parser.add_argument("--out", default="", metavar="DIR", help="Write a run directory, for report, replay and evaluate.")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        config = _config(rest, options.slow)
+        times = _times(options)
+        _demand(1 <= options.workers <= MAX_WORKERS, "workers", options.workers, f"from 1 to {MAX_WORKERS} can be simulated")
+        task = open_task(complete(config))
+        rulebook.check(task.config, options.workers)
+        run = RunDir.create(options.out, "") if options.out else None
+        plan_ = task.plan(options.workers)
+        progress = Progress(config.run.progress, plan_.total_samples, plan_.num_samples)
+        torch.set_num_threads(task.config.compute.threads or 1)       # several gain nothing at small networks
+        simulation = simulate(task, options.workers, times, progress)
+        print("\n".join(describe(simulation)))
+        if run:
+            write_run(run, task, simulation)
+            print(f"the run directory is {run.path}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _config(arguments: list[str], slow: str) -> Config:
+    config = configuration.parse(arguments)
+    _demand(not config.run.resume and not config.run.dry_run, "resume" if config.run.resume else "dry-run",
+            config.run.resume, "a simulation begins anew, and is over soon")
+    stragglers = [f"slow:{entry.strip().replace('@', '@rank')}" for entry in slow.split(",") if entry.strip()]
+    return replace(config, run=replace(config.run, inject=",".join([*filter(None, [config.run.inject]), *stragglers])))
+
+
+def _times(options: argparse.Namespace) -> Times:
+    """The given times over the recorded ones, or over the defaults."""
+    if options.times_from:
+        base = times_of([RunDir.open(path) for path in options.times_from])
+    else:
+        base = Times(*(milliseconds / 1000 for milliseconds in TIMES.values()), spread=0.1)
+    given = {f"{name}_s": value / 1000 for name in TIMES if (value := getattr(options, f"{name}_time")) is not None}
+    if options.spread is not None:
+        given["spread"] = options.spread
+    times = replace(base, **given)
+    for name in TIMES:
+        value = 1000 * getattr(times, f"{name}_s")
+        _demand(value >= 0 and math.isfinite(value), f"{name}-time", value, "give milliseconds, 0 or more")
+    _demand(times.step_s > 0, "step-time", 0, "steps that take no time would leave no order; give milliseconds above 0")
+    _demand(0 <= times.spread <= 10, "spread", times.spread, "give a standard deviation over the mean, from 0 to 10")
+    return times
+
+
+def _demand(holds: bool, option: str, value: object, reason: str) -> None:
+    if not holds:
+        raise ConfigError(f"--{option} {value}: {reason}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""How accurate each update rule is, by number of workers, rate, start and n_sync; sequential SGD is the line to meet.
+
+    python -m benchmarks.convergence --parts digits,rates,momentum,starts,real,fashion --processes 2
+
+Each part adds rows to benchmarks/results/convergence.json; those that are there already are not computed again, so that it
+goes on where it was interrupted. `real` starts mpirun, the others run `asgd_mpi.simulate` in process: steps of 10 ms with a
+spread of 30 % and exchanges of 2 ms on a virtual clock. At the end come the tables of docs/convergence.md, and its figure.
+
+digits    every rule, 8, 16, 32 and 64 workers, 5 seeds, 20 epochs
+rates     every rule at a tenth and at ten times its rate
+momentum  who keeps the velocity, with and without clipping
+starts    cold and warm start by workers and n_sync, as figures 3 and 4 of Paine et al. 2013 (arXiv:1312.6186)
+real      every rule, 4 workers, mpirun
+fashion   Fashion-MNIST (make data/fashion-mnist with data_prep.fashion_mnist first), 4 epochs
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+from tqdm import tqdm
+
+from asgd_mpi import config as configuration
+from asgd_mpi.errors import TrainingDiverged
+from asgd_mpi.record.events import Push, Validation, read_events, read_pushes
+from asgd_mpi.server.rulebook import RULEBOOK
+from asgd_mpi.simulation import Times, prepare
+from asgd_mpi.task import complete, open_task
+from benchmarks import launch, machine, training
+
+RESULT = machine.RESULTS / "convergence.json"
+FIGURE = Path(__file__).parent.parent / "docs" / "convergence.png"
+TIMES = Times(step_s=0.010, push_s=0.001, apply_s=0.0001, fetch_s=0.001, spread=0.3)
+TARGET = {"digits": 0.97, "fashion": 0.86}
+WORKERS, SEEDS = (8, 16, 32, 64), 5
+FASHION = ["--data", "data/fashion-mnist", "--model", "benchmarks.networks:fashion_cnn", "--run.validate_every", "0.5",
+           *training.recipe(0.02, 4)]
+REAL_S = 300.0         # deadline of a real run
+KEEPERS = tuple(f"--rule.momentum_at {place}" for place in ("server", "worker", "dana")) + ("--rule.momentum_at none --rule.momentum 0",)
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training."""
+
+    part: str
+    rule: str
+    workers: int
+    seed: int
+    factor: float = 1.0            # of the stock rate
+    n_sync: int = 0                # 0: the rule's own
+    warm_epochs: float = 0.0
+    more: str = ""                 # further options
+
+    @property
+    def data(self) -> str:
+        return "fashion" if self.part == "fashion" else "digits"
+
+    @property
+    def options(self) -> list[str]:
+        own = FASHION if self.data == "fashion" else ["--epochs", "20"]
+        sync = ["--n-sync", str(self.n_sync)] if self.n_sync else []
+        options = [*own, "--rule", self.rule, "--seed", str(self.seed), *sync, "--run.progress", "none",
+                   "--rule.warm_start_epochs", str(self.warm_epochs), *self.more.split()]
+        if self.factor == 1:
+            return options
+        stock = complete(configuration.parse(options)).schedule.lr
+        return [*options, "--lr", str(self.factor * stock)]
+
+
+def settings(part: str) -> Iterator[Setting]:
+    rules = list(RULEBOOK)
+    if part == "digits":
+        yield from (Setting(part, "asgd", 1, seed) for seed in range(SEEDS))
+        yield from (Setting(part, rule, n, seed) for seed in range(SEEDS) for n in WORKERS for rule in rules)
+    elif part == "rates":
+        yield from (Setting(part, rule, n, 0, factor) for rule in rules for n in (8, 32) for factor in (0.1, 10.0))
+        yield from (Setting(part, "asgd", 1, 0, factor) for factor in (0.1, 10.0))
+    elif part == "momentum":
+        yield from (Setting(part, "asgd", n, 0, 10.0 if "none" in keeper else 1.0, more=f"--rule.clip_norm {clip} {keeper}")
+                    for n in (1, 8, 16, 32) for clip in (0, 1) for keeper in KEEPERS)
+    elif part == "starts":
+        yield from (Setting(part, "downpour", n, seed, 0.1, n_sync, warm) for seed in range(2) for n in (1, 4, 8, 16)
+                    for n_sync in (1, 10, 100, 300) for warm in (0.0, 4.0) if n > 1 or not warm)
+    elif part == "real":
+        yield from (Setting(part, rule, 4, seed) for seed in range(2) for rule in rules)
+    elif part == "fashion":
+        yield from (Setting(part, "asgd", 1, seed) for seed in range(2))
+        yield from (Setting(part, rule, n, seed) for seed in range(2) for n in (8, 16, 32)
+                    for rule in ("asgd", "sync", "easgd", "dc_asgd_a", "ringmaster"))
+    else:
+        raise SystemExit(f"there is no part {part}: choose of digits, rates, momentum, starts, real, fashion")
+
+
+def train(setting: Setting) -> dict:
+    """A row: the setting, the final accuracy, and what it took to reach the target."""
+    torch.set_num_threads(1)
+    pushes, scores, diverged = _run(setting) if setting.part == "real" else _simulate(setting)
+    accuracy = [1 - score.top1_error for score in scores]
+    began = pushes[0].t if setting.part == "real" and pushes else 0.0
+    reached = next((score for score, found in zip(scores, accuracy) if found >= TARGET[setting.data]), None)
+    return asdict(setting) | {
+        "accuracy": accuracy[-1] if scores else 0.0, "diverged": diverged,
+        "samples_to_target": reached and reached.samples, "seconds_to_target": reached and reached.t - began,
+        "seconds": pushes[-1].t - began if pushes else None, "staleness": sum(push.staleness for push in pushes) / len(pushes) if pushes else None}
+
+
+def _simulate(setting: Setting) -> tuple[list[Push], list[Validation], bool]:
+    task = open_task(complete(configuration.parse(setting.options)))
+    game, diverged = prepare(task, setting.workers, TIMES), False
+    try:
+        game.run()
+    except TrainingDiverged:
+        diverged = True
+    finally:
+        game.computation.close()
+    return [push for push in game.pushes if isinstance(push, Push)], game.scores, diverged
+
+
+def _run(setting: Setting) -> tuple[list[Push], list[Validation], bool]:
+    try:
+        with training.run(setting.workers, setting.options, {}, REAL_S) as run_dir:
+            scores = [event for event in read_events(run_dir.metrics_of(0)) if isinstance(event, Validation)]
+            return list(read_pushes(run_dir.pushes)), scores, False
+    except launch.Failed as error:
+        if "no longer finite" not in str(error):
+            raise
+        return [], [], True
+
+
+def tables(rows: list[dict]) -> str:
+    """Accuracy in percent as Markdown, mean (lowest to highest); *: a run ended since nothing was finite any more."""
+    def cell(part: str, **wanted) -> str:
+        chosen = [row for row in rows if row["part"] == part and all(row[name] == value for name, value in wanted.items())]
+        found = [100 * row["accuracy"] for row in chosen]
+        if not found:
+            return ""
+        spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
+        mark = " *" if any(row["diverged"] for row in chosen) else ""
+        return f"{statistics.mean(found):.1f}{spread}{mark}"
+
+    def samples(rule: str, n: int) -> str:
+        found = [row["samples_to_target"] for row in rows
+                 if row["part"] == "digits" and row["rule"] == rule and row["workers"] == n]
+        reached = [count for count in found if count]
+        return f"{statistics.median(reached):,.0f}" + (f" ({len(reached)}/{len(found)})" if len(reached) < len(found) else "") \
+            if reached else "never" if found else ""
+
+    rules = list(RULEBOOK)
+    parts = [
+        f"Sequential: {cell('digits', rule='asgd', workers=1)}; {TARGET['digits']:.0%} after {samples('asgd', 1)} samples.",
+        machine.table(["rule", "4, mpirun", *map(str, WORKERS)], [
+            [rule, cell("real", rule=rule), *(cell("digits", rule=rule, workers=n) for n in WORKERS)] for rule in rules]),
+        machine.table(["rule", *(f"{n} workers" for n in WORKERS)], [
+            [rule, *(samples(rule, n) for n in WORKERS)] for rule in rules]),
+        machine.table(["rule", *(f"{factor}x rate, {n} workers" for n in (8, 32) for factor in ("0.1", "1", "10"))], [
+            [rule, *(cell("rates" if factor != 1 else "digits", rule=rule, workers=n, factor=factor, seed=0)
+                     for n in (8, 32) for factor in (0.1, 1.0, 10.0))] for rule in rules]),
+        machine.table(["workers", "clipped to", "server", "worker", "dana", "none, 10x rate"], [
+            [n, clip or "not", *(cell("momentum", workers=n, more=f"--rule.clip_norm {clip} {keeper}") for keeper in KEEPERS)]
+            for n in (1, 8, 16, 32) for clip in (0, 1)]),
+        f"Fashion-MNIST, sequential: {cell('fashion', rule='asgd', workers=1)}.",
+        machine.table(["rule", "8", "16", "32"], [
+            [rule, *(cell("fashion", rule=rule, workers=n) for n in (8, 16, 32))] for rule in rules
+            if cell("fashion", rule=rule, workers=8)])]
+    return "\n\n".join(parts)
+
+
+def draw(rows: list[dict]) -> None:
+    """The figures 3 and 4 of Paine et al.: accuracy by workers, a line for each n_sync, cold and warm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, warm in zip(figure.subplots(1, 2, sharey=True), (0.0, 4.0)):
+        for colour, n_sync in zip(COLOURS, (1, 10, 100, 300)):
+            found: dict[int, list[float]] = {}
+            for row in rows:
+                if row["part"] == "starts" and row["n_sync"] == n_sync and (row["warm_epochs"] == warm or row["workers"] == 1):
+                    found.setdefault(row["workers"], []).append(100 * row["accuracy"])
+            axes.plot(list(found), [statistics.mean(runs) for runs in found.values()], "o-", color=colour, label=f"n_sync {n_sync}")
+        axes.set(title="warm start: one worker for 4 epochs" if warm else "cold start", xlabel="workers", ylim=(0, 101))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 4, 8, 16], ["1", "4", "8", "16"])
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("accuracy (%)")
+    figure.axes[1].legend(frameon=False)
+    figure.savefig(FIGURE, dpi=110)
+    print(f"written: {FIGURE}")
+
+
+def main(parts: str = "", processes: int = 1) -> None:
+    """Compute the rows of some parts that are not there yet; none: only the tables and the figure.
+
+    Args:
+        parts: of digits, rates, momentum, starts, real, fashion; separated by commas
+        processes: trainings at a time; of `real` always one
+    """
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "made": {}}
+    rows = result["rows"]
+    done = {Setting(**{name: row[name] for name in Setting.__dataclass_fields__ if name in row}) for row in rows}
+    for part in filter(None, parts.split(",")):
+        todo = [setting for setting in settings(part) if setting not in done]
+        with multiprocessing.get_context("spawn").Pool(1 if part == "real" else processes) as pool:
+            for row in tqdm(pool.imap_unordered(train, todo), part, total=len(todo)):
+                rows.append(row)
+                result["made"][part] = machine.describe("benchmarks.convergence")
+                RESULT.write_text(json.dumps(result, indent=None).replace('}, {"part"', '},\n {"part"') + "\n")
+    print(tables(rows))
+    if any(row["part"] == "starts" for row in rows):
+        draw(rows)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,61 @@
+"""Fashion-MNIST as shards: 70 000 real 28 x 28 grey images of clothes, harder than digits (Xiao et al. 2017, arXiv:1708.07747).
+
+    apt-get install dataset-fashion-mnist        # Debian; or the four IDX files from anywhere else
+    python -m data_prep.fashion_mnist --out data/fashion-mnist
+
+Out: raw uint8 (28, 28, 1) shards, 60 000 train and 10 000 val images (its test split).
+"""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+
+from asgd_mpi.errors import UserError
+from data_prep import arrays, run
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+FILES = {"train": "train", "val": "t10k"}
+SHARD_SIZE = 8192
+
+
+def prepare(out: Path, source: Path = DEBIAN, limit: int = 0) -> None:
+    """Write Fashion-MNIST as a data set.
+
+    Args:
+        out: directory for the data set; created if missing, refused if it already holds one
+        source: directory with the IDX files, compressed by gzip or not
+        limit: images of each split, from the beginning; 0 for all
+    """
+    splits = {}
+    for split, stem in FILES.items():
+        images, labels = read_idx(source, f"{stem}-images-idx3-ubyte"), read_idx(source, f"{stem}-labels-idx1-ubyte")
+        if len(images) != len(labels) or labels.max(initial=0) >= len(CLASSES):
+            raise UserError(f"{source}: the {split} split has {len(images)} images and {len(labels)} labels up to "
+                            f"{labels.max(initial=0)}; it must have one label from 0 to 9 for each. Fetch the files again.")
+        count = limit or len(images)
+        names = [f"{stem}/{row}" for row in range(len(images))]
+        splits[split] = images[:count, ..., None], labels[:count], names[:count]
+    arrays.write(out, splits, CLASSES, SHARD_SIZE)
+
+
+def read_idx(source: Path, name: str) -> np.ndarray:
+    """An IDX file of unsigned bytes: 0, 0, 8, number of dimensions, their lengths (big-endian), data. Raises UserError."""
+    path = next((path for path in (source / name, source / f"{name}.gz") if path.exists()), None)
+    if path is None:
+        raise UserError(f"there is no {name} (or {name}.gz) in {source}: install Debian's dataset-fashion-mnist, or give "
+                        "--source DIR with the four IDX files of Fashion-MNIST.")
+    try:
+        data = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
+        dimensions = data[3]
+        shape = np.frombuffer(data, ">u4", dimensions, offset=4)
+        if data[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin as an IDX file of bytes does")
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (ValueError, IndexError, EOFError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): fetch it again.") from error
+
+
+if __name__ == "__main__":
+    run(prepare)
