@@ -44,7 +44,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     task.train_loader().close()
     num_workers = max(1, places.num_workers)
     rulebook.check(config, num_workers)
-    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers, capacity=1)
+    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers)
     total = task.plan(num_workers).total_samples
     if point:
         if point.manifest:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from asgd_mpi import config as configuration
 from asgd_mpi.data.loader import Batch, Loader
 from asgd_mpi.errors import RunDirError, UserError
+from asgd_mpi.exchange import codec
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.events import Member, Push, Resume, Start, Turn, read_events, read_log
@@ -70,14 +71,15 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
         replica.load_(state)
     for worker in range(num_workers):
         rule.begin_(worker, begin.weights)
-    snapshots, clock = {version: begin.weights}, {version: samples}
+    weights, wire = begin.weights, config.exchange.wire
+    snapshots, clock = {version: codec.rounded(weights, wire)}, {version: samples}     # as workers read them
     fetched: dict[int, int] = {}                                       # worker -> the version that its replica has
     handover = _Handover(successor, rule, version, samples, begin.weights, replicas)
     for entry in pushes:
         if isinstance(entry, Member):
             held[entry.worker] = entry.version
             replicas[entry.worker].load_({})
-            rule.begin_(entry.worker, snapshots[version])
+            rule.begin_(entry.worker, weights)
             fetched.pop(entry.worker, None)
             handover.see_momentum(entry.worker, entry.version, replicas[entry.worker])
         if not isinstance(entry, Push):
@@ -103,18 +105,18 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
         replica.finish()
         verdict = Verdict(push.lr, version, push.staleness, push.worker, rate=schedule(samples), mean_of=push.mean_of)
         _use(threads.get(SERVER))
-        fresh = snapshots[version].clone()
-        for piece in pieces(len(fresh)):
-            rule.apply_(fresh, flat.gradient, verdict, piece)
+        weights = weights.clone()
+        for piece in pieces(len(weights)):
+            rule.apply_(weights, flat.gradient, verdict, piece)
         version += 1
         samples += push.positions
-        snapshots[version], clock[version] = fresh, samples
-        handover.see_version(version, samples, fresh, rule)
+        snapshots[version], clock[version] = codec.rounded(weights, wire), samples
+        handover.see_version(version, samples, weights, rule)
         handover.see_momentum(push.worker, version, replica)
         held[push.worker] = push.read_version                    # a worker never reads an older version again
         for old in [old for old in snapshots if old < min(held.values())]:
             del snapshots[old]
-    flat.weights.copy_(snapshots[version])
+    flat.weights.copy_(weights)
     loader.close()
     return flat, handover.point()
 

@@ -16,6 +16,7 @@ rounded arrives as it is. Pure: no MPI. Legend: P parameters.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Union
 
@@ -34,6 +35,12 @@ class Packed:
     def __init__(self, memory: torch.Tensor, num_floats: int, dtype: torch.dtype):
         self._numbers = memory[:2 * num_floats].view(dtype)
         self._units = memory[_aligned(2 * num_floats):num_bytes(num_floats, "bfloat16")].view(torch.float32)
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on another device; itself if it is there."""
+        moved = copy.copy(self)
+        moved._numbers, moved._units = self._numbers.to(device), self._units.to(device)
+        return moved
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -66,9 +73,10 @@ def copy_(into: Vector, source: Vector) -> None:
     """Copy a vector, from and to any format and device."""
     if isinstance(into, torch.Tensor) and isinstance(source, torch.Tensor):
         into.copy_(source)
-    else:
-        for piece in pieces(len(into)):
-            into[piece] = source[piece]
+        return
+    source = source if isinstance(source, torch.Tensor) else source.to(into.device)      # where it is wider
+    for piece in pieces(len(into)):
+        into[piece] = source[piece]
 
 
 def round_(vector: torch.Tensor, wire: str) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from asgd_mpi.exchange import wait, wire
+from asgd_mpi.exchange import codec, wait, wire
+from asgd_mpi.exchange.codec import Vector
 from asgd_mpi.exchange.window import ServerWindow, WorkerWindow
 from asgd_mpi.exchange.wire import HEADER_BYTES, Header
 from asgd_mpi.exchange.world import PROCESS_FAILED, World
@@ -24,16 +25,16 @@ TAG = 1
 
 
 class _Packet:
-    """A header's bytes and its payload, (capacity,) float32: `shared` memory, or behind the header in the message."""
+    """A header's bytes and its payload, uint8: `shared` memory, or behind the header in the message."""
 
-    def __init__(self, capacity: int, shared: torch.Tensor | None):
+    def __init__(self, num_bytes: int, shared: torch.Tensor | None):
         self.is_shared = shared is not None
-        self.bytes = np.zeros(HEADER_BYTES + (0 if self.is_shared else 4 * capacity), np.uint8)
-        self.payload = shared if self.is_shared else torch.from_numpy(self.bytes[HEADER_BYTES:].view(np.float32))
+        self.bytes = np.zeros(HEADER_BYTES + (0 if self.is_shared else num_bytes), np.uint8)
+        self.payload = shared if self.is_shared else torch.from_numpy(self.bytes[HEADER_BYTES:])
 
-    def message(self, num_floats: int) -> np.ndarray:
-        """What is sent for a payload of `num_floats`."""
-        return self.bytes[:HEADER_BYTES + (0 if self.is_shared else 4 * num_floats)]
+    def message(self, num_bytes: int) -> np.ndarray:
+        """What is sent for a payload of `num_bytes`."""
+        return self.bytes[:HEADER_BYTES + (0 if self.is_shared else num_bytes)]
 
 
 class Outbox:
@@ -42,19 +43,19 @@ class Outbox:
     def __init__(self, world: World, window: WorkerWindow):
         self.world = world
         self.sent = 0                         # packets so far
-        self._packet = _Packet(window.layout.capacity, window.gradient)
+        self._packet = _Packet(window.layout.payload_bytes, window.payload)
         self._request = MPI.REQUEST_NULL
 
     @property
     def payload(self) -> torch.Tensor:
-        """(capacity,) float32 on the host; to be written only when the last packet has been judged."""
+        """(payload_bytes,) uint8 on the host; to be written only when the last packet has been judged."""
         return self._packet.payload
 
-    def send(self, header: Header, num_floats: int) -> None:
-        """Start to send the header and the first `num_floats` of the payload."""
+    def send(self, header: Header, num_bytes: int) -> None:
+        """Start to send the header and the first `num_bytes` of the payload."""
         self.sent += 1
         self._packet.bytes[:HEADER_BYTES] = np.frombuffer(wire.pack_header(header), np.uint8)
-        message = self._packet.message(num_floats)
+        message = self._packet.message(num_bytes)
         self._request = self.world.comm.Isend([message, MPI.BYTE], dest=SERVER, tag=TAG)
 
     def wait(self) -> None:
@@ -65,11 +66,12 @@ class Outbox:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A received packet; `payload` is (capacity,) float32, valid until the arrival is released."""
+    """A received packet. Its payload is valid until the arrival is released, and one of the two."""
 
     worker: int
     header: Header | None                 # None if it could not be read: then `fault` says why
-    payload: torch.Tensor
+    gradient: Vector                      # (P,)
+    statistics: torch.Tensor              # float32
     fault: str = ""
 
 
@@ -78,13 +80,13 @@ class Inbox:
 
     def __init__(self, world: World, window: ServerWindow):
         self.world = world
-        layout = window.layout
+        self._layout = layout = window.layout
         workers = range(layout.num_workers)
-        self._packets = [_Packet(layout.capacity, window.gradients.get(worker)) for worker in workers]
+        self._packets = [_Packet(layout.payload_bytes, window.payloads.get(worker)) for worker in workers]
         self._requests = {worker: self._receive(worker) for worker in workers}
         self._arrived: deque[Arrival] = deque()
         self.dead: set[int] = set()           # workers whose process the MPI library reports as failed
-        serves_other_hosts = len(window.gradients) < layout.num_workers
+        serves_other_hosts = len(window.payloads) < layout.num_workers
         self._longest_s = wait.LONGEST_S / 20 if serves_other_hosts else wait.LONGEST_S  # their reads need us inside MPI
 
     def take(self, seconds: float) -> list[Arrival]:
@@ -120,14 +122,16 @@ class Inbox:
             request.Free()
 
     def _open(self, worker: int) -> Arrival:
-        packet = self._packets[worker]
+        packet, layout = self._packets[worker], self._layout
+        payload = (codec.vector_in(packet.payload, layout.num_parameters, layout.wire),
+                   codec.vector_in(packet.payload, layout.num_statistics, "float32"))
         try:
             header = wire.unpack_header(packet.bytes[:HEADER_BYTES].tobytes())
             if header.worker != worker:
                 raise ValueError(f"rank {worker + 1} sent a packet in the name of worker {header.worker}: {header}")
         except ValueError as error:
-            return Arrival(worker, None, packet.payload, str(error))
-        return Arrival(worker, header, packet.payload)
+            return Arrival(worker, None, *payload, str(error))
+        return Arrival(worker, header, *payload)
 
     def _receive(self, worker: int) -> MPI.Request:
         return self.world.comm.Irecv([self._packets[worker].bytes, MPI.BYTE], source=worker + 1, tag=TAG)
