@@ -184,9 +184,9 @@ class _Part:
         saver = Saver(self.run, self.restart, self._about(), flat, rule, config.checkpoint.keep, pushes.sync)
         server = Server(
             self.window, Inbox(self.world, self.window), ledger, rule, self.meter, self.log, pushes, progress,
-            self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots, config.exchange.wire,
-            statistics, workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves), signals.asked_to_leave,
-            self.injector.step)
+            self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots,
+            config.exchange.wire, statistics, workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves),
+            signals.asked_to_leave, self.injector.step)
         self.version = lambda: ledger.version
         server.publish_first(first)
         try:
@@ -210,9 +210,10 @@ class _Part:
         loaders = (self.task.train_loader(self.note, touch_on_device=device.type != "cpu"),
                    self.task.val_loader(self.note))
         outbox = Outbox(world, self.window)
-        in_place = device.type == "cpu" and not exchange.overlap and exchange.wire == "float32"   # where the server reads it
+        in_place = device.type == "cpu" and not exchange.overlap and exchange.wire == "float32"   # where it is read
         elastic = RULEBOOK[config.rule.name].moves == "elastic"
-        flat = FlatModel(module, device, outbox.payload.view(torch.float32) if in_place else None, exchange.overlap or elastic)
+        gradient = outbox.payload.view(torch.float32) if in_place else None
+        flat = FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
         courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire)
         num_workers = world.size - 1
         worker = Worker(

@@ -96,7 +96,8 @@ EXCHANGES = [[], ["--n-sync", "3"], ["--exchange.overlap", "true"], ["--exchange
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_a_run_uses_every_sample_once_and_applies_every_push_once(digits, tmp_path, num_workers, options):
     cluster = Cluster(make_task(digits, *options), num_workers, tmp_path)
-    found = audit(cluster.train(), 1437, round(1.5 * 1437), num_workers, reads_own_pushes=options in ([], EXCHANGES[1], EXCHANGES[6]))
+    reads_own_pushes = options in ([], EXCHANGES[1], EXCHANGES[6])
+    found = audit(cluster.train(), 1437, round(1.5 * 1437), num_workers, reads_own_pushes)
     assert not found.violations and [epoch.missing for epoch in found.epochs] == [0, 0]
     assert found.age_applied + found.age_between + found.age_at_end == num_workers * found.num_versions
 

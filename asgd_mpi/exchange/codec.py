@@ -80,7 +80,7 @@ def copy_(into: Vector, source: Vector) -> None:
 
 
 def round_(vector: torch.Tensor, wire: str) -> None:
-    """Replace each number of a float32 vector by the one that arrives when it is sent; finite ones below 2^127 stay finite."""
+    """Replace the numbers of a float32 vector by those that arrive when it is sent; finite up to 2^127."""
     if wire != "float32":
         for piece in pieces(len(vector)):
             unit = _unit(vector[piece], DTYPES[wire])

@@ -174,9 +174,9 @@ class ServerWindow(_Window):
         self._control = words[:CONTROL_WORDS]
         self._control[:] = ABSENT
         self._mail = words[CONTROL_WORDS:].reshape(-1, wire.MAIL_WORDS)
-        memory = torch.from_numpy(own)
-        self._ring = [codec.vector_in(memory[layout.slot(k):], layout.num_parameters, "float32") for k in range(layout.ring)]
-        self._shown = [codec.vector_in(memory[layout.shown(k):], layout.num_parameters, layout.wire) for k in range(layout.ring)]
+        memory, size = torch.from_numpy(own), layout.num_parameters
+        self._ring = [codec.vector_in(memory[layout.slot(k):], size, "float32") for k in range(layout.ring)]
+        self._shown = [codec.vector_in(memory[layout.shown(k):], size, layout.wire) for k in range(layout.ring)]
         self.payloads = {rank - 1: torch.from_numpy(segment[:layout.payload_bytes])   # uint8, of each worker of this host
                          for rank, segment in segments.items() if rank != SERVER}
 
@@ -232,7 +232,7 @@ class WorkerWindow(_Window):
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         own = segments.get(self.world.rank)
-        self.payload = None if own is None else torch.from_numpy(own[:self.layout.payload_bytes])  # on the server's host only
+        self.payload = None if own is None else torch.from_numpy(own[:self.layout.payload_bytes])  # on the server's host
         self._control = np.empty(CONTROL_WORDS, np.int64)
         self._mail = np.empty(wire.MAIL_WORDS, np.int64)
 

@@ -64,7 +64,8 @@ class Courier:
         """Whether `wait` would return at once."""
         return self._trip is None or self._trip.done()
 
-    def start(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool = True, whole: bool = False) -> None:
+    def start(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool = True,
+              whole: bool = False) -> None:
         """Set out, with a packet unless `header` is None; the last trip must have been waited for.
 
         `fill` writes the payload, uint8, and returns its bytes; it is called on the way, by whoever makes the trip. `whole`:
