@@ -17,7 +17,6 @@ rounded arrives as it is. Pure: no MPI. Legend: P parameters.
 from __future__ import annotations
 
 import copy
-import math
 from typing import Union
 
 import torch
@@ -98,7 +97,7 @@ def rounded(vector: torch.Tensor, wire: str) -> torch.Tensor:
 
 def _unit(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """() float32: the power of two that the values are divided by. Made of bits, so that it is exact everywhere."""
-    largest = torch.linalg.vector_norm(values, math.inf).view(torch.int32)
+    largest = values.abs().amax().view(torch.int32)
     exponent = (largest + _HALF[dtype]) >> 23             # biased, of the largest when it has been rounded
     return ((exponent - 14).clamp(min=1) << 23).view(torch.float32)
 
