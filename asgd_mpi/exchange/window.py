@@ -33,7 +33,7 @@ from mpi4py import MPI
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange import codec, wait, wire
-from asgd_mpi.exchange.world import World
+from asgd_mpi.exchange.world import World, cut
 from asgd_mpi.server.ledger import Mail
 from asgd_mpi.topology import SERVER
 
@@ -271,8 +271,9 @@ class WorkerWindow(_Window):
         return self._control
 
     def _get(self, into: np.ndarray, offset: int, what: str) -> None:
-        request = self._win.Rget(into, self._target, target=(offset, into.nbytes, MPI.BYTE))
-        self._until(request.Test, f"let it read {what}")
+        requests = [self._win.Rget(part, self._target, target=(offset + start, part.nbytes, MPI.BYTE))
+                    for start, part in cut(into)]
+        self._until(lambda: all(request.Test() for request in requests), f"let it read {what}")
 
     def _until(self, poll: Callable[[], T | None], what: str) -> T:
         return wait.until(lambda: poll() or self.world.demand_server(), self.world.timeout_s,
