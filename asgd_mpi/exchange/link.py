@@ -63,7 +63,7 @@ class Outbox:
     def wait(self) -> None:
         """Return when the packet has left."""
         wait.until(lambda: _are_done(self._requests) or self.world.demand_server(), self.world.timeout_s,
-                   f"rank {self.world.rank} waits for rank 0 to take its packet {self.sent}")
+                   f"rank {self.world.rank} waits for rank 0 to take its packet {self.sent}", wait.BUSY_S)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Inbox:
         self._arrived: deque[Arrival] = deque()
         self.dead: set[int] = set()           # workers whose process the MPI library reports as failed
         serves_other_hosts = len(window.payloads) < layout.num_workers
-        self._longest_s = wait.LONGEST_S / 20 if serves_other_hosts else wait.LONGEST_S  # their reads need us inside MPI
+        self._longest_s = wait.BUSY_S if serves_other_hosts else wait.LONGEST_S  # their reads need us inside MPI
 
     def take(self, seconds: float) -> list[Arrival]:
         """All packets that wait, at most one of a worker; waits so long for the first."""

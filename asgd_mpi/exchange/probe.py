@@ -166,10 +166,12 @@ class WindowProbe:
                       for start, part in cut(into)], "a read of the window")
 
     def _send(self, payload: np.ndarray, dest: int) -> None:
-        self._finish([self.world.comm.Isend(part, dest, TAG) for _, part in cut(payload)], f"rank {dest} to take {payload.nbytes} bytes")
+        requests = [self.world.comm.Isend(part, dest, TAG) for _, part in cut(payload)]
+        self._finish(requests, f"rank {dest} to take {payload.nbytes} bytes")
 
     def _receive(self, into: np.ndarray, source: int) -> None:
-        self._finish([self.world.comm.Irecv(part, source, TAG) for _, part in cut(into)], f"{into.nbytes} bytes from rank {source}")
+        requests = [self.world.comm.Irecv(part, source, TAG) for _, part in cut(into)]
+        self._finish(requests, f"{into.nbytes} bytes from rank {source}")
 
     def _finish(self, requests: list[MPI.Request], what: str) -> None:
         wait.until(lambda: MPI.Request.Testall(requests), self.world.timeout_s, f"rank {self.world.rank} waits for {what}")

@@ -273,8 +273,9 @@ class WorkerWindow(_Window):
     def _get(self, into: np.ndarray, offset: int, what: str) -> None:
         requests = [self._win.Rget(part, self._target, target=(offset + start, part.nbytes, MPI.BYTE))
                     for start, part in cut(into)]
-        self._until(lambda: all(request.Test() for request in requests), f"let it read {what}")
+        self._until(lambda: all(request.Test() for request in requests), f"let it read {what}", wait.BUSY_S)
 
-    def _until(self, poll: Callable[[], T | None], what: str) -> T:
+    def _until(self, poll: Callable[[], T | None], what: str, longest_s: float = wait.LONGEST_S) -> T:
+        who = f"rank {self.world.rank} (worker {self.world.worker} on {self.world.host})"
         return wait.until(lambda: poll() or self.world.demand_server(), self.world.timeout_s,
-                          f"rank {self.world.rank} (worker {self.world.worker} on {self.world.host}) waits for rank 0 to {what}")
+                          f"{who} waits for rank 0 to {what}", longest_s)

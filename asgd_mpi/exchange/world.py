@@ -21,7 +21,7 @@ from asgd_mpi.exchange import wait
 
 PROCESS_FAILED = {getattr(MPI, name) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
                   if hasattr(MPI, name)} - {MPI.ERR_UNKNOWN}
-MAX_BYTES = 1 << 30   # of one message or read: a count ends at 2^31 - 1 where the MPI library has no MPI_Isend_c and the like
+MAX_BYTES = 1 << 30   # of one message or read: counts end at 2^31 - 1, unless the MPI library has MPI_Isend_c and the like
 LIFELINE = 2   # tag of a message that never comes: its receive fails when the server's process does
 
 

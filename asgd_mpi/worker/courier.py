@@ -71,6 +71,8 @@ class Courier:
         `fill` writes the payload, uint8, and returns its bytes; it is called on the way, by whoever makes the trip. `whole`:
         fetch the weights as the server holds them, not in the format that travels.
         """
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self._flat.device))     # which may still fill the gradient
         self._trip = self._run(self._go, header, fill, fetch, whole)
 
     def push_gradient(self, header: Header, fetch: bool) -> None:
@@ -141,6 +143,8 @@ class Courier:
             trip = _Trip(self._window.await_mail(self.sent, until, "let it go on"), push_s=time.perf_counter() - started)
             if fetch:
                 trip.snapshot, trip.num_bytes = self._fetch(trip.mail.version, whole)
+        if self._stream:
+            self._stream.synchronize()
         trip.fetch_s = time.perf_counter() - started - trip.push_s
         return trip
 
