@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from asgd_mpi.exchange import codec
 from asgd_mpi.model import batchnorm
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.ledger import Verdict
@@ -58,13 +59,13 @@ class Computation:
         """
         replica, loss, skipped, num_batches = self.replicas[worker], 0.0, 0, 0
         if fetched is not None:
-            replica.fetched_(*fetched)
+            replica.fetched_(*self._on_the_wire(fetched))
         for batch in self._batches(segments):
             loss += replica.add(batch, self.task.normalise)
             skipped += batch.skipped
             num_batches += 1
         if centre is not None:
-            replica.fetched_(*centre)
+            replica.fetched_(*self._on_the_wire(centre))
         return Computed(loss / num_batches, skipped, replica.finish())
 
     def applied(self, latest: Snapshot, verdict: Verdict, positions: int) -> Snapshot:
@@ -96,6 +97,10 @@ class Computation:
                           (loader.batch(0, at, min(at + size, stop)) for at in range(start, stop, size)))
         loader.close()
         return errors
+
+    def _on_the_wire(self, snapshot: Snapshot) -> Snapshot:
+        """As a worker reads it."""
+        return snapshot._replace(weights=codec.rounded(snapshot.weights, self.task.config.exchange.wire))
 
     def close(self) -> None:
         self.loader.close()

@@ -164,12 +164,15 @@ class ExchangeConfig:
             (default: 1, or the rule's own)
         n_fetch: batches between two fetches, a multiple of n_push (default: n_push, so that n_push is the paper's n_sync)
         overlap: push and fetch while the next gradient is computed, which makes it staler (default: with n_push auto)
+        wire: format of the numbers on their way; in bfloat16 and float16 half of the bytes of float32. Gradients and fetched
+            weights are then rounded to 8 or 11 bits; what the server keeps, validates and saves stays float32
     """
 
     ring: int = 3
     n_push: Union[int, Literal["auto"], None] = None
     n_fetch: Optional[int] = None
     overlap: Optional[bool] = None
+    wire: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 @dataclass

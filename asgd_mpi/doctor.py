@@ -180,7 +180,7 @@ class Examination:
             return None
         classes, channels, pixels = DIGITS if options.model == "digits_cnn" else IMAGENET
         module = networks.build(options.model, classes, channels, pixels)
-        layout = Layout(num_floats(module), options.ring, places.num_workers, max(num_floats(module), num_statistics(module)))
+        layout = Layout(num_floats(module), options.ring, places.num_workers, num_statistics(module))
         local = places.num_on_host_of(SERVER) - 1
         return asdict(Need(options.model, layout.num_parameters, options.ring, layout.server_bytes,
                            local * layout.worker_bytes))

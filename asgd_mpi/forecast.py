@@ -8,8 +8,8 @@ Pure discrete-event simulation, one heap, three events for each push:
             with overlap it has gone on at SEND, and sends again when both are done
 
 S servers hold equal parts of the vector and see all pushes in the same order, so one event serves for all of them: their
-queues are a vector, and differ by the spread of their updates. Several servers and a narrower wire format are features to
-come (`Costs.future`): the model knows them, the training does not yet.
+queues are a vector, and differ by the spread of their updates. Several servers, and int8 on the wire, are features to come
+(`Costs.future`): the model knows them, the training does not yet.
 
 What it leaves out: ranks that share cores (but see `calibrate`), validation, the end of a run, the loader falling behind,
 workers that share a link, and that a server applies waiting pushes in one pass.
@@ -31,7 +31,8 @@ import numpy as np
 MIN_PUSHES = 2000     # simulated at least, and PUSHES_EACH for each worker
 PUSHES_EACH = 12
 WARM_UP = 1 / 3       # of the pushes: not counted
-WIRES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}     # bytes of a number on a link
+WIRES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}     # bytes of a number on a link;
+FUTURE_WIRES = ("int8",)                                           # ... and those that no training sends
 SEND, SERVE, BACK = range(3)
 
 
@@ -115,7 +116,7 @@ class Costs:
     def future(self) -> list[str]:
         """What of this only the model can do."""
         return [*([f"{self.num_servers} servers"] if self.num_servers > 1 else []),
-                *([f"wire format {self.wire}"] if self.wire != "float32" else [])]
+                *([f"wire format {self.wire}"] if self.wire in FUTURE_WIRES else [])]
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,8 @@ CHANGES: tuple[tuple[str, Callable[[Costs], Costs]], ...] = (
     ("4 times the batches in a push (--n-sync)", lambda costs: costs if costs.n_push == "auto" else replace(
         costs, n_push=4 * costs.n_push, n_fetch=costs.n_fetch and 4 * costs.n_fetch)),
     ("overlap (--exchange.overlap true)", lambda costs: replace(costs, overlap=True)),
-    ("a wire of 2 bytes a number (to come)", lambda costs: replace(costs, wire="bfloat16") if costs.link_s else costs),
+    ("2 bytes a number on the links (--exchange.wire bfloat16)", lambda costs: replace(
+        costs, wire="bfloat16") if costs.link_s and costs.wire == "float32" else costs),
     ("twice the servers (to come)", lambda costs: replace(costs, num_servers=2 * costs.num_servers)),
 )
 

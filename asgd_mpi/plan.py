@@ -67,8 +67,8 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--n-push", type=str, default="", metavar="N|auto", help="Batches a push (default: the run's).")
     parser.add_argument("--n-fetch", type=Optional[int], help="Batches between two fetches (default: n_push).")
     parser.add_argument("--overlap", action="store_true", help="Compute while a push is under way.")
-    parser.add_argument("--wire", type=Literal[tuple(WIRES)], default="float32", help="Numbers on a link. The model only: a "
-                        "training sends float32.")
+    parser.add_argument("--wire", type=Optional[Literal[tuple(WIRES)]], help="Numbers on a link (default: the run's "
+                        "--exchange.wire). int8: the model only.")
     parser.add_argument("--link-gbit", type=Optional[float], metavar="GBIT",
                         help="Gbit/s of each host's link, if the runs were on one host and the plan is for several.")
     parser.add_argument("--link-latency-us", type=float, default=0.0, metavar="US", help="Its latency, one way.")
@@ -131,8 +131,8 @@ def _as_asked(costs: Costs, options: jsonargparse.Namespace, num_parameters: int
     link_s = 0.0 if options.link_gbit is None else 8 * WIRES["float32"] * num_parameters / (options.link_gbit * 1e9)
     return dataclasses.replace(
         costs, batch=batch, step_s=step_ms / 1e3, spread=costs.spread if options.spread is None else options.spread,
-        n_push=n_push, n_fetch=n_fetch, overlap=options.overlap, wire=options.wire, num_servers=options.servers,
-        link_s=link_s, latency_s=options.link_latency_us / 1e6)
+        n_push=n_push, n_fetch=n_fetch, overlap=options.overlap, wire=options.wire or costs.wire,
+        num_servers=options.servers, link_s=link_s, latency_s=options.link_latency_us / 1e6)
 
 
 def _n_push(text: str) -> int | str:
@@ -163,7 +163,8 @@ def observe(run: RunDir) -> Observation:
                       for rank in workers for interval in _intervals(run, rank.rank)], step_s)
     apply_spread = _spread([(interval.apply, interval.pushes) for interval in _intervals(run, 0)], summary.apply_s)
     costs = Costs(images / n_push, step_s, summary.apply_s, total["fetch"] / fetches, spread=spread,
-                  apply_spread=apply_spread, n_push=n_push, n_fetch=summary.config.get("exchange.n_fetch"))
+                  apply_spread=apply_spread, n_push=n_push, n_fetch=summary.config.get("exchange.n_fetch"),
+                  wire=summary.config.get("exchange.wire", "float32"))
     return Observation(costs, len(workers), sum(images / cycle for cycle in cycles))
 
 

@@ -44,7 +44,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     task.train_loader().close()
     num_workers = max(1, places.num_workers)
     rulebook.check(config, num_workers)
-    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers, capacity=1)
+    Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers)
     total = task.plan(num_workers).total_samples
     if point:
         if point.manifest:
@@ -86,10 +86,11 @@ def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
     server, worker = (4e-6 * num_parameters * count for count in rulebook.vectors(rule, num_workers))
     limit = rulebook.clip_norm(rule, num_workers)
     clipped = f", gradients clipped to a norm of {limit:g}" if limit else ""
+    wire = f"; {config.exchange.wire} on the wire" if config.exchange.wire != "float32" else ""
     warm = f"; one worker alone for the first {rule.warm_start_epochs:g} epochs" if rule.warm_start_epochs else ""
     return (f"{rule.name}: {rulebook.RULEBOOK[rule.name].what}, {momentum}{clipped}; it keeps {server:.0f} MB on the server and "
             f"{worker:.0f} MB on each worker beside the weights\n"
-            f"{rulebook.expected_staleness(rule, num_workers, num_workers * (1 + config.exchange.overlap))}, n_sync {n_push}{warm}")
+            f"{rulebook.expected_staleness(rule, num_workers, num_workers * (1 + config.exchange.overlap))}, n_sync {n_push}{wire}{warm}")
 
 
 def _find_run(config: Config) -> tuple[RunDir | None, resume.Point | None]:

@@ -24,6 +24,7 @@ from asgd_mpi import forecast, inject
 from asgd_mpi.computation import Computation, Snapshot
 from asgd_mpi.config import ExchangeConfig
 from asgd_mpi.errors import ConfigError, TrainingDiverged, WorkersLost
+from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.record.events import PHASES, Interval, Member, Push, Refusal, Retirement, Validation
 from asgd_mpi.record.progress import Progress
@@ -131,6 +132,7 @@ class Simulation:
         self.scores: list[Validation] = []
         self.num_dropped = 0              # pushes that came too late, or were not finite
         self.latest = computation.first
+        self._num_bytes = codec.num_bytes(len(self.latest.weights), exchange.wire)
         self.now = self._server_free_at = 0.0
         self._mail = dict(self.ledger.take_news())
         self._heap: list[tuple[float, int, _Worker | None, Process]] = []
@@ -233,7 +235,7 @@ class Simulation:
         me.since_fetch += len(done.batches)
         fetch = self.moves != "elastic" and me.since_fetch >= self.exchange.n_fetch
         me.since_fetch = 0 if fetch else me.since_fetch
-        self.books[me.number + 1].add(self.now, pushes=1, bytes_pushed=4 * len(self.latest.weights))
+        self.books[me.number + 1].add(self.now, pushes=1, bytes_pushed=self._num_bytes)
         yield from self._start(me, lambda: self._judge(me, done), fetch, is_gradient=True)
         if not self.exchange.overlap:
             yield from self._take(me)
@@ -297,7 +299,7 @@ class Simulation:
         me.mail = trip.mail
         if trip.snapshot is not None:
             me.snapshot, me.is_fresh = trip.snapshot, True
-            book.add(self.now, fetches=1, bytes_fetched=4 * len(self.latest.weights))
+            book.add(self.now, fetches=1, bytes_fetched=self._num_bytes)
 
     # ---- the server: what server.serve does
 

@@ -136,8 +136,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
                     not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads,
                     clock_offset_s=offset.seconds, clock_error_s=offset.error))
     log.flush()                    # the replay of a killed run needs it
-    capacity = max(num_floats(module), num_statistics(module))
-    layout = Layout(num_floats(module), exchange.ring, plan.num_workers, capacity)
+    layout = Layout(num_floats(module), exchange.ring, plan.num_workers, num_statistics(module), exchange.wire)
     window = (ServerWindow if world.is_server else WorkerWindow)(world, layout)
     window.open()
     part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
@@ -185,9 +184,9 @@ class _Part:
         saver = Saver(self.run, self.restart, self._about(), flat, rule, config.checkpoint.keep, pushes.sync)
         server = Server(
             self.window, Inbox(self.world, self.window), ledger, rule, self.meter, self.log, pushes, progress,
-            self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots, statistics,
-            workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves), signals.asked_to_leave,
-            self.injector.step)
+            self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots,
+            config.exchange.wire, statistics, workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves),
+            signals.asked_to_leave, self.injector.step)
         self.version = lambda: ledger.version
         server.publish_first(first)
         try:
@@ -211,10 +210,11 @@ class _Part:
         loaders = (self.task.train_loader(self.note, touch_on_device=device.type != "cpu"),
                    self.task.val_loader(self.note))
         outbox = Outbox(world, self.window)
-        in_place = device.type == "cpu" and not exchange.overlap      # compute the gradient where the server reads it
+        in_place = device.type == "cpu" and not exchange.overlap and exchange.wire == "float32"   # where it is read
         elastic = RULEBOOK[config.rule.name].moves == "elastic"
-        flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap or elastic)
-        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, fetches_aside=elastic)
+        gradient = outbox.payload.view(torch.float32) if in_place else None
+        flat = FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
+        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire)
         num_workers = world.size - 1
         worker = Worker(
             world.worker, courier, Replica(flat, config, num_workers, self.task.schedule(num_workers)), self.task.normalise, loaders, config, self.meter,

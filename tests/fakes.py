@@ -7,16 +7,20 @@ from contextlib import contextmanager
 
 import torch
 
+from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.link import Arrival
-from asgd_mpi.exchange.window import Snapshot
+from asgd_mpi.exchange.window import Layout, Snapshot
 
 
 class Exchange:
     """What the two sides share."""
 
-    def __init__(self, num_floats: int, ring: int = 3):
+    def __init__(self, num_floats: int, num_statistics: int = 0, wire: str = "float32", ring: int = 3):
         self.lock = threading.Lock()
+        self.layout = Layout(num_floats, ring, 0, num_statistics, wire)
         self.ring = [torch.zeros(num_floats) for _ in range(ring)]
+        self.shown = [torch.zeros(self.layout.vector_bytes, dtype=torch.uint8) for _ in range(ring)]
+        self.format = num_floats, wire
         self.version, self.slot = -1, 0
         self.mail = {}
         self.packets = deque()
@@ -39,8 +43,13 @@ class FakeServerWindow:
         exchange = self._exchange
         with exchange.lock:
             slot = (exchange.slot + 1) % len(exchange.ring)
+            self._next = exchange.ring[slot], codec.vector_in(exchange.shown[slot], *exchange.format)
             yield exchange.ring[slot]
             exchange.version, exchange.samples, exchange.slot = version, samples, slot
+
+    def show(self, piece):
+        weights, shown = self._next
+        shown[piece] = weights[piece]
 
     def post(self, worker, mail):
         self._exchange.mail[worker] = mail
@@ -75,22 +84,26 @@ class FakeWorkerWindow:
 
         return _wait(poll, f"mail of worker {self._worker}: {for_what}")
 
-    def fetch(self, into, at_least):
-        with self._exchange.lock:
-            into.copy_(self._exchange.ring[self._exchange.slot])
+    def fetch(self, into, at_least, whole=False):
+        exchange = self._exchange
+        with exchange.lock:
+            into.copy_(exchange.ring[exchange.slot].view(torch.uint8) if whole else exchange.shown[exchange.slot])
             assert self._exchange.version >= at_least
             return Snapshot(self._exchange.version, self._exchange.samples, torn_reads=0)
 
 
 class FakeOutbox:
-    def __init__(self, exchange: Exchange, capacity: int):
+    def __init__(self, exchange: Exchange):
         self._exchange = exchange
         self.sent = 0
-        self.payload = torch.zeros(capacity)
+        self.payload = torch.zeros(exchange.layout.payload_bytes, dtype=torch.uint8)
 
-    def send(self, header, num_floats):
+    def send(self, header, num_bytes):
         self.sent += 1
-        self._exchange.packets.append(Arrival(header.worker, header, self.payload.clone()))
+        payload, layout = self.payload.clone(), self._exchange.layout
+        payload[num_bytes:] = 255                              # does not travel
+        self._exchange.packets.append(Arrival(header.worker, header, codec.vector_in(payload, *self._exchange.format),
+                                              codec.vector_in(payload, layout.num_statistics, "float32")))
 
     def wait(self):
         pass

@@ -61,6 +61,11 @@ class Hosts:
                     for name in self.names]
         return bool(shutil.which("tc")) and not any(subprocess.run(each, capture_output=True).returncode for each in commands)
 
+    def num_bytes_sent(self) -> int:
+        """By all hosts together, since they were made."""
+        return sum(int(subprocess.run(["ip", "netns", "exec", name, "cat", "/sys/class/net/eth0/statistics/tx_bytes"],
+                                      check=True, capture_output=True, text=True).stdout) for name in self.names)
+
     def connect(self, number: int, is_up: bool) -> None:
         """Cut a host off from the others, or join it again."""
         _ip(f"-n {self.names[number]} link set eth0 {'up' if is_up else 'down'}")

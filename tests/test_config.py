@@ -58,6 +58,7 @@ def test_a_missing_file_is_named():
 @pytest.mark.parametrize("option, value, part", [
     ("--schedule.lr", "fast", "float"), ("--data.batch_size", "0", "1 image or more"),
     ("--rule.momentum", "1.0", "below 1"), ("--data.augment", "blur", "paper"), ("--exchange.ring", "1", "at least 2"),
+    ("--exchange.wire", "int8", "bfloat16"),
     ("--exchange.n_push", "0", "1 batch or more"), ("--exchange.n_push", "often", "auto"),
     ("--run.epochs", "-1", "more than 0"), ("--rule.name", "sgdd", "asgd"), ("--run.timeout_s", "0", "limit")])
 def test_a_wrong_value_is_refused_with_the_option_and_the_reason(option, value, part):

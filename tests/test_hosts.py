@@ -10,6 +10,7 @@ from asgd_mpi import replay
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import Fetch, Member, Publish, Retirement, Start, read_events, read_log, read_pushes
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
 from conftest import finish
 
 NUM_WORKERS = 4   # ranks 0, 1 on the first host, 2, 3 on the second, 4 on the third
@@ -70,6 +71,28 @@ def test_ranks_behind_a_cut_link_are_retired_and_come_back_as_new_members(cut):
     found = audit(read_pushes(cut.pushes), 1437, 40 * 1437, reads_own_pushes=False)
     assert not found.violations and not any(epoch.missing for epoch in found.epochs)
     assert replay.main([str(cut.path)]) == 0
+
+
+def test_with_two_bytes_a_number_half_as_much_crosses_the_links(openmpi, digits, tmp_path):
+    """Counted by the network, so that headers, mail and polls are in it."""
+    reason = hosts.why_not()
+    if reason:
+        pytest.skip(reason)
+    sent = {}
+    with hosts.hosts(2, tmp_path) as several:
+        for wire in ("float32", "bfloat16"):
+            before = several.num_bytes_sent()
+            done = openmpi.run_as_given(several.command(
+                [openmpi.mpirun, *several.mpirun_options(ranks_per_host=1), "-x", "PYTHONPATH", "-np", "2", sys.executable,
+                 "-m", "asgd_mpi.train", "--data", str(digits), "--compute.device", "cpu", "--epochs", "2",
+                 "--run.dir", wire, "--run.progress", "none", "--exchange.wire", wire]), cwd=tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
+            sent[wire] = several.num_bytes_sent() - before
+    runs = [RunDir.open(tmp_path / wire) for wire in sent]
+    summaries = [summarize(run) for run in runs]
+    assert len({len(list(read_pushes(run.pushes))) for run in runs}) == 1
+    assert summaries[1].bytes_pushed / summaries[0].bytes_pushed == pytest.approx(0.5, abs=0.01)
+    assert 0.45 < sent["bfloat16"] / sent["float32"] < 0.6, sent
 
 
 def events(run: RunDir, kind):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from asgd_mpi import config as configuration
-from asgd_mpi.errors import TrainingDiverged
+from asgd_mpi.errors import RunDirError, TrainingDiverged
+from asgd_mpi.exchange import codec
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.audit import audit
-from asgd_mpi.record.events import EventLog, Publish, read_events, read_log, read_pushes
+from asgd_mpi.record.events import EventLog, Fetch, Interval, Publish, read_events, read_log, read_pushes
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.progress import Progress
@@ -38,7 +39,7 @@ class Cluster:
         self.task, self.num_workers, self.directory = task, num_workers, directory
         self.plan = task.plan(num_workers)
         flat = FlatModel(task.build_module(), CPU)
-        self.exchange = Exchange(flat.num_floats)
+        self.exchange = Exchange(flat.num_floats, flat.num_statistics, task.config.exchange.wire)
         self.run = RunDir.create(directory / "run", "test")
         self.log, self.pushes = EventLog(self.run.metrics_of(0)), EventLog(self.run.pushes)
         rule = make_rule(flat.num_floats, task.config.rule, num_workers)
@@ -47,7 +48,7 @@ class Cluster:
             FakeServerWindow(self.exchange), FakeInbox(self.exchange), Ledger(self.plan, task.schedule(num_workers)),
             rule, Meter(self.log, 1.0), self.log, self.pushes,
             Progress("none", self.plan.total_samples, self.plan.num_samples), 20, task.config.failure,
-            task.config.checkpoint, saver, hash_snapshots=True,
+            task.config.checkpoint, saver, hash_snapshots=True, wire=task.config.exchange.wire,
             statistics=torch.zeros(flat.num_statistics) if flat.statistics else None,
             workers_keep_momentum=workers_keep_state(task.config.rule),
             workers_move=bool(RULEBOOK[task.config.rule.name].moves))
@@ -60,8 +61,9 @@ class Cluster:
         replica = Replica(flat, self.task.config, self.num_workers, self.task.schedule(self.num_workers))
         log = EventLog(self.run.metrics_of(number + 1))
         loaders = self.task.train_loader(), self.task.val_loader()
-        outbox, meter = FakeOutbox(self.exchange, max(flat.num_floats, flat.num_statistics)), Meter(log, 1.0)
-        courier = Courier(FakeWorkerWindow(self.exchange, number), outbox, flat, meter, exchange.overlap, elastic)
+        outbox, meter = FakeOutbox(self.exchange), Meter(log, 1.0)
+        courier = Courier(FakeWorkerWindow(self.exchange, number), outbox, flat, meter, exchange.overlap, elastic,
+                          exchange.wire)
         Worker(number, courier, replica, self.task.normalise, loaders, self.task.config, meter,
                Keeper(self.run, 0, number), log).run()
         log.close()
@@ -86,14 +88,16 @@ def make_task(digits, *options, epochs=1.5):
 
 
 EXCHANGES = [[], ["--n-sync", "3"], ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"],
-             ["--exchange.n_push", "2", "--exchange.n_fetch", "4"], ["--n-sync", "7", "--exchange.overlap", "true"]]
+             ["--exchange.n_push", "2", "--exchange.n_fetch", "4"], ["--n-sync", "7", "--exchange.overlap", "true"],
+             ["--exchange.wire", "bfloat16"], ["--exchange.wire", "float16", "--exchange.overlap", "true"]]
 
 
 @pytest.mark.parametrize("options", EXCHANGES, ids=" ".join)
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_a_run_uses_every_sample_once_and_applies_every_push_once(digits, tmp_path, num_workers, options):
     cluster = Cluster(make_task(digits, *options), num_workers, tmp_path)
-    found = audit(cluster.train(), 1437, round(1.5 * 1437), num_workers, reads_own_pushes=not options or options == EXCHANGES[1])
+    reads_own_pushes = options in ([], EXCHANGES[1], EXCHANGES[6])
+    found = audit(cluster.train(), 1437, round(1.5 * 1437), num_workers, reads_own_pushes)
     assert not found.violations and [epoch.missing for epoch in found.epochs] == [0, 0]
     assert found.age_applied + found.age_between + found.age_at_end == num_workers * found.num_versions
 
@@ -124,6 +128,27 @@ def test_every_rule_uses_every_sample_once_and_replays_to_the_bit(digits, tmp_pa
     log = list(read_log(cluster.run.pushes))
     assert torch.equal(replay(cluster.task, log, num_workers)[0].weights, cluster.server.window.latest)
     assert cluster.server.final_score.loss < 2.25               # it learns: a guess among 10 classes has 2.30
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rule", ["asgd", "downpour", "sync"])
+def test_a_run_with_a_narrower_wire_replays_to_the_bit_and_only_with_the_same_rounding(digits, tmp_path, rule, wire):
+    options = ["--rule", rule, "--model", "networks_for_tests:without_dropout"]
+    cluster = Cluster(make_task(digits, *options, "--exchange.wire", wire, epochs=1), 3, tmp_path)
+    cluster.train()
+    log = list(read_log(cluster.run.pushes))
+    assert torch.equal(replay(cluster.task, log, 3)[0].weights, cluster.server.window.latest)
+    assert cluster.server.final_score.loss < 2.25
+    with pytest.raises(RunDirError, match="recorded a loss of"):
+        replay(make_task(digits, *options, epochs=1), log, 3)
+    workers = [list(read_events(cluster.run.metrics_of(rank))) for rank in (1, 2, 3)]
+    published = {event.version: event.hash for event in read_events(cluster.run.metrics_of(0)) if isinstance(event, Publish)}
+    fetched = [event for events in workers for event in events if isinstance(event, Fetch)]
+    assert fetched and all(published[event.version] == event.hash for event in fetched)
+    vector = codec.num_bytes(len(cluster.first_weights), wire)
+    assert vector < 0.51 * codec.num_bytes(len(cluster.first_weights), "float32")
+    intervals = [event for events in workers for event in events if isinstance(event, Interval)]
+    assert sum(interval.bytes_pushed for interval in intervals) == vector * sum(interval.pushes for interval in intervals)
 
 
 def test_snapshots_are_published_in_order_up_to_the_last_version(digits, tmp_path):

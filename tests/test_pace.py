@@ -160,7 +160,9 @@ def test_every_rule_is_complete_and_consistent_with_its_own_defaults():
     (["--rule", "sasgd", "--rule.staleness", "constant"], "own weights \\(inverse\\)"),
     (["--rule.momentum", "0.9", "--rule.momentum_at", "none"], "it is set to none; choose of dana"),
     (["--rule", "sync_backup", "--rule.backup", "4"], "none would be waited for"),
-    (["--rule", "softsync", "--rule.splits", "5"], "there are 4 workers")])
+    (["--rule", "softsync", "--rule.splits", "5"], "there are 4 workers"),
+    (["--rule", "dc_asgd_a", "--exchange.wire", "bfloat16"], "compensation is a difference .* what rounding them loses"),
+    (["--rule", "eamsgd", "--exchange.wire", "float16"], "what is pushed is a difference .* take float32")])
 def test_a_combination_that_makes_no_sense_is_refused_with_the_reason(options, reason):
     with pytest.raises(ConfigError, match=reason):
         rulebook.check(completed(*options), 4)

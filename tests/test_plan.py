@@ -196,6 +196,19 @@ def test_the_command_plans_for_other_settings_and_marks_what_only_the_model_can(
     assert {name: costs[name] for name in asked} == pytest.approx(asked)
 
 
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+def test_the_wire_formats_of_a_training_are_no_future_and_that_of_the_run_is_taken(tmp_path, capsys, wire):
+    shutil.copytree(RUN, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("  ring: 3", f"  ring: 3\n  wire: {wire}"))
+    assert plan.main([str(tmp_path / "run"), "--link-gbit", "1", "--out", str(tmp_path / "plan")]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "plan" / "plan.json").read_bytes())["costs"]["wire"] == wire
+    assert "of the model only" not in printed and "2 bytes a number" not in printed
+    assert plan.main([str(tmp_path / "run"), "--link-gbit", "1", "--wire", "float32", "--out", str(tmp_path / "plan")]) == 0
+    assert "2 bytes a number on the links (--exchange.wire bfloat16): +" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options, part", [
     (["--servers", "65"], "up to 64 servers"), (["--servers", "0"], "more than 0"), (["--n-push", "x"], "1 batch or more"),
     (["--n-push", "4", "--n-fetch", "6"], "multiple"), (["--step-ms", "-1"], "more than 0"), (["--probe"], "not both")])

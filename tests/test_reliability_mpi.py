@@ -65,7 +65,8 @@ def site(openmpi, digits, tmp_path):
     return Site(openmpi, digits, tmp_path)
 
 
-@pytest.mark.parametrize("options", [[], HEAVY_BALL], ids=["dana", "heavy ball, n_sync 3"])
+@pytest.mark.parametrize("options", [[], HEAVY_BALL, ["--exchange.wire", "float16"]],
+                         ids=["dana", "heavy ball, n_sync 3", "float16"])
 def test_with_one_worker_a_run_that_was_left_and_resumed_twice_is_the_same_to_the_bit(site, options):
     site.train(1, *options, status=0, directory="whole")
     for step in (61, 50):

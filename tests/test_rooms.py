@@ -10,7 +10,8 @@ ORDER = ["errors", "signals", "launch", "local", "inject", "server.pace", "serve
          "record.readings", "record.summary", "record.nvml", "record.board",
          "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "server.ledger",
          "server.rules", "server.schedule", "exchange", "server.saver", "server.serve", "worker", "task", "report", "evaluate",
-         "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc", "resume", "prepare", "train", "findings", "doctor"]
+         "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc", "resume",
+         "prepare", "train", "findings", "doctor"]
 
 
 def place(module: str) -> int | None:

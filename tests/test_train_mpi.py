@@ -25,16 +25,18 @@ from asgd_mpi.task import open_task
 from asgd_mpi.worker.step import compute_gradient_
 from photos import write_odd_files, write_tree
 
-ONE_HOST, TWO_HOSTS = "asgd_mpi.train", "two_hosts"
+ONE_HOST, TWO_HOSTS, SHORT_COUNTS = "asgd_mpi.train", "two_hosts", "short_counts"
 HEAVY_BALL, NESTEROV = ["--rule.momentum_at", "server"], ["--rule.weight_decay", "0"]   # as torch.optim.SGD has them
 OVERLAP, AUTO, N_SYNC, SYNC = ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"], ["--n-sync", "3"], ["--rule", "sync"]
+BFLOAT16, FLOAT16 = ["--exchange.wire", "bfloat16"], ["--exchange.wire", "float16", *OVERLAP]
 RUNS = [("openmpi", ONE_HOST, 1, HEAVY_BALL), ("openmpi", ONE_HOST, 1, NESTEROV), ("openmpi", ONE_HOST, 2, HEAVY_BALL),
         ("openmpi", ONE_HOST, 3, []), ("openmpi", ONE_HOST, 1, N_SYNC), ("openmpi", ONE_HOST, 3, N_SYNC),
         ("openmpi", ONE_HOST, 3, OVERLAP),
         ("openmpi", ONE_HOST, 3, AUTO), ("openmpi", TWO_HOSTS, 3, []), ("openmpi", TWO_HOSTS, 3, AUTO),
         ("mpich", ONE_HOST, 1, HEAVY_BALL), ("mpich", ONE_HOST, 3, []), ("mpich", ONE_HOST, 3, AUTO), ("mpich", TWO_HOSTS, 3, []),
         ("openmpi", ONE_HOST, 3, SYNC), ("openmpi", ONE_HOST, 3, ["--rule", "easgd"]),
-        ("mpich", TWO_HOSTS, 3, ["--rule", "downpour", "--n-sync", "2"])]
+        ("mpich", TWO_HOSTS, 3, ["--rule", "downpour", "--n-sync", "2"]), ("openmpi", TWO_HOSTS, 3, BFLOAT16),
+        ("mpich", TWO_HOSTS, 3, FLOAT16), ("openmpi", SHORT_COUNTS, 3, []), ("mpich", SHORT_COUNTS, 3, BFLOAT16)]
 
 
 class Finished:
@@ -42,7 +44,7 @@ class Finished:
 
     def __init__(self, run: RunDir, num_workers: int, options: list[str], output: str):
         self.run, self.num_workers, self.options, self.output = run, num_workers, options, output
-        self.reads_own_pushes = options not in (OVERLAP, AUTO)
+        self.reads_own_pushes = options not in (OVERLAP, AUTO, FLOAT16)
         self.config = configuration.from_yaml(run.config.read_text())
         self.task = open_task(self.config)
         self.pushes = list(read_pushes(run.pushes))

@@ -17,7 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from asgd_mpi.exchange import wait
-from asgd_mpi.exchange.world import World, library
+from asgd_mpi.exchange.world import World, cut, library
 from asgd_mpi.topology import SERVER, Topology
 
 TAG = 7
@@ -84,7 +84,8 @@ class WindowProbe:
     def put(self) -> None:
         """Rank 0 fills the window with one-sided writes to itself."""
         if self.world.is_server:
-            self._finish(self._win.Rput(self.memory, self._target), "its own write")
+            self._finish([self._win.Rput(part, self._target, target=(start, part.nbytes, MPI.BYTE))
+                          for start, part in cut(self.memory)], "its own write")
             self._win.Flush(self._target)
 
     def get(self) -> None:
@@ -161,16 +162,19 @@ class WindowProbe:
 
     def _read(self, into: np.ndarray) -> None:
         """The beginning of the window."""
-        self._finish(self._win.Rget(into, self._target, target=(0, into.nbytes, MPI.BYTE)), "a read of the window")
+        self._finish([self._win.Rget(part, self._target, target=(start, part.nbytes, MPI.BYTE))
+                      for start, part in cut(into)], "a read of the window")
 
     def _send(self, payload: np.ndarray, dest: int) -> None:
-        self._finish(self.world.comm.Isend(payload, dest, TAG), f"rank {dest} to take {payload.nbytes} bytes")
+        requests = [self.world.comm.Isend(part, dest, TAG) for _, part in cut(payload)]
+        self._finish(requests, f"rank {dest} to take {payload.nbytes} bytes")
 
     def _receive(self, into: np.ndarray, source: int) -> None:
-        self._finish(self.world.comm.Irecv(into, source, TAG), f"{into.nbytes} bytes from rank {source}")
+        requests = [self.world.comm.Irecv(part, source, TAG) for _, part in cut(into)]
+        self._finish(requests, f"{into.nbytes} bytes from rank {source}")
 
-    def _finish(self, request: MPI.Request, what: str) -> None:
-        wait.until(request.Test, self.world.timeout_s, f"rank {self.world.rank} waits for {what}")
+    def _finish(self, requests: list[MPI.Request], what: str) -> None:
+        wait.until(lambda: MPI.Request.Testall(requests), self.world.timeout_s, f"rank {self.world.rank} waits for {what}")
 
     @staticmethod
     def _timed(act: Callable[[], None]) -> float:

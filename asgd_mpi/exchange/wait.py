@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 SPINS = 50           # polls without a pause: what arrives within microseconds is met at once
 SHARE = 0.05         # then a pause of this share of the time waited so far,
-LONGEST_S = 0.001    # and at most this: a waiting rank leaves its core to those who compute
+LONGEST_S = 0.001    # and at most this: a waiting rank leaves its core to those who compute,
+BUSY_S = 0.00005     # ... unless data may be moving between hosts, a piece at every poll
 
 
 @dataclass(frozen=True)

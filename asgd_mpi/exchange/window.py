@@ -4,7 +4,8 @@ Rank 0 owns, in bytes:
 
     control   16 words of int64: latest version, its slot; and for each slot of the ring its version and its sample clock
     mail      N x 16 words: see wire.pack_mail
-    ring      K slots of P float32, each on a page of its own
+    ring      K slots of P float32, each on a page of its own; in a narrower wire format (see codec) followed by what workers
+              read of them
 
 The server writes the next snapshot beside the latest one, and only then moves on. A slot's version word is taken away
 before the slot is written and set again after: a worker reads the word after the weights, and knows that it holds
@@ -31,8 +32,8 @@ import torch
 from mpi4py import MPI
 
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.exchange import wait, wire
-from asgd_mpi.exchange.world import World
+from asgd_mpi.exchange import codec, wait, wire
+from asgd_mpi.exchange.world import World, cut
 from asgd_mpi.server.ledger import Mail
 from asgd_mpi.topology import SERVER
 
@@ -54,7 +55,8 @@ class Layout:
     num_parameters: int       # P
     ring: int                 # K
     num_workers: int          # N
-    capacity: int             # floats of a packet's payload: P, or the batch-norm statistics if they are more
+    num_statistics: int = 0   # batch-norm statistics of the network, floats
+    wire: str = "float32"     # format of what travels, one of codec.DTYPES
 
     def __post_init__(self):
         room = (CONTROL_WORDS - FIRST_WORD) // WORDS_OF_SLOT
@@ -65,16 +67,39 @@ class Layout:
         return WORD * (CONTROL_WORDS + wire.MAIL_WORDS * worker)
 
     def slot(self, index: int) -> int:
-        return _to_page(self.mail(self.num_workers)) + index * _to_page(4 * self.num_parameters)
+        """The weights, (P,) float32."""
+        return _to_page(self.mail(self.num_workers)) + index * (self._whole + self._shown)
+
+    def shown(self, index: int) -> int:
+        """The weights as they travel."""
+        return self.slot(index) + (self._whole if self._shown else 0)
 
     @property
     def server_bytes(self) -> int:
         return self.slot(self.ring)
 
     @property
+    def vector_bytes(self) -> int:
+        """A vector as it travels."""
+        return codec.num_bytes(self.num_parameters, self.wire)
+
+    @property
+    def payload_bytes(self) -> int:
+        """The longest payload of a packet."""
+        return max(self.vector_bytes, 4 * self.num_statistics)
+
+    @property
     def worker_bytes(self) -> int:
         """A worker on the server's host: its gradient."""
-        return _to_page(4 * self.capacity)
+        return _to_page(self.payload_bytes)
+
+    @property
+    def _whole(self) -> int:
+        return _to_page(4 * self.num_parameters)
+
+    @property
+    def _shown(self) -> int:
+        return 0 if self.wire == "float32" else _to_page(self.vector_bytes)
 
 
 def _version_word(slot: int) -> int:
@@ -140,10 +165,6 @@ def _bytes(memory: MPI.buffer) -> np.ndarray:
     return np.frombuffer(memory, np.uint8)
 
 
-def _floats(memory: np.ndarray, num_floats: int) -> torch.Tensor:
-    return torch.from_numpy(memory[:4 * num_floats].view(np.float32))
-
-
 class ServerWindow(_Window):
     """Rank 0's side: writes snapshots and mail into its own memory, reads the gradients of its host in place."""
 
@@ -153,9 +174,11 @@ class ServerWindow(_Window):
         self._control = words[:CONTROL_WORDS]
         self._control[:] = ABSENT
         self._mail = words[CONTROL_WORDS:].reshape(-1, wire.MAIL_WORDS)
-        self._ring = [_floats(own[layout.slot(k):], layout.num_parameters) for k in range(layout.ring)]
-        self.gradients = {rank - 1: _floats(segment, layout.capacity)     # (capacity,) of each worker of this host
-                          for rank, segment in segments.items() if rank != SERVER}
+        memory, size = torch.from_numpy(own), layout.num_parameters
+        self._ring = [codec.vector_in(memory[layout.slot(k):], size, "float32") for k in range(layout.ring)]
+        self._shown = [codec.vector_in(memory[layout.shown(k):], size, layout.wire) for k in range(layout.ring)]
+        self.payloads = {rank - 1: torch.from_numpy(segment[:layout.payload_bytes])   # uint8, of each worker of this host
+                         for rank, segment in segments.items() if rank != SERVER}
 
     @property
     def version(self) -> int:
@@ -168,14 +191,23 @@ class ServerWindow(_Window):
 
     @contextmanager
     def next_snapshot(self, version: int, samples: int) -> Iterator[torch.Tensor]:
-        """The slot of the next snapshot, (P,) float32, to be written whole; published on exit as `version`."""
-        slot = (int(self._control[SLOT]) + 1) % self.layout.ring
+        """The slot of the next snapshot, (P,) float32, to be written and shown whole; published on exit as `version`."""
+        slot = self._next_slot
         self._set(_version_word(slot), ABSENT)
         yield self._ring[slot]
         self._set(_version_word(slot) + 1, samples)
         self._set(_version_word(slot), version)    # the weights are there before their version word,
         self._control[SLOT] = slot
         self._set(LATEST, version)            # ... and that before anybody is sent to the slot
+
+    def show(self, piece: slice) -> None:
+        """A piece of the next snapshot has been written: let it be read in the format that travels."""
+        if self.layout.wire != "float32":
+            self._shown[self._next_slot][piece] = self._ring[self._next_slot][piece]
+
+    @property
+    def _next_slot(self) -> int:
+        return (int(self._control[SLOT]) + 1) % self.layout.ring
 
     def post(self, worker: int, mail: Mail) -> None:
         self._mail[worker] = wire.pack_mail(mail)
@@ -200,7 +232,7 @@ class WorkerWindow(_Window):
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         own = segments.get(self.world.rank)
-        self.gradient = None if own is None else _floats(own, self.layout.capacity)  # on the server's host only
+        self.payload = None if own is None else torch.from_numpy(own[:self.layout.payload_bytes])  # on the server's host
         self._control = np.empty(CONTROL_WORDS, np.int64)
         self._mail = np.empty(wire.MAIL_WORDS, np.int64)
 
@@ -217,16 +249,19 @@ class WorkerWindow(_Window):
 
         return self._until(poll, for_what or f"judge its packet {packets}")
 
-    def fetch(self, into: torch.Tensor, at_least: int) -> Snapshot:
-        """Read the latest snapshot into `into`, (P,) float32 on the host: one whole version, `at_least` or newer."""
+    def fetch(self, into: torch.Tensor, at_least: int, whole: bool = False) -> Snapshot:
+        """Read the latest snapshot into `into`, uint8 on the host: one version, `at_least` or newer.
+
+        It is in the format that travels, (vector_bytes,), or as the server holds it, if `whole`: (P,) float32.
+        """
         torn_reads = 0
-        weights = into.numpy()
+        weights, place = into.numpy(), self.layout.slot if whole else self.layout.shown
         while True:
             self._until(lambda: self._read_control()[LATEST] >= at_least, f"publish version {at_least}")
             slot = int(self._control[SLOT])
             version, samples = (int(word) for word in self._control[_version_word(slot):][:WORDS_OF_SLOT])
             if version >= at_least:
-                self._get(weights, self.layout.slot(slot), f"version {version}")
+                self._get(weights, place(slot), f"version {version}")
                 if self._read_control()[_version_word(slot)] == version:
                     return Snapshot(version, samples, torn_reads)
             torn_reads += 1
@@ -236,9 +271,11 @@ class WorkerWindow(_Window):
         return self._control
 
     def _get(self, into: np.ndarray, offset: int, what: str) -> None:
-        request = self._win.Rget(into, self._target, target=(offset, into.nbytes, MPI.BYTE))
-        self._until(request.Test, f"let it read {what}")
+        requests = [self._win.Rget(part, self._target, target=(offset + start, part.nbytes, MPI.BYTE))
+                    for start, part in cut(into)]
+        self._until(lambda: all(request.Test() for request in requests), f"let it read {what}", wait.BUSY_S)
 
-    def _until(self, poll: Callable[[], T | None], what: str) -> T:
+    def _until(self, poll: Callable[[], T | None], what: str, longest_s: float = wait.LONGEST_S) -> T:
+        who = f"rank {self.world.rank} (worker {self.world.worker} on {self.world.host})"
         return wait.until(lambda: poll() or self.world.demand_server(), self.world.timeout_s,
-                          f"rank {self.world.rank} (worker {self.world.worker} on {self.world.host}) waits for rank 0 to {what}")
+                          f"{who} waits for rank 0 to {what}", longest_s)

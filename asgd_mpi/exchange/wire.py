@@ -15,7 +15,7 @@ MAGIC = 0x41534744_4D504931  # "ASGDMPI1"
 
 
 class Kind(IntEnum):
-    GRADIENT = 1     # payload: the flat gradient, (P,) float32
+    GRADIENT = 1     # payload: the flat gradient, (P,), in the run's wire format (see codec)
     VALIDATION = 2   # payload: the flat float buffers of the network (batch-norm statistics), float32
     # without a payload:
     NONFINITE = 3    # the gradient of this range is not finite

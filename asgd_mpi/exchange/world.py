@@ -21,6 +21,7 @@ from asgd_mpi.exchange import wait
 
 PROCESS_FAILED = {getattr(MPI, name) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
                   if hasattr(MPI, name)} - {MPI.ERR_UNKNOWN}
+MAX_BYTES = 1 << 30   # of one message or read: counts end at 2^31 - 1, unless the MPI library has MPI_Isend_c and the like
 LIFELINE = 2   # tag of a message that never comes: its receive fails when the server's process does
 
 
@@ -110,6 +111,12 @@ class World:
 
     def _complete(self, request: MPI.Request, what: str) -> None:
         wait.until(request.Test, self.timeout_s, f"rank {self.rank} waits for {what}")
+
+
+def cut(memory: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """The bytes of `memory` in parts that one call carries each, and where each begins."""
+    memory = memory.view(np.uint8)
+    return [(start, memory[start:start + MAX_BYTES]) for start in range(0, len(memory), MAX_BYTES)]
 
 
 def tasks_of_scheduler() -> int | None:

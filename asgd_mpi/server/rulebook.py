@@ -82,6 +82,10 @@ RULEBOOK = {
 }
 
 
+_NEEDS_FLOAT32 = {"dc": "the compensation is a difference of weights that are nearly the same",       # by Entry.server
+                  "elastic": "what is pushed is a difference of weights that are nearly the same"}
+
+
 def is_kept_by_workers(rule: RuleConfig) -> bool:
     """Whether the velocity is the workers'."""
     return bool(rule.momentum) and rule.momentum_at in ("dana", "worker")
@@ -132,6 +136,8 @@ def check(config: Config, num_workers: int) -> None:
     demand(entry.may_overlap or not exchange.overlap, "exchange.overlap", "true",
            "a worker would compute while it is to wait, or on weights that it is about to move" + (
                "; n_push auto needs the overlap" if exchange.n_push == "auto" else ""))
+    demand(exchange.wire == "float32" or entry.server not in _NEEDS_FLOAT32, "exchange.wire", exchange.wire,
+           f"{_NEEDS_FLOAT32.get(entry.server)}, smaller than what rounding them loses; take float32")
     demand(entry.moves != "elastic" or exchange.n_fetch == exchange.n_push, "exchange.n_fetch", exchange.n_fetch,
            "the difference to the centre is of the weights that were just fetched; leave n_fetch out")
     demand(rule.staleness == entry.staleness or not entry.staleness, "rule.staleness", rule.staleness,

@@ -43,7 +43,7 @@ class Rule:
         """A worker begins, or begins again, with these weights, (P,) float32."""
 
     def apply_(self, weights: torch.Tensor, pushed: torch.Tensor, verdict: Verdict, piece: slice) -> None:
-        """Move `piece` of the weights by that of what was pushed; both (P,) float32."""
+        """Move `piece` of the weights, (P,) float32, by that of what was pushed: `pushed[piece]` is float32."""
         self._descend_(weights[piece], pushed[piece], verdict.lr, piece)
 
     def _descend_(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float, piece: slice) -> None:

@@ -15,6 +15,7 @@ import xxhash
 
 from asgd_mpi.config import CheckpointConfig, FailureConfig
 from asgd_mpi.errors import DeadlineExceeded, TrainingDiverged, WorkersLost
+from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.link import Arrival, Inbox
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import Header, Kind
@@ -46,6 +47,7 @@ class Server:
     checkpoint: CheckpointConfig
     saver: Saver
     hash_snapshots: bool = False
+    wire: str = "float32"                                  # format of what travels
     statistics: torch.Tensor | None = None                 # batch-norm statistics of the last validated version
     workers_keep_momentum: bool = False
     workers_move: bool = False                             # their own weights, between two fetches
@@ -65,7 +67,9 @@ class Server:
     def publish_first(self, weights: torch.Tensor) -> None:
         """Publish the (P,) float32 `weights` as the version that the ledger begins with, and the first leases."""
         with self.window.next_snapshot(self.ledger.version, self.ledger.samples) as fresh:
-            fresh.copy_(weights)
+            for piece in pieces(len(fresh)):
+                fresh[piece].copy_(weights[piece])
+                self.window.show(piece)
         for worker in range(self.ledger.plan.num_workers):
             self.rule.begin_(worker, weights)
         self._hash()
@@ -139,7 +143,8 @@ class Server:
             for number, piece in enumerate(pieces(len(weights)), start=1):
                 weights[piece].copy_(self.window.latest[piece])
                 for arrival, verdict in judged:
-                    self.rule.apply_(weights, arrival.payload, verdict, piece)
+                    self.rule.apply_(weights, arrival.gradient, verdict, piece)
+                self.window.show(piece)
                 if number % POLL_EVERY == 0:
                     self.inbox.poll()                                                 # fetches over a network need that
         self._hash()
@@ -311,7 +316,7 @@ class Server:
     def _score(self, arrival: Arrival) -> None:
         score = self.ledger.tally(arrival.header)
         if self.statistics is not None:
-            self.statistics.copy_(arrival.payload[:len(self.statistics)])
+            self.statistics.copy_(arrival.statistics)
         if score is not None:
             self._announce(score)
 
@@ -340,5 +345,5 @@ class Server:
 
     def _hash(self) -> None:
         if self.hash_snapshots:
-            digest = xxhash.xxh3_64_hexdigest(self.window.latest.numpy())
+            digest = xxhash.xxh3_64_hexdigest(codec.rounded(self.window.latest, self.wire).numpy())
             self.log.write(Publish(time.time(), self.window.version, digest))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.link import Outbox
 from asgd_mpi.exchange.window import Snapshot, WorkerWindow
 from asgd_mpi.exchange.wire import Header, Kind
@@ -30,6 +31,7 @@ class _Trip:
 
     mail: Mail
     snapshot: Snapshot | None = None
+    num_bytes: int = 0        # of it
     push_s: float = 0.0
     fetch_s: float = 0.0
 
@@ -41,12 +43,13 @@ class Courier:
     """
 
     def __init__(self, window: WorkerWindow, outbox: Outbox, flat: FlatModel, meter: Meter, overlap: bool,
-                 fetches_aside: bool = False):
-        self._window, self._outbox, self._flat, self._meter = window, outbox, flat, meter
+                 fetches_aside: bool = False, wire: str = "float32"):
+        self._window, self._outbox, self._flat, self._meter, self._wire = window, outbox, flat, meter, wire
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="courier") if overlap else None
         self._trip: Future[_Trip] | None = None
         on_gpu = flat.device.type == "cuda"
-        self._staging = torch.empty(flat.num_floats, pin_memory=True) if on_gpu else None
+        num_bytes = codec.num_bytes(flat.num_floats, "float32" if on_gpu else wire)
+        self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu) if on_gpu or wire != "float32" else None
         self._stream = torch.cuda.Stream(flat.device) if on_gpu and overlap else None
         self._aside = fetches_aside
         self.version = self.samples = 0
@@ -61,12 +64,16 @@ class Courier:
         """Whether `wait` would return at once."""
         return self._trip is None or self._trip.done()
 
-    def start(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool = True) -> None:
+    def start(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool = True,
+              whole: bool = False) -> None:
         """Set out, with a packet unless `header` is None; the last trip must have been waited for.
 
-        `fill` writes the payload, and returns its floats; it is called on the way, by whoever makes the trip.
+        `fill` writes the payload, uint8, and returns its bytes; it is called on the way, by whoever makes the trip. `whole`:
+        fetch the weights as the server holds them, not in the format that travels.
         """
-        self._trip = self._run(self._go, header, fill, fetch)
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self._flat.device))     # which may still fill the gradient
+        self._trip = self._run(self._go, header, fill, fetch, whole)
 
     def push_gradient(self, header: Header, fetch: bool) -> None:
         """Set out with the gradient of `flat`; with overlap, `flat` gets another one to fill."""
@@ -76,8 +83,8 @@ class Courier:
 
         def fill(payload: torch.Tensor) -> int:
             if payload.data_ptr() != gradient.data_ptr():
-                payload[:self._flat.num_floats].copy_(gradient)
-            return self._flat.num_floats
+                codec.copy_(codec.vector_in(payload, len(gradient), self._wire), gradient)
+            return codec.num_bytes(len(gradient), self._wire)
 
         self.start(header, fill, fetch)
 
@@ -101,7 +108,7 @@ class Courier:
         if trip.snapshot is None:
             return False
         self.version, self.samples = trip.snapshot.version, trip.snapshot.samples
-        self._meter.add(fetches=1, torn_reads=trip.snapshot.torn_reads, bytes_fetched=4 * self._flat.num_floats)
+        self._meter.add(fetches=1, torn_reads=trip.snapshot.torn_reads, bytes_fetched=trip.num_bytes)
         if self._thread:
             self._flat.swap_weights_()
         return True
@@ -126,7 +133,7 @@ class Courier:
         done.set_result(work(*arguments))
         return done
 
-    def _go(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool) -> _Trip:
+    def _go(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool, whole: bool) -> _Trip:
         started = time.perf_counter()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if header is not None:
@@ -135,17 +142,22 @@ class Courier:
             until = _may_go_on if header and header.kind in (Kind.GRADIENT, Kind.NONFINITE) else lambda mail: True
             trip = _Trip(self._window.await_mail(self.sent, until, "let it go on"), push_s=time.perf_counter() - started)
             if fetch:
-                trip.snapshot = self._fetch(trip.mail.version)
+                trip.snapshot, trip.num_bytes = self._fetch(trip.mail.version, whole)
+        if self._stream:
+            self._stream.synchronize()
         trip.fetch_s = time.perf_counter() - started - trip.push_s
         return trip
 
-    def _fetch(self, at_least: int) -> Snapshot:
+    def _fetch(self, at_least: int, whole: bool) -> tuple[Snapshot, int]:
+        """Read a snapshot; also returns its bytes."""
         weights = self._flat.spare_weights if self._thread or self._aside else self._flat.weights
-        if self._staging is None:
-            return self._window.fetch(weights, at_least)
-        snapshot = self._window.fetch(self._staging, at_least)
-        weights.copy_(self._staging)
-        return snapshot
+        wire = "float32" if whole else self._wire
+        num_bytes, in_place = codec.num_bytes(len(weights), wire), wire == "float32" and self._flat.device.type == "cpu"
+        memory = weights.view(torch.uint8) if in_place else self._staging[:num_bytes]
+        snapshot = self._window.fetch(memory, at_least, whole)
+        if not in_place:
+            codec.copy_(weights, codec.vector_in(memory, len(weights), wire))
+        return snapshot, num_bytes
 
 
 def _may_go_on(mail: Mail) -> bool:

@@ -13,6 +13,7 @@ import xxhash
 
 from asgd_mpi.config import Config
 from asgd_mpi.data.loader import Batch, Loader
+from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model import batchnorm
 from asgd_mpi.record.events import EventLog, Fetch
@@ -170,7 +171,7 @@ class Worker:
         if is_finite:
             self.courier.push_gradient(header, fetch)
             self._pushed = True
-            self.meter.add(pushes=1, bytes_pushed=4 * self.flat.num_floats)
+            self.meter.add(pushes=1, bytes_pushed=codec.num_bytes(self.flat.num_floats, self.exchange.wire))
         else:
             self.courier.start(header, lambda payload: 0, fetch)
         if not self.exchange.overlap:
@@ -182,7 +183,7 @@ class Worker:
         if self.courier.wait():
             self.replica.fetched_(self.courier.version, self.courier.samples, self.courier.fetched)
             if self.log:
-                digest = xxhash.xxh3_64_hexdigest(self.courier.fetched.cpu().numpy())
+                digest = xxhash.xxh3_64_hexdigest(codec.rounded(self.courier.fetched, self.exchange.wire).cpu().numpy())
                 self.log.write(Fetch(time.time(), self.courier.version, self.courier.sent, digest))
         if self.courier.mail.refused != self._refused:
             self._refused = self.courier.mail.refused
@@ -211,24 +212,24 @@ class Worker:
     def _header(self, kind: Kind, **fields: float) -> Header:
         return Header(kind, self.number, self.courier.sent + 1, **{"read_version": 0, "lease": 0, "start": 0, "count": 0, **fields})
 
-    def _refresh(self) -> None:
-        """Deliver what there is, and fetch the latest weights."""
+    def _refresh(self, whole: bool = False) -> None:
+        """Deliver what there is, and fetch the latest weights; `whole`: in float32, whatever travels otherwise."""
         if self._sum:
             self._push()
         self._take()
-        self.courier.start(None, lambda payload: 0)
+        self.courier.start(None, lambda payload: 0, whole=whole)
         self._take()
         self._since_fetch = 0
 
     def _validate(self, lease: Lease) -> None:
-        self._refresh()
+        self._refresh(whole=True)                              # what a checkpoint of this version holds
         with self.meter.phase("validate"), self._on_the_snapshot():
             self._recalibrate()
             errors = validate(self.flat, self.normalise, self._in_order(lease))
 
         def fill(payload: torch.Tensor) -> int:
-            self.flat.save_statistics(payload)
-            return self.flat.num_statistics
+            self.flat.save_statistics(payload.view(torch.float32))
+            return 4 * self.flat.num_statistics
 
         self.courier.start(
             self._header(Kind.VALIDATION, read_version=self.courier.version, lease=lease.number, start=lease.start,

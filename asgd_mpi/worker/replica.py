@@ -15,6 +15,7 @@ import torch
 
 from asgd_mpi.config import Config
 from asgd_mpi.data.loader import Batch
+from asgd_mpi.exchange import codec
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.rulebook import RULEBOOK, clip_norm, pacing
 from asgd_mpi.worker.momentum import Momentum
@@ -33,15 +34,16 @@ class Replica:
     elastic   x_i <- x_i - lr u, for as long as it lives; then d = alpha (x_i - x), x_i <- x_i - d, and d is pushed, where x
               is the latest snapshot (EASGD, Zhang et al. 2015, algorithm 1). With momentum u is Nesterov's, in the form of
               torch.optim.SGD, where x_i is the point that looks ahead. Memory: (P,) float32 for x.
-    Weight decay is the server's, but for elastic rules, where it is added to the gradient here. `shares`: several replicas
-    take turns on one network, and each keeps its own weights.
+    Weight decay is the server's, but for elastic rules, where it is added to the gradient here. What is pushed is rounded to
+    the run's wire format here, whatever host the worker is on; the snapshots that come have been rounded by the server.
+    `shares`: several replicas take turns on one network, and each keeps its own weights.
     """
 
     def __init__(self, flat: FlatModel, config: Config, num_workers: int, rate_at: Callable[[int], float], shares: bool = False):
         rule = config.rule
         self.flat, self._rate_at, self._rule, self._seed, self._shares = flat, rate_at, rule, config.run.seed, shares
         self.moves = RULEBOOK[rule.name].moves
-        self._loss = ScaledLoss(config.compute)
+        self._loss, self._wire = ScaledLoss(config.compute), config.exchange.wire
         if config.compute.compile:
             flat.module.compile()
         self._alpha = rule.alpha or 0.9 / num_workers
@@ -105,6 +107,7 @@ class Replica:
         elif not self.moves:
             self._clip_(batches)
             self._momentum.push_(flat.gradient)
+        codec.round_(flat.gradient, self._wire)
         return True
 
     def undo_(self) -> None:

@@ -109,8 +109,7 @@ def main() -> None:
     options, world = protocol.options(), World(timeout_s=60)
     torch.set_num_threads(options.threads if world.is_server else 1)
     module = Vector(options.parameters)
-    capacity = num_floats(module)
-    window = (ServerWindow if world.is_server else WorkerWindow)(world, Layout(capacity, 3, options.workers, capacity))
+    window = (ServerWindow if world.is_server else WorkerWindow)(world, Layout(num_floats(module), 3, options.workers))
     window.open()
     with tempfile.TemporaryDirectory() as place:
         log = EventLog(Path(place) / "metrics.jsonl")
@@ -120,14 +119,14 @@ def main() -> None:
             weights = window.latest.clone()
         else:
             outbox = Outbox(world, window)
-            flat = FlatModel(module, torch.device("cpu"), outbox.payload)
+            flat = FlatModel(module, torch.device("cpu"), outbox.payload.view(torch.float32))
             flat.gradient[:options.parameters].copy_(protocol.make_gradient(options.parameters))
             courier = Courier(window, outbox, flat, meter, overlap=False)
             clock = protocol.Clock(options.warmup, options.seconds)
             work(world, courier, clock)
             result = {"rate": clock.rate, "pushes": clock.exchanges}
             weights = flat.weights                     # now of this worker's last push: get those of everybody's
-            window.fetch(weights, at_least=courier.mail.version)
+            window.fetch(weights.view(torch.uint8), at_least=courier.mail.version)
         log.close()
     results = world.gather(result)
     pushes = results[0]["pushes"]
