@@ -139,6 +139,8 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     layout = Layout(num_floats(module), exchange.ring, plan.num_workers, num_statistics(module), exchange.wire)
     window = (ServerWindow if world.is_server else WorkerWindow)(world, layout)
     window.open()
+    if not world.is_server and window.reads and places.position_on_host(world.rank) == 0:
+        print(window.reads, flush=True)
     part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())

@@ -1,5 +1,6 @@
 """Training over several hosts: network namespaces of this machine, joined by slow links."""
 
+import re
 import sys
 import time
 
@@ -74,7 +75,7 @@ def test_ranks_behind_a_cut_link_are_retired_and_come_back_as_new_members(cut):
 
 
 def test_with_two_bytes_a_number_half_as_much_crosses_the_links(openmpi, digits, tmp_path):
-    """Counted by the network, so that headers, mail and polls are in it."""
+    """Counted by the network, so that headers, mail and polls are in it; and every byte crosses once."""
     reason = hosts.why_not()
     if reason:
         pytest.skip(reason)
@@ -87,12 +88,14 @@ def test_with_two_bytes_a_number_half_as_much_crosses_the_links(openmpi, digits,
                  "-m", "asgd_mpi.train", "--data", str(digits), "--compute.device", "cpu", "--epochs", "2",
                  "--run.dir", wire, "--run.progress", "none", "--exchange.wire", wire]), cwd=tmp_path)
             assert done.returncode == 0, done.stdout + done.stderr
+            assert re.search(r"rank 1 on \S+ reads weights by messages: [\d.]+ GB/s", done.stdout)
             sent[wire] = several.num_bytes_sent() - before
     runs = [RunDir.open(tmp_path / wire) for wire in sent]
     summaries = [summarize(run) for run in runs]
     assert len({len(list(read_pushes(run.pushes))) for run in runs}) == 1
     assert summaries[1].bytes_pushed / summaries[0].bytes_pushed == pytest.approx(0.5, abs=0.01)
     assert 0.45 < sent["bfloat16"] / sent["float32"] < 0.6, sent
+    assert sent["float32"] < 1.2 * (summaries[0].bytes_pushed + summaries[0].bytes_fetched), sent
 
 
 def events(run: RunDir, kind):

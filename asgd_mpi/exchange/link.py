@@ -81,7 +81,7 @@ class Inbox:
     """The server's side: the receives of one packet are open for each worker at any time."""
 
     def __init__(self, world: World, window: ServerWindow):
-        self.world = world
+        self.world, self._window = world, window
         self._layout = layout = window.layout
         workers = range(layout.num_workers)
         self._packets = [_Packet(layout.payload_bytes, window.payloads.get(worker)) for worker in workers]
@@ -99,7 +99,8 @@ class Inbox:
         return arrived
 
     def poll(self) -> bool:
-        """Let MPI make progress; whether a packet is there."""
+        """Let MPI make progress, and other hosts read; whether a packet is there."""
+        self._window.answer()
         for worker, requests in list(self._requests.items()):
             try:
                 if not _are_done(requests):

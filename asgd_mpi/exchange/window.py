@@ -15,12 +15,16 @@ if two newer snapshots appear while it lasts.
 Passive target: nobody asks, and the server is not in the way. The memory is one shared window on the server's host
 (Win_allocate_shared), where a fetch is a plain copy, and where each worker of that host also owns a slot for its
 gradient, which the server reads in place. If there are other hosts, the same memory is exposed to them by a second
-window (Win_create). Requests end by polling, with a deadline. Source of the calls: MPI 4.1, chapter 12.
+window (Win_create). Where the network has no one-sided reads of its own, an MPI library makes them of messages, at a price
+(Open MPI 5 over TCP: each byte that is read crosses the link three times); a worker of another host measures at the start
+whether long reads are faster when the server, which is inside MPI anyway, answers them with plain messages: the same bytes,
+and as torn. Requests end by polling, with a deadline. Source of the calls: MPI 4.1, chapter 12.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +37,7 @@ from mpi4py import MPI
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange import codec, wait, wire
-from asgd_mpi.exchange.world import World, cut
+from asgd_mpi.exchange.world import PROCESS_FAILED, World, cut
 from asgd_mpi.server.ledger import Mail
 from asgd_mpi.topology import SERVER
 
@@ -45,6 +49,10 @@ LATEST, SLOT, FIRST_WORD = 0, 1, 2   # positions of the control words
 WORDS_OF_SLOT = 2                    # its version, and the samples that this version has seen
 ABSENT = -1                          # the version word of a slot that is being written
 WORD = 8                             # bytes
+QUESTION, ANSWER = 3, 4              # tags of a read by messages
+SHORT = 1 << 16                      # bytes: up to so many are always read one-sided
+SAMPLE, TRIES = 1 << 20, 3           # bytes and repetitions of a measured read,
+CLEARLY = 1.25                       # ... and how much faster one-sided reads must be: they may load the link three times
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -138,6 +146,12 @@ class _Window:
         for window in self._windows:
             window.Lock_all(MPI.MODE_NOCHECK)
         self.world.barrier("all ranks to open the window")  # the first access needs the server inside MPI once
+        if node.size < self.world.size:
+            self._meet(near)
+
+    def _meet(self, near: bool) -> None:
+        """Find out how workers of other hosts read; all ranks call it."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """End the access; the memory is given back at the end of the process, when nobody waits for a dead rank."""
@@ -170,6 +184,9 @@ class ServerWindow(_Window):
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         layout, own = self.layout, segments[SERVER]
+        self._memory = own
+        self._asked: dict[int, MPI.Request] = {}              # by worker: what it is to ask for next,
+        self._answers: dict[int, list[MPI.Request]] = {}      # ... and what it gets
         words = own[:layout.mail(layout.num_workers)].view(np.int64)
         self._control = words[:CONTROL_WORDS]
         self._control[:] = ABSENT
@@ -179,6 +196,39 @@ class ServerWindow(_Window):
         self._shown = [codec.vector_in(memory[layout.shown(k):], size, layout.wire) for k in range(layout.ring)]
         self.payloads = {rank - 1: torch.from_numpy(segment[:layout.payload_bytes])   # uint8, of each worker of this host
                          for rank, segment in segments.items() if rank != SERVER}
+
+    def _meet(self, near: bool) -> None:
+        far = set(range(self.layout.num_workers)) - set(self.payloads)
+        self._questions = {worker: np.empty(2, np.int64) for worker in far}      # where to read, and how many bytes
+        self._asked = {worker: self._listen(worker) for worker in self._questions}
+        met = self.world.comm.Ibarrier()
+        wait.until(lambda: self.answer() or met.Test(), self.world.timeout_s, "rank 0 waits for workers of other hosts to "
+                   "measure their links", wait.BUSY_S)
+
+    def answer(self) -> None:
+        """Let workers of other hosts read, with messages; to be called often."""
+        for worker, request in list(self._asked.items()):
+            try:
+                if request.Test():
+                    offset, num_bytes = self._questions[worker].tolist()
+                    self._answers[worker] = [self.world.comm.Isend([part, MPI.BYTE], dest=worker + 1, tag=ANSWER)
+                                             for _, part in cut(self._memory[offset:offset + num_bytes])]
+                    self._asked[worker] = self._listen(worker)
+                if all(answer.Test() for answer in self._answers.get(worker, [])):
+                    self._answers.pop(worker, None)
+            except MPI.Exception as error:    # under mpirun --with-ft ulfm: the inbox tells of it
+                if error.Get_error_class() not in PROCESS_FAILED:
+                    raise
+                del self._asked[worker]
+
+    def close(self) -> None:
+        for request in self._asked.values():
+            request.Cancel()
+            request.Free()
+        super().close()
+
+    def _listen(self, worker: int) -> MPI.Request:
+        return self.world.comm.Irecv(self._questions[worker], source=worker + 1, tag=QUESTION)
 
     @property
     def version(self) -> int:
@@ -235,6 +285,27 @@ class WorkerWindow(_Window):
         self.payload = None if own is None else torch.from_numpy(own[:self.layout.payload_bytes])  # on the server's host
         self._control = np.empty(CONTROL_WORDS, np.int64)
         self._mail = np.empty(wire.MAIL_WORDS, np.int64)
+        self._question, self._asks = np.empty(2, np.int64), False
+        self.reads = ""                       # of a worker of another host: how it reads, in words
+
+    def _meet(self, near: bool) -> None:
+        if not near:
+            read_s, asked_s = (self._time(asks) for asks in (False, True))
+            self._asks = asked_s < CLEARLY * read_s
+            self.reads = (f"rank {self.world.rank} on {self.world.host} reads weights "
+                          f"{'by messages' if self._asks else 'one-sided'}: {SAMPLE / 1e9 / asked_s:.2f} GB/s by messages, "
+                          f"{SAMPLE / 1e9 / read_s:.2f} GB/s one-sided")
+        self.world.barrier("workers of other hosts to measure their links")
+
+    def _time(self, asks: bool) -> float:
+        """Seconds that the best of some reads takes, scaled to SAMPLE bytes."""
+        self._asks, times = asks, []
+        into = np.empty(min(SAMPLE, self.layout.server_bytes), np.uint8)
+        for _ in range(TRIES):
+            started = time.perf_counter()
+            self._get(into, 0, "a sample")
+            times.append(time.perf_counter() - started)
+        return min(times) * SAMPLE / len(into)
 
     def read_mail(self) -> Mail | None:
         """This worker's mail; None if it was being written."""
@@ -271,8 +342,13 @@ class WorkerWindow(_Window):
         return self._control
 
     def _get(self, into: np.ndarray, offset: int, what: str) -> None:
-        requests = [self._win.Rget(part, self._target, target=(offset + start, part.nbytes, MPI.BYTE))
-                    for start, part in cut(into)]
+        if self._asks and into.nbytes > SHORT:
+            self._question[:] = offset, into.nbytes
+            requests = [self.world.comm.Irecv([part, MPI.BYTE], source=SERVER, tag=ANSWER) for _, part in cut(into)]
+            requests.append(self.world.comm.Isend(self._question, dest=SERVER, tag=QUESTION))
+        else:
+            requests = [self._win.Rget(part, self._target, target=(offset + start, part.nbytes, MPI.BYTE))
+                        for start, part in cut(into)]
         self._until(lambda: all(request.Test() for request in requests), f"let it read {what}", wait.BUSY_S)
 
     def _until(self, poll: Callable[[], T | None], what: str, longest_s: float = wait.LONGEST_S) -> T:
