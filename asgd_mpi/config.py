@@ -20,6 +20,7 @@ from asgd_mpi.errors import ConfigError
 from asgd_mpi.server import rulebook
 
 RULES = tuple(rulebook.RULEBOOK)
+WIRES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -172,7 +173,7 @@ class ExchangeConfig:
     n_push: Union[int, Literal["auto"], None] = None
     n_fetch: Optional[int] = None
     overlap: Optional[bool] = None
-    wire: Literal["float32", "bfloat16", "float16"] = "float32"
+    wire: Literal[WIRES] = "float32"
 
 
 @dataclass

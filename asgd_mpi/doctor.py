@@ -20,11 +20,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import jsonargparse
 
 from asgd_mpi import findings, gpus, launch, topology
+from asgd_mpi.config import WIRES
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.findings import PROBLEM, Findings, Link, Locking, Need, Rank, Row
 from asgd_mpi.model import networks
@@ -72,6 +74,7 @@ def _parse(arguments: Sequence[str]) -> jsonargparse.Namespace:
         description="Examine MPI, shared memory, GPUs and HDF5 under the job's own launcher; see what to change.")
     parser.add_argument("--model", default="digits_cnn", help=f"The network to be trained: {networks.FORMS}.")
     parser.add_argument("--ring", type=int, default=3, help="Snapshots in the window (--exchange.ring).")
+    parser.add_argument("--wire", type=Literal[WIRES], default="float32", help="What travels (--exchange.wire).")
     parser.add_argument("--data", default=".", help="Directory in which HDF5 file locking is tried.")
     parser.add_argument("--megabytes", type=jsonargparse.typing.PositiveInt, default=4, help="Size of the test window.")
     parser.add_argument("--deadline-s", type=jsonargparse.typing.PositiveFloat, default=10.0,
@@ -180,7 +183,7 @@ class Examination:
             return None
         classes, channels, pixels = DIGITS if options.model == "digits_cnn" else IMAGENET
         module = networks.build(options.model, classes, channels, pixels)
-        layout = Layout(num_floats(module), options.ring, places.num_workers, num_statistics(module))
+        layout = Layout(num_floats(module), options.ring, places.num_workers, num_statistics(module), options.wire)
         local = places.num_on_host_of(SERVER) - 1
         return asdict(Need(options.model, layout.num_parameters, options.ring, layout.server_bytes,
                            local * layout.worker_bytes))

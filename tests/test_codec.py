@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asgd_mpi import config, forecast
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.codec import BLOCK
 
@@ -17,6 +18,11 @@ WIRES = list(PRECISION)
 LOSSY = WIRES[1:]
 
 numbers = st.floats(-2.0 ** 127, 2.0 ** 127, width=32)
+
+
+def test_the_formats_are_those_that_can_be_configured_and_planned():
+    assert set(codec.DTYPES) == set(config.WIRES) == set(PRECISION) == set(forecast.WIRES) - set(forecast.FUTURE_WIRES)
+    assert all(forecast.WIRES[wire] == dtype.itemsize for wire, dtype in codec.DTYPES.items())
 
 
 def sent(vector, wire):
