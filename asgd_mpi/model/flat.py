@@ -91,6 +91,23 @@ def num_floats(module: nn.Module) -> int:
     return sum(_padded(parameter) for parameter in module.parameters())
 
 
+def slices_of(module: nn.Module, part: nn.Module) -> list[slice]:
+    """Where the parameters of a part lie in the flat vectors of the whole module, in order, neighbours in one slice.
+
+    The layout is that of the whole, however it is cut; what is checkpointed does not know of parts.
+    """
+    own = {id(parameter) for parameter in part.parameters()}
+    found: list[slice] = []
+    start = 0
+    for parameter in module.parameters():
+        stop = start + _padded(parameter)
+        if id(parameter) in own:
+            first = found.pop().start if found and found[-1].stop == start else start
+            found.append(slice(first, stop))
+        start = stop
+    return found
+
+
 def num_statistics(module: nn.Module) -> int:
     """How many floats the buffers of a module hold."""
     return sum(buffer.numel() for buffer in module.buffers() if buffer.is_floating_point())

@@ -1,13 +1,14 @@
 """What a worker computes: a gradient, or the errors on some images. The replay computes the same, from the log alone.
 
 A gradient is a pure function of (weights, epoch, positions, seed): the images come from the order, the augmentation
-and the dropout from generators seeded by where in the epoch the batch lies.
+and the dropout from generators seeded by where in the epoch the batch lies, or its part if it is computed in parts.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,28 +18,43 @@ from torch.nn import functional
 from asgd_mpi.config import ComputeConfig
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.stages import pipeline
+from asgd_mpi.stages.cut import Stage, whole
+from asgd_mpi.stages.schedule import Schedule, one_f_one_b
 
 Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> float32 (B, C, S, S)
 
 
 def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
-                      compute: ComputeConfig = ComputeConfig(), scale: float = 1.0) -> float:
-    """Set `flat.gradient` to the gradient of the mean loss over the batch times `scale`, or add it; returns the loss."""
-    _seed_dropout(flat.device, int(np.random.SeedSequence([seed, batch.epoch, batch.start]).generate_state(1)[0]))
+                      compute: ComputeConfig = ComputeConfig(), scale: float = 1.0, stages: Sequence[Stage] | None = None,
+                      schedule: Schedule = one_f_one_b) -> float:
+    """Set `flat.gradient` to the gradient of the mean loss over the batch times `scale`, or add it; returns the loss.
+
+    stages: those that the network is cut into; the gradient is the same, to the bit.
+    """
     if not accumulate:
         flat.gradient.zero_()
     images, labels = normalise(batch.on(flat.device)), batch.labels.to(flat.device, non_blocking=True)
     if compute.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    losses = []
-    for part, truth in zip(images.tensor_split(compute.micro_batches), labels.tensor_split(compute.micro_batches)):
-        if len(truth):
-            with torch.autocast(flat.device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32"):
-                loss = functional.cross_entropy(flat.module(part), truth)
-            share = len(truth) / len(labels)
-            (loss * (share * scale)).backward()
-            losses.append(loss.detach() * share)
-    return sum(losses).item()  # sync: the push carries it
+    micro = compute.micro_batches
+    parts = [each for each in zip(images.tensor_split(micro), labels.tensor_split(micro)) if len(each[1])]
+    begins = list(itertools.accumulate((len(truth) for _, truth in parts), initial=batch.start))
+    generator = _generator(flat.device)
+
+    def seed_dropout(part: int) -> None:
+        generator.manual_seed(int(np.random.SeedSequence([seed, batch.epoch, begins[part]]).generate_state(1)[0]))
+
+    def loss(part: int, scores: torch.Tensor) -> torch.Tensor:
+        truth = parts[part][1]
+        return functional.cross_entropy(scores, truth) * (len(truth) / len(labels) * scale)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(flat.device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32")
+
+    losses = pipeline.run_(stages or whole(flat.module), lambda part: parts[part][0], seed_dropout, loss, len(parts),
+                           generator, autocast, schedule)
+    return sum(losses).item() / scale  # sync: the push carries it
 
 
 class ScaledLoss:
@@ -74,9 +90,9 @@ class ScaledLoss:
         return loss
 
 
-def _seed_dropout(device: torch.device, seed: int) -> None:
-    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
-    generator.manual_seed(seed)  # torch.manual_seed would note a stack trace for a CUDA that is not there
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that dropout draws from; its own manual_seed notes no stack trace for a CUDA that is not there."""
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
 
 
 @dataclass
