@@ -81,7 +81,7 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: digits_cnn, alexnet, resnet18, resnet50, torchvision:NAME, or package.module:function
+        name: digits_cnn, alexnet, alexnet2, resnet18, resnet50, torchvision:NAME, or package.module:function
         weights: state_dict file (torchvision's or your own) or checkpoint to begin with, in place of random weights
         partial_weights: take what fits of it, such as all but a head for other classes
         batchnorm: statistics to validate with; recalibrate measures them anew on the validated version, local takes the
