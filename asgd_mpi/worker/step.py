@@ -34,27 +34,50 @@ def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed:
     """
     if not accumulate:
         flat.gradient.zero_()
-    images, labels = normalise(batch.on(flat.device)), batch.labels.to(flat.device, non_blocking=True)
-    if compute.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    micro = compute.micro_batches
-    parts = [each for each in zip(images.tensor_split(micro), labels.tensor_split(micro)) if len(each[1])]
-    begins = list(itertools.accumulate((len(truth) for _, truth in parts), initial=batch.start))
-    generator = _generator(flat.device)
-
-    def seed_dropout(part: int) -> None:
-        generator.manual_seed(int(np.random.SeedSequence([seed, batch.epoch, begins[part]]).generate_state(1)[0]))
-
-    def loss(part: int, scores: torch.Tensor) -> torch.Tensor:
-        truth = parts[part][1]
-        return functional.cross_entropy(scores, truth) * (len(truth) / len(labels) * scale)
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(flat.device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32")
-
-    losses = pipeline.run_(stages or whole(flat.module), lambda part: parts[part][0], seed_dropout, loss, len(parts),
-                           generator, autocast, schedule)
+    images = prepared(batch, normalise, flat.device, compute)
+    parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale)
+    losses = pipeline.run_(stages or whole(flat.module), parts.work(images, flat.device, compute), parts.count(compute),
+                           schedule)
     return sum(losses).item() / scale  # sync: the push carries it
+
+
+def prepared(batch: Batch, normalise: Normalise, device: torch.device, compute: ComputeConfig) -> torch.Tensor:
+    """The images of a batch as the network takes them, float32 (B, C, S, S) on the device."""
+    images = normalise(batch.on(device))
+    return images.contiguous(memory_format=torch.channels_last) if compute.channels_last else images
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What all stages must know of a batch beside its images: the parts that it is computed in, and their seeds."""
+
+    epoch: int
+    start: int
+    labels: list[int]
+    seed: int
+    scale: float              # of the loss
+
+    def count(self, compute: ComputeConfig) -> int:
+        return min(compute.micro_batches, len(self.labels))
+
+    def work(self, images: torch.Tensor | None, device: torch.device, compute: ComputeConfig) -> pipeline.Work:
+        """For the stages on `device`; only the first one needs the images."""
+        labels = torch.tensor(self.labels).to(device, non_blocking=True)
+        truths = labels.tensor_split(self.count(compute))
+        parts = images.tensor_split(len(truths)) if images is not None else ()
+        begins = list(itertools.accumulate(map(len, truths), initial=self.start))
+        generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+
+        def seed(part: int) -> None:    # torch.manual_seed would note a stack trace for a CUDA that is not there
+            generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, begins[part]]).generate_state(1)[0]))
+
+        def loss(part: int, scores: torch.Tensor) -> torch.Tensor:
+            return functional.cross_entropy(scores, truths[part]) * (len(truths[part]) / len(labels) * self.scale)
+
+        def autocast() -> torch.autocast:
+            return torch.autocast(device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32")
+
+        return pipeline.Work(parts.__getitem__, seed, loss, generator, autocast)
 
 
 class ScaledLoss:
@@ -88,11 +111,6 @@ class ScaledLoss:
         if self._good == self.PATIENCE:
             self._scale, self._good = self._scale * 2, 0
         return loss
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The one that dropout draws from; its own manual_seed notes no stack trace for a CUDA that is not there."""
-    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
 
 
 @dataclass
