@@ -100,8 +100,9 @@ class _Window:
         ranks = MPI.Group.Translate_ranks(node.group, list(range(node.size)), self.world.comm.group)
         near = SERVER in ranks
         if self.world.is_server:
-            self._check_shared_memory(len(ranks) - 1)
-        size = self.layout.server_bytes if self.world.is_server else self.layout.worker_bytes if near else 0
+            self._check_shared_memory(sum(rank <= self.layout.num_workers for rank in ranks) - 1)
+        is_worker = near and self.world.rank <= self.layout.num_workers       # and no further stage of one
+        size = self.layout.server_bytes if self.world.is_server else self.layout.worker_bytes if is_worker else 0
         info = MPI.Info.Create({"alloc_shared_noncontig": "true"})   # each segment on pages of its own
         shared = MPI.Win.Allocate_shared(size, 1, info, node)
         self._windows.append(shared)
@@ -124,16 +125,21 @@ class _Window:
         raise NotImplementedError
 
     def _check_shared_memory(self, num_local_workers: int) -> None:
-        if not SHARED_MEMORY.is_dir():
-            return
         needed = self.layout.server_bytes + num_local_workers * self.layout.worker_bytes
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        if needed > free:
-            raise ConfigError(
-                f"{self.world.host} has {free / 2**20:.0f} MiB of shared memory left in {SHARED_MEMORY}, but "
-                f"{self.layout.ring} snapshots and the gradients of {num_local_workers} workers of that host need "
-                f"{needed / 2**20:.0f} MiB: the ranks would be killed by a bus error. Make it larger (`mount -o remount,size=...`, "
-                "or --shm-size of a container), lower --exchange.ring, or put fewer workers on the server's host.")
+        demand_shared_memory(
+            self.world.host, needed, f"{self.layout.ring} snapshots and the gradients of {num_local_workers} workers of that host")
+
+
+def demand_shared_memory(host: str, needed: int, what: str) -> None:
+    """Raise ConfigError if this host has fewer bytes left than `what` needs."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise ConfigError(
+            f"{host} has {free / 2**20:.0f} MiB of shared memory left in {SHARED_MEMORY}, but {what} need "
+            f"{needed / 2**20:.0f} MiB: the ranks would be killed by a bus error. Make it larger (`mount -o remount,size=...`, "
+            "or --shm-size of a container), lower --exchange.ring, or put fewer workers on the server's host.")
 
 
 def _bytes(memory: MPI.buffer) -> np.ndarray:
@@ -155,7 +161,7 @@ class ServerWindow(_Window):
         self._mail = words[CONTROL_WORDS:].reshape(-1, wire.MAIL_WORDS)
         self._ring = [_floats(own[layout.slot(k):], layout.num_parameters) for k in range(layout.ring)]
         self.gradients = {rank - 1: _floats(segment, layout.capacity)     # (capacity,) of each worker of this host
-                          for rank, segment in segments.items() if rank != SERVER}
+                          for rank, segment in segments.items() if SERVER < rank <= layout.num_workers}
 
     @property
     def version(self) -> int:
@@ -200,7 +206,7 @@ class WorkerWindow(_Window):
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         own = segments.get(self.world.rank)
-        self.gradient = None if own is None else _floats(own, self.layout.capacity)  # on the server's host only
+        self.gradient = None if own is None or not len(own) else _floats(own, self.layout.capacity)  # on the server's host only
         self._control = np.empty(CONTROL_WORDS, np.int64)
         self._mail = np.empty(wire.MAIL_WORDS, np.int64)
 

@@ -37,5 +37,5 @@ def balance(num_parts: int, end: int, crossing: Mapping[int, float], cost: Cost)
         return None
     limit = least[0] * (1 + SLACK)
     within = best(lambda before, price: before + price,
-                  lambda *part: crossing.get(part[1], 0.0) if costs[part] <= limit else None)
+                  lambda *part: None if costs[part] is None or costs[part] > limit else crossing.get(part[1], 0.0))
     return within[1]

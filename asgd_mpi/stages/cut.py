@@ -67,6 +67,10 @@ def demand(graph: Graph, cuts: Sequence[int]) -> None:
     if list(cuts) != sorted(set(cuts) - {0}):
         raise ConfigError(f"stages that begin at {', '.join(graph.name(cut) for cut in cuts)}: give each name once, in the "
                           f"order of the calls, and not the first one, {graph.name(0)}, where stage 0 begins.")
+    for start, stop in pairwise([0, *cuts, len(graph.nodes)]):
+        if not any(graph.parameters[start:stop]):
+            raise ConfigError(f"a stage from {graph.name(start)} to {graph.name(stop - 1)} would have no parameters: "
+                              "nothing to train on a rank of its own. Leave it to one of its neighbours.")
 
 
 def cut(graph: Graph, cuts: Sequence[int]) -> list[Stage]:

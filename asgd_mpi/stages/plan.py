@@ -109,7 +109,7 @@ class Batch:
     schedule: Schedule = gpipe
 
 
-class Plan:
+class StagePlan:
     """The costs of the parts of a network, and the cuts that they suggest.
 
     seconds: of each node for one micro-batch (`measure`), if the balance is to be that of time.
@@ -127,14 +127,18 @@ class Plan:
         """The cuts that share out `time` or `memory` best. Raises ConfigError if there are too few places for them."""
         graph = self.graph
         places = {place: graph.crossing_bytes(place) for place in range(1, len(graph.nodes)) if not graph.why_not(place)}
-        if balance_of == "memory":
-            cost = lambda stage, start, stop: self.memory_bytes(stage, num_stages, start, stop)   # noqa: E731
-        else:
-            cost = lambda stage, start, stop: sum(vars(self._seconds(start, stop)).values())      # noqa: E731
+
+        def cost(stage: int, start: int, stop: int) -> float | None:
+            """A stage without parameters is none."""
+            if not self._parameters(start, stop):
+                return None
+            return (self.memory_bytes(stage, num_stages, start, stop) if balance_of == "memory"
+                    else sum(vars(self._seconds(start, stop)).values()))
+
         cuts = balance(num_stages, len(graph.nodes), places, cost)
         if cuts is None:
-            raise ConfigError(f"the network can be cut at {len(places)} places, into {len(places) + 1} stages at most, not "
-                              f"into {num_stages}.")
+            raise ConfigError(f"the network can be cut at {len(places)} places, not into {num_stages} stages that have "
+                              "parameters each.")
         return cuts
 
     def cuts_at(self, names: Sequence[str]) -> list[int]:

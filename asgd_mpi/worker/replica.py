@@ -17,7 +17,7 @@ from asgd_mpi.data.loader import Batch
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.rulebook import RULEBOOK, pacing
 from asgd_mpi.worker.momentum import Momentum
-from asgd_mpi.worker.step import Normalise, ScaledLoss
+from asgd_mpi.worker.step import Normalise, ScaledLoss, compute_gradient_
 
 
 class Replica:
@@ -32,15 +32,17 @@ class Replica:
     elastic   x_i <- x_i - lr u, for as long as it lives; then d = alpha (x_i - x), x_i <- x_i - d, and d is pushed, where x
               is the latest snapshot (EASGD, Zhang et al. 2015, algorithm 1). With momentum u is Nesterov's, in the form of
               torch.optim.SGD, where x_i is the point that looks ahead. Memory: (P,) float32 for x.
+    `gradient_of`: what computes the gradient of a batch, if it is not this process alone.
     Weight decay is the server's, but for elastic rules, where it is added to the gradient here. `shares`: several replicas
     take turns on one network, and each keeps its own weights.
     """
 
-    def __init__(self, flat: FlatModel, config: Config, num_workers: int, rate_at: Callable[[int], float], shares: bool = False):
+    def __init__(self, flat: FlatModel, config: Config, num_workers: int, rate_at: Callable[[int], float], shares: bool = False,
+                 gradient_of: Callable[..., float] = compute_gradient_):
         rule = config.rule
         self.flat, self._rate_at, self._rule, self._seed, self._shares = flat, rate_at, rule, config.run.seed, shares
         self.moves = RULEBOOK[rule.name].moves
-        self._loss = ScaledLoss(config.compute)
+        self._loss = ScaledLoss(config.compute, gradient_of)
         if config.compute.compile:
             flat.module.compile()
         self._alpha = rule.alpha or 0.9 / num_workers

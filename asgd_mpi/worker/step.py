@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.stages import pipeline
 from asgd_mpi.stages.cut import Stage, whole
 from asgd_mpi.stages.schedule import Schedule, one_f_one_b
+
+if TYPE_CHECKING:
+    from asgd_mpi.worker.team import Leader
 
 Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> float32 (B, C, S, S)
 
@@ -89,18 +93,19 @@ class ScaledLoss:
 
     FIRST, PATIENCE = 2.0 ** 16, 2000
 
-    def __init__(self, compute: ComputeConfig):
-        self._compute = compute
+    def __init__(self, compute: ComputeConfig, gradient_of: Callable[..., float] = compute_gradient_):
+        """`gradient_of`: in place of the function of that name."""
+        self._compute, self._gradient_of = compute, gradient_of
         self._scale = self.FIRST if compute.precision == "float16" else 1.0
         self._good = 0                # batches since it was changed
 
     def compute_gradient_(self, flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool) -> float:
         """As the function of that name."""
         if self._compute.precision != "float16":
-            return compute_gradient_(flat, normalise, batch, seed, accumulate, self._compute)
+            return self._gradient_of(flat, normalise, batch, seed, accumulate, self._compute)
         before = flat.gradient.clone() if accumulate else None
         while True:
-            loss = compute_gradient_(flat, normalise, batch, seed, False, self._compute, self._scale)
+            loss = self._gradient_of(flat, normalise, batch, seed, False, self._compute, self._scale)
             flat.gradient.div_(self._scale)
             if flat.gradient.sum().isfinite() or self._scale == 1 or not math.isfinite(loss):
                 break
@@ -125,7 +130,7 @@ class Errors:
 
 
 @torch.no_grad()
-def validate(flat: FlatModel, normalise: Normalise, batches: Iterable[Batch]) -> Errors:
+def validate(flat: FlatModel | Leader, normalise: Normalise, batches: Iterable[Batch]) -> Errors:
     """The errors of the network, in evaluation mode, on `batches`."""
     errors = Errors()
     flat.module.eval()
