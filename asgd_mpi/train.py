@@ -36,7 +36,7 @@ import asgd_mpi
 from asgd_mpi import config as configuration
 from asgd_mpi import gpus, inject, launch, report, topology
 from asgd_mpi.config import Config
-from asgd_mpi.errors import DeadlineExceeded, ServerLost, UserError
+from asgd_mpi.errors import DeadlineExceeded, ServerLost, StageLost, UserError
 from asgd_mpi.exchange import clock, wait
 from asgd_mpi.exchange.link import Inbox, Outbox
 from asgd_mpi.exchange.team import Team
@@ -224,7 +224,10 @@ class _Part:
             return failures[-1]
 
         self.world.hold_on_to_server()
-        Assistant(self.meter, fails, self.injector.step, *crew.take()).run()
+        try:
+            Assistant(self.meter, fails, self.injector.step, *crew.take()).run()
+        except StageLost as error:             # the leader: the worker is retired without a word of its own
+            fails(error)
         self.world.let_go_of_server()
         self._close("failed" if failures else "finished", "; ".join(failures))
         return 0

@@ -15,6 +15,7 @@ from asgd_mpi.record import checkpoint
 from asgd_mpi.record.events import read_pushes
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
+from conftest import finish
 
 CPU = torch.device("cpu")
 OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.balance", "memory", "--run.dir", "run"]
@@ -46,11 +47,15 @@ def test_replicas_of_stages_replay_in_one_process_to_the_bit(
     assert 1 - errors.top1 / errors.num_images == manifest.top1_error < 0.6      # with the statistics of all stages
 
 
-def test_a_replica_with_a_failed_stage_is_retired_as_a_whole(openmpi, digits, tmp_path):
-    done = openmpi.train(5, "--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS,
-                         "--inject", "raise@step5:rank3", cwd=tmp_path, timeout_s=120)
+@pytest.mark.parametrize("failure, launcher_options, told", [
+    ("raise@step5:rank3", (), "stage 1 of worker 0 has failed: "),
+    ("kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended"),
+    ("kill@step5:rank1", ("--with-ft", "ulfm"), "the process of stage 0 of worker 0 has ended")])
+def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, tmp_path, failure, launcher_options, told):
+    done = finish(openmpi.start_training(5, "--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS,
+                                         "--inject", failure, cwd=tmp_path, launcher_options=launcher_options), 120)
     assert done.returncode == 3, done.stdout + done.stderr
-    assert "rank 3 on " in done.stderr and "stage 1 of worker 0 has failed" in done.stderr
+    assert told in done.stderr
     summary = summarize(RunDir.open(tmp_path / "run"))
     assert [loss.rank for loss in summary.retirements] == [1] and not summary.audit.violations
     assert summary.images == 1437

@@ -8,15 +8,17 @@ of a micro-batch travel as messages that say themselves what they hold: nonblock
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
+from asgd_mpi.errors import StageLost
 from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.window import demand_shared_memory
-from asgd_mpi.exchange.world import World
+from asgd_mpi.exchange.world import PROCESS_FAILED, World
 
 ACTIVATIONS, GRADIENTS, COMMANDS, REPLIES, SCORES = range(1, 6)     # tags
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)     # that travel
@@ -59,7 +61,11 @@ def _aligned(size: int) -> int:
 
 
 class Pipe:
-    """A channel (see stages.pipeline) to or from one stage; `watch` is called in every wait, and may raise."""
+    """A channel (see stages.pipeline) to or from one stage; `watch` is called in every wait, and may raise.
+
+    What is sent to a process that has ended is lost; to wait for something from there raises StageLost, as far as that is
+    known (under `mpirun --with-ft ulfm`).
+    """
 
     def __init__(self, team: Team, stage: int, tag: int, device: torch.device, watch: Callable[[], None]):
         self._team, self._stage, self._tag, self._device, self._watch = team, stage, tag, device, watch
@@ -68,11 +74,26 @@ class Pipe:
 
     def put(self, part: int, tensors: tuple[torch.Tensor, ...]) -> None:
         """Start to send a copy."""
-        self._sends = [send for send in self._sends if not send[0].Test()]
         message = pack(part, tensors)
-        self._sends.append((self._team.comm.Isend([message, MPI.BYTE], dest=self._stage, tag=self._tag), message))
+        with suppress(StageLost), self._alive():
+            self._sends = [send for send in self._sends if not send[0].Test()]
+            self._sends.append((self._team.comm.Isend([message, MPI.BYTE], dest=self._stage, tag=self._tag), message))
 
     def has(self, part: int = 0) -> bool:
+        with self._alive():
+            return self._has()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except MPI.Exception as error:
+            if error.Get_error_class() not in PROCESS_FAILED:
+                raise
+            self._team.world.has_lost_ranks = True
+            raise StageLost(f"the process of stage {self._stage} of worker {self._team.worker} has ended") from None
+
+    def _has(self) -> bool:
         if self._receive is None:
             status = MPI.Status()
             probed = self._team.comm.Improbe(source=self._stage, tag=self._tag, status=status)
@@ -94,8 +115,9 @@ class Pipe:
 
     def flush(self) -> None:
         """Return when everything has been sent."""
-        wait.until(lambda: all(request.Test() for request, _ in self._sends), self._team.timeout_s,
-                   f"{self._team.who} waits for stage {self._stage} to take what it sent")
+        with suppress(StageLost), self._alive():
+            wait.until(lambda: all(request.Test() for request, _ in self._sends), self._team.timeout_s,
+                       f"{self._team.who} waits for stage {self._stage} to take what it sent")
         self._sends.clear()
 
     def say(self, words: dict) -> None:

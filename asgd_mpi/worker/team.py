@@ -17,6 +17,7 @@ from torch import nn
 
 from asgd_mpi.config import ComputeConfig
 from asgd_mpi.data.loader import Batch
+from asgd_mpi.errors import ServerLost, StageLost
 from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.team import ACTIVATIONS, COMMANDS, GRADIENTS, REPLIES, SCORES, Pipe, Team
 from asgd_mpi.model import batchnorm
@@ -31,16 +32,14 @@ CPU = torch.device("cpu")
 IDLE_S = 0.5     # between two looks at the server and the clock, without a command
 
 
-class StageFailed(Exception):
-    """A stage of this replica cannot go on."""
-
-
 class _Interrupted(Exception):
     """The leader wants something else in place of what this stage waits for."""
 
 
 class _Member:
     """What every stage does. `module`: the network that was cut, for where this stage's parameters lie in its vectors."""
+
+    at_every_batch: Callable[[torch.Tensor], None] = staticmethod(lambda gradient: None)
 
     def __init__(self, team: Team, module: nn.Module, stage: Stage, device: torch.device, compute: ComputeConfig,
                  schedule: Schedule):
@@ -69,6 +68,7 @@ class _Member:
             self._await(lambda: at_work.can(step), f"what its step {step} needs")
             with meter.phase("compute") if meter else ExitStack():
                 at_work.do(step)
+        self.at_every_batch(self.flat.gradient)
         for whole, own in self._places:
             self.team.gradient[whole].copy_(self.flat.gradient[own])
         return sum(at_work.losses[part] for part in range(count)).item() if self._after is None else 0.0
@@ -171,12 +171,12 @@ class Leader(_Member):
         self.team.close()
 
     def watch(self) -> None:
-        """Raises StageFailed if a stage says so."""
+        """Raises StageLost if a stage says so."""
         for stage, pipe in self._replies.items():
             if stage not in self._heard and pipe.has():
                 self._heard[stage] = pipe.hear()
                 if error := self._heard[stage].get("error"):
-                    raise StageFailed(f"stage {stage} of worker {self.team.worker} has failed: {error}")
+                    raise StageLost(f"stage {stage} of worker {self.team.worker} has failed: {error}")
 
     def _set(self, mode: str) -> None:
         self._tell(do="set", mode=mode)
@@ -197,18 +197,21 @@ class Leader(_Member):
 
 
 class Assistant(_Member):
-    """Every other stage: does what its leader says. `fails`: what to do with the error if it cannot; returns it in short."""
+    """Every other stage: does what its leader says.
+
+    fails: what to do with the error if it cannot; returns it in short. at_every_batch: what to do to its part of a gradient.
+    """
 
     def __init__(self, meter: Meter, fails: Callable[[Exception], str], at_every_batch: Callable[[torch.Tensor], None],
                  team: Team, *about: object):
         super().__init__(team, *about)
-        self._meter, self._fails, self._at_every_batch = meter, fails, at_every_batch
+        self._meter, self._fails, self.at_every_batch = meter, fails, at_every_batch
         self._commands, self._replies, self._scores = (
             Pipe(team, 0, tag, CPU, self.watch) for tag in (COMMANDS, REPLIES, SCORES))
         self._acts = {"compute": self._compute, "forward": self._forward, "set": self.set_mode, "show": self.show_statistics}
 
     def run(self) -> None:
-        """Serve until the leader lets it go."""
+        """Serve until the leader lets it go. Raises StageLost if the leader's process ends."""
         while (command := self._next_command())["do"] != "end":
             act = self._acts.get(command.pop("do"))
             if act is None:                        # rest
@@ -217,6 +220,8 @@ class Assistant(_Member):
                 answer = act(**command) or {}
             except _Interrupted:
                 continue
+            except ServerLost:
+                raise
             except Exception as error:
                 answer = {"error": self._fails(error)}
             self.team.sync()
@@ -239,9 +244,7 @@ class Assistant(_Member):
         return self._commands.hear()
 
     def _compute(self, accumulate: bool, parts: dict) -> dict:
-        loss = self.compute_part(Parts(**parts), accumulate, None, self._meter)
-        self._at_every_batch(self.flat.gradient)
-        return {"loss": loss}
+        return {"loss": self.compute_part(Parts(**parts), accumulate, None, self._meter)}
 
     def _forward(self) -> None:
         with self._meter.phase("validate"):
