@@ -67,7 +67,6 @@ from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.loop import Worker
 from asgd_mpi.worker.replica import Replica
-from asgd_mpi.worker.step import compute_gradient_
 from asgd_mpi.worker.team import Assistant, Leader
 
 FORWARDING_S = 0.5  # the launcher forwards output at leisure, and drops what it still holds when the job is aborted
@@ -252,7 +251,7 @@ class _Part:
         courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, fetches_aside=elastic)
         num_workers = self.window.layout.num_workers
         replica = Replica(flat, config, num_workers, self.task.schedule(num_workers),
-                          gradient_of=leader.compute_gradient_ if leader else compute_gradient_)
+                          gradient_of=leader.compute_gradient_ if leader else None)
         worker = Worker(
             world.worker, courier, replica, self.task.normalise, loaders, config, self.meter,
             Keeper(self.run, self.restart, world.worker), self.log if config.record.hash_snapshots else None,

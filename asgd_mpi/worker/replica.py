@@ -17,7 +17,7 @@ from asgd_mpi.data.loader import Batch
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.rulebook import RULEBOOK, pacing
 from asgd_mpi.worker.momentum import Momentum
-from asgd_mpi.worker.step import Normalise, ScaledLoss, compute_gradient_
+from asgd_mpi.worker.step import Normalise, ScaledLoss
 
 
 class Replica:
@@ -38,7 +38,7 @@ class Replica:
     """
 
     def __init__(self, flat: FlatModel, config: Config, num_workers: int, rate_at: Callable[[int], float], shares: bool = False,
-                 gradient_of: Callable[..., float] = compute_gradient_):
+                 gradient_of: Callable[..., float] | None = None):
         rule = config.rule
         self.flat, self._rate_at, self._rule, self._seed, self._shares = flat, rate_at, rule, config.run.seed, shares
         self.moves = RULEBOOK[rule.name].moves

@@ -93,9 +93,9 @@ class ScaledLoss:
 
     FIRST, PATIENCE = 2.0 ** 16, 2000
 
-    def __init__(self, compute: ComputeConfig, gradient_of: Callable[..., float] = compute_gradient_):
-        """`gradient_of`: in place of the function of that name."""
-        self._compute, self._gradient_of = compute, gradient_of
+    def __init__(self, compute: ComputeConfig, gradient_of: Callable[..., float] | None = None):
+        """`gradient_of`: in place of `compute_gradient_`."""
+        self._compute, self._gradient_of = compute, gradient_of or compute_gradient_
         self._scale = self.FIRST if compute.precision == "float16" else 1.0
         self._good = 0                # batches since it was changed
 
