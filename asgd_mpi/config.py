@@ -82,7 +82,7 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: digits_cnn, alexnet, resnet18, resnet50, torchvision:NAME, or package.module:function
+        name: digits_cnn, alexnet, alexnet2, resnet18, resnet50, torchvision:NAME, or package.module:function
         weights: state_dict file (torchvision's or your own) or checkpoint to begin with, in place of random weights
         partial_weights: take what fits of it, such as all but a head for other classes
         batchnorm: statistics to validate with; recalibrate measures them anew on the validated version, local takes the
@@ -200,6 +200,28 @@ class ComputeConfig:
 
 
 @dataclass
+class StagesConfig:
+    """A replica of several ranks, each with a part of the network (a pipeline); for networks too large for one GPU.
+
+    Args:
+        number: ranks of a replica, all on one host; the ranks beside the server must be a multiple of it
+        balance: cut the network so that the stages take the same time, which is measured, or the same memory
+        at: names of the modules that the second and each further stage begin with, such as layer2,layer4; empty for balance
+        schedule: 1f1b computes backward as soon as possible, and holds fewer activations; gpipe all forward passes first.
+            The parts of a batch are those of compute.micro_batches; 4 for each stage keep them busy
+    """
+
+    number: int = 1
+    balance: Literal["time", "memory"] = "time"
+    at: str = ""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+
+    @property
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.at.split(",") if name.strip()]
+
+
+@dataclass
 class RecordConfig:
     """What the run directory keeps.
 
@@ -259,6 +281,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
@@ -281,7 +304,7 @@ class Recipe:
 SHORTHANDS = {"--data": "--data.path", "--model": "--model.name", "--rule": "--rule.name", "--seed": "--run.seed",
               "--epochs": "--run.epochs", "--lr": "--schedule.lr", "--batch-size": "--data.batch_size",
               "--n-sync": "--exchange.n_push", "--resume": "--run.resume", "--override": "--run.override",
-              "--dry-run": "--run.dry_run", "--inject": "--run.inject", "--weights": "--model.weights"}
+              "--dry-run": "--run.dry_run", "--stages": "--stages.number", "--inject": "--run.inject", "--weights": "--model.weights"}
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -410,6 +433,14 @@ def _check(config: Config) -> None:
     demand(config.compute.workers_per_gpu > 0, "compute.workers_per_gpu", config.compute.workers_per_gpu,
            "a GPU has 1 worker or more")
     demand(config.compute.micro_batches > 0, "compute.micro_batches", config.compute.micro_batches, "a batch has 1 part or more")
+    stages = config.stages
+    demand(stages.number > 0, "stages.number", stages.number, "a replica has 1 stage or more")
+    demand(not stages.names or len(stages.names) == stages.number - 1, "stages.at", stages.at,
+           f"{stages.number} stages begin at {stages.number - 1} names beside the first module; this is {len(stages.names)}")
+    demand(stages.number == 1 or not (exchange.overlap or auto), "stages.number", stages.number,
+           "the stages of a replica share one vector of weights, so exchange.overlap and n_push auto are not possible")
+    demand(stages.number == 1 or not config.compute.compile, "stages.number", stages.number,
+           "compute.compile compiles a network in one piece")
     demand(schedule.power > 0, "schedule.power", schedule.power, "with 0 the rate is constant; give more than 0")
     every, failure = config.checkpoint, config.failure
     demand(every.every_s >= 0, "checkpoint.every_s", every.every_s, "give seconds, or 0 for none by time")

@@ -33,5 +33,9 @@ class ServerLost(UserError):
     """The server's process has ended; the workers cannot go on."""
 
 
+class StageLost(UserError):
+    """Another stage of this replica has failed, or its process has ended; the replica cannot go on."""
+
+
 class WorkersLost(UserError):
     """No worker is left; the message says what became of them."""

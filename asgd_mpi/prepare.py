@@ -31,16 +31,24 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
         changes = resume.demand_same(old, config)
     if config.compute.device == "cpu":
         ranks = [rank | {"gpus": []} for rank in ranks]
-    places = Topology.of(ranks)
+    num_stages, order = config.stages.number, list(range(len(ranks)))
+    if len(ranks) > 1 or not config.run.dry_run:
+        topology.check(Topology.of(ranks), num_tasks)
+        order = topology.arrange([rank["host"] for rank in ranks], num_stages)
+    places = Topology.of([ranks[rank] for rank in order], num_stages)
     if places.size > 1 or not config.run.dry_run:
-        topology.check(places, num_tasks)
         topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
     config = complete(config)
     inject.parse(config.run.inject)
     if config.record.tensorboard:
         board.find_writer()
     task = open_task(config)
-    task.first_module()
+    module = task.first_module()
+    if num_stages > 1:
+        task.cuts(task.stage_plan(module), "memory")
+        if rulebook.RULEBOOK[config.rule.name].moves == "elastic":
+            raise ConfigError(f"--stages {num_stages} with {config.rule.name}: its workers validate other weights than they "
+                              "train, and the stages of a replica share one vector of weights. Take another rule.")
     task.train_loader().close()
     num_workers = max(1, places.num_workers)
     rulebook.check(config, num_workers)
@@ -65,17 +73,18 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     restart, directory = (point.restart, point.directory) if point else (0, None)
     text = configuration.to_yaml(config)
     write_whole(run.config_of(restart), text.encode())
-    return {"config": text, "run": str(run.path), "ranks": ranks, "restart": restart,
-            "checkpoint": str(directory) if directory else None, "greeting": _greeting(places, task, run)}
+    return {"config": text, "run": str(run.path), "ranks": [ranks[rank] for rank in order], "order": order,
+            "restart": restart, "checkpoint": str(directory) if directory else None, "greeting": _greeting(places, task, run)}
 
 
 def _greeting(places: Topology, task: Task, run: RunDir) -> str:
     """What the user sees first: who does what, on how much data, and what to expect."""
     num_hosts, config = len(set(places.hosts)), task.config
-    table = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or num_hosts > 1 else ""
+    stages = places.num_stages
+    table = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or num_hosts > 1 or stages > 1 else ""
     return table + (
-        f"{places.num_workers} workers and 1 server on {num_hosts} host(s); {config.model.name} on {task.train.num_samples} "
-        f"training and {task.val.num_samples} validation images of {task.train.num_classes} classes from {config.data.path}\n"
+        f"{places.num_workers} workers {f'of {stages} stages ' if stages > 1 else ''}and 1 server on {num_hosts} host(s); "
+        f"{config.model.name} on {task.train.num_samples} training and {task.val.num_samples} validation images of {task.train.num_classes} classes from {config.data.path}\n"
         f"{_expectation(config, places.num_workers, num_floats(task.build_module()))}\nthe run directory is {run.path}")
 
 

@@ -23,6 +23,9 @@ from asgd_mpi.model import networks
 from asgd_mpi.server.ledger import Plan
 from asgd_mpi.server.rulebook import pacing
 from asgd_mpi.server.schedule import Schedule
+from asgd_mpi.stages.graph import Graph, trace
+from asgd_mpi.stages.plan import Batch, Seconds, StagePlan
+from asgd_mpi.stages.schedule import SCHEDULES
 
 EMBEDDED = "digits"
 EMBEDDED_DIR = Path("data/digits")
@@ -64,6 +67,18 @@ class Task:
 
     def val_loader(self, on_skip=print) -> Loader:
         return self._loader(self.val, Sequential(self.val.num_samples), "none", on_skip)
+
+    def stage_plan(self, module: nn.Module, seconds: list[Seconds] | None = None) -> StagePlan:
+        """What the parts of the network cost. Raises ConfigError if it cannot be cut."""
+        micro, data = self.config.compute.micro_batches, self.config.data
+        batch = Batch(-(-data.batch_size // micro), micro, SCHEDULES[self.config.stages.schedule])
+        graph = Graph(trace(module), (batch.images, self.channels, data.image_size, data.image_size))
+        return StagePlan(graph, batch, seconds, vectors=2)
+
+    def cuts(self, plan: StagePlan, balance: str) -> list[int]:
+        """Where the network is cut: at the user's names, or by what is to be balanced. Raises ConfigError."""
+        stages = self.config.stages
+        return plan.cuts_at(stages.names) if stages.names else plan.cuts_by(balance, stages.number)
 
     def plan(self, num_workers: int) -> Plan:
         data, run, samples = self.config.data, self.config.run, self.train.num_samples

@@ -3,10 +3,14 @@
 Pure: what each rank sees of its host goes in, roles and devices come out. A worker's GPU is its position among the
 *workers* of its host that see the same GPUs: a server on that host neither takes a GPU nor shifts the map, hosts may
 have different numbers of GPUs, and a launcher that shows each task GPUs of its own is taken at its word.
+
+With several stages a worker is a replica of as many ranks on one host. Of N workers, worker w is led by rank w + 1, which
+computes stage 0; its stage s is rank 1 + s N + w. The ranks are numbered so by `arrange`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,11 +32,13 @@ class Topology:
 
     hosts: tuple[str, ...]
     gpus: tuple[tuple[Gpu, ...], ...] = ()     # of each rank; empty: all compute on the CPU
+    num_stages: int = 1                        # ranks of a worker
 
     @classmethod
-    def of(cls, ranks: list[dict]) -> Topology:
+    def of(cls, ranks: list[dict], num_stages: int = 1) -> Topology:
         """From what each rank says: {"host": its name, "gpus": [[id, name] of each]}."""
-        return cls(tuple(rank["host"] for rank in ranks), tuple(tuple(Gpu(*gpu) for gpu in rank["gpus"]) for rank in ranks))
+        return cls(tuple(rank["host"] for rank in ranks),
+                   tuple(tuple(Gpu(*gpu) for gpu in rank["gpus"]) for rank in ranks), num_stages)
 
     @property
     def size(self) -> int:
@@ -40,11 +46,19 @@ class Topology:
 
     @property
     def workers(self) -> range:
+        """The ranks that compute: all stages of all workers."""
         return range(SERVER + 1, self.size)
 
     @property
     def num_workers(self) -> int:
-        return self.size - 1
+        return (self.size - 1) // self.num_stages
+
+    def worker(self, rank: int) -> int:
+        """Whose rank it is, 0-based."""
+        return (rank - 1) % self.num_workers
+
+    def stage(self, rank: int) -> int:
+        return (rank - 1) // self.num_workers
 
     def num_on_host_of(self, rank: int) -> int:
         return self.hosts.count(self.hosts[rank])
@@ -101,13 +115,37 @@ def check(places: Topology, tasks_of_scheduler: int | None = None) -> None:
             "came with it.")
 
 
+def arrange(hosts: Sequence[str], num_stages: int) -> list[int]:
+    """The launcher's ranks in the order in which they are numbered: server, stages 0 of all workers, stages 1, ...
+
+    The stages of a worker are neighbours on one host. Raises ConfigError naming sizes that fit.
+    """
+    computing = len(hosts) - 1
+    if computing % num_stages:
+        below = computing - computing % num_stages
+        fitting = [str(number + 1) for number in (below, below + num_stages) if number]
+        raise ConfigError(f"{len(hosts)} ranks = 1 server + {computing} that compute, which {num_stages} stages per replica "
+                          f"do not divide; ask for {' or '.join(fitting)} ranks.")
+    by_host: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        if rank != SERVER:
+            by_host.setdefault(host, []).append(rank)
+    for host, ranks in by_host.items():
+        if len(ranks) % num_stages:
+            raise ConfigError(
+                f"{host} has {len(ranks)} ranks that compute, which {num_stages} stages per replica do not divide, and a "
+                f"replica stays on one host. Start a multiple of {num_stages} on each host, 1 more on that of the server.")
+    replicas = [ranks[start:start + num_stages] for ranks in by_host.values() for start in range(0, len(ranks), num_stages)]
+    return [SERVER, *(rank for stage in zip(*replicas) for rank in stage)]
+
+
 def demand_gpus(places: Topology, device: str, workers_per_gpu: int) -> None:
     """Raise ConfigError unless all workers have a GPU (none has to, with `device` auto), and few enough share it."""
     without = [rank for rank in places.workers if places.gpu(rank) is None]
-    if without and (device == "cuda" or len(without) < places.num_workers):
+    if without and (device == "cuda" or len(without) < len(places.workers)):
         ranks = _some([f"rank {rank} on {places.hosts[rank]}" for rank in without])
         raise ConfigError(
-            f"{len(without)} of {places.num_workers} workers see no GPU ({ranks}), and would be many times slower than the "
+            f"{len(without)} of {len(places.workers)} workers see no GPU ({ranks}), and would be many times slower than the "
             "others. Look at nvidia-smi and CUDA_VISIBLE_DEVICES there; under Slurm ask for GPUs on every node that has "
             "workers (--gpus-per-node). Or train on the CPU everywhere: --compute.device cpu.")
     crowds = {gpu: ranks for gpu, ranks in places.workers_by_gpu().items() if len(ranks) > workers_per_gpu}
@@ -128,8 +166,12 @@ def table(places: Topology) -> list[tuple[int, str, str, str]]:
     for rank, host in enumerate(places.hosts):
         gpu, index = places.gpu(rank), places.gpu_index(rank)
         device = "cpu" if gpu is None else f"cuda:{index} ({', '.join(filter(None, (gpu.name, gpu.id)))})"
-        rows.append((rank, host, *(("server", "none") if rank == SERVER else ("worker", device))))
+        rows.append((rank, host, *(("server", "none") if rank == SERVER else (_role(places, rank), device))))
     return rows
+
+
+def _role(places: Topology, rank: int) -> str:
+    return "worker" if places.num_stages == 1 else f"worker {places.worker(rank)}, stage {places.stage(rank)}"
 
 
 def describe(places: Topology, rank: int) -> str:
@@ -140,9 +182,9 @@ def describe(places: Topology, rank: int) -> str:
 
 def render(rows: list[tuple[int, str, str, str]]) -> str:
     """The table as text, a line for each rank."""
-    width = max(4, *(len(host) for _, host, _, _ in rows))
     lines = [("rank", "host", "role", "device"), *rows]
-    return "\n".join(f"{rank:>4}  {host:{width}}  {role:6}  {device}" for rank, host, role, device in lines)
+    hosts, roles = (max(len(line[column]) for line in lines) for column in (1, 2))
+    return "\n".join(f"{rank:>4}  {host:{hosts}}  {role:{roles}}  {device}" for rank, host, role, device in lines)
 
 
 def identities(visible: str | None, uuids: list[str], names: list[str]) -> list[Gpu]:

@@ -36,9 +36,10 @@ import asgd_mpi
 from asgd_mpi import config as configuration
 from asgd_mpi import gpus, inject, launch, report, topology
 from asgd_mpi.config import Config
-from asgd_mpi.errors import DeadlineExceeded, ServerLost, UserError
+from asgd_mpi.errors import DeadlineExceeded, ServerLost, StageLost, UserError
 from asgd_mpi.exchange import clock, wait
 from asgd_mpi.exchange.link import Inbox, Outbox
+from asgd_mpi.exchange.team import Team
 from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
 from asgd_mpi.inject import Injector
@@ -57,12 +58,16 @@ from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
 from asgd_mpi.server.rules import make_rule
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
+from asgd_mpi.stages.cut import cut
+from asgd_mpi.stages.plan import Seconds, StagePlan, measure, predicted_bubble, render
+from asgd_mpi.stages.schedule import bubble
 from asgd_mpi.task import Task, open_task
 from asgd_mpi.topology import Topology
 from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.loop import Worker
 from asgd_mpi.worker.replica import Replica
+from asgd_mpi.worker.team import Assistant, Leader
 
 FORWARDING_S = 0.5  # the launcher forwards output at leisure, and drops what it still holds when the job is aborted
 DEGRADED, RESUME_ME = 3, 75   # statuses; 75 is EX_TEMPFAIL of sysexits.h
@@ -74,11 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
     setup = _agree(world, sys.argv[1:] if arguments is None else arguments)
     if "status" in setup:
         return setup["status"] if world.is_server else 0
+    world.renumber(setup["order"])
     run = RunDir.open(setup["run"])
     config = configuration.from_yaml(setup["config"])
     world.timeout_s = config.run.timeout_s
     try:
-        places = Topology.of(setup["ranks"])
+        places = Topology.of(setup["ranks"], config.stages.number)
         ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
         with ExitStack() as stack:
             if world.is_server:
@@ -131,7 +137,8 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     module = task.build_module()
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
     plan, exchange, offset = task.plan(places.num_workers), config.exchange, clock.measure(world)
-    log.write(Start(time.time(), world.rank, "server" if world.is_server else "worker", world.host, str(device),
+    role = "server" if world.is_server else "stage" if places.stage(world.rank) else "worker"
+    log.write(Start(time.time(), world.rank, role, world.host, str(device),
                     plan.num_workers, num_floats(module), plan.num_samples, plan.total_samples,
                     not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads,
                     clock_offset_s=offset.seconds, clock_error_s=offset.error))
@@ -141,6 +148,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     window.open()
     if not world.is_server and window.reads and places.position_on_host(world.rank) == 0:
         print(window.reads, flush=True)
+    crew = _Crew(world, task, module, device, places) if config.stages.number > 1 else None
     part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
@@ -148,7 +156,10 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
         if world.is_server:
             write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
             return part.serve(plan)
-        return part.work(module, device, watch)
+        if role == "stage":
+            del module                     # the stage keeps its own part
+            return part.assist(crew)
+        return part.work(module, device, watch, crew)
     except BaseException as error:
         with suppress(UserError, ValueError):      # a full disk; or the books are closed already
             meter.flush()
@@ -204,8 +215,25 @@ class _Part:
         saver.close()
         return self._finish(server)
 
-    def work(self, module: nn.Module, device: torch.device, watch: Watch) -> int:
-        """Every other rank; returns its own status."""
+    def assist(self, crew: _Crew) -> int:
+        """A rank of a further stage; returns its own status."""
+        failures: list[str] = []
+
+        def fails(error: Exception) -> str:
+            failures.append(_tell(self.world, self.run, error))
+            return failures[-1]
+
+        self.world.hold_on_to_server()
+        try:
+            Assistant(self.meter, fails, self.injector.step, *crew.take()).run()
+        except StageLost as error:             # the leader: the worker is retired without a word of its own
+            fails(error)
+        self.world.let_go_of_server()
+        self._close("failed" if failures else "finished", "; ".join(failures))
+        return 0
+
+    def work(self, module: nn.Module, device: torch.device, watch: Watch, crew: _Crew | None) -> int:
+        """The rank of a worker, or of the first stage of one; returns its own status."""
         config, world = self.task.config, self.world
         exchange = config.exchange
         world.hold_on_to_server()
@@ -215,13 +243,21 @@ class _Part:
         in_place = device.type == "cpu" and not exchange.overlap and exchange.wire == "float32"   # where it is read
         elastic = RULEBOOK[config.rule.name].moves == "elastic"
         gradient = outbox.payload.view(torch.float32) if in_place else None
-        flat = FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
+        if crew:
+            flat = FlatModel(self.task.build_module(), torch.device("cpu"), crew.team.gradient, weights=crew.team.weights)
+            leader = Leader(flat, *crew.take())
+        else:
+            flat = FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
+            leader = None
+        del module
         courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire)
-        num_workers = world.size - 1
+        num_workers = self.window.layout.num_workers
+        replica = Replica(flat, config, num_workers, self.task.schedule(num_workers),
+                          gradient_of=leader.compute_gradient_ if leader else None)
         worker = Worker(
-            world.worker, courier, Replica(flat, config, num_workers, self.task.schedule(num_workers)), self.task.normalise, loaders, config, self.meter,
+            world.worker, courier, replica, self.task.normalise, loaders, config, self.meter,
             Keeper(self.run, self.restart, world.worker), self.log if config.record.hash_snapshots else None,
-            signals.asked_to_leave, self.injector.step)
+            signals.asked_to_leave, self.injector.step, leader)
         self._restore_momentum(worker)
         self.version = lambda: courier.version
         failure = ""
@@ -232,7 +268,11 @@ class _Part:
         except Exception as error:
             failure = _tell(world, self.run, error)
             watch.close()                  # it rests from now on, and that is no stall
+            if leader:
+                leader.interrupt()
             worker.rest()
+        if leader:
+            leader.close()
         for loader in loaders:
             loader.close()
         world.let_go_of_server()
@@ -308,6 +348,36 @@ class _Part:
         return checkpoint.Manifest(
             0, 0, config.model.name, data.num_classes, self.task.channels, config.data.image_size, data.fingerprint,
             list(data.mean), list(data.std), software={"asgd_mpi": asgd_mpi.__version__, "torch": str(torch.__version__)})
+
+
+class _Crew:
+    """The stages of this rank's replica: the plan, and who computes what. All ranks make it together.
+
+    What each node takes is measured by the first worker, on its device.
+    """
+
+    def __init__(self, world: World, task: Task, module: nn.Module, device: torch.device, places: Topology):
+        config, plan = task.config, task.stage_plan(module)
+        measured = None
+        if config.stages.balance == "time" and world.rank == 1:
+            measured = [vars(each) for each in measure(plan.graph, torch.rand(plan.graph.shape).to(device))]
+        if found := world.gather(measured)[1]:
+            plan = StagePlan(plan.graph, plan.batch, [Seconds(**each) for each in found], plan.vectors)
+        cuts = task.cuts(plan, config.stages.balance)
+        worker, stage = (0, 0) if world.is_server else (places.worker(world.rank), places.stage(world.rank))
+        self.team = Team(world, worker, stage, places.num_stages, num_floats(module), num_statistics(module))
+        if world.is_server:
+            rows = plan.rows(cuts)
+            idle = predicted_bubble(rows, plan.batch) if found else bubble(len(rows), plan.batch.parts)
+            print(f"{render(rows)}\n{plan.batch.parts} parts of a batch (--compute.micro_batches): the stages wait for each other "
+                  f"{idle:.0%} of the time", flush=True)
+        else:
+            self._member = (self.team, module, cut(plan.graph, cuts)[stage], device, config.compute, plan.batch.schedule)
+
+    def take(self) -> tuple:
+        """What a Leader or an Assistant is made of; once, so that nobody else holds on to the uncut network."""
+        member, self._member = self._member, ()
+        return member
 
 
 def _versions(everyone: list[dict]) -> dict:

@@ -35,6 +35,27 @@ def without_dropout(num_classes: int, channels: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, num_classes))
 
 
+class Crossed(nn.Module):
+    """The images and an early layer are needed late: they cross every cut."""
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.second = nn.Sequential(nn.Dropout(0.3), nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
+        self.third = nn.Sequential(nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.Dropout(0.3))
+        self.last = nn.Linear((6 + channels) * 64, num_classes)
+
+    def forward(self, images):
+        early = self.first(images)
+        late = self.third(self.second(early) + early)
+        late += early
+        return self.last(torch.cat([late, images], 1).flatten(1))
+
+
+def crossed(num_classes: int, channels: int) -> nn.Module:
+    return Crossed(num_classes, channels)
+
+
 def restless(num_classes: int, channels: int) -> nn.Module:
     """Takes a random time for each step, so that pushes come in an order of their own."""
     clock = random.SystemRandom()

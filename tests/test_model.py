@@ -11,9 +11,34 @@ from asgd_mpi.model.flat import ALIGNMENT, FlatModel
 CPU = torch.device("cpu")
 
 
-def test_alexnet_has_the_parameters_of_the_paper():
-    network = networks.build("alexnet", 1000, 3, 224)
+@pytest.mark.parametrize("name", ["alexnet", "alexnet2"])
+def test_alexnet_has_the_parameters_of_the_paper(name):
+    network = networks.build(name, 1000, 3, 224)
     assert sum(p.numel() for p in network.parameters()) == 60_965_224
+
+
+def test_the_two_columns_are_the_grouped_network_with_a_normalisation_of_each_group():
+    class Halves(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, maps):
+            return torch.cat([self.layer(half) for half in maps.chunk(2, 1)], 1)
+
+    torch.manual_seed(0)
+    columns = networks.AlexNet2(10).eval()
+    torch.manual_seed(0)
+    grouped = networks.AlexNet(10).eval()                       # with the same weights
+    for place in (2, 6):
+        grouped.features[place] = Halves(grouped.features[place])
+    images = torch.rand(2, 3, 224, 224)
+    assert torch.allclose(columns(images), grouped(images), rtol=1e-5, atol=1e-7)
+    for network in (columns, grouped):
+        network(images).square().sum().backward()
+    for one, other in [(columns.lower, grouped.features[4]), (columns.upper, grouped.features[8])]:   # convolutions 2 and 3
+        both = torch.cat([column[4 if one is columns.lower else 0].weight.grad for column in one])
+        assert torch.allclose(both, other.weight.grad, rtol=1e-4, atol=1e-6 * other.weight.grad.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "torchvision:squeezenet1_0", "networks_for_tests:small"])

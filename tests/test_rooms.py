@@ -8,9 +8,9 @@ PACKAGE = Path(__file__).parent.parent / "asgd_mpi"
 ORDER = ["errors", "signals", "launch", "local", "inject", "server.pace", "server.rulebook", "config", "topology", "gpus",
          "forecast", "record.rundir", "record.ranklog", "record.events", "record.history", "record.audit", "record.timeline",
          "record.readings", "record.summary", "record.nvml", "record.board",
-         "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "server.ledger",
-         "server.rules", "server.schedule", "exchange", "server.saver", "server.serve", "worker", "task", "report", "evaluate",
-         "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc", "resume",
+         "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "stages",
+         "server.ledger", "server.rules", "server.schedule", "exchange", "server.saver", "server.serve", "worker", "task",
+         "report", "evaluate", "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc", "resume",
          "prepare", "train", "findings", "doctor"]
 
 
@@ -52,8 +52,8 @@ def test_mpi4py_is_imported_in_the_exchange_only():
     assert where and all(name.startswith("asgd_mpi.exchange.") for name in where)
 
 
-def test_the_decisions_of_the_server_are_pure():
-    for name in ("ledger", "pace", "rulebook", "schedule"):
-        path = PACKAGE / "server" / f"{name}.py"
+def test_the_decisions_of_the_server_and_the_order_of_the_stages_are_pure():
+    for name in ("server/ledger", "server/pace", "server/rulebook", "server/schedule", "stages/balance", "stages/schedule"):
+        path = PACKAGE / f"{name}.py"
         assert not {module.split(".")[0] for module, for_hints in imports(path) if not for_hints} & {
             "torch", "time", "mpi4py", "numpy", "random"}, name

@@ -108,3 +108,25 @@ def test_cores_are_shared_among_the_ranks_of_a_host():
     assert topology.threads_for(num_cores=16, num_bound=16, num_ranks=4) == 4
     assert topology.threads_for(num_cores=2, num_bound=2, num_ranks=8) == 1
     assert topology.threads_for(num_cores=16, num_bound=2, num_ranks=4) == 2
+
+
+def test_the_stages_of_a_worker_are_neighbours_on_one_host_and_its_first_one_has_its_number():
+    assert topology.arrange(["a"] * 5, 1) == [0, 1, 2, 3, 4] and topology.arrange(["a"] * 3, 2) == [0, 1, 2]
+    hosts = ["a", "a", "a", "b", "b", "b", "b"]                           # the server, 1 replica; 2 replicas
+    order = topology.arrange(hosts, 2)
+    assert order == [0, 1, 3, 5, 2, 4, 6]
+    places = Topology(tuple(hosts[rank] for rank in order), ((A, B, C, D),) * 7, num_stages=2)
+    assert (places.num_workers, [(places.worker(rank), places.stage(rank)) for rank in places.workers]) == (
+        3, [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)])
+    assert [places.gpu(rank).id for rank in places.workers] == list("AABBCD")      # one each, by host
+    assert topology.describe(places, 4) == "rank 4 on a, worker 0, stage 1, cuda:1 (B)"
+    topology.demand_gpus(places, "cuda", workers_per_gpu=1)
+
+
+def test_a_number_of_ranks_that_the_stages_do_not_divide_is_refused_with_numbers_that_fit():
+    with pytest.raises(ConfigError, match="13 ranks = 1 server . 12 that compute, which 5 stages.* ask for 11 or 16 ranks"):
+        topology.arrange(["a"] * 13, 5)
+    with pytest.raises(ConfigError, match="ask for 4 ranks"):
+        topology.arrange(["a"] * 2, 3)
+    with pytest.raises(ConfigError, match="a has 3 ranks that compute, which 2 stages.* a replica stays on one host"):
+        topology.arrange(["a", "a", "a", "a", "b"], 2)

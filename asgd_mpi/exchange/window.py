@@ -133,8 +133,9 @@ class _Window:
         ranks = MPI.Group.Translate_ranks(node.group, list(range(node.size)), self.world.comm.group)
         near = SERVER in ranks
         if self.world.is_server:
-            self._check_shared_memory(len(ranks) - 1)
-        size = self.layout.server_bytes if self.world.is_server else self.layout.worker_bytes if near else 0
+            self._check_shared_memory(sum(rank <= self.layout.num_workers for rank in ranks) - 1)
+        is_worker = near and self.world.rank <= self.layout.num_workers       # and no further stage of one
+        size = self.layout.server_bytes if self.world.is_server else self.layout.worker_bytes if is_worker else 0
         info = MPI.Info.Create({"alloc_shared_noncontig": "true"})   # each segment on pages of its own
         shared = MPI.Win.Allocate_shared(size, 1, info, node)
         self._windows.append(shared)
@@ -163,16 +164,21 @@ class _Window:
         raise NotImplementedError
 
     def _check_shared_memory(self, num_local_workers: int) -> None:
-        if not SHARED_MEMORY.is_dir():
-            return
         needed = self.layout.server_bytes + num_local_workers * self.layout.worker_bytes
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        if needed > free:
-            raise ConfigError(
-                f"{self.world.host} has {free / 2**20:.0f} MiB of shared memory left in {SHARED_MEMORY}, but "
-                f"{self.layout.ring} snapshots and the gradients of {num_local_workers} workers of that host need "
-                f"{needed / 2**20:.0f} MiB: the ranks would be killed by a bus error. Make it larger (`mount -o remount,size=...`, "
-                "or --shm-size of a container), lower --exchange.ring, or put fewer workers on the server's host.")
+        demand_shared_memory(
+            self.world.host, needed, f"{self.layout.ring} snapshots and the gradients of {num_local_workers} workers of that host")
+
+
+def demand_shared_memory(host: str, needed: int, what: str) -> None:
+    """Raise ConfigError if this host has fewer bytes left than `what` needs."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise ConfigError(
+            f"{host} has {free / 2**20:.0f} MiB of shared memory left in {SHARED_MEMORY}, but {what} need "
+            f"{needed / 2**20:.0f} MiB: the ranks would be killed by a bus error. Make it larger (`mount -o remount,size=...`, "
+            "or --shm-size of a container), lower --exchange.ring, or put fewer workers on the server's host.")
 
 
 def _bytes(memory: MPI.buffer) -> np.ndarray:
@@ -195,7 +201,7 @@ class ServerWindow(_Window):
         self._ring = [codec.vector_in(memory[layout.slot(k):], size, "float32") for k in range(layout.ring)]
         self._shown = [codec.vector_in(memory[layout.shown(k):], size, layout.wire) for k in range(layout.ring)]
         self.payloads = {rank - 1: torch.from_numpy(segment[:layout.payload_bytes])   # uint8, of each worker of this host
-                         for rank, segment in segments.items() if rank != SERVER}
+                         for rank, segment in segments.items() if SERVER < rank <= layout.num_workers}
 
     def _meet(self, near: bool) -> None:
         far = set(range(self.layout.num_workers)) - set(self.payloads)
@@ -282,14 +288,15 @@ class WorkerWindow(_Window):
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         own = segments.get(self.world.rank)
-        self.payload = None if own is None else torch.from_numpy(own[:self.layout.payload_bytes])  # on the server's host
+        has_own = own is not None and len(own)                # a worker on the server's host
+        self.payload = torch.from_numpy(own[:self.layout.payload_bytes]) if has_own else None
         self._control = np.empty(CONTROL_WORDS, np.int64)
         self._mail = np.empty(wire.MAIL_WORDS, np.int64)
         self._question, self._asks = np.empty(2, np.int64), False
         self.reads = ""                       # of a worker of another host: how it reads, in words
 
     def _meet(self, near: bool) -> None:
-        if not near:
+        if not near and self.world.rank <= self.layout.num_workers:       # no further stage of a worker
             read_s, asked_s = (self._time(asks) for asks in (False, True))
             self._asks = asked_s < CLEARLY * read_s
             self.reads = (f"rank {self.world.rank} on {self.world.host} reads weights "

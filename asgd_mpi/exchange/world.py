@@ -37,13 +37,19 @@ class World:
         self.has_lost_ranks = False           # as far as the MPI library has told us
         self._lifeline = MPI.REQUEST_NULL
 
+    def renumber(self, order: list[int]) -> None:
+        """Number the ranks anew: rank order[i] becomes i. All ranks call it."""
+        if order != list(range(self.size)):
+            self.comm = self.comm.Split(0, order.index(self.rank))
+            self.rank = self.comm.rank
+
     @property
     def is_server(self) -> bool:
         return self.rank == topology.SERVER
 
     @property
     def worker(self) -> int:
-        """0-based number of this worker."""
+        """0-based number of this worker, if it is one, or the leader of one."""
         return self.rank - 1
 
     def on_this_host(self) -> MPI.Comm:
@@ -107,7 +113,7 @@ class World:
         sys.stderr.flush()
         if self.has_lost_ranks:       # after a failure Open MPI makes a status of 0 of it; the others see that we are gone
             os._exit(status)
-        self.comm.Abort(status)
+        MPI.COMM_WORLD.Abort(status)
 
     def _complete(self, request: MPI.Request, what: str) -> None:
         wait.until(request.Test, self.timeout_s, f"rank {self.rank} waits for {what}")

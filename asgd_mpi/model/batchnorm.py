@@ -7,7 +7,8 @@ measured on the very snapshot that is validated, on the same training images eve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -19,9 +20,9 @@ def layers(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
-@torch.no_grad()
-def recalibrate_(module: nn.Module, batches: Iterable[torch.Tensor]) -> None:
-    """Set the statistics of every batch-norm layer to their mean over `batches` of images, (B, C, S, S) each."""
+@contextmanager
+def measuring(module: nn.Module) -> Iterator[None]:
+    """Within, every batch-norm layer sets its statistics to their mean over what passes, and all else evaluates."""
     found = layers(module)
     momenta = [layer.momentum for layer in found]
     module.eval()
@@ -29,8 +30,15 @@ def recalibrate_(module: nn.Module, batches: Iterable[torch.Tensor]) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # cumulative mean
         layer.train()
-    for images in batches:
-        module(images)
+    yield
     for layer, momentum in zip(found, momenta):
         layer.momentum = momentum
     module.train()
+
+
+@torch.no_grad()
+def recalibrate_(module: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Set the statistics of every batch-norm layer to their mean over `batches` of images, (B, C, S, S) each."""
+    with measuring(module):
+        for images in batches:
+            module(images)

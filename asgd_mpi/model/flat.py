@@ -7,6 +7,7 @@ they would see without us (and give the same bits); the gaps are zero, have a ze
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -19,18 +20,19 @@ ALIGNMENT = 16  # floats = 64 bytes
 class FlatModel:
     """`module` on `device`, with `weights` and `gradient`: (P,) float32 on the device, seen through its parameters.
 
-    gradient: memory for it, at least (P,) float32 on the device, if it has a place already.
+    gradient, weights: memory for them, at least (P,) float32 on the device, if they have a place already.
     spare: make a second vector of each, to swap with.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False):
+    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False,
+                 weights: torch.Tensor | None = None):
         self.module = module.to(device)
         self.device = device
         _demand_float32(self.module)
         self._parameters = list(self.module.parameters())
         self._strides = [_stride(parameter) for parameter in self._parameters]
         self._known: dict[int, list[torch.Tensor]] = {}   # the parameters' views of each of the vectors
-        self.weights = torch.zeros(num_floats(module), device=device)
+        self.weights = torch.zeros(num_floats(module), device=device) if weights is None else weights.zero_()
         self.gradient = torch.zeros_like(self.weights) if gradient is None else gradient[:len(self.weights)].zero_()
         self.spare_weights = torch.zeros_like(self.weights) if spare else None
         self.spare_gradient = torch.zeros_like(self.weights) if spare else None
@@ -54,9 +56,8 @@ class FlatModel:
 
     def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
         if id(vector) not in self._known:
-            starts = itertools.accumulate((_padded(p) for p in self._parameters), initial=0)
             self._known[id(vector)] = [vector[start:start + p.numel()].as_strided(p.shape, stride)
-                                       for start, p, stride in zip(starts, self._parameters, self._strides)]
+                                       for start, p, stride in zip(_starts(self.module), self._parameters, self._strides)]
         return self._known[id(vector)]
 
     @property
@@ -91,6 +92,28 @@ def num_floats(module: nn.Module) -> int:
     return sum(_padded(parameter) for parameter in module.parameters())
 
 
+def places_of(module: nn.Module, part: nn.Module) -> list[tuple[slice, slice]]:
+    """Where the parameters of a part of a module lie in the flat vectors of both: (in the module's, in the part's).
+
+    Neighbours in both are one slice. The layout of a module does not depend on how it is cut.
+    """
+    whole = dict(zip(map(id, module.parameters()), _starts(module)))
+    places: list[tuple[slice, slice]] = []
+    for parameter, own in zip(part.parameters(), _starts(part)):
+        start, size = whole[id(parameter)], _padded(parameter)
+        before = places.pop() if places and places[-1][0].stop == start else (slice(start, start), slice(own, own))
+        places.append((slice(before[0].start, start + size), slice(before[1].start, own + size)))
+    return places
+
+
+def statistics_of(module: nn.Module, part: nn.Module) -> list[tuple[slice, torch.Tensor]]:
+    """The statistics of a part of a module, and where each lies in what `save_statistics` of the module writes."""
+    own = {id(buffer) for buffer in part.buffers()}
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    starts = itertools.accumulate((buffer.numel() for buffer in buffers), initial=0)
+    return [(slice(start, start + buffer.numel()), buffer) for start, buffer in zip(starts, buffers) if id(buffer) in own]
+
+
 def num_statistics(module: nn.Module) -> int:
     """How many floats the buffers of a module hold."""
     return sum(buffer.numel() for buffer in module.buffers() if buffer.is_floating_point())
@@ -100,6 +123,11 @@ def _stride(parameter: torch.Tensor) -> tuple[int, ...]:
     """Of a parameter within its part of the vector: rows by rows, or channels last if the module has it so."""
     return parameter.stride() if parameter.dim() == 4 and parameter.is_contiguous(
         memory_format=torch.channels_last) else torch.empty(parameter.shape, device="meta").stride()
+
+
+def _starts(module: nn.Module) -> Iterator[int]:
+    """Where each parameter begins in the flat vectors."""
+    return itertools.accumulate((_padded(parameter) for parameter in module.parameters()), initial=0)
 
 
 def _padded(parameter: torch.Tensor) -> int:

@@ -29,7 +29,7 @@ class Start(msgspec.Struct, tag_field="event", tag="start", omit_defaults=True):
 
     t: float
     rank: int
-    role: Literal["server", "worker"]
+    role: Literal["server", "worker", "stage"]     # a worker is stage 0 of its replica; stage: another one
     host: str
     device: str
     num_workers: int

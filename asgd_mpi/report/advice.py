@@ -28,14 +28,14 @@ def advise(summary: Summary, cost: Cost | None = None) -> list[str]:
 
 def worker_shares(summary: Summary) -> dict[str, float]:
     """Phase -> share of the time that all workers' intervals cover, 0..1; empty without intervals."""
-    workers = [rank for rank in summary.ranks if rank.rank]
+    workers = [rank for rank in summary.ranks if rank.role == "worker"]
     total = sum(rank.seconds for rank in workers)
     return {phase: sum(rank.phases[phase] for rank in workers) / total for phase in PHASES} if total else {}
 
 
 def seconds_per_push(summary: Summary) -> dict[str, float]:
     """Phase -> a worker's seconds for one push, mean over all; empty without pushes."""
-    workers = [rank for rank in summary.ranks if rank.rank]
+    workers = [rank for rank in summary.ranks if rank.role == "worker"]
     pushes = sum(rank.counts["pushes"] for rank in workers)
     return {phase: sum(rank.phases[phase] for rank in workers) / pushes for phase in PHASES} if pushes else {}
 

@@ -23,6 +23,7 @@ from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.replica import Replica
 from asgd_mpi.worker.step import Normalise, validate
+from asgd_mpi.worker.team import Leader
 
 READ_AHEAD = 4  # batches of a validation
 
@@ -45,16 +46,18 @@ class _Sum:
 class Worker:
     """Everything a worker holds; `run` is its loop. `loaders` are those of the train and the val split.
 
-    at_every_batch: what to do to a gradient that has been computed; failures are rehearsed with it.
+    at_every_batch: what to do to a gradient that has been computed; failures are rehearsed with it. leader: what computes in
+    place of `replica.flat`, if the network is cut into stages.
     """
 
     def __init__(self, number: int, courier: Courier, replica: Replica, normalise: Normalise,
                  loaders: tuple[Loader, Loader], config: Config, meter: Meter, keeper: Keeper, log: EventLog | None = None,
                  asked_to_leave: Callable[[], str] = lambda: "",
-                 at_every_batch: Callable[[torch.Tensor], None] = lambda gradient: None):
+                 at_every_batch: Callable[[torch.Tensor], None] = lambda gradient: None, leader: Leader | None = None):
         self.number = number
         self.courier = courier
         self.replica, self.flat = replica, replica.flat
+        self.leader = leader                                   # of the stages that compute, if there are several
         self.normalise = normalise
         self.train_loader, self.val_loader = loaders
         self.batch_size = config.data.batch_size
@@ -225,7 +228,7 @@ class Worker:
         self._refresh(whole=True)                              # what a checkpoint of this version holds
         with self.meter.phase("validate"), self._on_the_snapshot():
             self._recalibrate()
-            errors = validate(self.flat, self.normalise, self._in_order(lease))
+            errors = validate(self.leader or self.flat, self.normalise, self._in_order(lease))
 
         def fill(payload: torch.Tensor) -> int:
             self.flat.save_statistics(payload.view(torch.float32))
@@ -316,7 +319,8 @@ class Worker:
         """Measure the batch-norm statistics of the fetched snapshot, on the first training images of epoch 0."""
         if self.recalibrates and batchnorm.layers(self.flat.module):
             last = min(batchnorm.NUM_BATCHES * self.batch_size, self.train_loader.shards.num_samples)
+            device = (self.leader or self.flat).device
             batches = (self.train_loader.batch(0, start, min(start + self.batch_size, last))
                        for start in range(0, last, self.batch_size))
-            batchnorm.recalibrate_(
-                self.flat.module, (self.normalise(batch.on(self.flat.device)) for batch in batches))
+            images = (self.normalise(batch.on(device)) for batch in batches)
+            self.leader.recalibrate_(images) if self.leader else batchnorm.recalibrate_(self.flat.module, images)

@@ -34,16 +34,18 @@ class Replica:
     elastic   x_i <- x_i - lr u, for as long as it lives; then d = alpha (x_i - x), x_i <- x_i - d, and d is pushed, where x
               is the latest snapshot (EASGD, Zhang et al. 2015, algorithm 1). With momentum u is Nesterov's, in the form of
               torch.optim.SGD, where x_i is the point that looks ahead. Memory: (P,) float32 for x.
+    `gradient_of`: what computes the gradient of a batch, if it is not this process alone.
     Weight decay is the server's, but for elastic rules, where it is added to the gradient here. What is pushed is rounded to
     the run's wire format here, whatever host the worker is on; the snapshots that come have been rounded by the server.
     `shares`: several replicas take turns on one network, and each keeps its own weights.
     """
 
-    def __init__(self, flat: FlatModel, config: Config, num_workers: int, rate_at: Callable[[int], float], shares: bool = False):
+    def __init__(self, flat: FlatModel, config: Config, num_workers: int, rate_at: Callable[[int], float], shares: bool = False,
+                 gradient_of: Callable[..., float] | None = None):
         rule = config.rule
         self.flat, self._rate_at, self._rule, self._seed, self._shares = flat, rate_at, rule, config.run.seed, shares
         self.moves = RULEBOOK[rule.name].moves
-        self._loss, self._wire = ScaledLoss(config.compute), config.exchange.wire
+        self._loss, self._wire = ScaledLoss(config.compute, gradient_of), config.exchange.wire
         if config.compute.compile:
             flat.module.compile()
         self._alpha = rule.alpha or 0.9 / num_workers

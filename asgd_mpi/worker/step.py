@@ -1,14 +1,16 @@
 """What a worker computes: a gradient, or the errors on some images. The replay computes the same, from the log alone.
 
 A gradient is a pure function of (weights, epoch, positions, seed): the images come from the order, the augmentation
-and the dropout from generators seeded by where in the epoch the batch lies.
+and the dropout from generators seeded by where in the epoch the batch lies, or its part if it is computed in parts.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,28 +19,69 @@ from torch.nn import functional
 from asgd_mpi.config import ComputeConfig
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.stages import pipeline
+from asgd_mpi.stages.cut import Stage, whole
+from asgd_mpi.stages.schedule import Schedule, one_f_one_b
+
+if TYPE_CHECKING:
+    from asgd_mpi.worker.team import Leader
 
 Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> float32 (B, C, S, S)
 
 
 def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
-                      compute: ComputeConfig = ComputeConfig(), scale: float = 1.0) -> float:
-    """Set `flat.gradient` to the gradient of the mean loss over the batch times `scale`, or add it; returns the loss."""
-    _seed_dropout(flat.device, int(np.random.SeedSequence([seed, batch.epoch, batch.start]).generate_state(1)[0]))
+                      compute: ComputeConfig = ComputeConfig(), scale: float = 1.0, stages: Sequence[Stage] | None = None,
+                      schedule: Schedule = one_f_one_b) -> float:
+    """Set `flat.gradient` to the gradient of the mean loss over the batch times `scale`, or add it; returns the loss.
+
+    stages: those that the network is cut into; the gradient is the same, to the bit.
+    """
     if not accumulate:
         flat.gradient.zero_()
-    images, labels = normalise(batch.on(flat.device)), batch.labels.to(flat.device, non_blocking=True)
-    if compute.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    losses = []
-    for part, truth in zip(images.tensor_split(compute.micro_batches), labels.tensor_split(compute.micro_batches)):
-        if len(truth):
-            with torch.autocast(flat.device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32"):
-                loss = functional.cross_entropy(flat.module(part), truth)
-            share = len(truth) / len(labels)
-            (loss * (share * scale)).backward()
-            losses.append(loss.detach() * share)
-    return sum(losses).item()  # sync: the push carries it
+    images = prepared(batch, normalise, flat.device, compute)
+    parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale)
+    losses = pipeline.run_(stages or whole(flat.module), parts.work(images, flat.device, compute), parts.count(compute),
+                           schedule)
+    return sum(losses).item() / scale  # sync: the push carries it
+
+
+def prepared(batch: Batch, normalise: Normalise, device: torch.device, compute: ComputeConfig) -> torch.Tensor:
+    """The images of a batch as the network takes them, float32 (B, C, S, S) on the device."""
+    images = normalise(batch.on(device))
+    return images.contiguous(memory_format=torch.channels_last) if compute.channels_last else images
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What all stages must know of a batch beside its images: the parts that it is computed in, and their seeds."""
+
+    epoch: int
+    start: int
+    labels: list[int]
+    seed: int
+    scale: float              # of the loss
+
+    def count(self, compute: ComputeConfig) -> int:
+        return min(compute.micro_batches, len(self.labels))
+
+    def work(self, images: torch.Tensor | None, device: torch.device, compute: ComputeConfig) -> pipeline.Work:
+        """For the stages on `device`; only the first one needs the images."""
+        labels = torch.tensor(self.labels).to(device, non_blocking=True)
+        truths = labels.tensor_split(self.count(compute))
+        parts = images.tensor_split(len(truths)) if images is not None else ()
+        begins = list(itertools.accumulate(map(len, truths), initial=self.start))
+        generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+
+        def seed(part: int) -> None:    # torch.manual_seed would note a stack trace for a CUDA that is not there
+            generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, begins[part]]).generate_state(1)[0]))
+
+        def loss(part: int, scores: torch.Tensor) -> torch.Tensor:
+            return functional.cross_entropy(scores, truths[part]) * (len(truths[part]) / len(labels) * self.scale)
+
+        def autocast() -> torch.autocast:
+            return torch.autocast(device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32")
+
+        return pipeline.Work(parts.__getitem__, seed, loss, generator, autocast)
 
 
 class ScaledLoss:
@@ -50,18 +93,19 @@ class ScaledLoss:
 
     FIRST, PATIENCE = 2.0 ** 16, 2000
 
-    def __init__(self, compute: ComputeConfig):
-        self._compute = compute
+    def __init__(self, compute: ComputeConfig, gradient_of: Callable[..., float] | None = None):
+        """`gradient_of`: in place of `compute_gradient_`."""
+        self._compute, self._gradient_of = compute, gradient_of or compute_gradient_
         self._scale = self.FIRST if compute.precision == "float16" else 1.0
         self._good = 0                # batches since it was changed
 
     def compute_gradient_(self, flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool) -> float:
         """As the function of that name."""
         if self._compute.precision != "float16":
-            return compute_gradient_(flat, normalise, batch, seed, accumulate, self._compute)
+            return self._gradient_of(flat, normalise, batch, seed, accumulate, self._compute)
         before = flat.gradient.clone() if accumulate else None
         while True:
-            loss = compute_gradient_(flat, normalise, batch, seed, False, self._compute, self._scale)
+            loss = self._gradient_of(flat, normalise, batch, seed, False, self._compute, self._scale)
             flat.gradient.div_(self._scale)
             if flat.gradient.sum().isfinite() or self._scale == 1 or not math.isfinite(loss):
                 break
@@ -72,11 +116,6 @@ class ScaledLoss:
         if self._good == self.PATIENCE:
             self._scale, self._good = self._scale * 2, 0
         return loss
-
-
-def _seed_dropout(device: torch.device, seed: int) -> None:
-    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
-    generator.manual_seed(seed)  # torch.manual_seed would note a stack trace for a CUDA that is not there
 
 
 @dataclass
@@ -91,7 +130,7 @@ class Errors:
 
 
 @torch.no_grad()
-def validate(flat: FlatModel, normalise: Normalise, batches: Iterable[Batch]) -> Errors:
+def validate(flat: FlatModel | Leader, normalise: Normalise, batches: Iterable[Batch]) -> Errors:
     """The errors of the network, in evaluation mode, on `batches`."""
     errors = Errors()
     flat.module.eval()

@@ -1,0 +1,167 @@
+"""The ranks of one replica: what its stages send each other, and the vectors that they share.
+
+A replica stays on one host. Its leader, the rank of stage 0, owns in a shared window (Win_allocate_shared) the replica's
+weights and gradient, (P,) float32 each, and its batch-norm statistics; every stage reads and writes its own places. Tensors
+of a micro-batch travel as messages that say themselves what they hold: nonblocking sends, matched probes (MPI 4.1, 3.8.2).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from asgd_mpi.errors import StageLost
+from asgd_mpi.exchange import wait
+from asgd_mpi.exchange.window import demand_shared_memory
+from asgd_mpi.exchange.world import PROCESS_FAILED, World
+
+ACTIVATIONS, GRADIENTS, COMMANDS, REPLIES, SCORES = range(1, 6)     # tags
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)     # that travel
+ALIGNMENT = 64      # bytes; a tensor begins on such a boundary of its message
+
+
+def pack(part: int, tensors: tuple[torch.Tensor, ...]) -> np.ndarray:
+    """One message, uint8: words (their count, the part; of each tensor type, layout, dimensions, sizes), then tensors."""
+    words, flat = [0, part], []
+    for tensor in tensors:
+        pixels = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+        tensor = (tensor.permute(0, 2, 3, 1) if pixels else tensor.contiguous()).cpu()
+        words += [DTYPES.index(tensor.dtype), int(pixels), tensor.dim(), *tensor.shape]
+        flat.append(tensor.reshape(-1).view(torch.uint8).numpy())
+    words[0] = len(words)
+    starts = np.cumsum([_aligned(8 * len(words)), *(_aligned(len(each)) for each in flat)])
+    message = np.empty(starts[-1], np.uint8)
+    message[:8 * len(words)] = np.array(words, np.int64).view(np.uint8)
+    for start, each in zip(starts, flat):
+        message[start:start + len(each)] = each
+    return message
+
+
+def unpack(message: np.ndarray, device: torch.device) -> tuple[int, tuple[torch.Tensor, ...]]:
+    """The part and the tensors of a message; on the CPU they are views of it."""
+    words = message[:8 * int(message[:8].view(np.int64)[0])].view(np.int64).tolist()
+    part, rest, start, tensors = words[1], words[2:], _aligned(8 * len(words)), []
+    while rest:
+        dtype, pixels, num_dimensions = DTYPES[rest[0]], rest[1], rest[2]
+        shape, rest = rest[3:3 + num_dimensions], rest[3 + num_dimensions:]
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        tensor = torch.from_numpy(message[start:start + size]).view(dtype).view(shape).to(device)
+        tensors.append(tensor.permute(0, 3, 1, 2) if pixels else tensor)
+        start += _aligned(size)
+    return part, tuple(tensors)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Pipe:
+    """A channel (see stages.pipeline) to or from one stage; `watch` is called in every wait, and may raise.
+
+    What is sent to a process that has ended is lost; to wait for something from there raises StageLost, as far as that is
+    known (under `mpirun --with-ft ulfm`).
+    """
+
+    def __init__(self, team: Team, stage: int, tag: int, device: torch.device, watch: Callable[[], None]):
+        self._team, self._stage, self._tag, self._device, self._watch = team, stage, tag, device, watch
+        self._sends: list[tuple[MPI.Request, np.ndarray]] = []
+        self._receive: tuple[MPI.Request, np.ndarray] | None = None
+
+    def put(self, part: int, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Start to send a copy."""
+        message = pack(part, tensors)
+        with suppress(StageLost), self._alive():
+            self._sends = [send for send in self._sends if not send[0].Test()]
+            self._sends.append((self._team.comm.Isend([message, MPI.BYTE], dest=self._stage, tag=self._tag), message))
+
+    def has(self, part: int = 0) -> bool:
+        with self._alive():
+            return self._has()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except MPI.Exception as error:
+            if error.Get_error_class() not in PROCESS_FAILED:
+                raise
+            self._team.world.has_lost_ranks = True
+            raise StageLost(f"the process of stage {self._stage} of worker {self._team.worker} has ended") from None
+
+    def _has(self) -> bool:
+        if self._receive is None:
+            status = MPI.Status()
+            probed = self._team.comm.Improbe(source=self._stage, tag=self._tag, status=status)
+            if probed is None:
+                return False
+            message = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            self._receive = probed.Irecv([message, MPI.BYTE]), message
+        return self._receive[0].Test()
+
+    def take(self, part: int) -> tuple[torch.Tensor, ...]:
+        """Raises DeadlineExceeded."""
+        wait.until(lambda: self.has(part) or self._watch(), self._team.timeout_s,
+                   f"{self._team.who} waits for stage {self._stage}")
+        (_, message), self._receive = self._receive, None
+        arrived, tensors = unpack(message, self._device)
+        if arrived != part:
+            raise ValueError(f"stage {self._stage} sent part {arrived} where part {part} was due")
+        return tensors
+
+    def flush(self) -> None:
+        """Return when everything has been sent."""
+        with suppress(StageLost), self._alive():
+            wait.until(lambda: all(request.Test() for request, _ in self._sends), self._team.timeout_s,
+                       f"{self._team.who} waits for stage {self._stage} to take what it sent")
+        self._sends.clear()
+
+    def say(self, words: dict) -> None:
+        """Send what JSON can hold."""
+        self.put(0, (torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8),))
+
+    def hear(self) -> dict:
+        """What `say` sent."""
+        return json.loads(self.take(0)[0].cpu().numpy().tobytes())
+
+
+class Team:
+    """This rank's replica, of num_stages ranks. All ranks make it together; the server is in none.
+
+    weights, gradient: (P,) float32, and statistics: the replica's, shared by its stages. `sync` comes between writing them
+    and telling of it, and between hearing of it and reading them.
+    """
+
+    def __init__(self, world: World, worker: int, stage: int, num_stages: int, num_floats: int, num_statistics: int):
+        self.world, self.worker, self.stage, self.num_stages = world, worker, stage, num_stages
+        self.comm = world.comm.Split(MPI.UNDEFINED if world.is_server else worker, stage)
+        if world.is_server:
+            return
+        sizes = [4 * -(-size // ALIGNMENT) * ALIGNMENT for size in (num_floats, num_floats, num_statistics)]
+        if stage == 0:
+            demand_shared_memory(world.host, sum(sizes), f"the weights and the gradient of worker {worker}")
+        self._window = MPI.Win.Allocate_shared(sum(sizes) if stage == 0 else 0, 1, MPI.INFO_NULL, self.comm)
+        self._window.Lock_all(MPI.MODE_NOCHECK)
+        memory = np.frombuffer(self._window.Shared_query(0)[0], np.uint8)
+        starts = np.cumsum([0, *sizes])
+        self.weights, self.gradient, self.statistics = (
+            torch.from_numpy(memory[start:start + 4 * size].view(np.float32))
+            for start, size in zip(starts, (num_floats, num_floats, num_statistics)))
+
+    @property
+    def timeout_s(self) -> float:
+        return self.world.timeout_s
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.world.rank} (stage {self.stage} of worker {self.worker} on {self.world.host})"
+
+    def sync(self) -> None:
+        self._window.Sync()
+
+    def close(self) -> None:
+        self._window.Unlock_all()

@@ -1,0 +1,200 @@
+"""Where a network is cut, and what each stage then costs: chosen by measured time, by memory, or by the user's names."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
+
+import torch
+from torch import fx
+
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.stages.balance import balance
+from asgd_mpi.stages.cut import demand
+from asgd_mpi.stages.graph import Graph
+from asgd_mpi.stages.schedule import Schedule, gpipe, held, idle_share, timeline
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of the forward and the backward pass of a micro-batch."""
+
+    forward: float
+    backward: float
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.forward + other.forward, self.backward + other.backward)
+
+
+def measure(graph: Graph, images: torch.Tensor, repeats: int = 3) -> list[Seconds]:
+    """What each node takes on `images` (b, C, S, S), on their device: medians, after one run that does not count.
+
+    The network is left as it is: a copy is measured, and the random numbers are set back.
+    """
+    traced = copy.deepcopy(graph.traced).to(images.device).train()
+    with torch.random.fork_rng([images.device] if images.device.type == "cuda" else [], device_type=images.device.type):
+        runs = []
+        for _ in range(repeats + 1):
+            run = _TimedRun(traced)
+            run.run(images)
+            runs.append([run.seconds[node.name] for node in graph.nodes])
+    return [Seconds(statistics.median(each.forward for each in node), statistics.median(each.backward for each in node))
+            for node in zip(*runs[1:])]
+
+
+class _TimedRun(fx.Interpreter):
+    """Runs a graph node by node, each forward and at once backward."""
+
+    def __init__(self, traced: fx.GraphModule):
+        super().__init__(traced)
+        self.seconds: dict[str, Seconds] = {}
+
+    def run_node(self, node: fx.Node) -> object:
+        if not node.op.startswith("call_"):
+            return super().run_node(node)
+        arguments, keywords = self.fetch_args_kwargs_from_env(node)
+        leaves = []
+
+        def take(value: object) -> object:
+            """A copy, since the node may write into it; its gradient is measured, too, unless it is an image."""
+            if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+                return value
+            if value.requires_grad:
+                leaves.append(value.detach().requires_grad_())
+            return leaves[-1].clone() if value.requires_grad else value.clone()
+
+        arguments, keywords = fx.node.map_aggregate(arguments, take), fx.node.map_aggregate(keywords, take)
+        started = _now()
+        result = getattr(self, node.op)(node.target, arguments, keywords)
+        middle = _now()
+        roots = [one for one in (result if isinstance(result, tuple) else (result,))
+                 if isinstance(one, torch.Tensor) and one.requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+        self.seconds[node.name] = Seconds(middle - started, _now() - middle)
+        return fx.node.map_aggregate(result, lambda value: value.detach().requires_grad_(value.requires_grad)
+                                     if isinstance(value, torch.Tensor) else value)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one stage holds and takes."""
+
+    begins: str               # the first module,
+    ends: str                 # ... and the last one
+    nodes: int
+    parameters: int
+    activation_bytes: int     # that backward needs, for the micro-batches that are held at a time
+    sent_bytes: int           # to the next stage, of a micro-batch
+    seconds: Seconds | None   # of a micro-batch; None if it was not measured
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a plan is made for: `parts` micro-batches of `images` images each."""
+
+    images: int
+    parts: int
+    schedule: Schedule = gpipe
+
+
+class StagePlan:
+    """The costs of the parts of a network, and the cuts that they suggest.
+
+    seconds: of each node for one micro-batch (`measure`), if the balance is to be that of time.
+    vectors: copies of a stage's parameters that a rank keeps: weights, gradient, and those of the update rule.
+    """
+
+    def __init__(self, graph: Graph, batch: Batch, seconds: Sequence[Seconds] | None = None, vectors: int = 3):
+        self.graph, self.batch, self.vectors = graph, batch, vectors
+        self._scale = batch.images / graph.shape[0]
+        self._until = list(accumulate(seconds, initial=Seconds(0.0, 0.0))) if seconds else None
+        self._parameters_until = list(accumulate(graph.parameters, initial=0))
+        self._saved: dict[int, list[int]] = {}            # from a node on: what backward needs until each further one
+
+    def cuts_by(self, balance_of: str, num_stages: int) -> list[int]:
+        """The cuts that share out `time` or `memory` best. Raises ConfigError if there are too few places for them."""
+        graph = self.graph
+        places = {place: graph.crossing_bytes(place) for place in range(1, len(graph.nodes)) if not graph.why_not(place)}
+
+        def cost(stage: int, start: int, stop: int) -> float | None:
+            """A stage without parameters is none."""
+            if not self._parameters(start, stop):
+                return None
+            return (self.memory_bytes(stage, num_stages, start, stop) if balance_of == "memory"
+                    else sum(vars(self._seconds(start, stop)).values()))
+
+        cuts = balance(num_stages, len(graph.nodes), places, cost)
+        if cuts is None:
+            raise ConfigError(f"the network can be cut at {len(places)} places, not into {num_stages} stages that have "
+                              "parameters each.")
+        return cuts
+
+    def cuts_at(self, names: Sequence[str]) -> list[int]:
+        """The cuts before the named modules. Raises ConfigError if the network cannot be cut there."""
+        cuts = [self.graph.start_of(name) for name in names]
+        demand(self.graph, cuts)
+        return cuts
+
+    def memory_bytes(self, stage: int, num_stages: int, start: int, stop: int) -> int:
+        """What a stage keeps: its parameters, and the activations that it holds at a time."""
+        return 4 * self.vectors * self._parameters(start, stop) + self._held_bytes(stage, num_stages, start, stop)
+
+    def rows(self, cuts: Sequence[int]) -> list[Row]:
+        bounds = [0, *cuts, len(self.graph.nodes)]
+        return [Row(self.graph.name(start), self.graph.name(stop - 1), stop - start, self._parameters(start, stop),
+                    self._held_bytes(stage, len(bounds) - 1, start, stop),
+                    round(self._scale * self.graph.crossing_bytes(stop)) if stop < bounds[-1] else 0,
+                    self._seconds(start, stop) if self._until else None)
+                for stage, (start, stop) in enumerate(pairwise(bounds))]
+
+    def _seconds(self, start: int, stop: int) -> Seconds:
+        before, after = self._until[start], self._until[stop]
+        return Seconds(after.forward - before.forward, after.backward - before.backward)
+
+    def _parameters(self, start: int, stop: int) -> int:
+        """No cut is possible between two nodes that share parameters."""
+        return self._parameters_until[stop] - self._parameters_until[start]
+
+    def _held_bytes(self, stage: int, num_stages: int, start: int, stop: int) -> int:
+        """A storage that several nodes of the stage save counts once."""
+        if start not in self._saved:
+            found: set[int] = set()
+            self._saved[start] = [0]
+            for saved in self.graph.saved[start:]:
+                self._saved[start].append(self._saved[start][-1] + sum(saved[key] for key in saved.keys() - found))
+                found |= saved.keys()
+        return round(self._scale * self._parts_held(stage, num_stages) * self._saved[start][stop - start])
+
+    @cache
+    def _parts_held(self, stage: int, num_stages: int) -> int:
+        return held(self.batch.schedule(stage, num_stages, self.batch.parts))
+
+
+def predicted_bubble(rows: Sequence[Row], batch: Batch) -> float:
+    """The share of the time in which the stages wait for each other, from their measured seconds; transfers take none."""
+    forward, backward = ([getattr(row.seconds, way) for row in rows] for way in ("forward", "backward"))
+    return idle_share(timeline(batch.schedule, forward, backward, batch.parts))
+
+
+def render(rows: Sequence[Row]) -> str:
+    """The plan as text, a line for each stage."""
+    table = [("stage", "modules", "parameters", "activations MB", "sends MB", "ms")]
+    for number, row in enumerate(rows):
+        milliseconds = "-" if row.seconds is None else f"{1e3 * (row.seconds.forward + row.seconds.backward):.1f}"
+        table.append((str(number), f"{row.begins} ... {row.ends} ({row.nodes})", str(row.parameters),
+                      f"{row.activation_bytes / 1e6:.1f}", f"{row.sent_bytes / 1e6:.2f}", milliseconds))
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join(cell.ljust(width) if column == 1 else cell.rjust(width)
+                               for column, (cell, width) in enumerate(zip(line, widths))) for line in table)

@@ -1,0 +1,86 @@
+"""Replicas of several ranks under real MPI: what they train is what one rank each would train, to the bit."""
+
+import re
+
+import pytest
+import torch
+
+from asgd_mpi import config as configuration
+from asgd_mpi import evaluate, replay
+from asgd_mpi.data.shards import ShardSet
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.exchange.team import pack, unpack
+from asgd_mpi.prepare import prepare
+from asgd_mpi.record import checkpoint
+from asgd_mpi.record.events import read_pushes
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
+from conftest import finish
+
+CPU = torch.device("cpu")
+OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.balance", "memory", "--run.dir", "run"]
+
+
+@pytest.mark.parametrize("vendor, module, num_workers, num_stages, options", [
+    ("openmpi", "asgd_mpi.train", 1, 3, ["--stages.at", "second,last", "--stages.schedule", "gpipe", "--n-sync", "2"]),
+    ("openmpi", "two_hosts", 2, 2, ["--stages.balance", "time"]),
+    ("mpich", "asgd_mpi.train", 1, 2, [])])
+def test_replicas_of_stages_replay_in_one_process_to_the_bit(
+        request, digits, tmp_path, vendor, module, num_workers, num_stages, options):
+    """The replay computes with the uncut network. With dropout, batch norm and tensors that cross several cuts."""
+    launcher = request.getfixturevalue(vendor)
+    done = launcher.train(1 + num_workers * num_stages, "--data", str(digits), "--model", "networks_for_tests:crossed",
+                          "--epochs", "1", "--stages", str(num_stages), *OPTIONS, *options, cwd=tmp_path, module=module)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir.open(tmp_path / "run")
+    assert replay.main([str(run.path)]) == 0
+    assert len(re.findall(r"worker \d, stage \d", done.stdout)) == num_workers * num_stages
+    assert len(re.findall(r"(?m)^ +\d  \S+ \.\.\. \S+ \(\d+\) +\d+ ", done.stdout)) == num_stages
+    summary, pushes = summarize(run), list(read_pushes(run.pushes))
+    assert summary.problems == [] and summary.num_workers == num_workers and not summary.audit.violations
+    assert [rank.role for rank in summary.ranks] == ["server"] + ["worker"] * num_workers + ["stage"] * (
+        num_workers * (num_stages - 1))
+    assert {push.worker for push in pushes} == set(range(num_workers))
+    assert all(rank.phases["compute"] > 0 for rank in summary.ranks[1:])
+    state, manifest = checkpoint.load(run.checkpoint(len(pushes)))
+    errors = evaluate.measure(state, manifest, ShardSet.open(digits, "val"), 100, CPU, threads=1)
+    assert 1 - errors.top1 / errors.num_images == manifest.top1_error < 0.6      # with the statistics of all stages
+
+
+@pytest.mark.parametrize("failure, launcher_options, told", [
+    ("raise@step5:rank3", (), "stage 1 of worker 0 has failed: "),
+    ("kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended"),
+    ("kill@step5:rank1", ("--with-ft", "ulfm"), "the process of stage 0 of worker 0 has ended")])
+def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, tmp_path, failure, launcher_options, told):
+    done = finish(openmpi.start_training(5, "--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS,
+                                         "--inject", failure, cwd=tmp_path, launcher_options=launcher_options), 120)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert told in done.stderr
+    summary = summarize(RunDir.open(tmp_path / "run"))
+    assert [loss.rank for loss in summary.retirements] == [1] and not summary.audit.violations
+    assert summary.images == 1437
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--stages", "2"], "4 ranks = 1 server . 3 that compute, which 2 stages.* do not divide; ask for 3 or 5 ranks"),
+    (["--stages", "3", "--stages.at", "2,1"], "in the order of the calls"),
+    (["--stages", "3", "--rule", "easgd"], "Take another rule"),
+    (["--stages", "3", "--exchange.overlap", "true"], "exchange.overlap and n_push auto are not possible")])
+def test_what_cannot_be_cut_is_told_before_training(digits, tmp_path, options, message):
+    ranks = [{"host": "a", "gpus": []}] * 4
+    with pytest.raises(ConfigError, match=message):
+        prepare(["--data", str(digits), "--run.dir", str(tmp_path / "run"), *options], ranks, None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensors_travel_with_their_type_and_their_layout():
+    tensors = (torch.randn(2, 3, 4, 5), torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last), torch.tensor(1.5),
+               torch.randn(3, 2).bfloat16(), torch.arange(7, dtype=torch.uint8), torch.empty(0, 3), torch.randn(4, 3).T)
+    part, arrived = unpack(pack(5, tensors), CPU)
+    assert part == 5 and all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(tensors, arrived))
+    assert arrived[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_number_of_stages_is_an_option_that_a_resumed_run_may_change():
+    config = configuration.parse(["--stages", "3", "--stages.at", "a, b"])
+    assert (config.stages.number, config.stages.names) == (3, ["a", "b"])
