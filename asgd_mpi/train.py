@@ -147,7 +147,9 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     layout = Layout(num_floats(module), exchange.ring, plan.num_workers, capacity)
     window = (ServerWindow if world.is_server else WorkerWindow)(world, layout)
     window.open()
-    crew = _Crew(world, task, module, device, places) if config.stages.number > 1 else None
+    crew = None
+    if config.stages.number > 1:
+        crew, module = _Crew(world, task, module, device, places), None      # whose members keep their own parts
     part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
@@ -156,7 +158,6 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
             write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
             return part.serve(plan)
         if role == "stage":
-            del module                     # the stage keeps its own part
             return part.assist(crew)
         return part.work(module, device, watch, crew)
     except BaseException as error:
@@ -231,7 +232,7 @@ class _Part:
         self._close("failed" if failures else "finished", "; ".join(failures))
         return 0
 
-    def work(self, module: nn.Module, device: torch.device, watch: Watch, crew: _Crew | None) -> int:
+    def work(self, module: nn.Module | None, device: torch.device, watch: Watch, crew: _Crew | None) -> int:
         """The rank of a worker, or of the first stage of one; returns its own status."""
         config, world = self.task.config, self.world
         exchange = config.exchange
@@ -247,7 +248,6 @@ class _Part:
         else:
             flat = FlatModel(module, device, outbox.payload if in_place else None, spare=exchange.overlap or elastic)
             leader = None
-        del module
         courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, fetches_aside=elastic)
         num_workers = self.window.layout.num_workers
         replica = Replica(flat, config, num_workers, self.task.schedule(num_workers),
