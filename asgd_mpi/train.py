@@ -148,7 +148,9 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     window.open()
     if not world.is_server and window.reads and places.position_on_host(world.rank) == 0:
         print(window.reads, flush=True)
-    crew = _Crew(world, task, module, device, places) if config.stages.number > 1 else None
+    crew = None
+    if config.stages.number > 1:
+        crew, module = _Crew(world, task, module, device, places), None      # whose members keep their own parts
     part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
@@ -157,7 +159,6 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
             write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
             return part.serve(plan)
         if role == "stage":
-            del module                     # the stage keeps its own part
             return part.assist(crew)
         return part.work(module, device, watch, crew)
     except BaseException as error:
@@ -232,7 +233,7 @@ class _Part:
         self._close("failed" if failures else "finished", "; ".join(failures))
         return 0
 
-    def work(self, module: nn.Module, device: torch.device, watch: Watch, crew: _Crew | None) -> int:
+    def work(self, module: nn.Module | None, device: torch.device, watch: Watch, crew: _Crew | None) -> int:
         """The rank of a worker, or of the first stage of one; returns its own status."""
         config, world = self.task.config, self.world
         exchange = config.exchange
@@ -249,7 +250,6 @@ class _Part:
         else:
             flat = FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
             leader = None
-        del module
         courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire)
         num_workers = self.window.layout.num_workers
         replica = Replica(flat, config, num_workers, self.task.schedule(num_workers),
