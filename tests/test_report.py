@@ -314,6 +314,16 @@ def test_the_audit_counts_samples_as_a_plain_count_does(batches):
     assert epoch.missing == len(set(range(max(uses, default=-1) + 1)) - set(uses))
 
 
+def test_a_push_over_the_end_of_an_epoch_counts_its_images_in_both(tmp_path):
+    """Seen: a run that was ended there had no line for the second epoch, and no report."""
+    push = Push(T0 + 1, 0, 0, 0, 0, 110, 120, lr=0.1, loss=2.0, skipped=12, more=[(1, 0, 20)])
+    summary = summarize(make_run(tmp_path / "run", [push]))
+    first, second = summary.epochs
+    assert (first.pushes, first.images, first.mean_loss) == (1, 0, None)
+    assert (second.pushes, second.images, second.mean_loss) == (0, 18, 2.0)
+    assert cells(report.render(summary), "1")[-1] == ["1", "0", "18", "2.0000", "20", "0", "100"]
+
+
 def test_the_audit_counts_missing_samples_up_to_the_length_of_the_epoch():
     assert [epoch.missing for epoch in audit(make_pushes(), num_samples=125, total_samples=1000).epochs] == [5] * 5
 

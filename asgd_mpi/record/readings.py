@@ -118,7 +118,7 @@ def _is_possible(item: Event | Push) -> bool:
         return False
     match item:
         case Push():
-            return 0 <= item.worker < MAX_WORKERS and 0 <= item.skipped <= item.stop - item.start
+            return 0 <= item.worker < MAX_WORKERS and 0 <= item.skipped <= item.positions
         case Start():
             return 0 < item.num_workers <= MAX_WORKERS
         case Interval():
@@ -254,10 +254,18 @@ class Training:
             worker["pushes"] += 1
             worker["images"] += images
             worker["staleness"] += push.staleness
-            epoch = self.epochs.setdefault(push.epoch, Epoch(push.epoch))
-            epoch.pushes += 1
+            self._add_to_epochs(push)
+            yield push
+
+    def _add_to_epochs(self, push: Push) -> None:
+        """A push counts in the epoch that it begins in, each of its images in its own; those left out are taken first."""
+        self.epochs.setdefault(push.epoch, Epoch(push.epoch)).pushes += 1
+        skipped = push.skipped
+        for number, start, stop in push.segments:
+            epoch = self.epochs.setdefault(number, Epoch(number))
+            images = max(0, stop - start - skipped)
+            skipped -= stop - start - images
             if images:
                 epoch.mean_loss = epoch.mean_loss or 0.0
                 epoch.images += images
                 epoch.mean_loss += (push.loss - epoch.mean_loss) * images / epoch.images
-            yield push
