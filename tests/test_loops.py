@@ -1,6 +1,7 @@
 """Both loops, driven in one process by a fake exchange: the worker's and the server's code without MPI."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from asgd_mpi.errors import RunDirError, TrainingDiverged
 from asgd_mpi.exchange import codec
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.audit import audit
-from asgd_mpi.record.events import EventLog, Fetch, Interval, Publish, read_events, read_log, read_pushes
+from asgd_mpi.record import checkpoint
+from asgd_mpi.record.events import Checkpoint, EventLog, Fetch, Interval, Publish, read_events, read_log, read_pushes
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.progress import Progress
@@ -174,3 +176,18 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):
         cluster.server.run()
     cluster.exchange.mail[0] = Mail(judged=10**9, version=0, orders=Orders.STOP)
     thread.join(20)
+
+
+def test_a_checkpoint_waits_until_the_one_before_it_has_its_name(digits, tmp_path, monkeypatch):
+    """Seen: without momentum to wait for they share a directory, which was renamed while the next one was written into it."""
+    def slowly(*arguments):
+        time.sleep(0.1)
+        return commit(*arguments)
+
+    commit = checkpoint.commit
+    monkeypatch.setattr(checkpoint, "commit", slowly)
+    cluster = Cluster(make_task(digits, "--rule", "easgd", "--checkpoint.every_samples", "160"), 2, tmp_path)
+    cluster.train()
+    saved = [event.version for event in read_events(cluster.run.metrics_of(0)) if isinstance(event, Checkpoint)]
+    assert len(saved) > 2 and saved == sorted(set(saved))
+    assert all(checkpoint.verify(directory).is_resumable for directory in cluster.run.checkpoints.glob("v*"))

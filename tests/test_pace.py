@@ -38,7 +38,7 @@ def verdict(cast, worker):
 
 def test_a_worker_is_at_most_slack_steps_ahead_of_the_slowest():
     """Step times 1 and 4, slack 3: Ho et al. 2013, and the start times that follow from it."""
-    one, starts, busy, done = cast(2, slack=3), {0: [], 1: []}, {}, {}
+    one, starts, busy = cast(2, slack=3), {0: [], 1: []}, {}
     for now in range(34):
         for worker in [worker for worker, until in busy.items() if until == now]:
             one.step(worker)

@@ -56,7 +56,8 @@ class Saver:
 
     @property
     def is_busy(self) -> bool:
-        return self._pending is not None
+        """Whether something is being written, or has not got its name yet: the next one may use the same directory."""
+        return self._pending is not None or not all(completed.done() for completed in self._completing)
 
     def begin(self, number: int, weights: torch.Tensor, ledger: Ledger, statistics: torch.Tensor | None,
               score: Score | None, waits_for: set[int]) -> None:
