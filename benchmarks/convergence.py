@@ -88,7 +88,7 @@ def settings(part: str) -> Iterator[Setting]:
         yield from (Setting(part, "asgd", n, 0, 10.0 if "none" in keeper else 1.0, more=f"--rule.clip_norm {clip} {keeper}")
                     for n in (1, 8, 16, 32) for clip in (0, 1) for keeper in KEEPERS)
     elif part == "starts":
-        yield from (Setting(part, "downpour", n, seed, 0.1, n_sync, warm) for seed in range(2) for n in (1, 4, 8, 16)
+        yield from (Setting(part, "downpour", n, seed, 0.1, n_sync, warm, "--rule.clip_norm 0") for seed in range(2) for n in (1, 4, 8, 16)
                     for n_sync in (1, 10, 100, 300) for warm in (0.0, 4.0) if n > 1 or not warm)
     elif part == "real":
         yield from (Setting(part, rule, 4, seed) for seed in range(2) for rule in rules)
