@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from os import environ
 
 TIMEOUT_S = 90.0      # Python starts late from a busy file system
+TRIES = 2             # srun has been seen not to come back though all ranks of a heterogeneous step had ended
 RANK = ("import os, socket; from mpi4py import MPI; "            # one write: launchers mix the lines of ranks
         "os.write(1, f'<rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} on {socket.gethostname()}>\\n'.encode())")
 SEEN = re.compile(r"<rank (\d+) of (\d+) on ([^<>\s]+)>")
@@ -79,7 +80,7 @@ def judge(allocation: Allocation, status: int | None, output: str) -> str:
     said = [line.strip() for line in SEEN.sub("", output).splitlines()
             if re.search("[a-z]{3}", line) and "arning" not in line]
     if status is None:
-        return f"hangs: not all {allocation.num_tasks} ranks had started after {TIMEOUT_S:.0f} s"
+        return f"hangs: not all {allocation.num_tasks} ranks had started and ended after {TIMEOUT_S:.0f} s, {TRIES} times"
     if sizes == {1} and allocation.num_tasks > 1:
         return f"every process is rank 0 of 1 ({len(ranks)} of them): it does not start the MPI that mpi4py uses"
     if status or sizes != {allocation.num_tasks}:
@@ -90,15 +91,17 @@ def judge(allocation: Allocation, status: int | None, output: str) -> str:
 
 
 def attempt(launcher: str, python: list[str], allocation: Allocation) -> str:
-    """Start all ranks by a launcher; what is wrong with it, or empty."""
-    try:
-        done = subprocess.run([*launcher.split(), *python, "-c", RANK], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, errors="replace", timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return judge(allocation, None, "")
-    except FileNotFoundError as error:
-        return f"there is no {error.filename}"
-    return judge(allocation, done.returncode, done.stdout)
+    """Start all ranks by a launcher, again if it hangs; what is wrong with it, or empty."""
+    for _ in range(TRIES):
+        try:
+            done = subprocess.run([*launcher.split(), *python, "-c", RANK], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True, errors="replace", timeout=TIMEOUT_S)
+            return judge(allocation, done.returncode, done.stdout)
+        except subprocess.TimeoutExpired:
+            continue
+        except FileNotFoundError as error:
+            return f"there is no {error.filename}"
+    return judge(allocation, None, "")
 
 
 def find(allocation: Allocation, python: list[str]) -> int | None:

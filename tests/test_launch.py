@@ -57,3 +57,13 @@ def test_a_launcher_that_is_not_installed_is_named():
 def test_of_many_worlds_the_first_process_speaks():
     assert launch.is_first_process({}) and launch.is_first_process({"SLURM_PROCID": "0", "PMI_RANK": "0"})
     assert not launch.is_first_process({"SLURM_PROCID": "3"})
+
+
+def test_a_launcher_that_hangs_once_gets_another_chance(tmp_path, monkeypatch):
+    script = tmp_path / "launcher"
+    script.write_text(f"#!/bin/sh\nif mkdir {tmp_path}/was_here; then exec sleep 60; fi\nprintf '{WHOLE}'\n".replace("\\n'", "'"))
+    script.chmod(0o755)
+    monkeypatch.setattr(launch, "TIMEOUT_S", 1.0)
+    assert launch.attempt(str(script), [sys.executable], TWO_NODES) == ""
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    assert "ended after 1 s, 2 times" in launch.attempt(str(script), [sys.executable], TWO_NODES)
