@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import msgspec
 from asgd_mpi import forecast, inject
 from asgd_mpi.computation import Computation, Snapshot
 from asgd_mpi.config import ExchangeConfig
-from asgd_mpi.errors import ConfigError, TrainingDiverged, WorkersLost
+from asgd_mpi.errors import TOO_FAST, ConfigError, TrainingDiverged, WorkersLost
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.record.events import PHASES, Interval, Member, Push, Refusal, Retirement, Validation
@@ -312,6 +311,8 @@ class Simulation:
             Kind.GRADIENT if is_finite else Kind.NONFINITE, me.number, me.sent, (done.centre or done.snapshot).version,
             done.lease, done.batches[0][1], positions, skipped, loss, base=computation.replicas[me.number].base)
         self.books[0].add(self.now, apply=self.times.apply_s)
+        if self._is_of_nobody(me, header):
+            return False
         if not is_finite:
             return self._refuse(me, header)
         verdict = self.ledger.judge(header)
@@ -320,13 +321,18 @@ class Simulation:
             self._drop(me, f"too late: {verdict.staleness} versions stale")
             return False
         self.latest = computation.applied(self.latest, verdict, positions)
-        first, *more = verdict.segments
-        self.pushes.append(Push(
-            self.now, verdict.version, me.number, header.read_version, first.epoch, first.start, first.stop, verdict.lr,
-            loss, skipped, [(other.epoch, other.start, other.stop) for other in more], verdict.mean_of, header.base))
+        self.pushes.append(Push.of(self.now, header, verdict))
         self.books[0].add(self.now, pushes=1, images=positions, skipped_images=skipped)
         self.progress.push(positions, loss, verdict.staleness)
         return False
+
+    def _is_of_nobody(self, me: _Worker, header: Header) -> bool:
+        """Whether a packet was on its way when its worker was retired; it is then dropped."""
+        if me.number in self.ledger.members:
+            return False
+        self.ledger.readmit(header)
+        self._drop(me, "it came from a retired worker")
+        return True
 
     def _refuse(self, me: _Worker, header: Header) -> bool:
         given_up = sum(segment.stop - segment.start for segment in self.ledger.refuse(header))
@@ -341,26 +347,23 @@ class Simulation:
             if not self.ledger.members:
                 raise TrainingDiverged(
                     f"the loss or the gradient of every worker is no longer finite at version {self.ledger.version}, epoch "
-                    f"{self.ledger.samples / self.plan.num_samples:.1f}: the learning rate is too high for this staleness. "
-                    "Try --schedule.lr at a third of its value, --schedule.warmup_epochs, a lower --rule.momentum, or fewer "
-                    "--workers.")
+                    f"{self.ledger.samples / self.plan.num_samples:.1f}. {TOO_FAST}")
         return bool(self.moves)
 
     def _tally(self, me: _Worker, lease: Lease) -> bool:
         snapshot = me.snapshot
         errors = self.computation.validate_(snapshot, lease.start, lease.stop)
-        self._announce(self.ledger.tally(Header(
+        header = Header(
             Kind.VALIDATION, me.number, me.sent, snapshot.version, lease.number, lease.start, lease.stop - lease.start,
-            errors.skipped, errors.loss, errors.top1, errors.top5)))
+            errors.skipped, errors.loss, errors.top1, errors.top5)
+        if not self._is_of_nobody(me, header):
+            self._announce(self.ledger.tally(header))
         return False
 
     def _announce(self, score: Score | None) -> None:
         if score is None:
             return
-        samples = self.ledger.samples
-        self.scores.append(Validation(
-            self.now, score.version, samples, samples / self.plan.num_samples, score.num_images, score.top1_error,
-            score.top5_error, score.loss if math.isfinite(score.loss) else None, score.final))
+        self.scores.append(Validation.of(self.now, score, self.ledger.samples, self.plan.num_samples))
         self.books[0].events.append(self.scores[-1])
         self.progress.validated(score.top1_error)
 

@@ -337,7 +337,7 @@ def test_no_rule_deadlocks_or_loses_a_sample_whoever_is_slow_dies_or_finishes_ea
         exchange = ExchangeConfig(n_push="auto", n_fetch=1, overlap=True)
     total = draw(st.integers(1, 260))
     plan = Plan(num_workers, 100, draw(st.integers(0, 20)), total, 4, draw(st.integers(1, 4)),
-                draw(st.sampled_from([0.5, 1, 9])), max_nonfinite=10**9,
+                draw(st.sampled_from([0.5, 1, 9])), max_nonfinite=draw(st.sampled_from([1, 2, 10**9])),
                 warm_start=draw(st.sampled_from([0, 0, 30])), pacing=pacing(rule, num_workers))
     failures = [f"slow:{draw(st.sampled_from(['0.1', '1', '7', '30']))}x@rank{rank}" for rank in range(1, num_workers + 1)]
     immortal = draw(st.integers(1, num_workers))
@@ -349,7 +349,11 @@ def test_no_rule_deadlocks_or_loses_a_sample_whoever_is_slow_dies_or_finishes_ea
     nonfinite, seed = draw(st.sampled_from([0.0, 0.0, 0.15])), draw(st.integers(0, 9))
     game = Simulation(plan, exchange, NoArithmetic(num_workers, nonfinite, seed), times, entry.moves, seed,
                       inject.parse(",".join(failures)))
-    game.run()
+    try:
+        game.run()
+    except (TrainingDiverged, WorkersLost):
+        assert not game.ledger.members and nonfinite
+        return
 
     pushes = [push for push in game.pushes if isinstance(push, Push)]
     reads_own = not exchange.overlap and n_fetch == n_push

@@ -284,7 +284,7 @@ class Snapshot:
 
 
 class WorkerWindow(_Window):
-    """A worker's side: reads with request-based one-sided calls, and asks nobody."""
+    """A worker's side: reads with request-based one-sided calls, or asks for long reads where that is faster."""
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         own = segments.get(self.world.rank)

@@ -9,16 +9,21 @@ may be added with a default, never renamed: an old run directory stays readable.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Union
+from typing import TYPE_CHECKING, Literal, Union
 
 import msgspec
 
 from asgd_mpi.record.rundir import unwritable
+
+if TYPE_CHECKING:
+    from asgd_mpi.exchange.wire import Header
+    from asgd_mpi.server.ledger import Score, Verdict
 
 FORMAT = 1
 PHASES = ("data", "compute", "push", "fetch", "validate", "apply", "checkpoint", "idle")  # where a rank's time goes
@@ -111,6 +116,11 @@ class Validation(msgspec.Struct, tag_field="event", tag="validation"):
     loss: float | None        # None if it is not finite
     final: bool = False
 
+    @classmethod
+    def of(cls, t: float, score: Score, samples: int, samples_per_epoch: int) -> Validation:
+        return cls(t, score.version, samples, samples / samples_per_epoch, score.num_images, score.top1_error, score.top5_error,
+                   score.loss if math.isfinite(score.loss) else None, score.final)
+
 
 class Checkpoint(msgspec.Struct, tag_field="event", tag="checkpoint"):
     t: float
@@ -187,6 +197,12 @@ class Push(msgspec.Struct, array_like=True, frozen=True):
     more: list[tuple[int, int, int]] = []   # ... and of these (epoch, start, stop), if it goes on in another lease
     mean_of: int = 1          # gradients that the step made with it is the mean of; 0: it waits for more of them
     base: int = -1            # the snapshot that its worker's own weights began with, if it moves them
+
+    @classmethod
+    def of(cls, t: float, header: Header, verdict: Verdict) -> Push:
+        first, *more = ((part.epoch, part.start, part.stop) for part in verdict.segments)
+        return cls(t, verdict.version, header.worker, header.read_version, *first, verdict.lr, header.loss, header.skipped, more,
+                   verdict.mean_of, header.base)
 
     @property
     def staleness(self) -> int:

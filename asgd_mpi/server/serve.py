@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from asgd_mpi.config import CheckpointConfig, FailureConfig
-from asgd_mpi.errors import DeadlineExceeded, TrainingDiverged, WorkersLost
+from asgd_mpi.errors import TOO_FAST, DeadlineExceeded, TrainingDiverged, WorkersLost
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.link import Arrival, Inbox
 from asgd_mpi.exchange.window import ServerWindow
@@ -232,10 +232,7 @@ class Server:
         if all("not finite" in loss.reason for loss in self.losses):
             raise TrainingDiverged(
                 f"the loss or the gradient of every worker is no longer finite at version {self.ledger.version}:\n{history}\n"
-                "The learning rate is too high for this staleness: try --schedule.lr at a third of its value, "
-                "--schedule.warmup_epochs, a lower --rule.momentum, or fewer workers. Momentum on the server is the first "
-                "suspect: with 8 workers and momentum 0.9 the stable rate is 13 times lower than without. Checkpoints of "
-                "before are kept: see checkpoints/ in the run directory.")
+                f"{TOO_FAST} Checkpoints of before are kept: see checkpoints/ in the run directory.")
         may_return = [worker for worker in self.ledger.present if worker not in {loss.rank - 1 for loss in self.losses
                                                                                 if loss.for_good}]
         if not may_return:
@@ -321,10 +318,7 @@ class Server:
             self._announce(score)
 
     def _announce(self, score: Score) -> None:
-        samples = self.ledger.samples
-        self.log.write(Validation(
-            time.time(), score.version, samples, samples / self.ledger.plan.num_samples, score.num_images,
-            score.top1_error, score.top5_error, score.loss if math.isfinite(score.loss) else None, score.final))
+        self.log.write(Validation.of(time.time(), score, self.ledger.samples, self.ledger.plan.num_samples))
         self.progress.validated(score.top1_error)
         self.latest_score = score
         if score.final:
@@ -335,11 +329,7 @@ class Server:
             self.window.post(worker, mail)
 
     def _record(self, header: Header, verdict: Verdict) -> None:
-        first, *more = verdict.segments
-        self.pushes.write(Push(
-            time.time(), verdict.version, header.worker, header.read_version, first.epoch, first.start, first.stop,
-            verdict.lr, header.loss, header.skipped, [(other.epoch, other.start, other.stop) for other in more],
-            verdict.mean_of, header.base))
+        self.pushes.write(Push.of(time.time(), header, verdict))
         self.meter.add(images=header.count, pushes=1, skipped_images=header.skipped)
         self.progress.push(header.count, header.loss, verdict.staleness)
 
