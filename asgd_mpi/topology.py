@@ -5,18 +5,25 @@ Pure: what each rank sees of its host goes in, roles and devices come out. A wor
 have different numbers of GPUs, and a launcher that shows each task GPUs of its own is taken at its word.
 
 With several stages a worker is a replica of as many ranks on one host. Of N workers, worker w is led by rank w + 1, which
-computes stage 0; its stage s is rank 1 + s N + w. The ranks are numbered so by `arrange`.
+computes stage 0; its stage s is rank 1 + s N + w. Of several servers rank 0 is the first one, which decides and serves slice 0
+of the weights; slice s of S is served by rank size - S + s. The ranks are numbered so by `arrange`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from asgd_mpi.errors import ConfigError
 
-SERVER = 0  # the rank that serves
+SERVER = 0  # the rank that serves, or the first one of those
+
+
+def ranks_of_servers(size: int, num_servers: int) -> list[int]:
+    """By slice: rank 0, then the last ones."""
+    return [SERVER, *range(size - num_servers + 1, size)]
 
 
 class Gpu(NamedTuple):
@@ -33,12 +40,13 @@ class Topology:
     hosts: tuple[str, ...]
     gpus: tuple[tuple[Gpu, ...], ...] = ()     # of each rank; empty: all compute on the CPU
     num_stages: int = 1                        # ranks of a worker
+    num_servers: int = 1
 
     @classmethod
-    def of(cls, ranks: list[dict], num_stages: int = 1) -> Topology:
+    def of(cls, ranks: list[dict], num_stages: int = 1, num_servers: int = 1) -> Topology:
         """From what each rank says: {"host": its name, "gpus": [[id, name] of each]}."""
         return cls(tuple(rank["host"] for rank in ranks),
-                   tuple(tuple(Gpu(*gpu) for gpu in rank["gpus"]) for rank in ranks), num_stages)
+                   tuple(tuple(Gpu(*gpu) for gpu in rank["gpus"]) for rank in ranks), num_stages, num_servers)
 
     @property
     def size(self) -> int:
@@ -47,11 +55,16 @@ class Topology:
     @property
     def workers(self) -> range:
         """The ranks that compute: all stages of all workers."""
-        return range(SERVER + 1, self.size)
+        return range(SERVER + 1, self.size - self.num_servers + 1)
+
+    @property
+    def servers(self) -> list[int]:
+        """The ranks that serve, by slice."""
+        return ranks_of_servers(self.size, self.num_servers)
 
     @property
     def num_workers(self) -> int:
-        return (self.size - 1) // self.num_stages
+        return len(self.workers) // self.num_stages
 
     def worker(self, rank: int) -> int:
         """Whose rank it is, 0-based."""
@@ -68,12 +81,12 @@ class Topology:
         return sum(self.hosts[other] == self.hosts[rank] for other in range(SERVER + 1, rank))
 
     def gpu_index(self, rank: int) -> int | None:
-        """The GPU of a rank, in its own numbering; None for the server, and where there is none.
+        """The GPU of a rank, in its own numbering; None for a server, and where there is none.
 
         Workers take GPUs in turn if there are fewer GPUs than workers.
         """
         gpus = self._gpus_of(rank)
-        if rank == SERVER or not gpus:
+        if rank not in self.workers or not gpus:
             return None
         before = sum(self.hosts[other] == self.hosts[rank] and self._gpus_of(other) == gpus
                      for other in range(SERVER + 1, rank))
@@ -115,28 +128,47 @@ def check(places: Topology, tasks_of_scheduler: int | None = None) -> None:
             "came with it.")
 
 
-def arrange(hosts: Sequence[str], num_stages: int) -> list[int]:
-    """The launcher's ranks in the order in which they are numbered: server, stages 0 of all workers, stages 1, ...
+def arrange(hosts: Sequence[str], num_stages: int, num_servers: int = 1) -> list[int]:
+    """The launcher's ranks in the order in which they are numbered: server, stages 0 of all workers, stages 1, ..., other servers.
 
     The stages of a worker are neighbours on one host. Raises ConfigError naming sizes that fit.
     """
-    computing = len(hosts) - 1
-    if computing % num_stages:
-        below = computing - computing % num_stages
-        fitting = [str(number + 1) for number in (below, below + num_stages) if number]
-        raise ConfigError(f"{len(hosts)} ranks = 1 server + {computing} that compute, which {num_stages} stages per replica "
-                          f"do not divide; ask for {' or '.join(fitting)} ranks.")
+    _demand_size(len(hosts), num_stages, num_servers)
     by_host: dict[str, list[int]] = {}
     for rank, host in enumerate(hosts):
         if rank != SERVER:
             by_host.setdefault(host, []).append(rank)
-    for host, ranks in by_host.items():
-        if len(ranks) % num_stages:
-            raise ConfigError(
-                f"{host} has {len(ranks)} ranks that compute, which {num_stages} stages per replica do not divide, and a "
-                f"replica stays on one host. Start a multiple of {num_stages} on each host, 1 more on that of the server.")
+    others = [by_host[host].pop() for host in _hosts_of_servers(by_host, hosts[SERVER], num_stages, num_servers - 1)]
     replicas = [ranks[start:start + num_stages] for ranks in by_host.values() for start in range(0, len(ranks), num_stages)]
-    return [SERVER, *(rank for stage in zip(*replicas) for rank in stage)]
+    return [SERVER, *(rank for stage in zip(*replicas) for rank in stage), *sorted(others)]
+
+
+def _demand_size(size: int, num_stages: int, num_servers: int) -> None:
+    computing = size - num_servers
+    below = computing - computing % num_stages
+    if computing % num_stages or computing < num_stages:
+        fitting = [str(number + num_servers) for number in (below, below + num_stages) if number > 0]
+        servers = f"{num_servers} server{'s' * (num_servers > 1)}"
+        raise ConfigError(f"{size} ranks = {servers} + {max(0, computing)} that compute, which {num_stages} stages per replica do "
+                          f"not divide; ask for {' or '.join(fitting)} ranks." if computing > 0 and num_stages > 1 else
+                          f"{size} ranks for {servers}: nobody would train. Ask for {num_servers + num_stages} ranks or more.")
+
+
+def _hosts_of_servers(by_host: dict[str, list[int]], first: str, num_stages: int, count: int) -> list[str]:
+    """The host of each of `count` further servers: what stages leave over, then one after the other, `first` the last."""
+    chosen = [host for host, ranks in by_host.items() for _ in range(len(ranks) % num_stages)]
+    if len(chosen) > count:
+        host = chosen[0]
+        raise ConfigError(
+            f"{host} has {len(by_host[host])} ranks that compute, which {num_stages} stages per replica do not divide, and a "
+            f"replica stays on one host. Start a multiple of {num_stages} on each host, 1 more on that of the server"
+            f"{f', and {count} more for the other servers' if count else ''}.")
+    while len(chosen) < count:
+        taken = Counter(chosen)
+        free = [host for host, ranks in by_host.items() if len(ranks) - taken[host] >= num_stages]
+        host = min(free, key=lambda host: (host == first, taken[host], taken[host] - len(by_host[host])))
+        chosen += [host] * num_stages
+    return chosen
 
 
 def demand_gpus(places: Topology, device: str, workers_per_gpu: int) -> None:
@@ -156,7 +188,7 @@ def demand_gpus(places: Topology, device: str, workers_per_gpu: int) -> None:
         raise ConfigError(
             f"{host} shows {num_gpus} GPU{'s' if num_gpus > 1 else ''} to its {num_workers} workers, so that ranks "
             f"{_some(list(map(str, ranks)))} would share one: each would be slower, and they share its memory. Start one "
-            f"worker for each GPU (tasks = GPUs + 1, for the server), or say that you want it: --compute.workers_per_gpu "
+            f"worker for each GPU (tasks = GPUs + {places.num_servers}, for the server{'s' * (places.num_servers > 1)}), or say that you want it: --compute.workers_per_gpu "
             f"{max(map(len, crowds.values()))}.")
 
 
@@ -166,11 +198,13 @@ def table(places: Topology) -> list[tuple[int, str, str, str]]:
     for rank, host in enumerate(places.hosts):
         gpu, index = places.gpu(rank), places.gpu_index(rank)
         device = "cpu" if gpu is None else f"cuda:{index} ({', '.join(filter(None, (gpu.name, gpu.id)))})"
-        rows.append((rank, host, *(("server", "none") if rank == SERVER else (_role(places, rank), device))))
+        rows.append((rank, host, _role(places, rank), "none" if rank in places.servers else device))
     return rows
 
 
 def _role(places: Topology, rank: int) -> str:
+    if rank in places.servers:
+        return f"server of slice {places.servers.index(rank)}" if places.num_servers > 1 else "server"
     return "worker" if places.num_stages == 1 else f"worker {places.worker(rank)}, stage {places.stage(rank)}"
 
 

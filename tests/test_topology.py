@@ -130,3 +130,29 @@ def test_a_number_of_ranks_that_the_stages_do_not_divide_is_refused_with_numbers
         topology.arrange(["a"] * 2, 3)
     with pytest.raises(ConfigError, match="a has 3 ranks that compute, which 2 stages.* a replica stays on one host"):
         topology.arrange(["a", "a", "a", "a", "b"], 2)
+
+
+@pytest.mark.parametrize("hosts, stages, servers, order", [
+    ("aaaaa", 1, 3, [0, 1, 2, 3, 4]),                              # one host: the last ranks serve, too
+    ("aabbcc", 1, 3, [0, 1, 2, 4, 3, 5]),                          # other hosts first, one on each
+    ("aabbbcc", 1, 2, [0, 1, 2, 3, 5, 6, 4]),                      # ... where there are most ranks
+    ("aaab", 1, 2, [0, 1, 2, 3]), ("aaab", 1, 3, [0, 1, 2, 3]),
+    ("aaabbb", 2, 2, [0, 1, 3, 2, 4, 5]), ("aaaabbbbb", 2, 3, [0, 1, 4, 6, 2, 5, 7, 3, 8])])
+def test_further_servers_are_the_last_ranks_on_other_hosts_if_there_are_any(hosts, stages, servers, order):
+    assert topology.arrange(hosts, stages, servers) == order
+    places = Topology(tuple(hosts[rank] for rank in order), ((A, B, C),) * len(order), stages, servers)
+    assert places.servers == [0, *range(len(order) - servers + 1, len(order))]
+    assert not set(places.servers) & set(places.workers) and len(places.workers) == places.num_workers * stages
+    assert not any(places.gpu(rank) for rank in places.servers)
+    roles = [role for *_, role, _ in topology.table(places)]
+    assert [roles[rank] for rank in places.servers] == [f"server of slice {number}" for number in range(servers)]
+    assert all(role.startswith("worker") for role in roles[1:1 + len(places.workers)])
+
+
+def test_ranks_that_leave_no_worker_beside_the_servers_are_refused_with_numbers_that_fit():
+    with pytest.raises(ConfigError, match="3 ranks for 3 servers: nobody would train. Ask for 4 ranks or more"):
+        topology.arrange("aaa", 1, 3)
+    with pytest.raises(ConfigError, match="13 ranks = 2 servers . 11 that compute, which 5 stages.* ask for 12 or 17 ranks"):
+        topology.arrange("a" * 13, 5, 2)
+    with pytest.raises(ConfigError, match="a has 3 ranks that compute, which 2 stages.* and 1 more for the other servers"):
+        topology.arrange("aaaabbbccc", 2, 2)

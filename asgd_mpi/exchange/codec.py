@@ -8,7 +8,9 @@ In 2 bytes, every BLOCK numbers share a power of two, their unit, by which they 
 them lies between 2^14 and 2^15: nothing overflows, and what is small everywhere does not vanish in float16 (block floating
 point; the scaled loss of Micikevicius et al. 2018, arXiv:1710.03740, does that once for all numbers).
 
-    memory, (num_bytes,) uint8:    (P,) numbers, then (blocks,) units in float32
+    memory, (num_bytes,) uint8:    of each block its numbers, then its unit in float32
+
+So a range of whole blocks is a range of bytes, which is a vector of its own: what a server of a slice gets.
 
 Rounding is a pure function of the vector, the same on every device, and rounding twice is rounding once: what a worker has
 rounded arrives as it is. Pure: no MPI. Legend: P parameters.
@@ -16,7 +18,6 @@ rounded arrives as it is. Pure: no MPI. Legend: P parameters.
 
 from __future__ import annotations
 
-import copy
 from typing import Union
 
 import torch
@@ -25,6 +26,7 @@ from asgd_mpi.server.rules import PIECE, pieces
 
 BLOCK = PIECE             # numbers that share a unit: the server applies and publishes them together
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BLOCK_BYTES = 2 * BLOCK + 4   # in 2 bytes a number
 _HALF = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}     # of the last bit that is kept of a float32's bits
 
 
@@ -32,25 +34,29 @@ class Packed:
     """A (P,) vector in 2 bytes a number, in `memory`; `packed[piece]`, float32, is read and written in whole blocks."""
 
     def __init__(self, memory: torch.Tensor, num_floats: int, dtype: torch.dtype):
-        self._numbers = memory[:2 * num_floats].view(dtype)
-        self._units = memory[_aligned(2 * num_floats):num_bytes(num_floats, "bfloat16")].view(torch.float32)
+        self._memory, self._num_floats, self._dtype = memory[:num_bytes(num_floats, "bfloat16")], num_floats, dtype
 
     def to(self, device: torch.device) -> Packed:
         """The same on another device; itself if it is there."""
-        moved = copy.copy(self)
-        moved._numbers, moved._units = self._numbers.to(device), self._units.to(device)
-        return moved
+        return Packed(self._memory.to(device), self._num_floats, self._dtype)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return self._num_floats
 
     def __getitem__(self, piece: slice) -> torch.Tensor:
-        return self._numbers[piece].float().mul_(self._units[piece.start // BLOCK])
+        numbers, unit = self._block(piece)
+        return numbers.float().mul_(unit)
 
     def __setitem__(self, piece: slice, values: torch.Tensor) -> None:
-        unit = _unit(values, self._numbers.dtype)
-        self._numbers[piece].copy_(values / unit)
-        self._units[piece.start // BLOCK] = unit
+        numbers, unit = self._block(piece)
+        unit.copy_(_unit(values, self._dtype))
+        numbers.copy_(values / unit)
+
+    def _block(self, piece: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of its numbers and of its unit, ()."""
+        start, size = piece.start // BLOCK * BLOCK_BYTES, 2 * (piece.stop - piece.start)
+        unit = start + _aligned(size)
+        return self._memory[start:start + size].view(self._dtype), self._memory[unit:unit + 4].view(torch.float32)[0]
 
 
 Vector = Union[torch.Tensor, Packed]
