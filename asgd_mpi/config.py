@@ -167,6 +167,8 @@ class ExchangeConfig:
         overlap: push and fetch while the next gradient is computed, which makes it staler (default: with n_push auto)
         wire: format of the numbers on their way; in bfloat16 and float16 half of the bytes of float32. Gradients and fetched
             weights are then rounded to 8 or 11 bits; what the server keeps, validates and saves stays float32
+        servers: ranks that share the weights out among them, on other hosts than rank 0 if there are any; each applies its
+            slice of every gradient, in the order that rank 0 decides. Rank 0 and the last ranks serve, the others compute
     """
 
     ring: int = 3
@@ -174,6 +176,7 @@ class ExchangeConfig:
     n_fetch: Optional[int] = None
     overlap: Optional[bool] = None
     wire: Literal[WIRES] = "float32"
+    servers: int = 1
 
 
 @dataclass
@@ -304,7 +307,7 @@ class Recipe:
 SHORTHANDS = {"--data": "--data.path", "--model": "--model.name", "--rule": "--rule.name", "--seed": "--run.seed",
               "--epochs": "--run.epochs", "--lr": "--schedule.lr", "--batch-size": "--data.batch_size",
               "--n-sync": "--exchange.n_push", "--resume": "--run.resume", "--override": "--run.override",
-              "--dry-run": "--run.dry_run", "--stages": "--stages.number", "--inject": "--run.inject", "--weights": "--model.weights"}
+              "--dry-run": "--run.dry_run", "--stages": "--stages.number", "--servers": "--exchange.servers", "--inject": "--run.inject", "--weights": "--model.weights"}
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -420,6 +423,7 @@ def _check(config: Config) -> None:
     demand(0 <= rule.dc_decay < 1, "rule.dc_decay", rule.dc_decay, "the decay of a mean is 0 or more and below 1")
     demand(exchange.ring >= 2, "exchange.ring", exchange.ring,
            "one slot is read while the next is written, so at least 2 are needed")
+    demand(exchange.servers > 0, "exchange.servers", exchange.servers, "somebody has to serve the weights; give 1 or more")
     auto = exchange.n_push == "auto"
     demand(exchange.n_push is None or auto or exchange.n_push > 0, "exchange.n_push", exchange.n_push,
            "a push holds 1 batch or more; or give auto")

@@ -11,7 +11,7 @@ from asgd_mpi.exchange.window import Layout
 from asgd_mpi.model.flat import num_floats
 from asgd_mpi.record import board
 from asgd_mpi.record.rundir import RunDir, write_whole
-from asgd_mpi.server import rulebook
+from asgd_mpi.server import rulebook, slices
 from asgd_mpi.task import Task, complete, open_task
 from asgd_mpi.topology import Topology
 
@@ -31,11 +31,11 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
         changes = resume.demand_same(old, config)
     if config.compute.device == "cpu":
         ranks = [rank | {"gpus": []} for rank in ranks]
-    num_stages, order = config.stages.number, list(range(len(ranks)))
+    num_stages, num_servers, order = config.stages.number, config.exchange.servers, list(range(len(ranks)))
     if len(ranks) > 1 or not config.run.dry_run:
         topology.check(Topology.of(ranks), num_tasks)
-        order = topology.arrange([rank["host"] for rank in ranks], num_stages)
-    places = Topology.of([ranks[rank] for rank in order], num_stages)
+        order = topology.arrange([rank["host"] for rank in ranks], num_stages, num_servers)
+    places = Topology.of([ranks[rank] for rank in order], num_stages, num_servers)
     if places.size > 1 or not config.run.dry_run:
         topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
     config = complete(config)
@@ -53,6 +53,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     num_workers = max(1, places.num_workers)
     rulebook.check(config, num_workers)
     Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers)
+    slices.cut(num_floats(module), num_servers, config.exchange.wire)
     total = task.plan(num_workers).total_samples
     if point:
         if point.manifest:
@@ -80,10 +81,10 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
 def _greeting(places: Topology, task: Task, run: RunDir) -> str:
     """What the user sees first: who does what, on how much data, and what to expect."""
     num_hosts, config = len(set(places.hosts)), task.config
-    stages = places.num_stages
-    table = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or num_hosts > 1 or stages > 1 else ""
+    stages, servers = places.num_stages, places.num_servers
+    table = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or max(num_hosts, stages, servers) > 1 else ""
     return table + (
-        f"{places.num_workers} workers {f'of {stages} stages ' if stages > 1 else ''}and 1 server on {num_hosts} host(s); "
+        f"{places.num_workers} workers {f'of {stages} stages ' if stages > 1 else ''}and {servers} server{'s' * (servers > 1)} on {num_hosts} host(s); "
         f"{config.model.name} on {task.train.num_samples} training and {task.val.num_samples} validation images of {task.train.num_classes} classes from {config.data.path}\n"
         f"{_expectation(config, places.num_workers, num_floats(task.build_module()))}\nthe run directory is {run.path}")
 

@@ -20,7 +20,7 @@ from asgd_mpi.record.rundir import RunDir
 
 # What may differ without a word: it changes neither the weights that come out nor what they mean.
 FREE = ("run.dir", "run.resume", "run.override", "run.dry_run", "run.inject", "run.timeout_s", "run.progress", "data.path",
-        "data.threads", "data.on_bad_image", "exchange.ring", "compute.device", "compute.threads", "compute.workers_per_gpu", "stages.", "record.", "checkpoint.", "failure.")
+        "data.threads", "data.on_bad_image", "exchange.ring", "exchange.servers", "compute.device", "compute.threads", "compute.workers_per_gpu", "stages.", "record.", "checkpoint.", "failure.")
 NEVER = {"model.name": "its weights do not fit another network. Begin a new run with --model.weights for what fits",
          "data.source": "the order of the images would be another one",
          "compute.channels_last": "the momentum that was saved is laid out in the other way"}

@@ -1,7 +1,7 @@
 """Train a network by asynchronous SGD: `mpirun -np 8 python -m asgd_mpi.train` (1 server, 7 workers).
 
 Rank 0 reads the command line, checks everything that can be checked (`prepare`), makes the run directory and tells the
-others; then it serves and they work. A worker that fails is retired, and the others go on; a server that fails ends the job,
+others; then it serves and they work, or serve slices of the weights (`--servers`). A worker that fails is retired, and the others go on; a server that fails ends the job,
 with its own error as the first thing to see.
 
 Status: 0 finished; 3 finished, but with fewer workers than at the beginning; 75 asked to end by a signal, to be resumed
@@ -38,6 +38,7 @@ from asgd_mpi import gpus, inject, launch, report, topology
 from asgd_mpi.config import Config
 from asgd_mpi.errors import DeadlineExceeded, ServerLost, StageLost, UserError
 from asgd_mpi.exchange import clock, wait
+from asgd_mpi.exchange.fellows import Desk, Fellows, JointInbox
 from asgd_mpi.exchange.link import Inbox, Outbox
 from asgd_mpi.exchange.team import Team
 from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
@@ -53,9 +54,11 @@ from asgd_mpi.record.nvml import open_gauge
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.watch import Watch
+from asgd_mpi.server import slices
+from asgd_mpi.server.fellow import Fellow
 from asgd_mpi.server.ledger import Ledger, Orders, Plan
 from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
-from asgd_mpi.server.rules import make_rule
+from asgd_mpi.server.rules import Rule, make_rule
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
 from asgd_mpi.stages.cut import cut
@@ -84,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = configuration.from_yaml(setup["config"])
     world.timeout_s = config.run.timeout_s
     try:
-        places = Topology.of(setup["ranks"], config.stages.number)
+        places = Topology.of(setup["ranks"], config.stages.number, config.exchange.servers)
         ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
         with ExitStack() as stack:
             if world.is_server:
@@ -121,6 +124,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     is_shown = world.is_server and config.record.tensorboard
     log = EventLog(run.metrics_of(world.rank, restart), Board(run.tensorboard).add if is_shown else None)
     meter = Meter(log, config.record.interval_s, config.record.spans)
+    is_server, exchange = world.rank in places.servers, config.exchange
     threads = config.compute.threads or topology.threads_for(
         os.cpu_count(), len(os.sched_getaffinity(0)), places.num_on_host_of(world.rank))
     torch.set_num_threads(threads)
@@ -135,29 +139,36 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     if gpu := places.gpu(world.rank):
         meter.gauge = open_gauge(gpu.id)
     module = task.build_module()
+    if is_server and slices.is_fine(num_floats(module), exchange.servers):
+        threads = 1
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
-    plan, exchange, offset = task.plan(places.num_workers), config.exchange, clock.measure(world)
-    role = "server" if world.is_server else "stage" if places.stage(world.rank) else "worker"
+    if is_server:                  # the bits depend on it: on all servers as many
+        threads = everyone[topology.SERVER]["threads"]
+        torch.set_num_threads(threads)
+    plan, offset = task.plan(places.num_workers), clock.measure(world)
+    role = "server" if is_server else "stage" if places.stage(world.rank) else "worker"
     log.write(Start(time.time(), world.rank, role, world.host, str(device),
                     plan.num_workers, num_floats(module), plan.num_samples, plan.total_samples,
                     not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads,
                     clock_offset_s=offset.seconds, clock_error_s=offset.error))
     log.flush()                    # the replay of a killed run needs it
-    layout = Layout(num_floats(module), exchange.ring, plan.num_workers, num_statistics(module), exchange.wire)
-    window = (ServerWindow if world.is_server else WorkerWindow)(world, layout)
+    layout = Layout(num_floats(module), exchange.ring, plan.num_workers, num_statistics(module), exchange.wire, exchange.servers)
+    window = ServerWindow(world, layout, places.servers.index(world.rank)) if is_server else WorkerWindow(world, layout)
     window.open()
-    if not world.is_server and window.reads and places.position_on_host(world.rank) == 0:
+    if not is_server and window.reads and places.position_on_host(world.rank) == 0:
         print(window.reads, flush=True)
     crew = None
     if config.stages.number > 1:
         crew, module = _Crew(world, task, module, device, places), None      # whose members keep their own parts
-    part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
+    part = _Part(world, places, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
     try:
         if world.is_server:
             write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
             return part.serve(plan)
+        if is_server:
+            return part.serve_slice()
         if role == "stage":
             return part.assist(crew)
         return part.work(module, device, watch, crew)
@@ -174,9 +185,10 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
 class _Part:
     """What one rank does in a run: `serve` or `work`. `directory`: the checkpoint to go on from."""
 
-    def __init__(self, world: World, task: Task, run: RunDir, restart: int, directory: Path | None,
+    def __init__(self, world: World, places: Topology, task: Task, run: RunDir, restart: int, directory: Path | None,
                  window: ServerWindow | WorkerWindow, meter: Meter, log: EventLog, note: Callable[[str], None]):
-        self.world, self.task, self.run, self.restart, self.directory = world, task, run, restart, directory
+        self.world, self.places = world, places
+        self.task, self.run, self.restart, self.directory = task, run, restart, directory
         self.window, self.meter, self.log, self.note = window, meter, log, note
         self.manifest = checkpoint.read_manifest(directory) if directory else None
         self.injector = Injector(inject.parse(task.config.run.inject), world.rank)
@@ -186,35 +198,63 @@ class _Part:
         """Rank 0; returns the status of the job."""
         task, config = self.task, self.task.config
         flat = FlatModel(task.first_module(), torch.device("cpu"))
-        rule = make_rule(flat.num_floats, config.rule, plan.num_workers)
-        ledger = Ledger(plan, task.schedule(plan.num_workers), self._restore(flat, rule))
+        rule, own = self._make_rule()
+        ledger = Ledger(plan, task.schedule(plan.num_workers), self._restore(flat, rule, own))
         statistics = None
         if flat.statistics:
             statistics = torch.zeros(flat.num_statistics)
             flat.save_statistics(statistics)
-        first = flat.weights.clone()
+        first = flat.weights[own].clone()
         pushes = self._begin_log(ledger)
         progress = Progress(config.run.progress, plan.total_samples, plan.num_samples, ledger.samples)
         saver = Saver(self.run, self.restart, self._about(), flat, rule, config.checkpoint.keep, pushes.sync)
+        fellows = Fellows(self.world, self.window, self.places.hosts) if config.exchange.servers > 1 else None
+        inbox = JointInbox(self.world, self.window, fellows) if fellows else Inbox(self.world, self.window)
         server = Server(
-            self.window, Inbox(self.world, self.window), ledger, rule, self.meter, self.log, pushes, progress,
+            self.window, inbox, ledger, rule, self.meter, self.log, pushes, progress,
             self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots,
             config.exchange.wire, statistics, workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves),
-            signals.asked_to_leave, self.injector.step)
+            signals.asked_to_leave, self.injector.step, fellows)
         self.version = lambda: ledger.version
         server.publish_first(first)
         try:
             server.run()
+        except ServerLost:                 # a slice of what was to be saved is lost
+            pushes.close()
+            raise
         except UserError:
             with ExitStack() as stack:     # say what happened, whether or not it can be saved
                 stack.callback(pushes.close)
                 server.save()
             raise
+        if fellows:
+            fellows.end()
         server.inbox.close()
         pushes.close()
         progress.close()
         saver.close()
         return self._finish(server)
+
+    def serve_slice(self) -> int:
+        """A further server; returns its own status."""
+        self.world.hold_on_to_server()
+        flat = FlatModel(self.task.first_module(), torch.device("cpu"))
+        rule, own = self._make_rule()
+        self._restore(flat, rule, own)
+        fellow = Fellow(self.window, Desk(self.world, self.window, signals.asked_to_leave), rule, self.meter,
+                        flat.weights[own].clone(), self.injector.step)
+        del flat
+        self.version = lambda: self.window.version
+        fellow.run()
+        self.world.let_go_of_server()
+        self._close("finished", "")
+        return 0
+
+    def _make_rule(self) -> tuple[Rule, slice]:
+        """The rule of this server, and the slice of the weights that it moves."""
+        whole = self.window.whole
+        own = whole.slices[self.places.servers.index(self.world.rank)]
+        return make_rule(own.stop - own.start, self.task.config.rule, whole.num_workers), own
 
     def assist(self, crew: _Crew) -> int:
         """A rank of a further stage; returns its own status."""
@@ -251,7 +291,7 @@ class _Part:
             flat = FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
             leader = None
         courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire)
-        num_workers = self.window.layout.num_workers
+        num_workers = self.window.whole.num_workers
         replica = Replica(flat, config, num_workers, self.task.schedule(num_workers),
                           gradient_of=leader.compute_gradient_ if leader else None)
         worker = Worker(
@@ -315,8 +355,8 @@ class _Part:
         self.log.write(End(time.time(), status, reason))
         self.log.close()
 
-    def _restore(self, flat: FlatModel, rule) -> dict | None:
-        """Load the checkpoint into the network and the rule; returns the ledger's state."""
+    def _restore(self, flat: FlatModel, rule: Rule, own: slice) -> dict | None:
+        """Load the checkpoint into the network, and a slice of it into the rule; returns the ledger's state."""
         if self.directory is None:
             return None
         state, _ = checkpoint.load(self.directory)
@@ -325,7 +365,7 @@ class _Part:
             saved = checkpoint.read_tensors(self.directory / checkpoint.SERVER)
             for name, vector in rule.state.items():
                 if name in saved:
-                    vector.copy_(saved[name])
+                    vector.copy_(saved[name][own])
         return checkpoint.read_ledger(self.directory)
 
     def _restore_momentum(self, worker: Worker) -> None:
@@ -364,14 +404,15 @@ class _Crew:
         if found := world.gather(measured)[1]:
             plan = StagePlan(plan.graph, plan.batch, [Seconds(**each) for each in found], plan.vectors)
         cuts = task.cuts(plan, config.stages.balance)
-        worker, stage = (0, 0) if world.is_server else (places.worker(world.rank), places.stage(world.rank))
+        is_server = world.rank in places.servers
+        worker, stage = (None, 0) if is_server else (places.worker(world.rank), places.stage(world.rank))
         self.team = Team(world, worker, stage, places.num_stages, num_floats(module), num_statistics(module))
         if world.is_server:
             rows = plan.rows(cuts)
             idle = predicted_bubble(rows, plan.batch) if found else bubble(len(rows), plan.batch.parts)
             print(f"{render(rows)}\n{plan.batch.parts} parts of a batch (--compute.micro_batches): the stages wait for each other "
                   f"{idle:.0%} of the time", flush=True)
-        else:
+        if not is_server:
             self._member = (self.team, module, cut(plan.graph, cuts)[stage], device, config.compute, plan.batch.schedule)
 
     def take(self) -> tuple:

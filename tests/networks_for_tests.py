@@ -99,3 +99,10 @@ def unhurried(num_classes: int, channels: int, step_s: float = 0.02) -> nn.Modul
 
 def slow(num_classes: int, channels: int) -> nn.Module:
     return unhurried(num_classes, channels, 0.2)
+
+
+def wide(num_classes: int, channels: int) -> nn.Module:
+    """614,432 numbers in the flat vector: more than two pieces of what a rule is called with; and restless."""
+    clock = random.SystemRandom()
+    return nn.Sequential(Behaviour(lambda: time.sleep(clock.choice([0, 0, 0.01]))), nn.Flatten(), nn.Linear(64 * channels, 8192), nn.ReLU(),
+                         nn.Linear(8192, num_classes))

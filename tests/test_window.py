@@ -29,6 +29,6 @@ def test_nothing_in_the_memory_overlaps(wire, num_parameters):
                                         ("bfloat16", "need 2480 MiB")])
 def test_too_little_shared_memory_is_told_with_the_size_that_is_needed(wire, size, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
-    window = ServerWindow(SimpleNamespace(host="n1"), Layout(100_000_000, 3, 4, 0, wire))
+    window = ServerWindow(SimpleNamespace(host="n1", size=5), Layout(100_000_000, 3, 4, 0, wire))
     with pytest.raises(ConfigError, match=f"n1 has 64 MiB of shared memory left in .*{size}.*size=.*--exchange.ring"):
-        window._check_shared_memory(4)
+        window._check_shared_memory(4, window.layout.server_bytes)

@@ -4,6 +4,9 @@ On the server's host the payload lies in the worker's slot of the shared window,
 server reads the gradient in place. From other hosts header and payload travel as one message, or as several if they are
 too long for one: every packet then has as many, of which the last ones may be empty, since the server expects them before
 it knows what comes. A payload belongs to the worker until it is sent, and to the server until the packet is judged.
+
+Of several servers each gets the header of a gradient, with its slice of it where it is on another host than the worker, as
+a message of its own behind the header; all other packets go to rank 0 alone.
 """
 
 from __future__ import annotations
@@ -18,24 +21,30 @@ from mpi4py import MPI
 from asgd_mpi.exchange import codec, wait, wire
 from asgd_mpi.exchange.codec import Vector
 from asgd_mpi.exchange.window import ServerWindow, WorkerWindow
-from asgd_mpi.exchange.wire import HEADER_BYTES, Header
+from asgd_mpi.exchange.wire import HEADER_BYTES, Header, Kind
 from asgd_mpi.exchange.world import PROCESS_FAILED, World, cut
-from asgd_mpi.topology import SERVER
 
 TAG = 1
 
 
 class _Packet:
-    """A header's bytes and its payload, uint8: `shared` memory, or behind the header in the message."""
+    """A header's bytes and its payload, uint8: `shared` memory, or behind the header in the message.
 
-    def __init__(self, num_bytes: int, shared: torch.Tensor | None):
+    apart: the payload is a message of its own, from or into the memory given.
+    """
+
+    def __init__(self, num_bytes: int, shared: torch.Tensor | None, apart: torch.Tensor | None = None):
         self.is_shared = shared is not None
-        self.bytes = np.zeros(HEADER_BYTES + (0 if self.is_shared else num_bytes), np.uint8)
-        self.payload = shared if self.is_shared else torch.from_numpy(self.bytes[HEADER_BYTES:])
+        self.bytes = np.zeros(HEADER_BYTES + (0 if self.is_shared or apart is not None else num_bytes), np.uint8)
+        self.payload = shared if self.is_shared else apart if apart is not None else torch.from_numpy(self.bytes[HEADER_BYTES:])
+        self._apart = None if self.is_shared or apart is None else apart.numpy()
 
     def messages(self, num_bytes: int | None = None) -> list[np.ndarray]:
         """What is sent for a payload of `num_bytes`, or received, of any length."""
-        left = len(self.bytes) if num_bytes is None else HEADER_BYTES + (0 if self.is_shared else num_bytes)
+        num_bytes = len(self.payload) if num_bytes is None else num_bytes
+        if self._apart is not None:
+            return [self.bytes, *(part[:max(0, num_bytes - start)] for start, part in cut(self._apart))]
+        left = HEADER_BYTES + (0 if self.is_shared else num_bytes)
         return [part[:max(0, left - start)] for start, part in cut(self.bytes)]
 
 
@@ -43,27 +52,38 @@ class Outbox:
     """A worker's side: fill `payload`, then `send`."""
 
     def __init__(self, world: World, window: WorkerWindow):
-        self.world = world
+        self.world, self._servers = world, window.servers
         self.sent = 0                         # packets so far
-        self._packet = _Packet(window.layout.payload_bytes, window.payload)
+        layout = window.whole
+        if layout.num_servers == 1:
+            self._packets = [_Packet(layout.payload_bytes, window.payload)]
+            self.payload = self._packets[0].payload     # (payload_bytes,) uint8 on the host; to be written only when the last
+        else:                                           # ... packet has been judged
+            self.payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8) if window.payload is None else window.payload
+            self._packets = [self._packet_of_slice(window, number) for number in range(layout.num_servers)]
         self._requests: list[MPI.Request] = []
 
-    @property
-    def payload(self) -> torch.Tensor:
-        """(payload_bytes,) uint8 on the host; to be written only when the last packet has been judged."""
-        return self._packet.payload
+    def _packet_of_slice(self, window: WorkerWindow, number: int) -> _Packet:
+        start, num_bytes = window.whole.travels(number).start, window.whole.of(number).payload_bytes
+        part = self.payload[start:start + num_bytes]
+        return _Packet(num_bytes, part) if window.near[number] else _Packet(num_bytes, None, apart=part)
 
     def send(self, header: Header, num_bytes: int) -> None:
-        """Start to send the header and the first `num_bytes` of the payload."""
+        """Start to send the header and the first `num_bytes` of the payload. Raises ServerLost."""
         self.sent += 1
-        self._packet.bytes[:HEADER_BYTES] = np.frombuffer(wire.pack_header(header), np.uint8)
-        self._requests = [self.world.comm.Isend([message, MPI.BYTE], dest=SERVER, tag=TAG)
-                          for message in self._packet.messages(num_bytes)]
+        with self.world.as_loss_of_server():
+            self._requests = []
+            for packet, server in zip(self._packets, self._servers if header.kind == Kind.GRADIENT else self._servers[:1]):
+                packet.bytes[:HEADER_BYTES] = np.frombuffer(wire.pack_header(header), np.uint8)
+                self._requests += [self.world.comm.Isend([message, MPI.BYTE], dest=server, tag=TAG)
+                                   for message in packet.messages(min(num_bytes, len(packet.payload)))]
 
     def wait(self) -> None:
-        """Return when the packet has left."""
-        wait.until(lambda: _are_done(self._requests) or self.world.demand_server(), self.world.timeout_s,
-                   f"rank {self.world.rank} waits for rank 0 to take its packet {self.sent}", wait.BUSY_S)
+        """Return when the packet has left. Raises ServerLost."""
+        with self.world.as_loss_of_server():
+            wait.until(lambda: _are_done(self._requests) or self.world.demand_server(), self.world.timeout_s,
+                       f"rank {self.world.rank} waits for rank {', '.join(map(str, self._servers))} to take its packet {self.sent}",
+                       wait.BUSY_S)
 
 
 @dataclass(frozen=True)
@@ -78,22 +98,25 @@ class Arrival:
 
 
 class Inbox:
-    """The server's side: the receives of one packet are open for each worker at any time."""
+    """A server's side: the receives of one packet are open for each worker at any time."""
 
     def __init__(self, world: World, window: ServerWindow):
         self.world, self._window = world, window
         self._layout = layout = window.layout
         workers = range(layout.num_workers)
-        self._packets = [_Packet(layout.payload_bytes, window.payloads.get(worker)) for worker in workers]
+        is_apart, size = window.whole.num_servers > 1, layout.payload_bytes
+        self._packets = [_Packet(size, window.payloads.get(worker),
+                                 torch.zeros(size, dtype=torch.uint8) if is_apart and worker not in window.payloads else None)
+                         for worker in workers]
         self._requests = {worker: self._receive(worker) for worker in workers}
         self._arrived: deque[Arrival] = deque()
         self.dead: set[int] = set()           # workers whose process the MPI library reports as failed
         serves_other_hosts = len(window.payloads) < layout.num_workers
-        self._longest_s = wait.BUSY_S if serves_other_hosts else wait.LONGEST_S  # their reads need us inside MPI
+        self.longest_s = wait.BUSY_S if serves_other_hosts else wait.LONGEST_S  # their reads need us inside MPI
 
     def take(self, seconds: float) -> list[Arrival]:
         """All packets that wait, at most one of a worker; waits so long for the first."""
-        wait.for_a_while(self.poll, seconds, self._longest_s)
+        wait.for_a_while(self.poll, seconds, self.longest_s)
         arrived = list(self._arrived)
         self._arrived.clear()
         return arrived

@@ -130,16 +130,16 @@ class Pipe:
 
 
 class Team:
-    """This rank's replica, of num_stages ranks. All ranks make it together; the server is in none.
+    """This rank's replica, of num_stages ranks. All ranks make it together; a server is in none: its `worker` is None.
 
     weights, gradient: (P,) float32, and statistics: the replica's, shared by its stages. `sync` comes between writing them
     and telling of it, and between hearing of it and reading them.
     """
 
-    def __init__(self, world: World, worker: int, stage: int, num_stages: int, num_floats: int, num_statistics: int):
+    def __init__(self, world: World, worker: int | None, stage: int, num_stages: int, num_floats: int, num_statistics: int):
         self.world, self.worker, self.stage, self.num_stages = world, worker, stage, num_stages
-        self.comm = world.comm.Split(MPI.UNDEFINED if world.is_server else worker, stage)
-        if world.is_server:
+        self.comm = world.comm.Split(MPI.UNDEFINED if worker is None else worker, stage)
+        if worker is None:
             return
         sizes = [4 * -(-size // ALIGNMENT) * ALIGNMENT for size in (num_floats, num_floats, num_statistics)]
         if stage == 0:

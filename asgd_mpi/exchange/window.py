@@ -1,6 +1,6 @@
 """The server's memory, as workers see it: numbered, whole snapshots of the weights, and the mail of every worker.
 
-Rank 0 owns, in bytes:
+Rank 0, and every further server, for its slice of the weights (P is then the length of the slice), owns, in bytes:
 
     control   16 words of int64: latest version, its slot; and for each slot of the ring its version and its sample clock
     mail      N x 16 words: see wire.pack_mail
@@ -19,15 +19,20 @@ window (Win_create). Where the network has no one-sided reads of its own, an MPI
 (Open MPI 5 over TCP: each byte that is read crosses the link three times); a worker of another host measures at the start
 whether long reads are faster when the server, which is inside MPI anyway, answers them with plain messages: the same bytes,
 and as torn. Requests end by polling, with a deadline. Source of the calls: MPI 4.1, chapter 12.
+
+Several servers publish the same versions in the same slots, rank 0 as the last of them (see `server.fellow`). So a worker
+that has seen version v in rank 0's control words reads the slices from that slot of all servers at once; if after that all
+of them still call it v, it holds the whole of version v. What is said of the server's host goes for each server's.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,8 +43,9 @@ from mpi4py import MPI
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange import codec, wait, wire
 from asgd_mpi.exchange.world import PROCESS_FAILED, World, cut
+from asgd_mpi.server import slices
 from asgd_mpi.server.ledger import Mail
-from asgd_mpi.topology import SERVER
+from asgd_mpi.topology import SERVER, ranks_of_servers
 
 T = TypeVar("T")
 
@@ -58,18 +64,37 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in the server's memory, in bytes. Raises ConfigError if the ring is too long for its words."""
+    """Where things lie in a server's memory, in bytes. Raises ConfigError if the ring is too long for its words.
+
+    With several servers this is the layout of the whole; `of` gives that of one server's memory.
+    """
 
     num_parameters: int       # P
     ring: int                 # K
     num_workers: int          # N
     num_statistics: int = 0   # batch-norm statistics of the network, floats
     wire: str = "float32"     # format of what travels, one of codec.DTYPES
+    num_servers: int = 1      # S
 
     def __post_init__(self):
         room = (CONTROL_WORDS - FIRST_WORD) // WORDS_OF_SLOT
         if self.ring > room:
             raise ConfigError(f"--exchange.ring {self.ring}: the window has room for {room} slots.")
+
+    @cached_property
+    def slices(self) -> list[slice]:
+        """The numbers that each server serves."""
+        return slices.cut(self.num_parameters, self.num_servers, self.wire)
+
+    def of(self, number: int) -> Layout:
+        """Of the memory of the server of a slice. Statistics go to the first one."""
+        own = self.slices[number]
+        return replace(self, num_parameters=own.stop - own.start, num_servers=1, num_statistics=0 if number else self.num_statistics)
+
+    def travels(self, number: int) -> slice:
+        """The bytes of a slice, within a vector as it travels."""
+        start = codec.num_bytes(self.slices[number].start, self.wire)
+        return slice(start, start + self.of(number).vector_bytes)
 
     def mail(self, worker: int) -> int:
         return WORD * (CONTROL_WORDS + wire.MAIL_WORDS * worker)
@@ -98,7 +123,7 @@ class Layout:
 
     @property
     def worker_bytes(self) -> int:
-        """A worker on the server's host: its gradient."""
+        """A worker on a server's host: its gradient."""
         return _to_page(self.payload_bytes)
 
     @property
@@ -119,11 +144,12 @@ def _to_page(num_bytes: int) -> int:
 
 
 class _Window:
-    """What both sides share: the collective beginning and end."""
+    """What all sides share: the collective beginning and end. `layout` is that of the whole."""
 
     def __init__(self, world: World, layout: Layout):
         self.world = world
-        self.layout = layout
+        self.whole = layout
+        self.servers = ranks_of_servers(world.size, layout.num_servers)     # by slice
         self._windows: list[MPI.Win] = []
 
     def open(self) -> None:
@@ -131,27 +157,30 @@ class _Window:
         self.world.barrier("all ranks to open the window")
         node = self.world.on_this_host()
         ranks = MPI.Group.Translate_ranks(node.group, list(range(node.size)), self.world.comm.group)
-        near = SERVER in ranks
-        if self.world.is_server:
-            self._check_shared_memory(sum(rank <= self.layout.num_workers for rank in ranks) - 1)
-        is_worker = near and self.world.rank <= self.layout.num_workers       # and no further stage of one
-        size = self.layout.server_bytes if self.world.is_server else self.layout.worker_bytes if is_worker else 0
+        near = set(ranks) & set(self.servers)
+        if near and self.world.rank == min(near):
+            self._check_shared_memory(sum(SERVER < rank <= self.whole.num_workers for rank in ranks),
+                                      sum(self.whole.of(self.servers.index(rank)).server_bytes for rank in near))
         info = MPI.Info.Create({"alloc_shared_noncontig": "true"})   # each segment on pages of its own
-        shared = MPI.Win.Allocate_shared(size, 1, info, node)
+        shared = MPI.Win.Allocate_shared(self._own_bytes(bool(near)), 1, info, node)
         self._windows.append(shared)
         self._attach({rank: _bytes(shared.Shared_query(i)[0]) for i, rank in enumerate(ranks)} if near else {})
         if node.size < self.world.size:
-            self._windows.append(MPI.Win.Create(shared.tomemory() if self.world.is_server else None, 1,
+            self._windows.append(MPI.Win.Create(shared.tomemory() if self.world.rank in self.servers else None, 1,
                                                 comm=self.world.comm))
-        self._win, self._target = (shared, ranks.index(SERVER)) if near else (self._windows[-1], SERVER)
+        self._targets = [(shared, ranks.index(rank)) if rank in near else (self._windows[-1], rank) for rank in self.servers]
         for window in self._windows:
             window.Lock_all(MPI.MODE_NOCHECK)
         self.world.barrier("all ranks to open the window")  # the first access needs the server inside MPI once
         if node.size < self.world.size:
-            self._meet(near)
+            self._meet([number for number, rank in enumerate(self.servers) if rank not in near])
 
-    def _meet(self, near: bool) -> None:
-        """Find out how workers of other hosts read; all ranks call it."""
+    def _own_bytes(self, has_server: bool) -> int:
+        """The size of this rank's segment; `has_server`: whether one is on this host."""
+        raise NotImplementedError
+
+    def _meet(self, far: list[int]) -> None:
+        """Find out how workers read from servers of other hosts, `far` of this one; all ranks call it."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -160,13 +189,13 @@ class _Window:
             window.Unlock_all()
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
-        """Take views of the shared segments, by rank: those of the server's host, none elsewhere."""
+        """Take views of the shared segments, by rank: those of this host if it has a server, or none."""
         raise NotImplementedError
 
-    def _check_shared_memory(self, num_local_workers: int) -> None:
-        needed = self.layout.server_bytes + num_local_workers * self.layout.worker_bytes
+    def _check_shared_memory(self, num_local_workers: int, server_bytes: int) -> None:
+        needed = server_bytes + num_local_workers * self.whole.worker_bytes
         demand_shared_memory(
-            self.world.host, needed, f"{self.layout.ring} snapshots and the gradients of {num_local_workers} workers of that host")
+            self.world.host, needed, f"{self.whole.ring} snapshots and the gradients of {num_local_workers} workers of that host")
 
 
 def demand_shared_memory(host: str, needed: int, what: str) -> None:
@@ -186,10 +215,20 @@ def _bytes(memory: MPI.buffer) -> np.ndarray:
 
 
 class ServerWindow(_Window):
-    """Rank 0's side: writes snapshots and mail into its own memory, reads the gradients of its host in place."""
+    """A server's side: writes snapshots and mail into its own memory, reads the gradients of its host in place.
+
+    `layout` is that of its own memory; mail is posted by rank 0 only.
+    """
+
+    def __init__(self, world: World, layout: Layout, number: int = 0):
+        super().__init__(world, layout)
+        self.layout, self._number = layout.of(number), number
+
+    def _own_bytes(self, has_server: bool) -> int:
+        return self.layout.server_bytes
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
-        layout, own = self.layout, segments[SERVER]
+        layout, own = self.layout, segments[self.world.rank]
         self._memory = own
         self._asked: dict[int, MPI.Request] = {}              # by worker: what it is to ask for next,
         self._answers: dict[int, list[MPI.Request]] = {}      # ... and what it gets
@@ -200,16 +239,17 @@ class ServerWindow(_Window):
         memory, size = torch.from_numpy(own), layout.num_parameters
         self._ring = [codec.vector_in(memory[layout.slot(k):], size, "float32") for k in range(layout.ring)]
         self._shown = [codec.vector_in(memory[layout.shown(k):], size, layout.wire) for k in range(layout.ring)]
-        self.payloads = {rank - 1: torch.from_numpy(segment[:layout.payload_bytes])   # uint8, of each worker of this host
-                         for rank, segment in segments.items() if SERVER < rank <= layout.num_workers}
+        start = self.whole.travels(self._number).start
+        self.payloads = {rank - 1: torch.from_numpy(segment[start:start + layout.payload_bytes])   # uint8, of each worker of
+                         for rank, segment in segments.items() if SERVER < rank <= layout.num_workers}     # ... this host
 
-    def _meet(self, near: bool) -> None:
-        far = set(range(self.layout.num_workers)) - set(self.payloads)
-        self._questions = {worker: np.empty(2, np.int64) for worker in far}      # where to read, and how many bytes
+    def _meet(self, far: list[int]) -> None:
+        workers = set(range(self.layout.num_workers)) - set(self.payloads)
+        self._questions = {worker: np.empty(2, np.int64) for worker in workers}  # where to read, and how many bytes
         self._asked = {worker: self._listen(worker) for worker in self._questions}
         met = self.world.comm.Ibarrier()
-        wait.until(lambda: self.answer() or met.Test(), self.world.timeout_s, "rank 0 waits for workers of other hosts to "
-                   "measure their links", wait.BUSY_S)
+        wait.until(lambda: self.answer() or met.Test(), self.world.timeout_s, f"rank {self.world.rank} waits for workers of other "
+                   "hosts to measure their links", wait.BUSY_S)
 
     def answer(self) -> None:
         """Let workers of other hosts read, with messages; to be called often."""
@@ -267,11 +307,11 @@ class ServerWindow(_Window):
 
     def post(self, worker: int, mail: Mail) -> None:
         self._mail[worker] = wire.pack_mail(mail)
-        self._win.Sync()
+        self._targets[0][0].Sync()
 
     def _set(self, word: int, value: int) -> None:
         self._control[word] = value
-        self._win.Sync()
+        self._targets[self._number][0].Sync()
 
 
 @dataclass(frozen=True)
@@ -286,37 +326,53 @@ class Snapshot:
 class WorkerWindow(_Window):
     """A worker's side: reads with request-based one-sided calls, or asks for long reads where that is faster."""
 
+    def __init__(self, world: World, layout: Layout):
+        super().__init__(world, layout)
+        self._layouts = [layout.of(number) for number in range(layout.num_servers)]
+        self._travels = [layout.travels(number) for number in range(layout.num_servers)]
+
+    def _own_bytes(self, has_server: bool) -> int:
+        is_worker = self.world.rank <= self.whole.num_workers                 # and no further stage of one
+        return self.whole.worker_bytes if has_server and is_worker else 0
+
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         own = segments.get(self.world.rank)
-        has_own = own is not None and len(own)                # a worker on the server's host
-        self.payload = torch.from_numpy(own[:self.layout.payload_bytes]) if has_own else None
-        self._control = np.empty(CONTROL_WORDS, np.int64)
+        has_own = own is not None and len(own)                # a worker on a server's host
+        self.payload = torch.from_numpy(own[:self.whole.payload_bytes]) if has_own else None
+        self.near = [rank in segments for rank in self.servers]               # by slice: whether memory is shared with its server
+        self._controls = np.empty((len(self.servers), CONTROL_WORDS), np.int64)
         self._mail = np.empty(wire.MAIL_WORDS, np.int64)
-        self._question, self._asks = np.empty(2, np.int64), False
+        self._questions = np.empty((len(self.servers), 2), np.int64)
+        self._asks = [False for _ in self.servers]
         self.reads = ""                       # of a worker of another host: how it reads, in words
 
-    def _meet(self, near: bool) -> None:
-        if not near and self.world.rank <= self.layout.num_workers:       # no further stage of a worker
-            read_s, asked_s = (self._time(asks) for asks in (False, True))
-            self._asks = asked_s < CLEARLY * read_s
-            self.reads = (f"rank {self.world.rank} on {self.world.host} reads weights "
-                          f"{'by messages' if self._asks else 'one-sided'}: {SAMPLE / 1e9 / asked_s:.2f} GB/s by messages, "
-                          f"{SAMPLE / 1e9 / read_s:.2f} GB/s one-sided")
+    def _meet(self, far: list[int]) -> None:
+        if self.world.rank <= self.whole.num_workers:         # no further stage of a worker
+            self.reads = "\n".join(self._measure(number) for number in far)
         self.world.barrier("workers of other hosts to measure their links")
 
-    def _time(self, asks: bool) -> float:
+    def _measure(self, number: int) -> str:
+        """Choose how to read from a server; says so."""
+        read_s, asked_s = (self._time(number, asks) for asks in (False, True))
+        self._asks[number] = asked_s < CLEARLY * read_s
+        slice_ = f" of slice {number}" if len(self.servers) > 1 else ""
+        return (f"rank {self.world.rank} on {self.world.host} reads weights{slice_} "
+                f"{'by messages' if self._asks[number] else 'one-sided'}: {SAMPLE / 1e9 / asked_s:.2f} GB/s by messages, "
+                f"{SAMPLE / 1e9 / read_s:.2f} GB/s one-sided")
+
+    def _time(self, number: int, asks: bool) -> float:
         """Seconds that the best of some reads takes, scaled to SAMPLE bytes."""
-        self._asks, times = asks, []
-        into = np.empty(min(SAMPLE, self.layout.server_bytes), np.uint8)
+        self._asks[number], times = asks, []
+        into = np.empty(min(SAMPLE, self._layouts[number].server_bytes), np.uint8)
         for _ in range(TRIES):
             started = time.perf_counter()
-            self._get(into, 0, "a sample")
+            self._get({number: (into, 0)}, "a sample")
             times.append(time.perf_counter() - started)
         return min(times) * SAMPLE / len(into)
 
     def read_mail(self) -> Mail | None:
         """This worker's mail; None if it was being written."""
-        self._get(self._mail, self.layout.mail(self.world.worker), "its mail")
+        self._get({0: (self._mail, self.whole.mail(self.world.worker))}, "its mail")
         return wire.unpack_mail(self._mail.tolist())
 
     def await_mail(self, packets: int, until: Callable[[Mail], bool] = lambda mail: True, for_what: str = "") -> Mail:
@@ -333,32 +389,46 @@ class WorkerWindow(_Window):
         It is in the format that travels, (vector_bytes,), or as the server holds it, if `whole`: (P,) float32.
         """
         torn_reads = 0
-        weights, place = into.numpy(), self.layout.slot if whole else self.layout.shown
+        weights, everyone = into.numpy(), range(len(self.servers))
         while True:
-            self._until(lambda: self._read_control()[LATEST] >= at_least, f"publish version {at_least}")
-            slot = int(self._control[SLOT])
-            version, samples = (int(word) for word in self._control[_version_word(slot):][:WORDS_OF_SLOT])
+            self._until(lambda: self._read_controls([0])[0][LATEST] >= at_least, f"publish version {at_least}")
+            slot = int(self._controls[0][SLOT])
+            version, samples = (int(word) for word in self._controls[0][_version_word(slot):][:WORDS_OF_SLOT])
             if version >= at_least:
-                self._get(weights, place(slot), f"version {version}")
-                if self._read_control()[_version_word(slot)] == version:
+                self._get({number: self._place(number, slot, weights, whole) for number in everyone}, f"version {version}")
+                if all(control[_version_word(slot)] == version for control in self._read_controls(everyone)):
                     return Snapshot(version, samples, torn_reads)
             torn_reads += 1
 
-    def _read_control(self) -> np.ndarray:
-        self._get(self._control, 0, "the control words")
-        return self._control
+    def _place(self, number: int, slot: int, weights: np.ndarray, whole: bool) -> tuple[np.ndarray, int]:
+        """Where a slice goes to in `weights`, and where it lies in its server's memory."""
+        layout, numbers = self._layouts[number], self.whole.slices[number]
+        if whole:
+            return weights[4 * numbers.start:4 * numbers.stop], layout.slot(slot)
+        return weights[self._travels[number]], layout.shown(slot)
 
-    def _get(self, into: np.ndarray, offset: int, what: str) -> None:
-        if self._asks and into.nbytes > SHORT:
-            self._question[:] = offset, into.nbytes
-            requests = [self.world.comm.Irecv([part, MPI.BYTE], source=SERVER, tag=ANSWER) for _, part in cut(into)]
-            requests.append(self.world.comm.Isend(self._question, dest=SERVER, tag=QUESTION))
-        else:
-            requests = [self._win.Rget(part, self._target, target=(offset + start, part.nbytes, MPI.BYTE))
-                        for start, part in cut(into)]
-        self._until(lambda: all(request.Test() for request in requests), f"let it read {what}", wait.BUSY_S)
+    def _read_controls(self, numbers: Iterable[int]) -> np.ndarray:
+        self._get({number: (self._controls[number], 0) for number in numbers}, "the control words")
+        return self._controls
 
-    def _until(self, poll: Callable[[], T | None], what: str, longest_s: float = wait.LONGEST_S) -> T:
+    def _get(self, reads: dict[int, tuple[np.ndarray, int]], what: str) -> None:
+        """Read from several servers at once: (into, from which byte on) of each. Raises ServerLost."""
+        with self.world.as_loss_of_server():
+            requests = [request for number, read in reads.items() for request in self._begin_to_get(number, *read)]
+            self._until(lambda: all(request.Test() for request in requests), f"let it read {what}", wait.BUSY_S,
+                        [self.servers[number] for number in reads])
+
+    def _begin_to_get(self, number: int, into: np.ndarray, offset: int) -> list[MPI.Request]:
+        if self._asks[number] and into.nbytes > SHORT:
+            question, server = self._questions[number], self.servers[number]
+            question[:] = offset, into.nbytes
+            requests = [self.world.comm.Irecv([part, MPI.BYTE], source=server, tag=ANSWER) for _, part in cut(into)]
+            return [*requests, self.world.comm.Isend(question, dest=server, tag=QUESTION)]
+        window, target = self._targets[number]
+        return [window.Rget(part, target, target=(offset + start, part.nbytes, MPI.BYTE)) for start, part in cut(into)]
+
+    def _until(self, poll: Callable[[], T | None], what: str, longest_s: float = wait.LONGEST_S,
+               servers: Sequence[int] = (SERVER,)) -> T:
         who = f"rank {self.world.rank} (worker {self.world.worker} on {self.world.host})"
         return wait.until(lambda: poll() or self.world.demand_server(), self.world.timeout_s,
-                          f"{who} waits for rank 0 to {what}", longest_s)
+                          f"{who} waits for rank {', '.join(map(str, servers))} to {what}", longest_s)

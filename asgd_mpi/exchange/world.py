@@ -10,6 +10,8 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from mpi4py import MPI
@@ -77,6 +79,18 @@ class World:
             self.has_lost_ranks = True
             raise ServerLost(f"rank {self.rank} on {self.host}: the server's process (rank 0) has ended. What came after "
                              "the last checkpoint is lost; go on from there with --resume RUN_DIR.") from None
+
+    @contextmanager
+    def as_loss_of_server(self) -> Iterator[None]:
+        """Raises ServerLost where a call fails since the other process, a server's, has failed."""
+        try:
+            yield
+        except MPI.Exception as error:
+            if error.Get_error_class() not in PROCESS_FAILED:
+                raise
+            self.has_lost_ranks = True
+            raise ServerLost(f"rank {self.rank} on {self.host}: the process of a server has ended. Go on from the last "
+                             "checkpoint with --resume RUN_DIR.") from None
 
     def share(self, value: object | None) -> object:
         """Rank 0's `value`, on every rank; anything that JSON can hold."""

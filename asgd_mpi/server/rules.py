@@ -7,7 +7,8 @@ Which rule has which settings, and where it is from, is in `rulebook`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,11 @@ from asgd_mpi.config import RuleConfig
 from asgd_mpi.server.ledger import Verdict
 from asgd_mpi.server.rulebook import RULEBOOK
 
+if TYPE_CHECKING:
+    from asgd_mpi.exchange.codec import Vector
+    from asgd_mpi.exchange.window import ServerWindow
+
+POLL_EVERY = 8   # pieces: a few milliseconds of applying; an idle poll may give the core away
 PIECE = 262_144  # floats: 1 MB each of weights, velocity and gradient; smaller ones cost more in calls than they save
 
 
@@ -129,3 +135,15 @@ _CLASSES = {"sgd": Rule, "mean": Mean, "adagrad": Adagrad, "dc": DelayCompensate
 def make_rule(num_parameters: int, config: RuleConfig, num_workers: int) -> Rule:
     """The rule of a complete configuration."""
     return _CLASSES[RULEBOOK[config.name].server](num_parameters, config, num_workers)
+
+
+def advance_(weights: torch.Tensor, window: ServerWindow, rule: Rule, judged: list[tuple[Vector, Verdict]],
+             poll: Callable[[], object]) -> None:
+    """Write the latest snapshot into `weights`, (P,) float32, and apply the gradients one after the other: in one pass."""
+    for number, piece in enumerate(pieces(len(weights)), start=1):
+        weights[piece].copy_(window.latest[piece])
+        for gradient, verdict in judged:
+            rule.apply_(weights, gradient, verdict, piece)
+        window.show(piece)
+        if number % POLL_EVERY == 0:
+            poll()                                                                    # fetches over a network need that

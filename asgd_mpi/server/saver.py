@@ -59,14 +59,21 @@ class Saver:
         """Whether something is being written, or has not got its name yet: the next one may use the same directory."""
         return self._pending is not None or not all(completed.done() for completed in self._completing)
 
-    def begin(self, number: int, weights: torch.Tensor, ledger: Ledger, statistics: torch.Tensor | None,
-              score: Score | None, waits_for: set[int]) -> None:
-        """Freeze the run as it is now and start to write it; `score` is the newest validation. Raises RunDirError."""
+    @property
+    def num_floats(self) -> int:
+        """P, of the whole network."""
+        return self._flat.num_floats
+
+    def begin(self, number: int, freeze_: Callable[[torch.Tensor, dict[str, torch.Tensor]], None], ledger: Ledger,
+              statistics: torch.Tensor | None, score: Score | None, waits_for: set[int]) -> None:
+        """Freeze the run as it is now and start to write it; `score` is the newest validation. Raises RunDirError.
+
+        `freeze_` copies the weights and the rule's state, (P,) float32 each, into what it is given.
+        """
         assert not self.is_busy
         staging = self._run.staging(number, self._restart)
         if not staging.is_dir():          # announced before, and workers may have written into it
             checkpoint.stage(staging)
-        self._flat.weights.copy_(weights)
         if statistics is not None:
             self._flat.load_statistics_(statistics)
         is_of_this = score is not None and score.version == ledger.version
@@ -74,8 +81,8 @@ class Saver:
             self._about, version=ledger.version, samples=ledger.samples, num_workers=ledger.plan.num_workers,
             restart=self._restart, statistics_of=score.version if score else None, files={}, momenta={},
             top1_error=score.top1_error if is_of_this else None, top5_error=score.top5_error if is_of_this else None)
-        self._frozen = {name: self._frozen[name].copy_(vector) if name in self._frozen else vector.clone()
-                        for name, vector in self._rule.state.items()}
+        self._frozen = self._frozen or {name: torch.empty(self.num_floats) for name in self._rule.state}
+        freeze_(self._flat.weights, self._frozen)
         todo = self._thread.submit(_write, staging, self._flat.module.state_dict(), self._frozen, ledger.state(), self._hurry)
         self._pending = _Pending(staging, manifest, time.time(), set(waits_for), todo)
 

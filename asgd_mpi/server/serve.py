@@ -1,6 +1,7 @@
 """The server: take a packet, let the ledger judge it, apply it to the next snapshot, publish, answer.
 
-Between packets it looks around: who is dead or has fallen behind, is a checkpoint due, was the job asked to end.
+Between packets it looks around: who is dead or has fallen behind, is a checkpoint due, was the job asked to end. If there
+are servers of further slices they do what is done here to the weights, in the same order (see `fellow`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import xxhash
@@ -16,6 +17,7 @@ import xxhash
 from asgd_mpi.config import CheckpointConfig, FailureConfig
 from asgd_mpi.errors import TOO_FAST, DeadlineExceeded, TrainingDiverged, WorkersLost
 from asgd_mpi.exchange import codec
+from asgd_mpi.exchange.fellows import WEIGHTS, Applied, Command, Fellows
 from asgd_mpi.exchange.link import Arrival, Inbox
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import Header, Kind
@@ -23,10 +25,9 @@ from asgd_mpi.record.events import Checkpoint, EventLog, Member, Note, Publish, 
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict
-from asgd_mpi.server.rules import Rule, pieces
+from asgd_mpi.server.rules import Rule, advance_, pieces
 from asgd_mpi.server.saver import Saver
 
-POLL_EVERY = 8   # pieces: a few milliseconds of applying; an idle poll may give the core away
 LOOK_S = 0.1     # between two looks around
 
 
@@ -53,6 +54,7 @@ class Server:
     workers_move: bool = False                             # their own weights, between two fetches
     asked_to_leave: Callable[[], str] = lambda: ""
     at_every_pass: Callable[[], None] = lambda: None       # failures that are rehearsed
+    fellows: Fellows | None = None                         # the servers of further slices
     final_score: Score | None = field(default=None, init=False)
     latest_score: Score | None = field(default=None, init=False)
     left_because: str = field(default="", init=False)      # a signal: the run is to be resumed
@@ -66,10 +68,12 @@ class Server:
 
     def publish_first(self, weights: torch.Tensor) -> None:
         """Publish the (P,) float32 `weights` as the version that the ledger begins with, and the first leases."""
+        self._tell(Command("publish", self.ledger.version, self.ledger.samples))
         with self.window.next_snapshot(self.ledger.version, self.ledger.samples) as fresh:
             for piece in pieces(len(fresh)):
                 fresh[piece].copy_(weights[piece])
                 self.window.show(piece)
+            self._await_fellows("publish the first version")
         for worker in range(self.ledger.plan.num_workers):
             self.rule.begin_(worker, weights)
         self._hash()
@@ -135,18 +139,16 @@ class Server:
     def _apply(self, arrivals: list[Arrival]) -> None:
         """Apply the gradients one after the other, in one pass over the vectors."""
         judged = [(arrival, verdict) for arrival in arrivals if (verdict := self._judge(arrival))]
+        if self.fellows and arrivals:
+            self._tell_what_to_apply(arrivals, judged)
         if not judged:
             return
         self.at_every_pass()
         with self.meter.phase("apply"), self.window.next_snapshot(
                 self.ledger.version, self.ledger.samples) as weights:                            # publishes on exit
-            for number, piece in enumerate(pieces(len(weights)), start=1):
-                weights[piece].copy_(self.window.latest[piece])
-                for arrival, verdict in judged:
-                    self.rule.apply_(weights, arrival.gradient, verdict, piece)
-                self.window.show(piece)
-                if number % POLL_EVERY == 0:
-                    self.inbox.poll()                                                 # fetches over a network need that
+            advance_(weights, self.window, self.rule, [(arrival.gradient, verdict) for arrival, verdict in judged],
+                     self.inbox.poll)
+            self._await_fellows(f"apply version {self.ledger.version}")
         self._hash()
         for arrival, verdict in judged:
             self._record(arrival.header, verdict)
@@ -210,7 +212,7 @@ class Server:
         self._log_saved(self.saver.poll(self._best))
         if parting:
             return
-        self.left_because = self.asked_to_leave()
+        self.left_because = self.asked_to_leave() or (self.fellows.left_because if self.fellows else "")
         in_debt = set(self.ledger.in_debt)
         for worker, heard in enumerate(self._heard):
             if (worker not in in_debt or worker in self.ledger.held) and worker in self.ledger.members:
@@ -253,7 +255,16 @@ class Server:
             self.saver.announce(number)
             self.ledger.ask_to_save()
         with self.meter.phase("checkpoint"):
-            self.saver.begin(number, self.window.latest, self.ledger, self.statistics, self.latest_score, waits_for)
+            self.saver.begin(number, self._freeze, self.ledger, self.statistics, self.latest_score, waits_for)
+
+    def _freeze(self, weights: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        """Copy the latest weights and the rule's state, (P,) float32 each, from all servers."""
+        own = slice(0, len(self.window.latest))
+        weights[own].copy_(self.window.latest)
+        for name, vector in state.items():
+            vector[own].copy_(self.rule.state[name])
+        if self.fellows:
+            self.fellows.gather_({WEIGHTS: weights, **state}, self.inbox.poll)
 
     def _log_saved(self, whole: list[Checkpoint]) -> None:
         for event in whole:
@@ -272,6 +283,7 @@ class Server:
             self._begin_anew(header.worker)
 
     def _begin_anew(self, worker: int) -> None:
+        self._tell(Command("begin", worker=worker))
         self.rule.begin_(worker, self.window.latest)
         self.pushes.write(Member(time.time(), self.ledger.version, worker))
 
@@ -335,5 +347,22 @@ class Server:
 
     def _hash(self) -> None:
         if self.hash_snapshots:
-            digest = xxhash.xxh3_64_hexdigest(codec.rounded(self.window.latest, self.wire).numpy())
+            weights = self.window.latest
+            if self.fellows:
+                weights = torch.empty(self.saver.num_floats)
+                self._freeze(weights, {})
+            digest = xxhash.xxh3_64_hexdigest(codec.rounded(weights, self.wire).numpy())
             self.log.write(Publish(time.time(), self.window.version, digest))
+
+    def _tell(self, command: Command) -> None:
+        if self.fellows:
+            self.fellows.tell(command)
+
+    def _tell_what_to_apply(self, arrivals: list[Arrival], judged: list[tuple[Arrival, Verdict]]) -> None:
+        applied = [Applied(arrival.header.packet, replace(verdict, segments=())) for arrival, verdict in judged]
+        refused = {arrival.worker for arrival in arrivals} - {verdict.worker for _, verdict in judged}
+        self._tell(Command("apply", self.ledger.version, self.ledger.samples, applied, sorted(refused)))
+
+    def _await_fellows(self, what: str) -> None:
+        if self.fellows:
+            self.fellows.await_done(self.inbox.poll, what)
