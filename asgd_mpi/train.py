@@ -237,7 +237,7 @@ class _Part:
 
     def serve_slice(self) -> int:
         """A further server; returns its own status."""
-        self.world.hold_on_to_server()
+        self.world.hold_on_to(self.places.servers)
         flat = FlatModel(self.task.first_module(), torch.device("cpu"))
         rule, own = self._make_rule()
         self._restore(flat, rule, own)
@@ -246,7 +246,7 @@ class _Part:
         del flat
         self.version = lambda: self.window.version
         fellow.run()
-        self.world.let_go_of_server()
+        self.world.let_go_of_servers()
         self._close("finished", "")
         return 0
 
@@ -264,12 +264,12 @@ class _Part:
             failures.append(_tell(self.world, self.run, error))
             return failures[-1]
 
-        self.world.hold_on_to_server()
+        self.world.hold_on_to(self.places.servers)
         try:
             Assistant(self.meter, fails, self.injector.step, *crew.take()).run()
         except StageLost as error:             # the leader: the worker is retired without a word of its own
             fails(error)
-        self.world.let_go_of_server()
+        self.world.let_go_of_servers()
         self._close("failed" if failures else "finished", "; ".join(failures))
         return 0
 
@@ -277,7 +277,7 @@ class _Part:
         """The rank of a worker, or of the first stage of one; returns its own status."""
         config, world = self.task.config, self.world
         exchange = config.exchange
-        world.hold_on_to_server()
+        world.hold_on_to(self.places.servers)
         loaders = (self.task.train_loader(self.note, touch_on_device=device.type != "cpu"),
                    self.task.val_loader(self.note))
         outbox = Outbox(world, self.window)
@@ -315,7 +315,7 @@ class _Part:
             leader.close()
         for loader in loaders:
             loader.close()
-        world.let_go_of_server()
+        world.let_go_of_servers()
         self._close("failed" if failure else "left" if courier.mail.orders == Orders.LEAVE else "finished", failure)
         return 0
 

@@ -157,7 +157,7 @@ class Fellows:
             raise error
         self._world.has_lost_ranks = True
         raise ServerLost(f"the process of {self._who(rank)} has ended. What came after the last checkpoint is lost; go on from "
-                         "there with --resume RUN_DIR, with as many servers or with fewer.") from None
+                         "there with --resume RUN_DIR, if need be with fewer --servers.") from None
 
 
 class JointInbox(Inbox):

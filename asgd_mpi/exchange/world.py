@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -37,7 +37,7 @@ class World:
         self.host = socket.gethostname()
         self.timeout_s = timeout_s
         self.has_lost_ranks = False           # as far as the MPI library has told us
-        self._lifeline = MPI.REQUEST_NULL
+        self._lifelines: dict[int, MPI.Request] = {}      # by server's rank
 
     def renumber(self, order: list[int]) -> None:
         """Number the ranks anew: rank order[i] becomes i. All ranks call it."""
@@ -58,27 +58,28 @@ class World:
         """A new communicator of the ranks that share memory with this one, in rank order; all ranks call it."""
         return self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
 
-    def hold_on_to_server(self) -> None:
-        """From now on `demand_server` can tell whether the server's process is alive, where the MPI library can."""
-        self._lifeline = self.comm.Irecv([bytearray(1), MPI.BYTE], source=topology.SERVER, tag=LIFELINE)
+    def hold_on_to(self, servers: Iterable[int]) -> None:
+        """From now on `demand_server` can tell whether the processes of these ranks are alive, where the MPI library can."""
+        for rank in set(servers) - {self.rank}:
+            self._lifelines[rank] = self.comm.Irecv([bytearray(1), MPI.BYTE], source=rank, tag=LIFELINE)
 
-    def let_go_of_server(self) -> None:
-        if self._lifeline != MPI.REQUEST_NULL:
-            self._lifeline.Cancel()
-            self._lifeline.Free()
+    def let_go_of_servers(self) -> None:
+        for request in self._lifelines.values():
+            request.Cancel()
+            request.Free()
+        self._lifelines.clear()
 
     def demand_server(self) -> None:
-        """Raises ServerLost if the server's process has failed (known under `mpirun --with-ft ulfm`)."""
-        if self._lifeline == MPI.REQUEST_NULL:
-            return
-        try:
-            self._lifeline.Test()
-        except MPI.Exception as error:
-            if error.Get_error_class() not in PROCESS_FAILED:
-                raise
-            self.has_lost_ranks = True
-            raise ServerLost(f"rank {self.rank} on {self.host}: the server's process (rank 0) has ended. What came after "
-                             "the last checkpoint is lost; go on from there with --resume RUN_DIR.") from None
+        """Raises ServerLost if a server's process has failed (known under `mpirun --with-ft ulfm`)."""
+        for rank, lifeline in self._lifelines.items():
+            try:
+                lifeline.Test()
+            except MPI.Exception as error:
+                if error.Get_error_class() not in PROCESS_FAILED:
+                    raise
+                self.has_lost_ranks = True
+                raise ServerLost(f"rank {self.rank} on {self.host}: the server's process (rank {rank}) has ended. What came "
+                                 "after the last checkpoint is lost; go on from there with --resume RUN_DIR.") from None
 
     @contextmanager
     def as_loss_of_server(self) -> Iterator[None]:
