@@ -31,9 +31,9 @@ class Site:
         self.launcher, self.digits, self.directory = launcher, digits, directory
         self.run = RunDir(directory / "run")
 
-    def start(self, workers, *options, ulfm=False, epochs=EPOCHS, directory="run"):
+    def start(self, workers, *options, ulfm=False, epochs=EPOCHS, directory="run", servers=1):
         return self.launcher.start_training(
-            workers + 1, "--data", str(self.digits), "--model", "networks_for_tests:restless", "--epochs", str(epochs),
+            workers + servers, "--servers", str(servers), "--data", str(self.digits), "--model", "networks_for_tests:restless", "--epochs", str(epochs),
             "--run.dir", directory, "--resume", "auto", *BRIEF, *options, cwd=self.directory,
             launcher_options=ULFM if ulfm else ())
 
@@ -175,6 +175,23 @@ def test_when_the_server_dies_the_workers_end_and_only_what_came_after_the_check
     assert "the server's process (rank 0) has ended" in done.stderr and time.monotonic() - began < 60
     assert not site.run.finished.exists()
     site.train(2, status=0)
+    site.check()
+
+
+def test_when_the_server_of_a_slice_dies_the_job_ends_with_its_name_and_fewer_go_on(site):
+    began = time.monotonic()
+    done = site.train(2, "--inject", "kill@step20:rank3", "--checkpoint.every_s", "0.2", status=(1, 2, 137), ulfm=True, servers=2)
+    assert "(rank 3) has ended" in done.stderr and time.monotonic() - began < 60 and not site.run.finished.exists()
+    site.train(2, status=0)
+    site.check()
+
+
+def test_a_run_goes_on_with_another_number_of_servers_and_their_state(site):
+    """Also: a worker that is killed while others serve, and a signal to a server of a slice."""
+    options = ["--rule", "dc_asgd_a", "--rule.momentum_at", "server", "--rule.momentum", "0.5"]
+    site.train(3, *options, "--inject", "term@step20:rank1,kill@step9:rank3", status=75, ulfm=True)
+    site.train(2, *options, "--inject", "term@step10:rank4", status=75, servers=3)
+    site.train(2, *options, "--inject", "kill@step9:rank2", status=3, servers=2, ulfm=True)
     site.check()
 
 

@@ -29,6 +29,8 @@ ONE_HOST, TWO_HOSTS, SHORT_COUNTS = "asgd_mpi.train", "two_hosts", "short_counts
 HEAVY_BALL, NESTEROV = ["--rule.momentum_at", "server"], ["--rule.weight_decay", "0"]   # as torch.optim.SGD has them
 OVERLAP, AUTO, N_SYNC, SYNC = ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"], ["--n-sync", "3"], ["--rule", "sync"]
 BFLOAT16, FLOAT16 = ["--exchange.wire", "bfloat16"], ["--exchange.wire", "float16", *OVERLAP]
+DC_ASGD = ["--rule", "dc_asgd_a", "--rule.momentum_at", "server", "--rule.momentum", "0.5"]
+WIDE = ["--model", "networks_for_tests:wide", "--run.epochs", "1.25"]
 RUNS = [("openmpi", ONE_HOST, 1, HEAVY_BALL), ("openmpi", ONE_HOST, 1, NESTEROV), ("openmpi", ONE_HOST, 2, HEAVY_BALL),
         ("openmpi", ONE_HOST, 3, []), ("openmpi", ONE_HOST, 1, N_SYNC), ("openmpi", ONE_HOST, 3, N_SYNC),
         ("openmpi", ONE_HOST, 3, OVERLAP),
@@ -36,40 +38,46 @@ RUNS = [("openmpi", ONE_HOST, 1, HEAVY_BALL), ("openmpi", ONE_HOST, 1, NESTEROV)
         ("mpich", ONE_HOST, 1, HEAVY_BALL), ("mpich", ONE_HOST, 3, []), ("mpich", ONE_HOST, 3, AUTO), ("mpich", TWO_HOSTS, 3, []),
         ("openmpi", ONE_HOST, 3, SYNC), ("openmpi", ONE_HOST, 3, ["--rule", "easgd"]),
         ("mpich", TWO_HOSTS, 3, ["--rule", "downpour", "--n-sync", "2"]), ("openmpi", TWO_HOSTS, 3, BFLOAT16),
-        ("mpich", TWO_HOSTS, 3, FLOAT16), ("openmpi", SHORT_COUNTS, 3, []), ("mpich", SHORT_COUNTS, 3, BFLOAT16)]
+        ("mpich", TWO_HOSTS, 3, FLOAT16), ("openmpi", SHORT_COUNTS, 3, []), ("mpich", SHORT_COUNTS, 3, BFLOAT16),
+        # ... and with several servers
+        ("openmpi", ONE_HOST, 1, HEAVY_BALL, 2), ("openmpi", ONE_HOST, 2, DC_ASGD, 3), ("openmpi", ONE_HOST, 2, ["--rule", "easgd"], 2),
+        ("openmpi", TWO_HOSTS, 3, AUTO, 3), ("openmpi", SHORT_COUNTS, 3, [*BFLOAT16, *WIDE], 3), ("mpich", TWO_HOSTS, 3, [], 3)]
 
 
 class Finished:
     """A finished run and what was recorded of it."""
 
-    def __init__(self, run: RunDir, num_workers: int, options: list[str], output: str):
+    def __init__(self, run: RunDir, num_workers: int, options: list[str], num_servers: int, output: str):
+        self.num_ranks = num_workers + num_servers
         self.run, self.num_workers, self.options, self.output = run, num_workers, options, output
         self.reads_own_pushes = options not in (OVERLAP, AUTO, FLOAT16)
         self.config = configuration.from_yaml(run.config.read_text())
-        self.task = open_task(self.config)
+        self.task, self.epochs = open_task(self.config), self.config.run.epochs
         self.pushes = list(read_pushes(run.pushes))
-        self.events = [list(read_events(run.metrics_of(rank))) for rank in range(num_workers + 1)]
+        self.events = [list(read_events(run.metrics_of(rank))) for rank in range(self.num_ranks)]
         self.saved, self.manifest = checkpoint.load(run.checkpoint(len(self.pushes)))
 
     def of(self, kind):
         return [(rank, event) for rank, events in enumerate(self.events) for event in events if isinstance(event, kind)]
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=lambda run: "-".join([*run[:2], str(run[2]), *run[3][1:]]))
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: "-".join([*run[:2], str(run[2]), *run[3][1:],
+                                                                            *(f"{number} servers" for number in run[4:])]))
 def finished(request, digits, tmp_path_factory) -> Finished:
     """A short run on the digits, with random delays in the workers and a hash of every snapshot."""
-    vendor, module, num_workers, options = request.param
+    vendor, module, num_workers, options, num_servers = (*request.param, 1)[:5]
     launcher, directory = request.getfixturevalue(vendor), tmp_path_factory.mktemp("run")
     done = launcher.train(
-        num_workers + 1, "--data", str(digits), "--model", "networks_for_tests:restless", "--epochs", "2.5",
-        "--run.dir", "run", "--record.hash_snapshots", "true", "--compute.threads", "1", *options, cwd=directory, module=module)
+        num_workers + num_servers, "--data", str(digits), "--model", "networks_for_tests:restless", "--epochs", "2.5",
+        "--run.dir", "run", "--record.hash_snapshots", "true", "--compute.threads", "1", *options,
+        "--servers", str(num_servers), cwd=directory, module=module)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Finished(RunDir.open(directory / "run"), num_workers, options, done.stdout)
+    return Finished(RunDir.open(directory / "run"), num_workers, options, num_servers, done.stdout)
 
 
 def test_every_push_is_applied_exactly_once_and_every_sample_is_used_exactly_once(finished):
     samples = finished.task.train.num_samples
-    found = audit(finished.pushes, samples, round(2.5 * samples), finished.num_workers, finished.reads_own_pushes)
+    found = audit(finished.pushes, samples, round(finished.epochs * samples), finished.num_workers, finished.reads_own_pushes)
     assert not found.violations and not any(epoch.missing or epoch.repeated for epoch in found.epochs)
     assert [push.version for push in finished.pushes] == list(range(len(finished.pushes)))
     assert {push.worker for push in finished.pushes} == set(range(finished.num_workers))
@@ -178,11 +186,11 @@ def test_the_checkpoint_is_evaluated_to_the_errors_that_the_run_reported(finishe
 def test_the_report_agrees_with_the_record(finished):
     summary = summarize(finished.run)
     assert (summary.status, summary.problems) == ("finished", [])
-    assert summary.images == summary.images_trained == round(2.5 * 1437)
-    assert summary.epochs_done == pytest.approx(2.5, rel=1e-3)
+    assert summary.images == summary.images_trained == round(finished.epochs * 1437)
+    assert summary.epochs_done == pytest.approx(finished.epochs, rel=1e-3)
     assert summary.bytes_pushed >= 4 * len(finished.pushes) and not summary.audit.violations
     assert "report: run/report/report.html" in finished.output and (finished.run.report / "report.json").exists()
-    assert [event.status for _, event in finished.of(End)] == ["finished"] * (finished.num_workers + 1)
+    assert [event.status for _, event in finished.of(End)] == ["finished"] * finished.num_ranks
 
 
 def test_a_network_with_batch_norm_is_saved_with_the_statistics_it_was_validated_with(openmpi, digits, tmp_path):
