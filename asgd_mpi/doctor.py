@@ -75,6 +75,7 @@ def _parse(arguments: Sequence[str]) -> jsonargparse.Namespace:
     parser.add_argument("--model", default="digits_cnn", help=f"The network to be trained: {networks.FORMS}.")
     parser.add_argument("--ring", type=int, default=3, help="Snapshots in the window (--exchange.ring).")
     parser.add_argument("--wire", type=Literal[WIRES], default="float32", help="What travels (--exchange.wire).")
+    parser.add_argument("--servers", type=jsonargparse.typing.PositiveInt, default=1, help="Ranks that serve (--exchange.servers).")
     parser.add_argument("--data", default=".", help="Directory in which HDF5 file locking is tried.")
     parser.add_argument("--megabytes", type=jsonargparse.typing.PositiveInt, default=4, help="Size of the test window.")
     parser.add_argument("--deadline-s", type=jsonargparse.typing.PositiveFloat, default=10.0,
@@ -100,6 +101,10 @@ class Examination:
         own = found.ranks[0]
         found.ranks = [Rank(**facts | {"gpus": tuple(Gpu(*gpu) for gpu in facts["gpus"])})
                        for facts in self.step("host: facts", lambda: asdict(own) | _machine_facts())]
+        if options.servers > 1:               # number the ranks as a training does
+            order = self.step("world: roles", lambda: topology.arrange([rank.host for rank in found.ranks], 1, options.servers))[0]
+            self.world.renumber(order)
+            found.ranks, found.num_servers = [found.ranks[rank] for rank in order], options.servers
         build = "parallel" if h5py.get_config().mpi else "serial"
         found.hdf5 = f"{h5py.version.hdf5_version}, h5py {h5py.__version__}, {build}"
         locking = self.step("file: locking", lambda: asdict(_try_locking(Path(options.data))) if self.world.is_server else {})
@@ -183,10 +188,11 @@ class Examination:
             return None
         classes, channels, pixels = DIGITS if options.model == "digits_cnn" else IMAGENET
         module = networks.build(options.model, classes, channels, pixels)
-        layout = Layout(num_floats(module), options.ring, places.num_workers, num_statistics(module), options.wire)
-        local = places.num_on_host_of(SERVER) - 1
-        return asdict(Need(options.model, layout.num_parameters, options.ring, layout.server_bytes,
-                           local * layout.worker_bytes))
+        layout = Layout(num_floats(module), options.ring, places.num_workers, num_statistics(module), options.wire, options.servers)
+        here = [rank for rank, host in enumerate(places.hosts) if host == places.hosts[SERVER]]
+        window = sum(layout.of(places.servers.index(rank)).server_bytes for rank in here if rank in places.servers)
+        local = sum(rank in places.workers for rank in here)
+        return asdict(Need(options.model, layout.num_parameters, options.ring, window, local * layout.worker_bytes))
 
     def _stuck(self, name: str) -> None:
         """This rank is inside MPI, or behind a rank that is, and past the limit: say so and leave."""

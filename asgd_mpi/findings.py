@@ -83,6 +83,7 @@ class Findings:
     size: int                            # of the world
     launched: int | None = None          # processes that the launcher says it started
     slurm_tasks: int | None = None
+    num_servers: int = 1
     need: Need | None = None
     hdf5: str = ""                       # version and build
     locking: Locking | None = None
@@ -95,7 +96,8 @@ class Findings:
 
     @property
     def places(self) -> Topology:
-        return Topology(tuple(rank.host for rank in self.ranks), tuple(rank.gpus for rank in self.ranks))
+        return Topology(tuple(rank.host for rank in self.ranks), tuple(rank.gpus for rank in self.ranks),
+                        num_servers=self.num_servers)
 
 
 def diagnose(found: Findings) -> list[Row]:
@@ -132,7 +134,8 @@ def _world(found: Findings) -> Iterator[Row]:
     elif size == 1:
         yield Row("world", NOTE, "1 rank: the links to other ranks were not tested; training needs 2 or more")
     else:
-        yield Row("world", OK, f"{size} ranks = 1 server + {places.num_workers} workers; ranks by host: {per_host}")
+        yield Row("world", OK, f"{size} ranks = {places.num_servers} server{'s' * (places.num_servers > 1)} + {places.num_workers} "
+                  f"workers; ranks by host: {per_host}")
     if found.slurm_tasks and size > 1:
         same = found.slurm_tasks == size
         yield Row("Slurm", OK if same else NOTE, f"{found.slurm_tasks} tasks, {size} ranks"
@@ -230,7 +233,7 @@ def _shared_memory(found: Findings) -> Iterator[Row]:
 
 
 def _gpus(found: Findings) -> Iterator[Row]:
-    workers = found.ranks[SERVER + 1:]
+    workers, servers = [found.ranks[rank] for rank in found.places.workers], found.num_servers
     without = [number for number, rank in enumerate(workers, start=1) if not rank.gpus]
     shared = [ranks for ranks in found.places.workers_by_gpu().values() if len(ranks) > 1]
     if not workers:
@@ -242,8 +245,8 @@ def _gpus(found: Findings) -> Iterator[Row]:
                   "Ask for GPUs on every host that has workers (`#SBATCH --gpus-per-node`), and bind none to single tasks.")
     elif shared:
         yield Row("GPUs", PROBLEM, f"ranks {' and '.join(', '.join(map(str, ranks)) for ranks in shared)} share a GPU",
-                  "Start one worker for each GPU (tasks = GPUs + 1, for the server), or train with --compute.workers_per_gpu "
-                  f"{max(map(len, shared))}.")
+                  f"Start one worker for each GPU (tasks = GPUs + {servers}, for the server{'s' * (servers > 1)}), or train with "
+                  f"--compute.workers_per_gpu {max(map(len, shared))}.")
     else:
         yield Row("GPUs", OK, "a GPU for each worker, none for the server")
 

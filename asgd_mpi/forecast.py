@@ -8,8 +8,8 @@ Pure discrete-event simulation, one heap, three events for each push:
             with overlap it has gone on at SEND, and sends again when both are done
 
 S servers hold equal parts of the vector and see all pushes in the same order, so one event serves for all of them: their
-queues are a vector, and differ by the spread of their updates. Several servers, and int8 on the wire, are features to come
-(`Costs.future`): the model knows them, the training does not yet.
+queues are a vector, and differ by the spread of their updates; the few words by which they keep step are left out. int8 on the
+wire is a feature to come (`Costs.future`): the model knows it, the training does not yet.
 
 What it leaves out: ranks that share cores (but see `calibrate`), validation, the end of a run, the loader falling behind,
 workers that share a link, and that a server applies waiting pushes in one pass.
@@ -115,8 +115,7 @@ class Costs:
     @property
     def future(self) -> list[str]:
         """What of this only the model can do."""
-        return [*([f"{self.num_servers} servers"] if self.num_servers > 1 else []),
-                *([f"wire format {self.wire}"] if self.wire in FUTURE_WIRES else [])]
+        return [f"wire format {self.wire}"] if self.wire in FUTURE_WIRES else []
 
 
 @dataclass(frozen=True)
@@ -331,7 +330,7 @@ CHANGES: tuple[tuple[str, Callable[[Costs], Costs]], ...] = (
     ("overlap (--exchange.overlap true)", lambda costs: replace(costs, overlap=True)),
     ("2 bytes a number on the links (--exchange.wire bfloat16)", lambda costs: replace(
         costs, wire="bfloat16") if costs.link_s and costs.wire == "float32" else costs),
-    ("twice the servers (to come)", lambda costs: replace(costs, num_servers=2 * costs.num_servers)),
+    ("twice the servers (--servers), each with cores of its own", lambda costs: replace(costs, num_servers=2 * costs.num_servers)),
 )
 
 

@@ -62,8 +62,8 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--step-ms", type=Optional[float], help="A batch on a GPU (default: the run's; 100 with --probe).")
     parser.add_argument("--spread", type=Optional[float], help="Standard deviation of a batch's time over its mean.")
     parser.add_argument("--workers", type=str, default=DEFAULT_WORKERS, metavar="N,N,...", help=f"Up to {MAX_WORKERS}.")
-    parser.add_argument("--servers", type=int, default=1, help=f"Up to {MAX_SERVERS}, which share the weights. The model "
-                        "only: a training has one.")
+    parser.add_argument("--servers", type=int, default=1, help=f"Up to {MAX_SERVERS}, which share the weights, each "
+                        "with cores of its own.")
     parser.add_argument("--n-push", type=str, default="", metavar="N|auto", help="Batches a push (default: the run's).")
     parser.add_argument("--n-fetch", type=Optional[int], help="Batches between two fetches (default: n_push).")
     parser.add_argument("--overlap", action="store_true", help="Compute while a push is under way.")
@@ -152,6 +152,9 @@ def observe(run: RunDir) -> Observation:
     if n_push == "auto" or summary.config.get("exchange.overlap") or rule == "sync":
         raise RunDirError(f"{run.path} hides what a push costs behind the computation, or behind other workers (overlap, "
                           "n_push auto, rule sync): calibrate with a run that does not; the plan may then have --overlap.")
+    if summary.config.get("exchange.servers", 1) > 1:
+        raise RunDirError(f"{run.path} had several servers, which wait for each other: calibrate with a run that had one; the plan "
+                          "may then have --servers.")
     pushes = sum(rank.counts["pushes"] for rank in workers)
     images = sum(rank.counts["images"] for rank in workers) / pushes
     total = {phase: sum(rank.phases[phase] for rank in workers) for phase in ("data", "compute", "fetch")}
@@ -185,7 +188,8 @@ def describe(costs: Costs, outcomes: Sequence[Outcome], moves: Sequence[tuple[st
     lines = [f"a batch of {number(costs.batch, 0)} images: step {short(costs.step_s)} (spread {percent(costs.spread, 0)}); "
              f"a push ({pushes}): travel {short(costs.travel_s)}, update {short(costs.apply_s)} (spread "
              f"{percent(costs.apply_spread, 0)}), {short(costs.overhead_s)} more one at a time, fetch {short(costs.fetch_s)}"
-             + (f", link {short(costs.sent_s)} each way and {short(costs.latency_s)} of latency" if costs.link_s else "")]
+             + (f", link {short(costs.sent_s)} each way and {short(costs.latency_s)} of latency" if costs.link_s else "")
+             + (f"; {costs.num_servers} servers share it" if costs.num_servers > 1 else "")]
     if costs.future:
         lines.append(f"{' and '.join(costs.future)}: of the model only, the training cannot do that yet")
     lines.append("workers    images/s  efficiency  staleness  server busy  queue busy  batches a push")

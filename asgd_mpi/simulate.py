@@ -78,11 +78,16 @@ def _log(path: Path) -> Iterator[EventLog]:
 
 def _save(run: RunDir, task: Task, simulation: Simulation, pushes: EventLog) -> None:
     """Write the last version as a checkpoint."""
+    def freeze_(weights: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        weights.copy_(simulation.latest.weights)
+        for name, vector in state.items():
+            vector.copy_(computation.rule.state[name])
+
     data, computation = task.train, simulation.computation
     about = Manifest(0, 0, task.config.model.name, data.num_classes, task.channels, task.config.data.image_size,
                      data.fingerprint, list(data.mean), list(data.std))
     saver = Saver(run, 0, about, computation.flat, computation.rule, task.config.checkpoint.keep, pushes.sync)
-    saver.begin(1, simulation.latest.weights, simulation.ledger, None, None, set())
+    saver.begin(1, freeze_, simulation.ledger, None, None, set())
     saver.finish(simulation.latest.version, task.config.run.timeout_s)
     saver.close()
 

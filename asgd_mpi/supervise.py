@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from asgd_mpi import config as configuration
 from asgd_mpi import launch, local
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.record.events import Start, read_events
@@ -52,8 +53,8 @@ def find_launcher(given: str = "") -> Begin:
 
 def _in_allocation(allocation: launch.Allocation, number: int, num_ranks: int) -> list[str]:
     if num_ranks > allocation.num_tasks:
-        raise ConfigError(f"{num_ranks - 1} workers and their server are {num_ranks} tasks, and this job has "
-                          f"{allocation.num_tasks}: ask for more --ntasks, or fewer --workers.")
+        raise ConfigError(f"{num_ranks} ranks are wanted, workers and what serves them, and this job has {allocation.num_tasks} "
+                          "tasks: ask for more --ntasks, or fewer --workers.")
     return allocation.part(num_ranks).launchers()[number].split()
 
 
@@ -66,7 +67,9 @@ def train(begin: Begin, num_workers: int, arguments: Sequence[str], seconds: flo
     Raises RunDirError if `output`, which is appended to, cannot be written.
     """
     run = RunDir(Path(arguments[list(arguments).index("--run.dir") + 1]))
-    command = [*begin(num_workers + 1), sys.executable, "-m", "asgd_mpi.train", *arguments]
+    asked = configuration.parse(list(arguments))
+    num_ranks = num_workers * asked.stages.number + asked.exchange.servers
+    command = [*begin(num_ranks), sys.executable, "-m", "asgd_mpi.train", *arguments]
     began, started = time.time(), None
     process = _start(command, output, env or {})
     try:

@@ -189,7 +189,7 @@ def test_the_command_plans_for_other_settings_and_marks_what_only_the_model_can(
                "--n-fetch", "8", "--overlap", "--step-ms", "100", "--batch-size", "64", "--spread", "0.1",
                "--link-latency-us", "20"]
     assert plan.main([str(RUN), *options, "--out", str(tmp_path)]) == 0
-    assert "64 servers and wire format int8: of the model only" in capsys.readouterr().out
+    assert "64 servers share it" in (printed := capsys.readouterr().out) and "wire format int8: of the model only" in printed
     costs = json.loads((tmp_path / "plan.json").read_bytes())["costs"]
     asked = {"num_servers": 64, "wire": "int8", "n_push": 4, "n_fetch": 8, "overlap": True, "step_s": 0.1, "batch": 64,
              "spread": 0.1, "latency_s": 2e-5}
@@ -235,3 +235,6 @@ def test_a_run_without_pushes_cannot_calibrate(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("")
     assert plan.main([str(tmp_path), "--out", str(tmp_path / "plan")]) == 2
     assert "nothing to calibrate with" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("  overlap: true", "  servers: 2"))
+    assert plan.main([str(tmp_path / "run"), "--out", str(tmp_path / "plan")]) == 2
+    assert "had several servers" in capsys.readouterr().err

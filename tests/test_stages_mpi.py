@@ -24,12 +24,14 @@ OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.b
 @pytest.mark.parametrize("vendor, module, num_workers, num_stages, options", [
     ("openmpi", "asgd_mpi.train", 1, 3, ["--stages.at", "second,last", "--stages.schedule", "gpipe", "--n-sync", "2"]),
     ("openmpi", "two_hosts", 2, 2, ["--stages.balance", "time"]),
+    ("openmpi", "asgd_mpi.train", 2, 2, ["--servers", "2"]),
     ("mpich", "asgd_mpi.train", 1, 2, [])])
 def test_replicas_of_stages_replay_in_one_process_to_the_bit(
         request, digits, tmp_path, vendor, module, num_workers, num_stages, options):
     """The replay computes with the uncut network. With dropout, batch norm and tensors that cross several cuts."""
     launcher = request.getfixturevalue(vendor)
-    done = launcher.train(1 + num_workers * num_stages, "--data", str(digits), "--model", "networks_for_tests:crossed",
+    num_servers = 2 if "--servers" in options else 1
+    done = launcher.train(num_servers + num_workers * num_stages, "--data", str(digits), "--model", "networks_for_tests:crossed",
                           "--epochs", "1", "--stages", str(num_stages), *OPTIONS, *options, cwd=tmp_path, module=module)
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir.open(tmp_path / "run")

@@ -10,6 +10,7 @@ from asgd_mpi.record.summary import Summary
 from asgd_mpi.report.cost import Cost
 from asgd_mpi.report.units import number, percent, seconds, short
 
+SHARED_OUT = 1_000_000   # parameters, from which several servers are proposed: an update of fewer is a matter of some ms
 SATURATED = 0.8       # share of the time that the server is busy, from which more workers hardly help
 QUEUES = 0.5          # ... from which pushes queue for it
 WAITS = 0.15          # share of the workers' time from which a phase is worth a word
@@ -65,6 +66,9 @@ def _saturated(summary: Summary) -> str | None:
     if gain > 0.05:
         text += (f" Twice the batch (--data.batch_size {round(2 * batch)}) halves the updates for each image: expected up "
                  f"to +{percent(gain, 0)}, if a step then takes twice as long. Choose the learning rate anew.")
+    if summary.num_parameters and summary.num_parameters >= SHARED_OUT:
+        text += (f" More servers share the update out, on cores of their own: --servers "
+                 f"{2 * summary.config.get('exchange.servers', 1)}.")
     return text
 
 
