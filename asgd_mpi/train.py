@@ -1,8 +1,8 @@
 """Train a network by asynchronous SGD: `mpirun -np 8 python -m asgd_mpi.train` (1 server, 7 workers).
 
 Rank 0 reads the command line, checks everything that can be checked (`prepare`), makes the run directory and tells the
-others; then it serves and they work, or serve slices of the weights (`--servers`). A worker that fails is retired, and the others go on; a server that fails ends the job,
-with its own error as the first thing to see.
+others; then it serves and they work, or serve slices of the weights (`--servers`). A worker that fails is retired, and the
+others go on; a server that fails ends the job, with its own error as the first thing to see.
 
 Status: 0 finished; 3 finished, but with fewer workers than at the beginning; 75 asked to end by a signal, to be resumed
 (`--resume`); 2 something that the user can put right; 1 anything else. `finished.json` in the run directory is written
@@ -246,7 +246,7 @@ class _Part:
         del flat
         self.version = lambda: self.window.version
         fellow.run()
-        self.world.let_go_of_servers()
+        self.world.let_go_of(self.places.servers)
         self._close("finished", "")
         return 0
 
@@ -264,12 +264,12 @@ class _Part:
             failures.append(_tell(self.world, self.run, error))
             return failures[-1]
 
-        self.world.hold_on_to(self.places.servers)
+        self.world.hold_on_to([topology.SERVER])       # what else is needed the leader knows
         try:
             Assistant(self.meter, fails, self.injector.step, *crew.take()).run()
         except StageLost as error:             # the leader: the worker is retired without a word of its own
             fails(error)
-        self.world.let_go_of_servers()
+        self.world.let_go_of(self.places.servers)
         self._close("failed" if failures else "finished", "; ".join(failures))
         return 0
 
@@ -315,7 +315,7 @@ class _Part:
             leader.close()
         for loader in loaders:
             loader.close()
-        world.let_go_of_servers()
+        world.let_go_of(self.places.servers)
         self._close("failed" if failure else "left" if courier.mail.orders == Orders.LEAVE else "finished", failure)
         return 0
 

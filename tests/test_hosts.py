@@ -14,10 +14,11 @@ from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from conftest import finish
 
-NUM_WORKERS = 4   # ranks 0, 1 on the first host, 2, 3 on the second, 4 on the third
+NUM_WORKERS = 4   # ranks 0, 1 on the first host, 2, 3 on the second, 4 on the third; with 2 servers 4 is on the second, and serves
 
 
-@pytest.fixture(scope="module", params=[[], ["--exchange.n_push", "auto"]], ids=["every-step", "auto"])
+@pytest.fixture(scope="module", params=[[], ["--exchange.n_push", "auto"], ["--servers", "2"]],
+                ids=["every-step", "auto", "2 servers"])
 def finished(request, openmpi, digits, tmp_path_factory) -> RunDir:
     """A run over three hosts, joined by links of 0.2 ms and 2 Gbit/s, or by plain ones if the kernel has no netem.
 
@@ -110,9 +111,9 @@ def test_the_ranks_are_on_three_hosts(finished):
 def test_every_push_and_every_sample_counts_once_over_the_network(finished):
     pushes = list(read_pushes(finished.pushes))
     start = events(finished, Start)[0]
-    found = audit(pushes, start.num_samples, start.total_samples, NUM_WORKERS, start.reads_own_pushes)
+    found = audit(pushes, start.num_samples, start.total_samples, start.num_workers, start.reads_own_pushes)
     assert not found.violations and not any(epoch.missing or epoch.repeated for epoch in found.epochs)
-    assert {push.worker for push in pushes} == set(range(NUM_WORKERS))
+    assert {push.worker for push in pushes} == set(range(start.num_workers))
 
 
 def test_every_snapshot_fetched_over_the_network_is_one_published_version(finished):

@@ -11,7 +11,6 @@ waits for; a fellow whose process has ended raises ServerLost.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -55,7 +54,7 @@ class Applied(msgspec.Struct):
 class Command(msgspec.Struct, omit_defaults=True):
     """What a fellow is to do, in the order in which rank 0 does it."""
 
-    kind: Literal["publish", "apply", "begin", "give", "end"]
+    kind: Literal["publish", "apply", "begin", "give", "end", "leave"]
     version: int = 0                # publish, apply: of the next snapshot,
     samples: int = 0                # ... and its sample clock
     applied: list[Applied] = []     # apply: one after the other; with none nothing is published
@@ -127,12 +126,15 @@ class Fellows:
         self.await_done(poll, "go on")
 
     def end(self) -> None:
-        """Let them go, and hear of them no more."""
+        """Let them go, and hear of them no more: first of each other, so that none is missed by the others."""
         self.tell(Command("end"))
         self.await_done(self.poll, "end")
         for request in self._heard.values():
             request.Cancel()
             request.Free()
+        self.tell(Command("leave"))
+        wait.until(lambda: all(request.Test() for request, _ in self._sent), self._world.timeout_s,
+                   f"rank 0 waits for {', '.join(map(self._who, self.ranks))} to leave")
 
     def _listen(self, rank: int) -> MPI.Request:
         return self._world.comm.Irecv(self._words[rank], source=rank, tag=WORD)
@@ -186,14 +188,13 @@ class Desk:
 
     def __init__(self, world: World, window: ServerWindow, asked_to_leave: Callable[[], str] = lambda: ""):
         self._world, self._asked_to_leave = world, asked_to_leave
-        self._inbox = Inbox(world, window)
+        self._inbox, self._servers = Inbox(world, window), window.servers
         self._held: dict[int, Arrival] = {}                   # by worker
         self._commands: deque[Command] = deque()
         self._coming: tuple[MPI.Request, np.ndarray] | None = None
         self._sent: list[tuple[MPI.Request, np.ndarray]] = []
         self._gone: set[int] = set()
         self._number, self._told_of_signal = 0, False
-        self._polled = time.monotonic()
 
     def take(self, seconds: float) -> Command | None:
         """The next command, if one comes within so many seconds. Raises ServerLost."""
@@ -216,7 +217,8 @@ class Desk:
                 self._say(Word.SIGNAL)
             self._hear()
             self._sent = [sent for sent in self._sent if not sent[0].Test()]
-        self._world.demand_server()
+        if not self._commands:
+            self._world.demand_server()
         return bool(self._commands)
 
     def gradient(self, worker: int, packet: int) -> Vector:
@@ -243,6 +245,10 @@ class Desk:
         """The command that was taken last has been obeyed."""
         self._number += 1
         self._say(Word.DONE, self._number)
+
+    def let_go(self) -> None:
+        """The other servers may leave from now on, but for rank 0."""
+        self._world.let_go_of(set(self._servers) - {SERVER})
 
     def close(self) -> None:
         """Return when rank 0 knows all that was said."""

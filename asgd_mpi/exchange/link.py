@@ -71,6 +71,8 @@ class Outbox:
     def send(self, header: Header, num_bytes: int) -> None:
         """Start to send the header and the first `num_bytes` of the payload. Raises ServerLost."""
         self.sent += 1
+        if header.kind == Kind.GOODBYE:
+            self.world.let_go_of(self._servers[1:])
         with self.world.as_loss_of_server():
             self._requests = []
             for packet, server in zip(self._packets, self._servers if header.kind == Kind.GRADIENT else self._servers[:1]):
@@ -82,8 +84,8 @@ class Outbox:
         """Return when the packet has left. Raises ServerLost."""
         with self.world.as_loss_of_server():
             wait.until(lambda: _are_done(self._requests) or self.world.demand_server(), self.world.timeout_s,
-                       f"rank {self.world.rank} waits for rank {', '.join(map(str, self._servers))} to take its packet {self.sent}",
-                       wait.BUSY_S)
+                       f"rank {self.world.rank} waits for rank {', '.join(map(str, self._servers))} to take its packet "
+                       f"{self.sent}", wait.BUSY_S)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ class Layout:
     def of(self, number: int) -> Layout:
         """Of the memory of the server of a slice. Statistics go to the first one."""
         own = self.slices[number]
-        return replace(self, num_parameters=own.stop - own.start, num_servers=1, num_statistics=0 if number else self.num_statistics)
+        return replace(self, num_parameters=own.stop - own.start, num_servers=1,
+                       num_statistics=0 if number else self.num_statistics)
 
     def travels(self, number: int) -> slice:
         """The bytes of a slice, within a vector as it travels."""
@@ -248,8 +249,8 @@ class ServerWindow(_Window):
         self._questions = {worker: np.empty(2, np.int64) for worker in workers}  # where to read, and how many bytes
         self._asked = {worker: self._listen(worker) for worker in self._questions}
         met = self.world.comm.Ibarrier()
-        wait.until(lambda: self.answer() or met.Test(), self.world.timeout_s, f"rank {self.world.rank} waits for workers of other "
-                   "hosts to measure their links", wait.BUSY_S)
+        wait.until(lambda: self.answer() or met.Test(), self.world.timeout_s, f"rank {self.world.rank} waits for workers of "
+                   "other hosts to measure their links", wait.BUSY_S)
 
     def answer(self) -> None:
         """Let workers of other hosts read, with messages; to be called often."""
@@ -339,7 +340,7 @@ class WorkerWindow(_Window):
         own = segments.get(self.world.rank)
         has_own = own is not None and len(own)                # a worker on a server's host
         self.payload = torch.from_numpy(own[:self.whole.payload_bytes]) if has_own else None
-        self.near = [rank in segments for rank in self.servers]               # by slice: whether memory is shared with its server
+        self.near = [rank in segments for rank in self.servers]               # by slice: whether its server shares memory
         self._controls = np.empty((len(self.servers), CONTROL_WORDS), np.int64)
         self._mail = np.empty(wire.MAIL_WORDS, np.int64)
         self._questions = np.empty((len(self.servers), 2), np.int64)

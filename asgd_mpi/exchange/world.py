@@ -63,11 +63,12 @@ class World:
         for rank in set(servers) - {self.rank}:
             self._lifelines[rank] = self.comm.Irecv([bytearray(1), MPI.BYTE], source=rank, tag=LIFELINE)
 
-    def let_go_of_servers(self) -> None:
-        for request in self._lifelines.values():
+    def let_go_of(self, servers: Iterable[int]) -> None:
+        """They may end from now on: a process that leaves before others is taken for one that has failed."""
+        for rank in set(servers) & set(self._lifelines):
+            request = self._lifelines.pop(rank)
             request.Cancel()
             request.Free()
-        self._lifelines.clear()
 
     def demand_server(self) -> None:
         """Raises ServerLost if a server's process has failed (known under `mpirun --with-ft ulfm`)."""

@@ -34,11 +34,8 @@ class Fellow:
 
     def run(self) -> None:
         """Obey until the end. Raises ServerLost."""
-        kind = ""
-        while kind != "end":
-            command = self.desk.take(LOOK_S)
+        while (command := self.desk.take(LOOK_S)) is None or command.kind != "leave":
             if command:
-                kind = command.kind
                 self._obey(command)
                 self.desk.done()
             self.meter.tick()
@@ -56,6 +53,8 @@ class Fellow:
                 vectors = {WEIGHTS: self.window.latest, **self.rule.state}
                 with self.meter.phase("checkpoint"):
                     self.desk.give([vectors[name] for name in command.names])
+            case "end":
+                self.desk.let_go()
 
     def _publish_first(self, command: Command) -> None:
         with self.window.next_snapshot(command.version, command.samples) as fresh:
