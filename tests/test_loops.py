@@ -12,7 +12,7 @@ from asgd_mpi.exchange import codec
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record import checkpoint
-from asgd_mpi.record.events import Checkpoint, EventLog, Fetch, Interval, Publish, read_events, read_log, read_pushes
+from asgd_mpi.record.events import Checkpoint, EventLog, Fetch, Interval, Publish, Validation, read_events, read_log, read_pushes
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.progress import Progress
@@ -165,6 +165,17 @@ def test_the_final_score_is_of_the_last_version_and_of_every_validation_image(di
     pushes = cluster.train()
     score = cluster.server.final_score
     assert (score.version, score.num_images, score.final) == (len(pushes), 360, True)
+
+
+def test_the_final_error_is_told_with_the_stored_statistics_too_as_a_run_that_keeps_to_them_has_it(digits, tmp_path):
+    final = {}
+    for policy in ("recalibrate", "local"):
+        task = make_task(digits, "--model", "networks_for_tests:normed", "--model.batchnorm", policy, "--run.validate_every", "9")
+        cluster = Cluster(task, 1, tmp_path / policy)
+        cluster.train()
+        [final[policy]] = [event for event in read_events(cluster.run.metrics_of(0)) if isinstance(event, Validation)]
+    assert final["recalibrate"].stored_top1_error == final["local"].top1_error != final["recalibrate"].top1_error
+    assert final["local"].stored_top1_error is None
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):

@@ -9,7 +9,7 @@ ORDER = ["errors", "signals", "launch", "local", "inject", "server.pace", "serve
          "forecast", "record.rundir", "record.ranklog", "record.events", "record.history", "record.audit", "record.timeline",
          "record.readings", "record.summary", "record.nvml", "record.board",
          "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "stages",
-         "server.ledger", "server.rules", "server.schedule", "exchange", "server.saver", "server.serve", "worker", "task",
+         "server.ledger", "server.rules", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "worker", "task",
          "report", "evaluate", "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc", "resume",
          "prepare", "train", "findings", "doctor"]
 
