@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from asgd_mpi import config as configuration
 from asgd_mpi.errors import RunDirError, TrainingDiverged
@@ -165,6 +166,20 @@ def test_the_final_score_is_of_the_last_version_and_of_every_validation_image(di
     pushes = cluster.train()
     score = cluster.server.final_score
     assert (score.version, score.num_images, score.final) == (len(pushes), 360, True)
+
+
+def test_a_compiled_network_is_used_compiled_and_replays_to_the_bit(digits, tmp_path, monkeypatch):
+    compiled, compile_ = [], nn.Module.compile
+
+    def without_code(module):                     # a back end that needs no compiler of C++
+        compiled.append(module)
+        compile_(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", without_code)
+    cluster = Cluster(make_task(digits, "--compute.compile", "true", epochs=0.3), 1, tmp_path)
+    pushes = cluster.train()
+    assert len(compiled) == 1 and compiled[0]._compiled_call_impl
+    assert torch.equal(replay(cluster.task, pushes, 1)[0].weights, cluster.server.window.latest)
 
 
 def test_the_final_error_is_told_with_the_stored_statistics_too_as_a_run_that_keeps_to_them_has_it(digits, tmp_path):
