@@ -46,6 +46,7 @@ class Costs:
     fetch_s: float                             # one read of the weights
     travel_s: float = 0.0                      # from the end of a step to the server's turn, and back to the worker's notice
     overhead_s: float = 0.0                    # for a push, beside the update: nobody else is served
+    shared_s: float = 0.0                      # for a batch, the same: what ranks that share cores cannot compute at a time
     spread: float = 0.0                        # standard deviation of a batch's step over its mean
     apply_spread: float = 0.0                  # ... and of an update
     link_s: float = 0.0                        # the whole vector in float32 on a server's link, one at a time each way
@@ -78,7 +79,7 @@ class Costs:
     @property
     def serve_s(self) -> float:
         """A server's time for a push: its part of the update, and what it does for any message."""
-        return self.apply_s / self.num_servers + self.overhead_s
+        return self.apply_s / self.num_servers + self.overhead_s + self.push_batches * self.shared_s
 
     @property
     def trip_s(self) -> float:
@@ -104,8 +105,9 @@ class Costs:
 
     @property
     def limit(self) -> float:
-        """Images/s that no number of workers exceeds; n_push auto has none, its pushes grow."""
-        return math.inf if self.n_push == "auto" or not self.slowest_s else self.batch * self.push_batches / self.slowest_s
+        """Images/s that no number of workers exceeds; under n_push auto pushes grow, and only what is shared limits them."""
+        seconds, batches = (self.shared_s, 1) if self.n_push == "auto" else (self.slowest_s, self.push_batches)
+        return self.batch * batches / seconds if seconds else math.inf
 
     @property
     def knee(self) -> float:
@@ -174,7 +176,7 @@ class _Simulation:
             if event == SEND:
                 self._computed(t, number, amount)
             elif event == SERVE:
-                wait_s, finished = self.serve(t)
+                wait_s, finished = self.serve(t, amount[1])
                 if len(done) >= counted_from:
                     staleness.append(len(done) - amount[0])
                     batches += amount[1]
@@ -247,15 +249,15 @@ def steps(mean_s: float, spread: float, chance: random.Random) -> Callable[[], f
 
 
 def _servers(costs: Costs, seed: int) -> Callable[[float], tuple[float, float]]:
-    """serve(t): a push arrives at all servers; how long it waits for the last of them, and when the last is done with it."""
+    """serve(t, batches): a push arrives at all servers; how long it waits for the last, and when the last is done with it."""
     apply_s = costs.apply_s / costs.num_servers
     free, chance = np.zeros(costs.num_servers), np.random.default_rng(seed)
     sigma2 = math.log(1 + costs.apply_spread ** 2)
 
-    def serve(t: float) -> tuple[float, float]:
+    def serve(t: float, batches: int) -> tuple[float, float]:
         start = np.maximum(t, free)
         times = chance.lognormal(-sigma2 / 2, math.sqrt(sigma2), costs.num_servers) if sigma2 else 1.0
-        free[:] = start + apply_s * times + costs.overhead_s
+        free[:] = start + apply_s * times + costs.overhead_s + batches * costs.shared_s
         return float(start.max()) - t, float(free.max())
 
     return serve
@@ -274,8 +276,8 @@ def calibrate(observations: Sequence[Observation]) -> Costs:
     """Fill in what no clock measures, so that the model gives the measured images/s of the smallest and the largest run.
 
     The smallest run gives `travel_s`: what its cycle holds beside step, update and fetch. A larger one gives what of that
-    cycle the workers cannot do at the same time: its update, slower where ranks share cores and memory, and `overhead_s`,
-    the server's other work and the rest of such sharing. Both come off travel, step and fetch, in this order.
+    cycle the workers cannot do at the same time: its update, slower where ranks share cores and memory, and the server's other
+    work and the rest of such sharing: `overhead_s` as far as it comes off the travel of a push, `shared_s` off a batch's step.
     """
     smallest = min(observations, key=lambda observation: observation.num_workers)
     largest = max(observations, key=lambda observation: observation.num_workers)
@@ -296,14 +298,14 @@ def calibrate(observations: Sequence[Observation]) -> Costs:
         largest.images_per_s, shared.cycle_s - shared.serve_s))
 
 
-def _move(costs: Costs, into: str, seconds: float) -> Costs:
+def _move(costs: Costs, into: Literal["apply_s", "overhead_s"], seconds: float) -> Costs:
     """Move up to `seconds` of a push's cycle from where workers are independent to where only one at a time can be."""
-    changed, rest = {}, max(0.0, seconds)
-    for name, times in (("travel_s", 1), ("step_s", costs.push_batches), ("fetch_s", costs.fetches)):   # in a push
-        taken = min(rest, times * getattr(costs, name))
-        changed[name], rest = getattr(costs, name) - taken / times, rest - taken
-    changed[into] = getattr(costs, into) + max(0.0, seconds) - rest
-    return replace(costs, **changed)
+    travel_s = min(max(0.0, seconds), costs.travel_s)
+    step_s = min(max(0.0, seconds) - travel_s, costs.push_batches * costs.step_s) / costs.push_batches
+    left = replace(costs, travel_s=costs.travel_s - travel_s, step_s=costs.step_s - step_s)
+    if into == "apply_s":
+        return replace(left, apply_s=costs.apply_s + travel_s + costs.push_batches * step_s)
+    return replace(left, overhead_s=costs.overhead_s + travel_s, shared_s=costs.shared_s + step_s)
 
 
 def _solve(rate, target: float, high: float) -> float:

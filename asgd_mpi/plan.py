@@ -187,7 +187,8 @@ def describe(costs: Costs, outcomes: Sequence[Outcome], moves: Sequence[tuple[st
     pushes = f"n_push {costs.n_push}, n_fetch {costs.n_fetch or costs.n_push}{', overlap' if costs.overlaps else ''}"
     lines = [f"a batch of {number(costs.batch, 0)} images: step {short(costs.step_s)} (spread {percent(costs.spread, 0)}); "
              f"a push ({pushes}): travel {short(costs.travel_s)}, update {short(costs.apply_s)} (spread "
-             f"{percent(costs.apply_spread, 0)}), {short(costs.overhead_s)} more one at a time, fetch {short(costs.fetch_s)}"
+             f"{percent(costs.apply_spread, 0)}), {short(costs.overhead_s)} more and {short(costs.shared_s)} for each batch one at a "
+             f"time, fetch {short(costs.fetch_s)}"
              + (f", link {short(costs.sent_s)} each way and {short(costs.latency_s)} of latency" if costs.link_s else "")
              + (f"; {costs.num_servers} servers share it" if costs.num_servers > 1 else "")]
     if costs.future:

@@ -110,7 +110,7 @@ def _run(options: jsonargparse.Namespace, passed_on: list[str]) -> int:
         raise ConfigError(f"--minutes {options.minutes:g}: give the minutes that each run may train, above 0.")
     stem = Path(options.config_file).stem
     out = Path(options.out or (f"runs/poc-{stem}" if stem else "runs/poc"))
-    _demand_same(out, config)
+    _demand_same(out, yaml.safe_load(configuration.to_yaml(config)) | {"poc": {"sync_lr": options.sync_lr}})
     left = {trial: _left_s(out / trial.name, budget_s) for trial in wanted}
     print(f"{count(len(wanted), 'run')} of at most {_time(budget_s)} each in {out}; "
           f"{sum(not rest for rest in left.values())} done, {_time(sum(left.values()))} to go at most", flush=True)
@@ -171,16 +171,16 @@ def _one_worker_lr(config: Config) -> float:
     return configuration.with_recipe(config, networks.recipe(config.model.name)).schedule.lr
 
 
-def _demand_same(out: Path, config: Config) -> None:
+def _demand_same(out: Path, now: dict[str, dict]) -> None:
     """Keep the settings that all runs of `out` share; raises ConfigError if they are others than those there."""
-    file, now = out / "settings.yaml", yaml.safe_load(configuration.to_yaml(config))
+    file = out / "settings.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
         before = yaml.safe_load(file.read_bytes()) if file.exists() else None
     except (OSError, yaml.YAMLError) as error:
         raise RunDirError(f"{file} cannot be read or made ({error}): give another directory with --out DIR.") from error
     if before is None:
-        write_whole(file, configuration.to_yaml(config).encode())
+        write_whole(file, yaml.safe_dump(now, sort_keys=False).encode())
         return
     other = [f"{section}.{name} was {before.get(section, {}).get(name)!r}, is {value!r}"
              for section, values in now.items() for name, value in values.items()

@@ -9,7 +9,7 @@ from asgd_mpi import inject, resume, topology
 from asgd_mpi.config import Config, ConfigError
 from asgd_mpi.exchange.window import Layout
 from asgd_mpi.model.flat import num_floats
-from asgd_mpi.record import board
+from asgd_mpi.record import board, checkpoint
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.server import rulebook, slices
 from asgd_mpi.task import Task, complete, open_task
@@ -67,7 +67,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
         return {"status": 0}
     if point:
         with run.locked():
-            resume.clean(run)
+            checkpoint.clean(run)
             run.finished.unlink(missing_ok=True)
     else:
         run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))

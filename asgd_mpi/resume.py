@@ -6,7 +6,6 @@ No MPI. `find` reads the run directory, `demand_same` compares settings, `descri
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,12 +126,6 @@ def describe(run: RunDir, point: Point, num_workers: int | None, total_samples: 
                    f"{max(0, num_workers - len(kept))} begin without")
     yield (f"lost: {len(lost)} pushes ({sum(push.positions for push in lost)} images) that were applied after that, and "
            "those in flight; their images are trained again")
-
-
-def clean(run: RunDir) -> None:
-    """Remove what an earlier start has left of unfinished checkpoints."""
-    for left in [*run.checkpoints.glob(".saving*"), *run.checkpoints.glob(".best*")]:
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _what(manifest: Manifest) -> str:

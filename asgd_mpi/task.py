@@ -132,7 +132,7 @@ def complete(config: Config) -> Config:
         if not (EMBEDDED_DIR / MANIFEST).exists():
             from data_prep import digits  # brings scikit-learn, which nothing else needs
 
-            digits.prepare(EMBEDDED_DIR)
+            digits.prepare_once(EMBEDDED_DIR)
     if data.image_size is None:
         shape = open_split(data.source, data.path, "train").image_shape
         data = replace(data, image_size=min(shape[0], JPEG_SIZE) if shape else JPEG_SIZE)

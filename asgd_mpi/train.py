@@ -61,6 +61,7 @@ from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
 from asgd_mpi.server.rules import Rule, make_rule
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
+from asgd_mpi.server.stability import LossWatch
 from asgd_mpi.stages.cut import cut
 from asgd_mpi.stages.plan import Seconds, StagePlan, measure, predicted_bubble, render
 from asgd_mpi.stages.schedule import bubble
@@ -214,7 +215,7 @@ class _Part:
             self.window, inbox, ledger, rule, self.meter, self.log, pushes, progress,
             self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots,
             config.exchange.wire, statistics, workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves),
-            signals.asked_to_leave, self.injector.step, fellows)
+            LossWatch(config.rule.momentum, config.rule.momentum_at), signals.asked_to_leave, self.injector.step, fellows)
         self.version = lambda: ledger.version
         server.publish_first(first)
         try:
@@ -336,8 +337,11 @@ class _Part:
             status = RESUME_ME
         else:
             score = server.final_score
+            stored = score.stored_top1_error
+            differs = "" if stored in (None, score.top1_error) else (
+                f"; {100 * (1 - stored):.2f} % with the workers' own batch-norm statistics, not measured anew")
             print(f"version {score.version}: {100 * (1 - score.top1_error):.2f} % of {score.num_images} validation images "
-                  f"right (top-5 {100 * (1 - score.top5_error):.2f} %)\ncheckpoint: {where}", flush=True)
+                  f"right (top-5 {100 * (1 - score.top5_error):.2f} %){differs}\ncheckpoint: {where}", flush=True)
             status = DEGRADED if server.is_degraded else 0
             write_whole(self.run.finished, msgspec.json.format(msgspec.json.encode({
                 "status": status, "version": score.version, "top1_error": score.top1_error, "top5_error": score.top5_error,

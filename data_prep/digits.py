@@ -4,13 +4,17 @@ Out: raw uint8 (8, 8, 1) shards; 1437 train and 360 val images, split per class 
 so that a trial takes the same path as ImageNet.
 """
 
+import fcntl
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from asgd_mpi.data.shards import MANIFEST
 from data_prep import arrays, run
+from data_prep.writer import explained
 
 SHARD_SIZE = 512
 NUM_VAL = 360
@@ -30,6 +34,18 @@ def prepare(out: Path) -> None:
     splits = {name: (images[rows], digits.target[rows], [f"digits/{row}" for row in rows])
               for name, rows in (("train", train), ("val", val))}
     arrays.write(out, splits, [str(name) for name in digits.target_names], SHARD_SIZE)
+
+
+def prepare_once(out: Path) -> None:
+    """`prepare`, however many jobs want the data set at the same moment; returns when it is there."""
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(out.with_name(f".{out.name}.lock"), "w")
+    with lock:
+        with suppress(OSError):           # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / MANIFEST).exists():
+            prepare(out)
 
 
 if __name__ == "__main__":

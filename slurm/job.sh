@@ -95,3 +95,14 @@ train() {
   echo "failed: the launcher ended with status $status, with neither a checkpoint nor an error in $run" >&2
   exit 1
 }
+
+# poc ARGUMENT...: asgd_mpi.poc in --out (or runs/poc-JOB), with this job's nodes.
+poc() {
+  local out
+  out=$(value_of --out "$@")
+  out=${out:-runs/poc-$SLURM_JOB_ID}
+  is_ready() { [ -f "$out/settings.yaml" ]; }
+  follow USR2 $PYTHON -m asgd_mpi.poc --out "$out" ${LAUNCH:+--launcher "$LAUNCH"} "$@"
+  [ "$status" != 75 ] || again "the time is up"
+  exit "$status"
+}

@@ -2,8 +2,9 @@
 
 import itertools
 import os
-import subprocess
-import sys
+import shutil
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,26 +18,25 @@ from asgd_mpi.record.rundir import RunDir
 
 LEDGER_TEXT = (b'{"version": %d, "samples": 16, "lent": 16, "todo": [], "later": [], "given_up": [], "validations_due": 0,'
                b' "finished": false, "best": null}')
-WRITER = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_checkpoint import write
-left = int(sys.argv[3])
-def trace(name):
-    real = getattr(os, name)
-    def counted(*arguments, **options):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(9)                    # the power fails before this call
-        return real(*arguments, **options)
-    setattr(os, name, counted)
-for name in ("fsync", "replace", "open", "unlink", "rename"):
-    trace(name)
-write(Path(sys.argv[2]), 2)
-print(left)
-"""
+CALLS = ("fsync", "replace", "open", "unlink", "rename", "rmdir")
+
+
+def cut_after(calls: int, act: Callable[[Path], None], path: Path) -> int:
+    """The status of a process that does `act(path)`; the power fails, with status 9, after so many calls to the system."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = itertools.count(calls, -1)
+    status = 1
+    try:
+        for name in CALLS:
+            setattr(os, name, lambda *arguments, real=getattr(os, name), **options: (
+                real(*arguments, **options) if next(left) > 0 else os._exit(9)))
+        act(path)
+        status = 0
+    except BaseException:  # noqa: B036 - a child must not go on with the tests
+        traceback.print_exc()
+    os._exit(status)
 
 
 def write(path: Path, version: int, restart: int = 0) -> Path:
@@ -63,19 +63,47 @@ def run(tmp_path) -> RunDir:
     return run
 
 
-def test_a_write_that_is_cut_at_any_stage_leaves_the_previous_checkpoint_whole_and_found(run):
+def next_one(path: Path) -> None:
+    write(path, 2)
+
+
+def _write_model(run: RunDir, version: int, error: float, **files: str) -> None:
+    staging = run.staging(9)
+    checkpoint.stage(staging)
+    files[MODEL] = checkpoint.write_tensors(staging / MODEL, {"w": torch.zeros(3)})
+    if LEDGER in files:
+        (staging / LEDGER).write_bytes(LEDGER_TEXT % version)
+        files[LEDGER] = checkpoint.sha256(staging / LEDGER)
+    checkpoint.commit(staging, run.checkpoint(version), Manifest(
+        version, 16, "m", 10, 1, 8, "f", [0.0], [1.0], top1_error=error, files=files))
+
+
+def the_same_with_a_score(path: Path) -> None:
+    _write_model(RunDir(path), 1, 0.1, **{LEDGER: ""})
+
+
+def without_the_former_best(path: Path) -> None:
+    _write_model(RunDir(path), 2, 0.2)
+    checkpoint.prune(RunDir(path), keep=1, best=1)
+
+
+@pytest.mark.parametrize("act, versions", [(next_one, (1, 2)), (the_same_with_a_score, (1, 1)), (without_the_former_best, (1, 1))])
+def test_whatever_is_written_or_removed_and_wherever_it_is_cut_a_whole_checkpoint_is_there(run, act, versions):
     ends = []
     for calls in itertools.count():
-        done = subprocess.run([sys.executable, "-c", WRITER, str(Path(__file__).parent), str(run.path), str(calls)],
-                              capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
-        assert done.returncode in (0, 9), done.stderr
-        point = resume.find(run)
-        ends.append((done.returncode, point.version))
+        copy = RunDir(shutil.copytree(run.path, run.path.with_name(f"cut{calls}")))
+        status = cut_after(calls, act, copy.path)
+        assert status in (0, 9)
+        point = resume.find(copy)
+        ends.append((status, point.version))
+        assert not point.damaged
         checkpoint.verify(point.directory)
-        if done.returncode == 0:
+        if status == 0:
             break
-    assert ends[-1] == (0, 2) and len(ends) > 10
-    assert all(version == 1 for status, version in ends[:-2])         # only the last step of all may come after the rename
+    assert ends[-1] == (0, versions[1]) and len(ends) > 10
+    assert all(version == versions[0] for status, version in ends[:-3])  # only the last step of all comes after the rename
+    checkpoint.clean(copy)
+    assert not list(copy.checkpoints.glob(".*"))
 
 
 @pytest.mark.parametrize("name", [MODEL, SERVER, LEDGER, "worker000.pt", MANIFEST])
@@ -143,13 +171,7 @@ def test_the_last_ones_and_the_best_are_kept(run):
 
 
 def test_the_same_version_with_a_score_takes_the_place_of_one_without(run):
-    staging = run.staging(9)
-    checkpoint.stage(staging)
-    sha256 = checkpoint.write_tensors(staging / MODEL, {"w": torch.zeros(3)})
-    (staging / LEDGER).write_bytes(LEDGER_TEXT % 1)
-    about = Manifest(1, 16, "m", 10, 1, 8, "f", [0.0], [1.0], top1_error=0.1,
-                     files={MODEL: sha256, LEDGER: checkpoint.sha256(staging / LEDGER)})
-    checkpoint.commit(staging, run.checkpoint(1), about)
+    the_same_with_a_score(run.path)
     assert checkpoint.verify(run.checkpoint(1)).top1_error == 0.1
     write(run.path, 1)                                                # and that one stays
     assert checkpoint.read_manifest(run.checkpoint(1)).top1_error == 0.1

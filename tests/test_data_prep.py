@@ -211,6 +211,16 @@ def test_the_digits_are_1437_train_and_360_val_images_in_the_same_class_proporti
     assert (train.mean[0], train.std[0]) == pytest.approx((pixels.mean(), pixels.std()))
 
 
+def test_jobs_that_need_the_digits_at_the_same_moment_all_get_them(tmp_path):
+    make = "import sys, pathlib; from data_prep import digits; digits.prepare_once(pathlib.Path(sys.argv[1]))"
+    jobs = [subprocess.Popen([sys.executable, "-c", make, str(tmp_path / "data" / "digits")], stdout=subprocess.PIPE, text=True)
+            for _ in range(3)]
+    said = [job.communicate(timeout=60)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0]
+    assert sum("1437 train" in text for text in said) == 1
+    assert ShardSet.open(tmp_path / "data" / "digits", "train").num_samples == 1437
+
+
 def test_the_command_line_packs_a_tree_and_reports_a_users_mistake_in_one_line_with_status_2(tree, tmp_path):
     def command(*options):
         return subprocess.run(

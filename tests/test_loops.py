@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from asgd_mpi import config as configuration
 from asgd_mpi.errors import RunDirError, TrainingDiverged
@@ -12,7 +13,7 @@ from asgd_mpi.exchange import codec
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record import checkpoint
-from asgd_mpi.record.events import Checkpoint, EventLog, Fetch, Interval, Publish, read_events, read_log, read_pushes
+from asgd_mpi.record.events import Checkpoint, EventLog, Fetch, Interval, Publish, Validation, read_events, read_log, read_pushes
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.progress import Progress
@@ -165,6 +166,31 @@ def test_the_final_score_is_of_the_last_version_and_of_every_validation_image(di
     pushes = cluster.train()
     score = cluster.server.final_score
     assert (score.version, score.num_images, score.final) == (len(pushes), 360, True)
+
+
+def test_a_compiled_network_is_used_compiled_and_replays_to_the_bit(digits, tmp_path, monkeypatch):
+    compiled, compile_ = [], nn.Module.compile
+
+    def without_code(module):                     # a back end that needs no compiler of C++
+        compiled.append(module)
+        compile_(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", without_code)
+    cluster = Cluster(make_task(digits, "--compute.compile", "true", epochs=0.3), 1, tmp_path)
+    pushes = cluster.train()
+    assert len(compiled) == 1 and compiled[0]._compiled_call_impl
+    assert torch.equal(replay(cluster.task, pushes, 1)[0].weights, cluster.server.window.latest)
+
+
+def test_the_final_error_is_told_with_the_stored_statistics_too_as_a_run_that_keeps_to_them_has_it(digits, tmp_path):
+    final = {}
+    for policy in ("recalibrate", "local"):
+        task = make_task(digits, "--model", "networks_for_tests:normed", "--model.batchnorm", policy, "--run.validate_every", "9")
+        cluster = Cluster(task, 1, tmp_path / policy)
+        cluster.train()
+        [final[policy]] = [event for event in read_events(cluster.run.metrics_of(0)) if isinstance(event, Validation)]
+    assert final["recalibrate"].stored_top1_error == final["local"].top1_error != final["recalibrate"].top1_error
+    assert final["local"].stored_top1_error is None
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):

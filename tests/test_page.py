@@ -292,6 +292,15 @@ def test_stragglers_torn_reads_and_damaged_images_are_named_with_their_numbers(t
     assert "7 reads of shards failed and were repeated" in text
 
 
+def test_the_accuracy_with_the_statistics_of_the_workers_is_told_where_it_differs(tmp_path):
+    summary = make_summary(tmp_path)
+    assert not any("Batch norm" in text for text in advise(summary))
+    summary.validations[-1].stored_top1_error = summary.validations[-1].top1_error
+    assert not any("Batch norm" in text for text in advise(summary))
+    summary.validations[-1].top1_error, summary.validations[-1].stored_top1_error = 0.125, 0.25
+    assert any("87.50 % are right" in text and "75.00 % with those" in text for text in advise(summary))
+
+
 def test_a_plateau_is_named_with_what_it_cost(tmp_path):
     summary = summarize(make_run(tmp_path / "run", make_pushes(), validations=9))
     summary.duration_s = 8.0

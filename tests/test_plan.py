@@ -130,6 +130,16 @@ def test_runs_of_two_sizes_tell_the_servers_overhead_and_so_the_sizes_between(ov
             simulate(known, num_workers).images_per_s, rel=0.05)
 
 
+def test_what_ranks_that_share_cores_cannot_compute_at_a_time_counts_for_each_batch_of_a_push():
+    known = replace(COSTS, travel_s=0.0, overhead_s=0.0, shared_s=0.01)
+    measured = Observation(replace(known, step_s=known.step_s + known.shared_s, shared_s=0.0), 1, simulate(known, 1).images_per_s)
+    found = calibrate([measured, replace(measured, num_workers=7, images_per_s=simulate(known, 7).images_per_s)])
+    for n_push in (1, 4):
+        for num_workers in (1, 2, 7):
+            assert simulate(replace(found, n_push=n_push), num_workers).images_per_s == pytest.approx(
+                simulate(replace(known, n_push=n_push), num_workers).images_per_s, rel=0.05)
+
+
 def test_an_update_slowed_by_many_ranks_is_taken_from_the_larger_run():
     alone, crowded = replace(COSTS, overhead_s=0.0), replace(COSTS, apply_s=0.012, overhead_s=0.0)
     found = calibrate([observed(alone, 1), observed(crowded, 20)])

@@ -103,6 +103,8 @@ def test_runs_of_other_settings_are_not_mixed(out, monkeypatch, capsys):
     assert run(out, "--", "--lr", "0.01") == 0
     assert run(out, "--", "--lr", "0.03") == 2
     assert "schedule.lr was 0.01, is 0.03" in capsys.readouterr().err
+    assert poc.main(["--workers", "1,2", "--out", str(out), "--sync-lr", "0.5", "--", "--lr", "0.01"]) == 2
+    assert "poc.sync_lr was None, is 0.5" in capsys.readouterr().err
     assert "--lr 0.01" in (out / "async-1.txt").read_text()
 
 

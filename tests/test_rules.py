@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from asgd_mpi.config import RuleConfig, ScheduleConfig
+from asgd_mpi.server import stability
 from asgd_mpi.server.ledger import Verdict
 from asgd_mpi.server.rules import PIECE, Rule, pieces
 from asgd_mpi.server.schedule import WEIGHTS, Schedule
@@ -69,6 +70,7 @@ def test_the_trace_of_staleness_aware_sgd_is_the_exact_one():
 
 @pytest.mark.parametrize("momentum_at, limit", [("server", 0.0158), ("worker", 0.0279), ("dana", 0.0971)])
 def test_the_edge_of_stability_of_eight_workers_is_the_one_that_is_documented(momentum_at, limit):
+    assert stability.limit(8, 0.9, momentum_at) == pytest.approx(limit, abs=5e-5)
     for factor in (0.97, 1.03):
         seen = [abs(x) for x in trace(8, 12_000, factor * limit, 0.9, momentum_at)]
         early, late = max(seen[3000:5000]), max(seen[10_000:])
@@ -100,8 +102,25 @@ def test_a_gradient_that_is_staler_than_usual_loses_weight():
 @pytest.mark.parametrize("delay, limit", list(enumerate([2, 1, 0.618033988750, 0.445041867913, 0.347296355334])))
 def test_the_edge_of_stability_is_where_theory_puts_it(delay, limit):
     assert limit == pytest.approx(2 * math.sin(math.pi / (2 * (2 * delay + 1))))
+    assert stability.limit(delay + 1, 0.0, "none") == pytest.approx(limit, abs=1e-6)
     assert abs(trace(delay + 1, 2000, 0.97 * limit)[-1]) < 1e-3
     assert not abs(trace(delay + 1, 2000, 1.03 * limit)[-1]) < 1e3  # or no number any more
+
+
+def test_a_loss_that_rises_again_is_told_once_with_the_limit_at_the_measured_staleness():
+    watch = stability.LossWatch(0.9, "dana")
+    falling = [watch.add(2.3 * 0.99 ** push + (push % 7) / 10, 7) for push in range(300)]
+    assert not any(falling)
+    rising = [watch.add(0.3 + 0.01 * push, 7) for push in range(300)]
+    assert sum(rising) == 1 and rising.index(True) > 50              # one bad batch is none
+    text = watch.warning(0.05)
+    assert "staleness of 7.0" in text and "lr c = 0.0971, 14 times less" in text and "arXiv:1909.12340" in text
+
+
+def test_a_loss_that_never_fell_is_told_when_it_has_grown():
+    watch = stability.LossWatch()
+    assert not any(watch.add(2.3, 3) for _ in range(500))
+    assert any(watch.add(4.6, 3) for _ in range(200))
 
 
 def schedule(workers=4, staleness="constant", in_flight=1, **fields):

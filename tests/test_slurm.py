@@ -136,6 +136,17 @@ def test_a_sweep_is_arrays_of_seeds_and_a_report_that_waits_for_them(site):
     assert all(name in comparison for name in runs)
 
 
+def test_a_submitted_proof_of_concept_trains_in_its_own_nodes_and_ends_with_a_verdict(site):
+    job = site.submit(*SMALL, "--output=job.log", "--nodes=2", "--ntasks=3", "--ntasks-per-node=2", "--gpus-per-node=2",
+                      "slurm/poc.sh", "--workers", "2", "--minutes", "0.1", "--out", "poc", "--", "--data", str(site.data),
+                      "--compute.threads", "1", "--epochs", "3")
+    site.wait(job, "COMPLETED")
+    assert "worth it here" in site.log()
+    for name, num_ranks in (("async-1", 2), ("sync-2", 3), ("async-2", 3)):
+        assert len(hosts_of(RunDir.open(site.home / "poc" / name))) == num_ranks
+    assert (site.home / "poc" / "comparison" / "comparison.html").exists()
+
+
 def test_a_heterogeneous_job_has_its_server_on_a_node_without_gpus(site):
     workers = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2"]
     job = site.submit(*SMALL, "--output=job.log", "--nodes=1", "--ntasks=1", ":", *SMALL, *workers, "slurm/train_het.sh",

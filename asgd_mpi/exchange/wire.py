@@ -43,16 +43,18 @@ class Header:
     top1: int = 0             # of a validation: images whose first guess is right,
     top5: int = 0             # ... whose first five guesses hold the right one
     base: int = -1            # of a gradient: the snapshot that the worker's own weights began with, if it moves them
+    stored_top1: int = -1     # of the final validation: top1 with the batch-norm statistics that the worker had; -1: not tried
 
 
-_HEADER = struct.Struct("<9qd3q")
+_HEADER = struct.Struct("<9qd4q")
 HEADER_BYTES = 128
 
 
 def pack_header(header: Header) -> bytes:
     """HEADER_BYTES bytes."""
     words = _HEADER.pack(MAGIC, header.kind, header.worker, header.packet, header.read_version, header.lease,
-                         header.start, header.count, header.skipped, header.loss, header.top1, header.top5, header.base)
+                         header.start, header.count, header.skipped, header.loss, header.top1, header.top5, header.base,
+                         header.stored_top1)
     return words.ljust(HEADER_BYTES, b"\0")
 
 

@@ -9,7 +9,8 @@
 
 Order, augmentation and dropout are functions of (seed, epoch, position): no generator or cursor needs to be saved.
 A checkpoint is written into a directory of another name, file by file, each forced to the disk, the manifest last;
-then the directory is renamed. What has the name of a checkpoint is whole, whenever the power fails.
+then the directory is renamed. It loses its name again before it is removed: what has the name of a checkpoint is whole,
+whenever the power fails.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from asgd_mpi.errors import RunDirError
 from asgd_mpi.record.rundir import RunDir, unwritable, write_whole
 
 MODEL, SERVER, LEDGER, MANIFEST = "model.pt", "server.pt", "ledger.json", "manifest.json"
+REPLACED, REMOVED = ".replaced-", ".removed-"     # before the name of a checkpoint that is about to go
 
 
 class Manifest(msgspec.Struct):
@@ -159,7 +161,7 @@ def commit(staging: Path, directory: Path, manifest: Manifest) -> int:
             shutil.rmtree(staging)        # the same version, saved for another reason
             return 0
         if directory.exists():
-            os.replace(directory, replaced := directory.with_name(f".replaced-{directory.name}"))
+            os.replace(directory, replaced := directory.with_name(f"{REPLACED}{directory.name}"))
             os.replace(staging, directory)
             shutil.rmtree(replaced)
         else:
@@ -227,13 +229,13 @@ def read_ledger(directory: Path) -> dict:
 def resumable(run: RunDir) -> Iterator[tuple[Path, Manifest | None]]:
     """The checkpoints that claim to be resumable, the latest first; None for one whose manifest cannot be read."""
     found = []
-    for directory in run.checkpoints.glob("v*"):
+    for directory in _all(run):
         try:
             manifest = read_manifest(directory)
         except RunDirError:
             manifest = None
         if manifest is None or manifest.is_resumable:
-            name = directory.name[1:].partition(".r")
+            name = directory.name.removeprefix(REPLACED)[1:].partition(".r")
             found.append((int(name[2] or 0), int(name[0]) if name[0].isdecimal() else -1, directory, manifest))
     yield from ((directory, manifest) for *_, directory, manifest in sorted(found, key=lambda one: one[:2], reverse=True))
 
@@ -241,9 +243,27 @@ def resumable(run: RunDir) -> Iterator[tuple[Path, Manifest | None]]:
 def prune(run: RunDir, keep: int, best: int) -> None:
     """Remove all but the latest `keep` resumable checkpoints and those of version `best`."""
     latest = [directory for directory, manifest in resumable(run) if manifest][:keep]
-    for directory in run.checkpoints.glob("v*"):
-        if directory not in latest and directory.name.partition(".")[0] != f"v{best:09d}":
-            shutil.rmtree(directory, ignore_errors=True)
+    for directory in _all(run):
+        if directory not in latest and directory.name.removeprefix(REPLACED).partition(".")[0] != f"v{best:09d}":
+            with suppress(OSError):       # not half of it under its name, if the power fails in between
+                os.replace(directory, removed := directory.with_name(f"{REMOVED}{directory.name}"))
+                shutil.rmtree(removed)
+
+
+def clean(run: RunDir) -> None:
+    """Remove what an earlier start has left of checkpoints that were being written, replaced or removed."""
+    whole = set(_all(run))
+    for left in run.checkpoints.glob(".*"):
+        if left not in whole:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _all(run: RunDir) -> Iterator[Path]:
+    """Every checkpoint; one whose replacement had not got its name yet when the power failed is found under another."""
+    yield from run.checkpoints.glob("v*")
+    for directory in run.checkpoints.glob(f"{REPLACED}v*"):
+        if not directory.with_name(directory.name.removeprefix(REPLACED)).exists():
+            yield directory
 
 
 def _is_better(directory: Path, manifest: Manifest) -> bool:

@@ -115,11 +115,12 @@ class Validation(msgspec.Struct, tag_field="event", tag="validation"):
     top5_error: float
     loss: float | None        # None if it is not finite
     final: bool = False
+    stored_top1_error: float | None = None   # with the batch-norm statistics that the workers had, if that was tried
 
     @classmethod
     def of(cls, t: float, score: Score, samples: int, samples_per_epoch: int) -> Validation:
         return cls(t, score.version, samples, samples / samples_per_epoch, score.num_images, score.top1_error, score.top5_error,
-                   score.loss if math.isfinite(score.loss) else None, score.final)
+                   score.loss if math.isfinite(score.loss) else None, score.final, score.stored_top1_error)
 
 
 class Checkpoint(msgspec.Struct, tag_field="event", tag="checkpoint"):

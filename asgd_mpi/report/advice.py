@@ -21,7 +21,8 @@ MIN_VALIDATIONS = 6   # to speak of a plateau
 
 def advise(summary: Summary, cost: Cost | None = None) -> list[str]:
     """The sentences, the weightiest first."""
-    rules = (_audit, _saturated, _waiting, _data, _fetch, _lease, _validate, _room, _stragglers, _torn, _skipped, _retries)
+    rules = (_audit, _saturated, _waiting, _data, _fetch, _lease, _validate, _room, _stragglers, _statistics, _torn,
+             _skipped, _retries)
     found = [sentence for rule in rules if (sentence := rule(summary))]
     plateau = _plateau(summary, cost)
     return [*found, plateau] if plateau else found
@@ -140,6 +141,15 @@ def _stragglers(summary: Summary) -> str | None:
     share = sum(worker.share or 0.0 for worker in slow)
     return (f"Below half of the median speed: {names}{more}. Nobody waits for them; they did {percent(share)} of the work, "
             "with the stalest gradients. Look at what else runs there, or leave them out.")
+
+
+def _statistics(summary: Summary) -> str | None:
+    end = summary.validations[-1] if summary.validations else None
+    if end is None or end.stored_top1_error in (None, end.top1_error):
+        return None
+    return (f"Batch norm: {percent(1 - end.top1_error, 2)} are right with the statistics measured anew on the final version, "
+            f"{percent(1 - end.stored_top1_error, 2)} with those that the workers had gathered on versions before it. The "
+            "checkpoint holds the former.")
 
 
 def _torn(summary: Summary) -> str | None:

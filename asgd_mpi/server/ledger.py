@@ -101,6 +101,7 @@ class Score:
     top1_error: float
     top5_error: float
     final: bool
+    stored_top1_error: float | None = None   # with the batch-norm statistics that the workers had, if that was tried
 
 
 @dataclass(frozen=True)
@@ -482,6 +483,8 @@ class Ledger:
 def _score(parts: list[Header], final: bool) -> Score:
     """Sum up the parts; images left out as damaged do not count."""
     seen = max(1, sum(part.count - part.skipped for part in parts))
+    was_tried = all(part.stored_top1 >= 0 for part in parts)
     return Score(version=parts[0].read_version, num_images=seen, loss=sum(part.loss for part in parts) / seen,
                  top1_error=1 - sum(part.top1 for part in parts) / seen,
-                 top5_error=1 - sum(part.top5 for part in parts) / seen, final=final)
+                 top5_error=1 - sum(part.top5 for part in parts) / seen, final=final,
+                 stored_top1_error=1 - sum(part.stored_top1 for part in parts) / seen if was_tried else None)

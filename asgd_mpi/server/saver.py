@@ -7,7 +7,6 @@ its own, straight into the same directory; who has not after a while is left out
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -146,8 +145,7 @@ class Saver:
     def close(self) -> None:
         """Wait for the thread, and remove what was not completed."""
         self._thread.shutdown()
-        for left in self._run.checkpoints.glob(".saving*"):
-            shutil.rmtree(left, ignore_errors=True)
+        checkpoint.clean(self._run)
 
 
 def best_staging(run: RunDir, version: int, restart: int) -> Path:

@@ -27,6 +27,7 @@ from asgd_mpi.record.progress import Progress
 from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict
 from asgd_mpi.server.rules import Rule, advance_, pieces
 from asgd_mpi.server.saver import Saver
+from asgd_mpi.server.stability import LossWatch
 
 LOOK_S = 0.1     # between two looks around
 
@@ -52,6 +53,7 @@ class Server:
     statistics: torch.Tensor | None = None                 # batch-norm statistics of the last validated version
     workers_keep_momentum: bool = False
     workers_move: bool = False                             # their own weights, between two fetches
+    loss_watch: LossWatch = field(default_factory=LossWatch)
     asked_to_leave: Callable[[], str] = lambda: ""
     at_every_pass: Callable[[], None] = lambda: None       # failures that are rehearsed
     fellows: Fellows | None = None                         # the servers of further slices
@@ -344,6 +346,8 @@ class Server:
         self.pushes.write(Push.of(time.time(), header, verdict))
         self.meter.add(images=header.count, pushes=1, skipped_images=header.skipped)
         self.progress.push(header.count, header.loss, verdict.staleness)
+        if self.loss_watch.add(header.loss, verdict.staleness):
+            self._say(self.loss_watch.warning(verdict.lr))
 
     def _hash(self) -> None:
         if self.hash_snapshots:

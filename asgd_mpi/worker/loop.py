@@ -22,7 +22,7 @@ from asgd_mpi.server.ledger import Lease, Mail, Orders, Work
 from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.replica import Replica
-from asgd_mpi.worker.step import Normalise, validate
+from asgd_mpi.worker.step import Errors, Normalise, validate
 from asgd_mpi.worker.team import Leader
 
 READ_AHEAD = 4  # batches of a validation
@@ -226,9 +226,12 @@ class Worker:
 
     def _validate(self, lease: Lease) -> None:
         self._refresh(whole=True)                              # what a checkpoint of this version holds
+        measures_anew = self.recalibrates and bool(batchnorm.layers(self.flat.module))
         with self.meter.phase("validate"), self._on_the_snapshot():
-            self._recalibrate()
-            errors = validate(self.leader or self.flat, self.normalise, self._in_order(lease))
+            stored = self._errors(lease).top1 if measures_anew and lease.work == Work.FINAL else -1
+            if measures_anew:
+                self._recalibrate()
+            errors = self._errors(lease)
 
         def fill(payload: torch.Tensor) -> int:
             self.flat.save_statistics(payload.view(torch.float32))
@@ -237,7 +240,7 @@ class Worker:
         self.courier.start(
             self._header(Kind.VALIDATION, read_version=self.courier.version, lease=lease.number, start=lease.start,
                          count=lease.stop - lease.start, skipped=errors.skipped, loss=errors.loss, top1=errors.top1,
-                         top5=errors.top5), fill, fetch=False)
+                         top5=errors.top5, stored_top1=stored), fill, fetch=False)
         self.meter.add(bytes_pushed=4 * self.flat.num_statistics)
         self._take()
         if lease.work == Work.VALIDATE and self.courier.mail.best == self.courier.version:
@@ -305,6 +308,9 @@ class Worker:
                 batch = futures.popleft().result()
             yield batch
 
+    def _errors(self, lease: Lease) -> Errors:
+        return validate(self.leader or self.flat, self.normalise, self._in_order(lease))
+
     def _in_order(self, lease: Lease) -> Iterator[Batch]:
         """The validation images of a lease, read a few batches ahead."""
         ahead: deque[Future[Batch]] = deque()
@@ -317,10 +323,9 @@ class Worker:
 
     def _recalibrate(self) -> None:
         """Measure the batch-norm statistics of the fetched snapshot, on the first training images of epoch 0."""
-        if self.recalibrates and batchnorm.layers(self.flat.module):
-            last = min(batchnorm.NUM_BATCHES * self.batch_size, self.train_loader.shards.num_samples)
-            device = (self.leader or self.flat).device
-            batches = (self.train_loader.batch(0, start, min(start + self.batch_size, last))
-                       for start in range(0, last, self.batch_size))
-            images = (self.normalise(batch.on(device)) for batch in batches)
-            self.leader.recalibrate_(images) if self.leader else batchnorm.recalibrate_(self.flat.module, images)
+        last = min(batchnorm.NUM_BATCHES * self.batch_size, self.train_loader.shards.num_samples)
+        device = (self.leader or self.flat).device
+        batches = (self.train_loader.batch(0, start, min(start + self.batch_size, last))
+                   for start in range(0, last, self.batch_size))
+        images = (self.normalise(batch.on(device)) for batch in batches)
+        self.leader.recalibrate_(images) if self.leader else batchnorm.recalibrate_(self.flat.module, images)
