@@ -85,14 +85,15 @@ class ModelConfig:
         name: digits_cnn, alexnet, alexnet2, resnet18, resnet50, torchvision:NAME, or package.module:function
         weights: state_dict file (torchvision's or your own) or checkpoint to begin with, in place of random weights
         partial_weights: take what fits of it, such as all but a head for other classes
-        batchnorm: statistics to validate with; recalibrate measures them anew on the validated version, local takes the
-            running ones of the worker that validates
+        batchnorm: statistics to validate with; recalibrate measures them anew on the validated version, server_ema takes the
+            server's running mean of those of every push, which costs one more packet a push, local the running ones of the
+            worker that validates
     """
 
     name: str = "digits_cnn"
     weights: str = ""
     partial_weights: bool = False
-    batchnorm: Literal["recalibrate", "local"] = "recalibrate"
+    batchnorm: Literal["recalibrate", "server_ema", "local"] = "recalibrate"
 
 
 @dataclass
@@ -443,6 +444,8 @@ def _check(config: Config) -> None:
            f"{stages.number} stages begin at {stages.number - 1} names beside the first module; this is {len(stages.names)}")
     demand(stages.number == 1 or not (exchange.overlap or auto), "stages.number", stages.number,
            "the stages of a replica share one vector of weights, so exchange.overlap and n_push auto are not possible")
+    demand(stages.number == 1 or config.model.batchnorm != "server_ema", "stages.number", stages.number,
+           "model.batchnorm server_ema takes the statistics of a batch from one rank; recalibrate does not need them")
     demand(stages.number == 1 or not config.compute.compile, "stages.number", stages.number,
            "compute.compile compiles a network in one piece")
     demand(schedule.power > 0, "schedule.power", schedule.power, "with 0 the rate is constant; give more than 0")

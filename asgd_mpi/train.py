@@ -214,7 +214,7 @@ class _Part:
         server = Server(
             self.window, inbox, ledger, rule, self.meter, self.log, pushes, progress,
             self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots,
-            config.exchange.wire, statistics, workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves),
+            config.exchange.wire, statistics, config.model.batchnorm == "server_ema", workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves),
             LossWatch(config.rule.momentum, config.rule.momentum_at), signals.asked_to_leave, self.injector.step, fellows)
         self.version = lambda: ledger.version
         server.publish_first(first)
@@ -282,7 +282,8 @@ class _Part:
         loaders = (self.task.train_loader(self.note, touch_on_device=device.type != "cpu"),
                    self.task.val_loader(self.note))
         outbox = Outbox(world, self.window)
-        in_place = device.type == "cpu" and not exchange.overlap and exchange.wire == "float32"   # where it is read
+        in_place = (device.type == "cpu" and not exchange.overlap and exchange.wire == "float32"    # where it is read
+                    and config.model.batchnorm != "server_ema")                                     # nothing else passes there
         elastic = RULEBOOK[config.rule.name].moves == "elastic"
         gradient = outbox.payload.view(torch.float32) if in_place else None
         if crew:

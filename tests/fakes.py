@@ -51,6 +51,9 @@ class FakeServerWindow:
         weights, shown = self._next
         shown[piece] = weights[piece]
 
+    def show_statistics(self, statistics):
+        self._exchange.statistics = statistics.clone()
+
     def post(self, worker, mail):
         self._exchange.mail[worker] = mail
 
@@ -90,6 +93,10 @@ class FakeWorkerWindow:
             into.copy_(exchange.ring[exchange.slot].view(torch.uint8) if whole else exchange.shown[exchange.slot])
             assert self._exchange.version >= at_least
             return Snapshot(self._exchange.version, self._exchange.samples, torn_reads=0)
+
+
+    def read_statistics(self):
+        return self._exchange.statistics
 
 
 class FakeOutbox:

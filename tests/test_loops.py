@@ -44,6 +44,9 @@ class Cluster:
         flat = FlatModel(task.build_module(), CPU)
         self.exchange = Exchange(flat.num_floats, flat.num_statistics, task.config.exchange.wire)
         self.run = RunDir.create(directory / "run", "test")
+        statistics = torch.zeros(flat.num_statistics) if flat.statistics else None
+        if flat.statistics:
+            flat.save_statistics(statistics)
         self.log, self.pushes = EventLog(self.run.metrics_of(0)), EventLog(self.run.pushes)
         rule = make_rule(flat.num_floats, task.config.rule, num_workers)
         saver = Saver(self.run, 0, ABOUT, FlatModel(task.build_module(), CPU), rule, keep=3, sync=self.pushes.sync)
@@ -52,7 +55,8 @@ class Cluster:
             rule, Meter(self.log, 1.0), self.log, self.pushes,
             Progress("none", self.plan.total_samples, self.plan.num_samples), 20, task.config.failure,
             task.config.checkpoint, saver, hash_snapshots=True, wire=task.config.exchange.wire,
-            statistics=torch.zeros(flat.num_statistics) if flat.statistics else None,
+            statistics=statistics,
+            averages_statistics=task.config.model.batchnorm == "server_ema",
             workers_keep_momentum=workers_keep_state(task.config.rule),
             workers_move=bool(RULEBOOK[task.config.rule.name].moves))
         self.first_weights = flat.weights
@@ -191,6 +195,21 @@ def test_the_final_error_is_told_with_the_stored_statistics_too_as_a_run_that_ke
         [final[policy]] = [event for event in read_events(cluster.run.metrics_of(0)) if isinstance(event, Validation)]
     assert final["recalibrate"].stored_top1_error == final["local"].top1_error != final["recalibrate"].top1_error
     assert final["local"].stored_top1_error is None
+
+
+def test_the_servers_running_statistics_are_those_of_one_worker_alone_and_others_see_them_too(digits, tmp_path):
+    states, errors = {}, {}
+    for policy, num_workers in (("local", 1), ("server_ema", 1), ("server_ema", 3)):
+        task = make_task(digits, "--model", "networks_for_tests:normed", "--model.batchnorm", policy, "--run.validate_every", "9")
+        cluster = Cluster(task, num_workers, tmp_path / f"{policy}{num_workers}")
+        cluster.train()
+        [final] = [event for event in read_events(cluster.run.metrics_of(0)) if isinstance(event, Validation)]
+        errors[policy, num_workers] = final.top1_error
+        states[policy, num_workers], _ = checkpoint.load(next(cluster.run.checkpoints.glob("v*")))
+    for name in ("1.running_mean", "1.running_var"):
+        torch.testing.assert_close(states["server_ema", 1][name], states["local", 1][name])
+        assert 0 < (states["server_ema", 3][name] - states["local", 1][name]).abs().max() < 0.5
+    assert errors["server_ema", 1] == errors["local", 1] and errors["server_ema", 3] < 0.5
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):

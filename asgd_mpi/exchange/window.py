@@ -6,6 +6,7 @@ Rank 0, and every further server, for its slice of the weights (P is then the le
     mail      N x 16 words: see wire.pack_mail
     ring      K slots of P float32, each on a page of its own; in a narrower wire format (see codec) followed by what workers
               read of them
+    statistics  2 words: how often a write of them has begun, and ended; then batch-norm statistics, float32 (rank 0)
 
 The server writes the next snapshot beside the latest one, and only then moves on. A slot's version word is taken away
 before the slot is written and set again after: a worker reads the word after the weights, and knows that it holds
@@ -55,6 +56,7 @@ LATEST, SLOT, FIRST_WORD = 0, 1, 2   # positions of the control words
 WORDS_OF_SLOT = 2                    # its version, and the samples that this version has seen
 ABSENT = -1                          # the version word of a slot that is being written
 WORD = 8                             # bytes
+STATISTICS_FROM = 2 * WORD           # behind their words
 QUESTION, ANSWER = 3, 4              # tags of a read by messages
 SHORT = 1 << 16                      # bytes: up to so many are always read one-sided
 SAMPLE, TRIES = 1 << 20, 3           # bytes and repetitions of a measured read,
@@ -109,8 +111,12 @@ class Layout:
         return self.slot(index) + (self._whole if self._shown else 0)
 
     @property
-    def server_bytes(self) -> int:
+    def statistics(self) -> int:
         return self.slot(self.ring)
+
+    @property
+    def server_bytes(self) -> int:
+        return self.statistics + (_to_page(STATISTICS_FROM + 4 * self.num_statistics) if self.num_statistics else 0)
 
     @property
     def vector_bytes(self) -> int:
@@ -240,6 +246,10 @@ class ServerWindow(_Window):
         memory, size = torch.from_numpy(own), layout.num_parameters
         self._ring = [codec.vector_in(memory[layout.slot(k):], size, "float32") for k in range(layout.ring)]
         self._shown = [codec.vector_in(memory[layout.shown(k):], size, layout.wire) for k in range(layout.ring)]
+        if layout.num_statistics:
+            statistics = own[layout.statistics:][:STATISTICS_FROM + 4 * layout.num_statistics]
+            self._writes, self._statistics = statistics[:STATISTICS_FROM].view(np.int64), statistics[STATISTICS_FROM:].view(np.float32)
+            self._writes[:] = 0
         start = self.whole.travels(self._number).start
         self.payloads = {rank - 1: torch.from_numpy(segment[start:start + layout.payload_bytes])   # uint8, of each worker of
                          for rank, segment in segments.items() if SERVER < rank <= layout.num_workers}     # ... this host
@@ -308,6 +318,15 @@ class ServerWindow(_Window):
 
     def post(self, worker: int, mail: Mail) -> None:
         self._mail[worker] = wire.pack_mail(mail)
+        self._targets[0][0].Sync()
+
+    def show_statistics(self, statistics: torch.Tensor) -> None:
+        """Let workers read batch-norm statistics, float32."""
+        self._writes[0] += 1
+        self._targets[0][0].Sync()
+        self._statistics[:] = statistics.numpy()
+        self._targets[0][0].Sync()
+        self._writes[1] = self._writes[0]
         self._targets[0][0].Sync()
 
     def _set(self, word: int, value: int) -> None:
@@ -400,6 +419,18 @@ class WorkerWindow(_Window):
                 if all(control[_version_word(slot)] == version for control in self._read_controls(everyone)):
                     return Snapshot(version, samples, torn_reads)
             torn_reads += 1
+
+    def read_statistics(self) -> torch.Tensor:
+        """The batch-norm statistics that rank 0 shows, (num_statistics,) float32: those of one moment."""
+        place, writes = self._layouts[0].statistics, np.empty(2, np.int64)
+        found = np.empty(self.whole.num_statistics, np.float32)
+        while True:
+            self._get({0: (writes, place)}, "its statistics")
+            seen = writes[1]
+            self._get({0: (found, place + STATISTICS_FROM)}, "its statistics")
+            self._get({0: (writes, place)}, "its statistics")
+            if writes[0] == seen:
+                return torch.from_numpy(found)
 
     def _place(self, number: int, slot: int, weights: np.ndarray, whole: bool) -> tuple[np.ndarray, int]:
         """Where a slice goes to in `weights`, and where it lies in its server's memory."""

@@ -17,6 +17,7 @@ MAGIC = 0x41534744_4D504931  # "ASGDMPI1"
 class Kind(IntEnum):
     GRADIENT = 1     # payload: the flat gradient, (P,), in the run's wire format (see codec)
     VALIDATION = 2   # payload: the flat float buffers of the network (batch-norm statistics), float32
+    STATISTICS = 10  # payload: those of the batches of the gradient that follows
     # without a payload:
     NONFINITE = 3    # the gradient of this range is not finite
     SAVED = 4        # the worker has written its own state for the checkpoint that was asked for

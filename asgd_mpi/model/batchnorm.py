@@ -13,11 +13,24 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-NUM_BATCHES = 16
+NUM_BATCHES = 16      # that a version is measured on
+MOMENTUM = 0.1        # torch's: the weight of a batch in the running mean
 
 
 def layers(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
+def begin_anew_(module: nn.Module) -> None:
+    """From now on the statistics are the mean over the batches that pass in training."""
+    for layer in layers(module):
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative mean
+
+
+def ema_weight(num_workers: int) -> float:
+    """Of the statistics of one push among many workers': as far back as one worker's at torch's momentum of 0.1."""
+    return 1 - (1 - MOMENTUM) ** (1 / num_workers)
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from asgd_mpi.exchange.fellows import WEIGHTS, Applied, Command, Fellows
 from asgd_mpi.exchange.link import Arrival, Inbox
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import Header, Kind
+from asgd_mpi.model import batchnorm
 from asgd_mpi.record.events import Checkpoint, EventLog, Member, Note, Publish, Push, Refusal, Retirement, Validation
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict
+from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict, Work
 from asgd_mpi.server.rules import Rule, advance_, pieces
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.stability import LossWatch
@@ -51,6 +52,7 @@ class Server:
     hash_snapshots: bool = False
     wire: str = "float32"                                  # format of what travels
     statistics: torch.Tensor | None = None                 # batch-norm statistics of the last validated version
+    averages_statistics: bool = False                      # ... or the running mean over all pushes
     workers_keep_momentum: bool = False
     workers_move: bool = False                             # their own weights, between two fetches
     loss_watch: LossWatch = field(default_factory=LossWatch)
@@ -183,6 +185,9 @@ class Server:
                 self._drop(header)
             elif header.kind == Kind.VALIDATION:
                 self._score(arrival)
+            elif header.kind == Kind.STATISTICS:
+                self.ledger.acknowledge(header)
+                self.statistics.lerp_(arrival.statistics, batchnorm.ema_weight(self.ledger.plan.num_workers))
             elif header.kind == Kind.NONFINITE:
                 self._refuse(header)
             else:
@@ -326,7 +331,7 @@ class Server:
 
     def _score(self, arrival: Arrival) -> None:
         score = self.ledger.tally(arrival.header)
-        if self.statistics is not None:
+        if self.statistics is not None and not self.averages_statistics:
             self.statistics.copy_(arrival.statistics)
         if score is not None:
             self._announce(score)
@@ -340,6 +345,8 @@ class Server:
 
     def _answer(self) -> None:
         for worker, mail in self.ledger.take_news():
+            if self.averages_statistics and any(lease.work != Work.TRAIN for lease in mail.leases):
+                self.window.show_statistics(self.statistics)
             self.window.post(worker, mail)
 
     def _record(self, header: Header, verdict: Verdict) -> None:

@@ -122,6 +122,10 @@ class Courier:
         """Wait for mail of which `until` holds."""
         self.mail = self._run(self._window.await_mail, self.sent, until, for_what).result()
 
+    def read_statistics(self) -> torch.Tensor:
+        """The batch-norm statistics that the server keeps, float32."""
+        return self._run(self._window.read_statistics).result()
+
     def close(self) -> None:
         if self._thread:
             self._thread.shutdown()

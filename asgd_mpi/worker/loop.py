@@ -62,7 +62,7 @@ class Worker:
         self.train_loader, self.val_loader = loaders
         self.batch_size = config.data.batch_size
         self.exchange = config.exchange
-        self.recalibrates = config.model.batchnorm == "recalibrate"
+        self.statistics = config.model.batchnorm if batchnorm.layers(self.flat.module) else "none"   # how they come about
         self.meter = meter
         self.keeper = keeper
         self.log = log                                         # of every fetched snapshot's hash, if asked for
@@ -111,6 +111,8 @@ class Worker:
     def _train(self, lease: Lease) -> None:
         membership = self._dropped
         for batch in self._batches(lease):
+            if self._sum is None and self.statistics == "server_ema":
+                batchnorm.begin_anew_(self.flat.module)
             with self.meter.phase("compute"):                                  # -> flat.gradient (P,)
                 loss = self.replica.add(batch, self.normalise)
                 self.at_every_batch(self.flat.gradient)
@@ -168,6 +170,9 @@ class Worker:
             self.replica.load_({})
             fetch = True
         self._since_fetch = 0 if fetch else self._since_fetch
+        if is_finite and self.statistics == "server_ema":
+            self.courier.start(self._header(Kind.STATISTICS), self._fill_statistics, fetch=False)
+            self.courier.wait()
         header = self._header(
             Kind.GRADIENT if is_finite else Kind.NONFINITE, read_version=version, lease=done.lease, start=done.start,
             count=done.count, skipped=done.skipped, loss=done.loss / done.batches, base=self.replica.base)
@@ -226,21 +231,17 @@ class Worker:
 
     def _validate(self, lease: Lease) -> None:
         self._refresh(whole=True)                              # what a checkpoint of this version holds
-        measures_anew = self.recalibrates and bool(batchnorm.layers(self.flat.module))
         with self.meter.phase("validate"), self._on_the_snapshot():
-            stored = self._errors(lease).top1 if measures_anew and lease.work == Work.FINAL else -1
-            if measures_anew:
+            stored = self._errors(lease).top1 if self.statistics == "recalibrate" and lease.work == Work.FINAL else -1
+            if self.statistics == "recalibrate":
                 self._recalibrate()
+            elif self.statistics == "server_ema":
+                self.flat.load_statistics_(self.courier.read_statistics())
             errors = self._errors(lease)
-
-        def fill(payload: torch.Tensor) -> int:
-            self.flat.save_statistics(payload.view(torch.float32))
-            return 4 * self.flat.num_statistics
-
         self.courier.start(
             self._header(Kind.VALIDATION, read_version=self.courier.version, lease=lease.number, start=lease.start,
                          count=lease.stop - lease.start, skipped=errors.skipped, loss=errors.loss, top1=errors.top1,
-                         top5=errors.top5, stored_top1=stored), fill, fetch=False)
+                         top5=errors.top5, stored_top1=stored), self._fill_statistics, fetch=False)
         self.meter.add(bytes_pushed=4 * self.flat.num_statistics)
         self._take()
         if lease.work == Work.VALIDATE and self.courier.mail.best == self.courier.version:
@@ -307,6 +308,10 @@ class Worker:
             with self.meter.phase("data"):
                 batch = futures.popleft().result()
             yield batch
+
+    def _fill_statistics(self, payload: torch.Tensor) -> int:
+        self.flat.save_statistics(payload.view(torch.float32))
+        return 4 * self.flat.num_statistics
 
     def _errors(self, lease: Lease) -> Errors:
         return validate(self.leader or self.flat, self.normalise, self._in_order(lease))
