@@ -233,6 +233,9 @@ def test_a_run_that_hides_its_pushes_cannot_calibrate(tmp_path, capsys):
     config.write_text(config.read_text().replace("  ring: 3", "  ring: 3\n  overlap: true"))
     assert plan.main([str(tmp_path / "run"), "--out", str(tmp_path / "plan")]) == 2
     assert "hides what a push costs" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("  overlap: true", "  servers: 2"))
+    assert plan.main([str(tmp_path / "run"), "--out", str(tmp_path / "plan")]) == 2
+    assert "had several servers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["", "1,x", "0,2", "5000"])
@@ -245,6 +248,3 @@ def test_a_run_without_pushes_cannot_calibrate(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("")
     assert plan.main([str(tmp_path), "--out", str(tmp_path / "plan")]) == 2
     assert "nothing to calibrate with" in capsys.readouterr().err
-    config.write_text(config.read_text().replace("  overlap: true", "  servers: 2"))
-    assert plan.main([str(tmp_path / "run"), "--out", str(tmp_path / "plan")]) == 2
-    assert "had several servers" in capsys.readouterr().err

@@ -106,7 +106,7 @@ class Fellows:
     def await_done(self, poll: Callable[[], object], what: str) -> None:
         """Wait until all commands have been obeyed. Raises ServerLost, DeadlineExceeded."""
         for rank in self.ranks:
-            wait.until(lambda: poll() and False or self._done[rank] >= self._number, self._world.timeout_s,
+            wait.until(_after(poll, lambda: self._done[rank] >= self._number), self._world.timeout_s,
                        f"rank 0 waits for {self._who(rank)} to {what}", wait.BUSY_S)
 
     def gather_(self, into: dict[str, torch.Tensor], poll: Callable[[], object]) -> None:
@@ -119,7 +119,7 @@ class Fellows:
         self.tell(Command("give", names=list(into)))
         for rank, requests in receives.items():
             try:
-                wait.until(lambda: poll() and False or all(request.Test() for request in requests), self._world.timeout_s,
+                wait.until(_after(poll, lambda: all(request.Test() for request in requests)), self._world.timeout_s,
                            f"rank 0 waits for {self._who(rank)} to give its {', '.join(into)}", wait.BUSY_S)
             except MPI.Exception as error:
                 self._raise_lost(error, rank)
@@ -238,7 +238,7 @@ class Desk:
         with self._world.as_loss_of_server():
             requests = [self._world.comm.Isend([part, MPI.BYTE], dest=SERVER, tag=SLICE)
                         for vector in vectors for _, part in cut(vector.numpy())]
-            wait.until(lambda: self.poll() and False or all(request.Test() for request in requests), self._world.timeout_s,
+            wait.until(_after(self.poll, lambda: all(request.Test() for request in requests)), self._world.timeout_s,
                        f"rank {self._world.rank} waits for rank 0 to take its slices", wait.BUSY_S)
 
     def done(self) -> None:
@@ -274,3 +274,12 @@ class Desk:
                 return
             self._commands.append(msgspec.json.decode(self._coming[1].tobytes(), type=Command))
             self._coming = None
+
+
+def _after(poll: Callable[[], object], is_over: Callable[[], bool]) -> Callable[[], bool]:
+    """What `wait.until` is to call: look around first, whatever that finds."""
+    def look() -> bool:
+        poll()
+        return is_over()
+
+    return look
