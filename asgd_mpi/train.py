@@ -47,7 +47,7 @@ from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
 from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, ranklog
 from asgd_mpi.record.board import Board
-from asgd_mpi.record.events import End, EventLog, Note, Resume, Start
+from asgd_mpi.record.events import Cut, End, EventLog, Note, Resume, Start
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.nvml import open_gauge
 from asgd_mpi.record.progress import Progress
@@ -134,7 +134,8 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     device = gpus.take(places, world.rank)
     if gpu := places.gpu(world.rank):
         meter.gauge = open_gauge(gpu.id)
-    module = task.build_module()
+    is_cut = config.stages.number > 1
+    module = task.outline() if is_cut and not world.is_server else task.build_module()
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
     plan, exchange, offset = task.plan(places.num_workers), config.exchange, clock.measure(world)
     role = "server" if world.is_server else "stage" if places.stage(world.rank) else "worker"
@@ -149,14 +150,16 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     if not world.is_server and window.reads and places.position_on_host(world.rank) == 0:
         print(window.reads, flush=True)
     crew = None
-    if config.stages.number > 1:
-        crew, module = _Crew(world, task, module, device, places), None      # whose members keep their own parts
+    if is_cut:
+        crew, module = _Crew(world, task, module, device, places, window), None      # whose members keep their own parts
     part = _Part(world, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
     try:
         if world.is_server:
             write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
+            if crew:
+                log.write(crew.cut)
             return part.serve(plan)
         if role == "stage":
             return part.assist(crew)
@@ -244,16 +247,11 @@ class _Part:
         in_place = device.type == "cpu" and not exchange.overlap and exchange.wire == "float32"   # where it is read
         elastic = RULEBOOK[config.rule.name].moves == "elastic"
         gradient = outbox.payload.view(torch.float32) if in_place else None
-        if crew:
-            flat = FlatModel(self.task.build_module(), torch.device("cpu"), crew.team.gradient, weights=crew.team.weights)
-            leader = Leader(flat, *crew.take())
-        else:
-            flat = FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
-            leader = None
-        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire)
+        leader = Leader(self.meter, *crew.take()) if crew else None
+        flat = leader.flat if leader else FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
+        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire, leader)
         num_workers = self.window.layout.num_workers
-        replica = Replica(flat, config, num_workers, self.task.schedule(num_workers),
-                          gradient_of=leader.compute_gradient_ if leader else None)
+        replica = Replica(flat, config, num_workers, self.task.schedule(num_workers), leader=leader)
         worker = Worker(
             world.worker, courier, replica, self.task.normalise, loaders, config, self.meter,
             Keeper(self.run, self.restart, world.worker), self.log if config.record.hash_snapshots else None,
@@ -330,7 +328,7 @@ class _Part:
 
     def _restore_momentum(self, worker: Worker) -> None:
         if str(self.world.worker) in (self.manifest.momenta if self.manifest else {}):
-            worker.replica.load_(checkpoint.read_tensors(self.directory / checkpoint.worker_file(self.world.worker)))
+            worker.replica.restore_(self.directory / checkpoint.worker_file(self.world.worker))
 
     def _begin_log(self, ledger: Ledger) -> EventLog:
         pushes = EventLog(self.run.pushes_of(self.restart), self.log.also)
@@ -356,7 +354,8 @@ class _Crew:
     What each node takes is measured by the first worker, on its device.
     """
 
-    def __init__(self, world: World, task: Task, module: nn.Module, device: torch.device, places: Topology):
+    def __init__(self, world: World, task: Task, module: nn.Module, device: torch.device, places: Topology,
+                 window: ServerWindow | WorkerWindow):
         config, plan = task.config, task.stage_plan(module)
         measured = None
         if config.stages.balance == "time" and world.rank == 1:
@@ -365,14 +364,16 @@ class _Crew:
             plan = StagePlan(plan.graph, plan.batch, [Seconds(**each) for each in found], plan.vectors)
         cuts = task.cuts(plan, config.stages.balance)
         worker, stage = (0, 0) if world.is_server else (places.worker(world.rank), places.stage(world.rank))
-        self.team = Team(world, worker, stage, places.num_stages, num_floats(module), num_statistics(module))
+        payload = window.payload_of(worker) if not world.is_server and config.exchange.wire == "float32" else None
+        self.team = Team(world, worker, stage, places.num_stages, num_floats(module), num_statistics(module), payload)
         if world.is_server:
             rows = plan.rows(cuts)
             idle = predicted_bubble(rows, plan.batch) if found else bubble(len(rows), plan.batch.parts)
+            self.cut = Cut(time.time(), len(rows), plan.batch.parts, config.stages.schedule, idle, [row.begins for row in rows])
             print(f"{render(rows)}\n{plan.batch.parts} parts of a batch (--compute.micro_batches): the stages wait for each other "
                   f"{idle:.0%} of the time", flush=True)
         else:
-            self._member = (self.team, module, cut(plan.graph, cuts)[stage], device, config.compute, plan.batch.schedule)
+            self._member = (self.team, window, module, cut(plan.graph, cuts)[stage], device, config, plan.batch.schedule)
 
     def take(self) -> tuple:
         """What a Leader or an Assistant is made of; once, so that nobody else holds on to the uncut network."""

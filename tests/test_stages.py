@@ -280,8 +280,8 @@ def test_a_plan_at_the_users_names():
     assert sum(row.parameters for row in rows) == sum(p.numel() for p in module.parameters())
     assert [row.sent_bytes for row in rows] == [4 * 4 * 64 * 16 * 16, 4 * 4 * 256 * 4 * 4, 0]
     table = render(rows)
-    assert re.search(r"stage +modules +parameters +activations MB +sends MB +ms\n", table)
-    assert re.search(r"\n +0  conv1 \.\.\. layer1\.1\.relu \(18\) +157504 +[\d.]+ +0.26 +-\n", table)
+    assert re.search(r"stage +modules +parameters +activations MB +memory MB +sends MB +ms\n", table)
+    assert re.search(r"\n +0  conv1 \.\.\. layer1\.1\.relu \(18\) +157504 +[\d.]+ +[\d.]+ +0.26 +-\n", table)
     for names, reason in [(["layer9"], "calls no such module. It calls conv1, bn1, relu, maxpool, layer1"),
                           (["layer3", "layer2"], "in the order of the calls"), (["conv1"], "and not the first one, conv1"),
                           (["layer1.0.relu"], "writes into layer1_0_bn1 in place.*One can begin near it at layer1.0.bn1")]:

@@ -68,6 +68,21 @@ def vector_in(memory: torch.Tensor, num_floats: int, wire: str) -> Vector:
     return Packed(memory, num_floats, DTYPES[wire])
 
 
+def spans(num_floats: int, piece: slice) -> tuple[range, range]:
+    """Where the numbers of a piece of a vector in 2 bytes a number lie in its memory, and where their units."""
+    units = _aligned(2 * num_floats)
+    return (range(2 * piece.start, 2 * piece.stop),
+            range(units + 4 * (piece.start // BLOCK), units + 4 * -(-piece.stop // BLOCK)))
+
+
+def unpack_(into: torch.Tensor, start: int, numbers: torch.Tensor, units: torch.Tensor, wire: str) -> None:
+    """Set (p,) float32 from the memory in the two `spans` of a piece of a vector that begins at `start`, uint8."""
+    numbers, units, stop = numbers.view(DTYPES[wire]), units.view(torch.float32), start + len(into)
+    for block, unit in enumerate(units, start // BLOCK):
+        piece = slice(max(start, block * BLOCK) - start, min(stop, (block + 1) * BLOCK) - start)
+        torch.mul(numbers[piece].float(), unit, out=into[piece])
+
+
 def copy_(into: Vector, source: Vector) -> None:
     """Copy a vector, from and to any format and device."""
     if isinstance(into, torch.Tensor) and isinstance(source, torch.Tensor):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,11 +200,12 @@ class ServerWindow(_Window):
         memory, size = torch.from_numpy(own), layout.num_parameters
         self._ring = [codec.vector_in(memory[layout.slot(k):], size, "float32") for k in range(layout.ring)]
         self._shown = [codec.vector_in(memory[layout.shown(k):], size, layout.wire) for k in range(layout.ring)]
+        self._near = {rank - 1 for rank in segments}
         self.payloads = {rank - 1: torch.from_numpy(segment[:layout.payload_bytes])   # uint8, of each worker of this host
                          for rank, segment in segments.items() if SERVER < rank <= layout.num_workers}
 
     def _meet(self, near: bool) -> None:
-        far = set(range(self.layout.num_workers)) - set(self.payloads)
+        far = set(range(self.world.size - 1)) - self._near         # further stages of workers read, too
         self._questions = {worker: np.empty(2, np.int64) for worker in far}      # where to read, and how many bytes
         self._asked = {worker: self._listen(worker) for worker in self._questions}
         met = self.world.comm.Ibarrier()
@@ -287,16 +288,15 @@ class WorkerWindow(_Window):
     """A worker's side: reads with request-based one-sided calls, or asks for long reads where that is faster."""
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
-        own = segments.get(self.world.rank)
-        has_own = own is not None and len(own)                # a worker on the server's host
-        self.payload = torch.from_numpy(own[:self.layout.payload_bytes]) if has_own else None
+        self._segments = segments
+        self.payload = self.payload_of(self.world.worker)
         self._control = np.empty(CONTROL_WORDS, np.int64)
         self._mail = np.empty(wire.MAIL_WORDS, np.int64)
         self._question, self._asks = np.empty(2, np.int64), False
         self.reads = ""                       # of a worker of another host: how it reads, in words
 
     def _meet(self, near: bool) -> None:
-        if not near and self.world.rank <= self.layout.num_workers:       # no further stage of a worker
+        if not near:
             read_s, asked_s = (self._time(asks) for asks in (False, True))
             self._asks = asked_s < CLEARLY * read_s
             self.reads = (f"rank {self.world.rank} on {self.world.host} reads weights "
@@ -313,6 +313,11 @@ class WorkerWindow(_Window):
             self._get(into, 0, "a sample")
             times.append(time.perf_counter() - started)
         return min(times) * SAMPLE / len(into)
+
+    def payload_of(self, worker: int) -> torch.Tensor | None:
+        """Where a worker of the server's host leaves its gradient, (payload_bytes,) uint8; None of another host."""
+        segment = self._segments.get(worker + 1)
+        return torch.from_numpy(segment[:self.layout.payload_bytes]) if segment is not None and len(segment) else None
 
     def read_mail(self) -> Mail | None:
         """This worker's mail; None if it was being written."""
@@ -332,17 +337,38 @@ class WorkerWindow(_Window):
 
         It is in the format that travels, (vector_bytes,), or as the server holds it, if `whole`: (P,) float32.
         """
+        place = self.layout.slot if whole else self.layout.shown
+        return self.fetch_by(lambda slot: self._get(into.numpy(), place(slot), "a snapshot"), at_least)
+
+    def fetch_by(self, read: Callable[[int], None], at_least: int) -> Snapshot:
+        """Let `read` read the latest snapshot, which is in the slot that it is told; again, while the read was torn."""
         torn_reads = 0
-        weights, place = into.numpy(), self.layout.slot if whole else self.layout.shown
         while True:
             self._until(lambda: self._read_control()[LATEST] >= at_least, f"publish version {at_least}")
             slot = int(self._control[SLOT])
             version, samples = (int(word) for word in self._control[_version_word(slot):][:WORDS_OF_SLOT])
             if version >= at_least:
-                self._get(weights, place(slot), f"version {version}")
+                read(slot)
                 if self._read_control()[_version_word(slot)] == version:
                     return Snapshot(version, samples, torn_reads)
             torn_reads += 1
+
+    def read_places(self, places: Sequence[tuple[slice, slice]], slot: int, into: torch.Tensor, whole: bool) -> int:
+        """Read some places of a slot into those of `into`, (p,) float32 on the host; returns the bytes. See `fetch_by`."""
+        layout, num_bytes = self.layout, 0
+        for there, here in places:
+            if whole or layout.wire == "float32":
+                memory = into[here].numpy()
+                self._get(memory, layout.slot(slot) + 4 * there.start, "its part of a snapshot")
+                num_bytes += memory.nbytes
+                continue
+            memories = []
+            for span in codec.spans(layout.num_parameters, there):
+                memories.append(np.empty(len(span), np.uint8))
+                self._get(memories[-1], layout.shown(slot) + span.start, "its part of a snapshot")
+                num_bytes += len(span)
+            codec.unpack_(into[here], there.start, *map(torch.from_numpy, memories), layout.wire)
+        return num_bytes
 
     def _read_control(self) -> np.ndarray:
         self._get(self._control, 0, "the control words")

@@ -1,0 +1,36 @@
+"""`asgd_mpi.train` that leaves in the directory ASGD_BENCH_MEMORY how much memory each rank took: rank3.json.
+
+    before    bytes of its process after the imports
+    peak      the most that they ever were
+
+A training on few made-up images: ASGD_BENCH_IMAGES of them.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torchvision.models  # noqa: F401 - imported before it is weighed
+
+from asgd_mpi import train
+from asgd_mpi.data.trials import SyntheticSet
+from benchmarks.networks import RANKS
+
+MEMORY, IMAGES = "ASGD_BENCH_MEMORY", "ASGD_BENCH_IMAGES"
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status in bytes, such as VmHWM."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return 1024 * int(line.split()[1])
+
+
+if __name__ == "__main__":
+    before = status("VmRSS")
+    SyntheticSet.NUM_SAMPLES = dict.fromkeys(("train", "val"), int(os.environ[IMAGES]))
+    left = train.main()
+    rank = next(os.environ[name] for name in RANKS if name in os.environ)
+    found = {"before": before, "peak": status("VmHWM")}
+    (Path(os.environ[MEMORY]) / f"rank{rank}.json").write_text(json.dumps(found))
+    sys.exit(left)
