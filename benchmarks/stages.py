@@ -122,7 +122,7 @@ def _weigh(name: str, num_stages: int) -> list[dict]:
     """A row for each stage. Raises launch.Failed."""
     arguments = ["--model", HEAVY[name], "--data.source", "synthetic", "--data.image_size", str(HEAVY_SIDE),
                  "--batch-size", str(HEAVY_BATCH), "--compute.micro_batches", "2", "--stages", str(num_stages),
-                 "--stages.balance", "memory", "--epochs", "1", "--checkpoint.every_s", "0"]
+                 "--stages.balance", "memory", "--epochs", "1", "--run.validate_every", "1e9", "--checkpoint.every_s", "0"]
     task = open_task(complete(configuration.parse(arguments)))
     plan = task.stage_plan(task.outline())
     planned = plan.rows(task.cuts(plan, "memory") if num_stages > 1 else [])

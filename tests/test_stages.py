@@ -15,7 +15,7 @@ from asgd_mpi import config as configuration
 from asgd_mpi.config import ComputeConfig
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
-from asgd_mpi.model.flat import FlatModel, num_floats, places_of
+from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, places_of
 from asgd_mpi.stages.balance import SLACK, balance
 from asgd_mpi.stages.cut import cut, whole
 from asgd_mpi.stages.graph import Graph, trace
@@ -266,6 +266,32 @@ def test_a_layer_that_is_used_twice_is_not_torn_apart():
     assert [bool(graph.why_not(place)) for place in range(1, 5)] == [False, True, True, False]
     with pytest.raises(ConfigError, match=r"1.weight is used on both sides, by 1 and (1|3)\. One can begin near it at"):
         cut(graph, [2])
+
+
+@pytest.mark.parametrize("name", ["digits_cnn", "alexnet2", "resnet18"])
+def test_an_outline_is_the_network_without_memory_for_its_parameters(name):
+    outline = networks.outline(name, 10, 3)
+    module = networks._make(name, 10, 3)
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    assert [(key, value.shape) for key, value in outline.state_dict().items()] == [
+        (key, value.shape) for key, value in module.state_dict().items()]
+    assert all(torch.equal(one, other) for one, other in zip(outline.buffers(), module.buffers()))
+    assert nn.Linear(2, 2).weight.device == CPU                    # nothing stays behind
+
+
+def test_a_network_that_looks_at_its_parameters_when_it_is_made_has_no_outline(monkeypatch):
+    monkeypatch.setitem(networks.NETWORKS, "looks", (lambda num_classes, channels: nn.Linear(
+        2, 2 if nn.Linear(3, 3).weight.sum() > -1e9 else 3), networks.DIGITS))
+    assert networks.outline("looks", 10, 3) is None
+
+
+def test_shared_parameters_stay_shared_when_they_get_memory():
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = module[0].weight
+    materialise_(module)
+    assert module[1].weight is module[0].weight and len(list(module.parameters())) == 3
+    assert not any(parameter.is_meta for parameter in module.parameters())
 
 
 # The plan.

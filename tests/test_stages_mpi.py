@@ -11,38 +11,50 @@ from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange.team import pack, unpack
 from asgd_mpi.prepare import prepare
-from asgd_mpi.record import checkpoint
-from asgd_mpi.record.events import read_pushes
+from asgd_mpi.record import checkpoint, history
+from asgd_mpi.record.events import Fetch, Publish, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from conftest import finish
 
 CPU = torch.device("cpu")
-OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.balance", "memory", "--run.dir", "run"]
+OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.balance", "memory", "--run.dir", "run",
+           "--resume", "auto"]
 
 
-@pytest.mark.parametrize("vendor, module, num_workers, num_stages, options", [
-    ("openmpi", "asgd_mpi.train", 1, 3, ["--stages.at", "second,last", "--stages.schedule", "gpipe", "--n-sync", "2"]),
-    ("openmpi", "two_hosts", 2, 2, ["--stages.balance", "time"]),
-    ("mpich", "asgd_mpi.train", 1, 2, [])])
-def test_replicas_of_stages_replay_in_one_process_to_the_bit(
-        request, digits, tmp_path, vendor, module, num_workers, num_stages, options):
-    """The replay computes with the uncut network. With dropout, batch norm and tensors that cross several cuts."""
+@pytest.mark.parametrize("vendor, module, num_workers, options", [
+    ("openmpi", "asgd_mpi.train", 1, [["--stages.at", "second,last", "--stages.schedule", "gpipe", "--n-sync", "2",
+                                       "--exchange.wire", "bfloat16"]]),
+    ("openmpi", "two_hosts", 2, [["--stages", "2", "--stages.balance", "time"]]),
+    ("mpich", "asgd_mpi.train", 1, [["--stages", "2", "--inject", "term@step15:rank1"], ["--record.hash_snapshots", "true"]])])
+def test_replicas_of_stages_replay_in_one_process_to_the_bit(request, digits, tmp_path, vendor, module, num_workers, options):
+    """The replay computes with the uncut network. With dropout, batch norm and tensors that cross several cuts.
+
+    One is left, with its momentum, and resumed with another number of stages.
+    """
     launcher = request.getfixturevalue(vendor)
-    done = launcher.train(1 + num_workers * num_stages, "--data", str(digits), "--model", "networks_for_tests:crossed",
-                          "--epochs", "1", "--stages", str(num_stages), *OPTIONS, *options, cwd=tmp_path, module=module)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for status, start in zip([75] * (len(options) - 1) + [0], options):
+        num_stages = 2 if "--stages" in start else 3
+        done = launcher.train(1 + num_workers * num_stages, "--data", str(digits), "--model", "networks_for_tests:crossed",
+                              "--epochs", "1", "--stages", str(num_stages), *OPTIONS, *start, cwd=tmp_path, module=module)
+        assert done.returncode == status, done.stdout + done.stderr
     run = RunDir.open(tmp_path / "run")
     assert replay.main([str(run.path)]) == 0
     assert len(re.findall(r"worker \d, stage \d", done.stdout)) == num_workers * num_stages
     assert len(re.findall(r"(?m)^ +\d  \S+ \.\.\. \S+ \(\d+\) +\d+ ", done.stdout)) == num_stages
-    summary, pushes = summarize(run), list(read_pushes(run.pushes))
+    summary, pushes = summarize(run), list(history.pushes(run))
     assert summary.problems == [] and summary.num_workers == num_workers and not summary.audit.violations
     assert [rank.role for rank in summary.ranks] == ["server"] + ["worker"] * num_workers + ["stage"] * (
         num_workers * (num_stages - 1))
     assert {push.worker for push in pushes} == set(range(num_workers))
     assert all(rank.phases["compute"] > 0 for rank in summary.ranks[1:])
-    state, manifest = checkpoint.load(run.checkpoint(len(pushes)))
+    found = summary.pipelines
+    assert (found.num_stages, found.num_parts, len(found.stages)) == (num_stages, 3, num_stages * num_workers)
+    assert 0 < found.measured < 1 and all(use.passes > 0 for use in found.stages)
+    fetched = [(event.version, event.hash) for event in read_events(run.metrics_of(1, len(options) - 1)) if isinstance(event, Fetch)]
+    published = {event.version: event.hash for event in read_events(run.metrics_of(0, len(options) - 1)) if isinstance(event, Publish)}
+    assert bool(fetched) == (vendor == "mpich") and all(published[version] == found for version, found in fetched)
+    state, manifest = checkpoint.load(run.checkpoint(len(pushes), len(options) - 1))
     errors = evaluate.measure(state, manifest, ShardSet.open(digits, "val"), 100, CPU, threads=1)
     assert 1 - errors.top1 / errors.num_images == manifest.top1_error < 0.6      # with the statistics of all stages
 

@@ -30,7 +30,7 @@ from asgd_mpi.record.timeline import Bins, Timeline
 
 CONFIG_KEYS = ("model.name", "data.path", "data.batch_size", "run.epochs", "run.seed", "rule.name", "rule.momentum",
                "rule.warm_start_epochs", "schedule.lr", "exchange.n_push", "exchange.n_fetch", "exchange.overlap",
-               "exchange.wire")
+               "exchange.wire", "stages.number", "compute.micro_batches")
 MAX_BINS = 20         # of the staleness histogram
 
 
@@ -180,7 +180,7 @@ def summarize(run: RunDir) -> Summary:
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
         timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,
         num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"],
-        gpus=metrics.gpus, pipelines=pipelines(metrics.cut, metrics.ranks, checked.num_workers))
+        gpus=metrics.gpus, pipelines=pipelines(metrics.cut, metrics.ranks, num_workers))
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:
