@@ -351,7 +351,7 @@ class _Part:
 class _Crew:
     """The stages of this rank's replica: the plan, and who computes what. All ranks make it together.
 
-    What each node takes is measured by the first worker, on its device.
+    What each node takes is measured by the first worker, on its device; the server decides where the network is cut.
     """
 
     def __init__(self, world: World, task: Task, module: nn.Module, device: torch.device, places: Topology,
@@ -360,20 +360,22 @@ class _Crew:
         measured = None
         if config.stages.balance == "time" and world.rank == 1:
             measured = [vars(each) for each in measure(plan.graph, torch.rand(plan.graph.shape).to(device))]
-        if found := world.gather(measured)[1]:
-            plan = StagePlan(plan.graph, plan.batch, [Seconds(**each) for each in found], plan.vectors)
-        cuts = task.cuts(plan, config.stages.balance)
+        found, decided = world.gather(measured)[1], None
+        if world.is_server:
+            plan = StagePlan(plan.graph, plan.batch, [Seconds(**each) for each in found] if found else None, plan.vectors)
+            decided = {"cuts": task.cuts(plan, config.stages.balance), "differentiable": plan.graph.differentiable}
+        decided = world.share(decided)
         worker, stage = (0, 0) if world.is_server else (places.worker(world.rank), places.stage(world.rank))
         payload = window.payload_of(worker) if not world.is_server and config.exchange.wire == "float32" else None
         self.team = Team(world, worker, stage, places.num_stages, num_floats(module), num_statistics(module), payload)
         if world.is_server:
-            rows = plan.rows(cuts)
+            rows = plan.rows(decided["cuts"])
             idle = predicted_bubble(rows, plan.batch) if found else bubble(len(rows), plan.batch.parts)
             self.cut = Cut(time.time(), len(rows), plan.batch.parts, config.stages.schedule, idle, [row.begins for row in rows])
             print(f"{render(rows)}\n{plan.batch.parts} parts of a batch (--compute.micro_batches): the stages wait for each other "
                   f"{idle:.0%} of the time", flush=True)
         else:
-            self._member = (self.team, window, module, cut(plan.graph, cuts)[stage], device, config, plan.batch.schedule)
+            self._member = (self.team, window, module, cut(plan.graph, **decided)[stage], device, config, plan.batch.schedule)
 
     def take(self) -> tuple:
         """What a Leader or an Assistant is made of; once, so that nobody else holds on to the uncut network."""
