@@ -58,7 +58,7 @@ from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
 from asgd_mpi.server.rules import make_rule
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
-from asgd_mpi.stages.cut import cut
+from asgd_mpi.stages.cut import adopt_, cut
 from asgd_mpi.stages.plan import Seconds, StagePlan, measure, predicted_bubble, render
 from asgd_mpi.stages.schedule import bubble
 from asgd_mpi.task import Task, open_task
@@ -375,7 +375,9 @@ class _Crew:
             print(f"{render(rows)}\n{plan.batch.parts} parts of a batch (--compute.micro_batches): the stages wait for each other "
                   f"{idle:.0%} of the time", flush=True)
         else:
-            self._member = (self.team, window, module, cut(plan.graph, **decided)[stage], device, config, plan.batch.schedule)
+            stages = cut(plan.graph, **decided)
+            adopt_(stages, module)
+            self._member = (self.team, window, module, stages[stage], device, config, plan.batch.schedule)
 
     def take(self) -> tuple:
         """What a Leader or an Assistant is made of; once, so that nobody else holds on to the uncut network."""

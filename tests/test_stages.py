@@ -17,7 +17,7 @@ from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
 from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, places_of
 from asgd_mpi.stages.balance import SLACK, balance
-from asgd_mpi.stages.cut import cut, whole
+from asgd_mpi.stages.cut import adopt_, cut, whole
 from asgd_mpi.stages.graph import Graph, trace
 from asgd_mpi.stages.plan import Batch, Seconds, StagePlan, measure, predicted_bubble, render
 from asgd_mpi.stages.schedule import SCHEDULES, bubble, gpipe, held, idle_share, one_f_one_b, timeline
@@ -292,6 +292,23 @@ def test_shared_parameters_stay_shared_when_they_get_memory():
     materialise_(module)
     assert module[1].weight is module[0].weight and len(list(module.parameters())) == 3
     assert not any(parameter.is_meta for parameter in module.parameters())
+
+
+def test_parameters_that_no_node_uses_are_the_first_stages():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare, self.body, self.head, self.other = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, images):
+            return self.head(self.body(images))
+
+    module = Idle()
+    stages = cut(Graph(trace(module), (2, 4)), [1])
+    adopt_(stages, module)
+    assert [len(list(stage.module.parameters())) for stage in stages] == [6, 2]
+    places = sorted((part.start, part.stop) for stage in stages for part, _ in places_of(module, stage.module))
+    assert [start for start, _ in places] == [0, *(stop for _, stop in places[:-1])] and places[-1][1] == num_floats(module)
 
 
 # The plan.

@@ -385,6 +385,7 @@ class WorkerWindow(_Window):
         self._until(lambda: all(request.Test() for request in requests), f"let it read {what}", wait.BUSY_S)
 
     def _until(self, poll: Callable[[], T | None], what: str, longest_s: float = wait.LONGEST_S) -> T:
-        who = f"rank {self.world.rank} (worker {self.world.worker} on {self.world.host})"
+        worker = self.world.worker % self.layout.num_workers                 # that of a further stage, too: see topology
+        who = f"rank {self.world.rank} (worker {worker} on {self.world.host})"
         return wait.until(lambda: poll() or self.world.demand_server(), self.world.timeout_s,
                           f"{who} waits for rank 0 to {what}", longest_s)

@@ -96,3 +96,11 @@ def cut(graph: Graph, cuts: Sequence[int], differentiable: Sequence[str] | None 
         [makes] = [tuple(node.name for node in node.args[0]) for node in part.graph.nodes if node.op == "output"]
         stages.append(Stage(part, takes, gives, uses, makes, frozenset(differentiable)))
     return stages
+
+
+def adopt_(stages: Sequence[Stage], module: nn.Module) -> None:
+    """Give the first stage the parameters of the uncut network that no stage uses: they are its to keep as they are."""
+    used = {id(parameter) for stage in stages for parameter in stage.module.parameters()}
+    unused = [parameter for parameter in module.parameters() if id(parameter) not in used]
+    if unused:
+        stages[0].module.add_module("unused", nn.ParameterList(unused))

@@ -181,6 +181,8 @@ class Leader(_Member):
         self._replies = {stage: Pipe(team, stage, REPLIES, CPU, self.watch) for stage in others}
         self._scores = Pipe(team, others[-1], SCORES, self.device, self.watch)
         self._heard: dict[int, dict] = {}
+        for place, buffer in statistics_of(module, module):
+            team.statistics[place].copy_(buffer.reshape(-1))
 
     def fetch(self, at_least: int, whole: bool) -> tuple[Snapshot, int]:
         """Let every stage read its part of the latest snapshot, the same one; returns it, and the bytes of all parts."""
