@@ -268,15 +268,18 @@ def test_a_layer_that_is_used_twice_is_not_torn_apart():
         cut(graph, [2])
 
 
-@pytest.mark.parametrize("name", ["digits_cnn", "alexnet2", "resnet18"])
-def test_an_outline_is_the_network_without_memory_for_its_parameters(name):
-    outline = networks.outline(name, 10, 3)
-    module = networks._make(name, 10, 3)
+@pytest.mark.parametrize("name, form", [("digits_cnn", torch.channels_last), ("alexnet2", torch.contiguous_format),
+                                        ("resnet18", torch.contiguous_format), ("resnet18", torch.channels_last)])
+def test_an_outline_is_the_network_without_memory_for_its_parameters(name, form):
+    outline = networks.outline(name, 10, 3).to(memory_format=form)
+    module = networks._make(name, 10, 3).to(memory_format=form)
     assert all(parameter.is_meta for parameter in outline.parameters())
     assert [(key, value.shape) for key, value in outline.state_dict().items()] == [
         (key, value.shape) for key, value in module.state_dict().items()]
     assert all(torch.equal(one, other) for one, other in zip(outline.buffers(), module.buffers()))
     assert nn.Linear(2, 2).weight.device == CPU                    # nothing stays behind
+    materialise_(outline)
+    assert [p.stride() for p in outline.parameters()] == [p.stride() for p in module.parameters()]
 
 
 def test_a_network_that_looks_at_its_parameters_when_it_is_made_has_no_outline(monkeypatch):

@@ -65,7 +65,7 @@ def test_replicas_of_stages_replay_in_one_process_to_the_bit(request, digits, tm
     ("kill@step5:rank1", ("--with-ft", "ulfm"), "the process of stage 0 of worker 0 has ended")])
 def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, tmp_path, failure, launcher_options, told):
     done = finish(openmpi.start_training(5, "--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS,
-                                         "--inject", failure, cwd=tmp_path, launcher_options=launcher_options), 120)
+                                         "--batch-size", "48", "--inject", failure, cwd=tmp_path, launcher_options=launcher_options), 120)
     assert done.returncode == 3, done.stdout + done.stderr
     assert told in done.stderr
     summary = summarize(RunDir.open(tmp_path / "run"))
