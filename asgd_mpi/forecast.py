@@ -9,11 +9,11 @@ Pure discrete-event simulation, one heap, three events for each push:
 
 S servers hold equal parts of the vector and see all pushes in the same order, so one event serves for all of them: their
 queues are a vector, and differ by the spread of their updates. A worker may be a replica of several stages, each on a GPU: its
-step is that of one GPU, shared out, and longer by the bubble of the schedule. Several servers, and int8 on the wire, are features to come
-(`Costs.future`): the model knows them, the training does not yet.
+step is that of one GPU, shared out, and longer by the bubble of the schedule. Several servers, and int8 on the wire, are
+features to come (`Costs.future`): the model knows them, the training does not yet.
 
-What it leaves out: the way of activations between stages, ranks that share cores (but see `calibrate`), validation, the end of a run, the loader falling behind,
-workers that share a link, and that a server applies waiting pushes in one pass.
+What it leaves out: the way of activations between stages, ranks that share cores (but see `calibrate`), validation, the end of
+a run, the loader falling behind, workers that share a link, and that a server applies waiting pushes in one pass.
 """
 
 from __future__ import annotations

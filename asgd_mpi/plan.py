@@ -63,7 +63,7 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--step-ms", type=Optional[float], help="A batch on a GPU (default: the run's; 100 with --probe).")
     parser.add_argument("--spread", type=Optional[float], help="Standard deviation of a batch's time over its mean.")
     parser.add_argument("--workers", type=str, default=DEFAULT_WORKERS, metavar="N,N,...", help=f"Up to {MAX_WORKERS}.")
-    parser.add_argument("--stages", type=Optional[int], help="GPUs that each worker's network is cut over (default: the run's).")
+    parser.add_argument("--stages", type=Optional[int], help="GPUs that a worker's network is cut over (default: the run's).")
     parser.add_argument("--micro-batches", type=Optional[int], help="Parts of a batch that pass through the stages one after "
                         "the other (default: the run's).")
     parser.add_argument("--balance", type=Optional[float], help="Mean time of a stage over that of the slowest one (default: "
@@ -136,8 +136,8 @@ def _as_asked(costs: Costs, options: jsonargparse.Namespace, num_parameters: int
     if balance > 1:
         raise ConfigError(f"--balance {balance:g}: no stage is faster than the slowest one; give 1 or less.")
     if stages > 1 and (options.overlap or n_push == "auto"):
-        raise ConfigError(f"--stages {stages} with {'--overlap' if options.overlap else '--n-push auto'}: a training with stages "
-                          "cannot overlap.")
+        raise ConfigError(f"--stages {stages} with {'--overlap' if options.overlap else '--n-push auto'}: a training with "
+                          "stages cannot overlap.")
     if options.servers > MAX_SERVERS:
         raise ConfigError(f"--servers {options.servers}: up to {MAX_SERVERS} servers can be planned.")
     if n_fetch and (n_push == "auto" or n_fetch % n_push):
@@ -214,9 +214,9 @@ def describe(costs: Costs, outcomes: Sequence[Outcome], moves: Sequence[tuple[st
     if costs.future:
         lines.append(f"{' and '.join(costs.future)}: of the model only, the training cannot do that yet")
     if costs.num_stages > 1:
-        lines.append(f"a worker is {costs.num_stages} stages, each on a GPU: a step takes {percent(costs.step_share, 0)} of that of "
-                     f"one GPU ({short(costs.cut(1, 1).step_s)}); with {costs.micro_batches} micro-batches the stages wait for each "
-                     f"other {percent(costs.bubble, 0)} of the time, and the slowest one sets the pace (balance "
+        lines.append(f"a worker is {costs.num_stages} stages, each on a GPU: a step takes {percent(costs.step_share, 0)} of that "
+                     f"of one GPU ({short(costs.cut(1, 1).step_s)}); with {costs.micro_batches} micro-batches the stages wait for "
+                     f"each other {percent(costs.bubble, 0)} of the time, and the slowest one sets the pace (balance "
                      f"{percent(costs.balance, 0)})")
     lines.append("workers   ranks    images/s  efficiency  staleness  server busy  queue busy  batches a push")
     lines += [f"{row.num_workers:7,} {costs.num_ranks(row.num_workers):7,} {row.images_per_s:11,.1f} "

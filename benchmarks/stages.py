@@ -1,8 +1,8 @@
 """What cutting a network over several ranks brings: `python -m benchmarks.stages`, with mpirun on the PATH.
 
 Speed: images/s of one replica of S stages and M micro-batches a batch, on emulated GPUs: the layers of a network sleep, the
-gradient is small but real, and all else is the training itself. Ideal is S times one GPU, which the bubble of the schedule takes
-(S - 1) / (M + S - 1) of. Cells are interleaved, medians. Memory (`--parts memory`): the most that each rank ever took beside
+gradient is small but real, and all else is the training itself. Ideal is S times one GPU; the bubble of the schedule takes
+(S - 1) / (M + S - 1) of it. Cells are interleaved, medians. Memory (`--parts memory`): the most that each rank ever took beside
 what its process had after the imports, next to what the plan says, for networks cut by memory.
 """
 
@@ -101,10 +101,12 @@ def _speed_table(cells: list[dict]) -> str:
     return machine.table(
         ["stages", "micro-batches", "schedule", "images/s", "over the ideal (range)", "1 - bubble", "stages wait", "bubble"], [
             [cell["stages"], cell["micro_batches"], cell["schedule"] if cell["stages"] > 1 else "",
-             f"{cell['images_per_s']['median']:.1f}",
-             f"{100 * cell['over_ideal']['median']:.1f} % ({100 * cell['over_ideal']['min']:.1f}-{100 * cell['over_ideal']['max']:.1f})",
-             f"{100 - 100 * cell['bubble']:.1f} %", f"{100 * cell['waited']['median']:.1f} %", f"{100 * cell['bubble']:.1f} %"]
-            for cell in cells])
+             f"{cell['images_per_s']['median']:.1f}", _percent(cell["over_ideal"]), f"{100 - 100 * cell['bubble']:.1f} %",
+             f"{100 * cell['waited']['median']:.1f} %", f"{100 * cell['bubble']:.1f} %"] for cell in cells])
+
+
+def _percent(found: dict) -> str:
+    return f"{100 * found['median']:.1f} % ({100 * found['min']:.1f}-{100 * found['max']:.1f})"
 
 
 def _memory(options: argparse.Namespace, failures: list[str]) -> list[dict]:

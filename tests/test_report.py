@@ -133,14 +133,16 @@ def test_the_bubble_of_stages_is_the_sum_over_the_raw_lines(tmp_path):
     write_log(run.metrics_of(0), [begun])
     for rank, passes, pipelined in ((1, 3.0, 5.0), (2, 2.0, 4.5), (3, 4.0, 0.0), (4, 3.5, 0.0)):
         start = [Start(T0, rank, "stage", f"node{rank % 2}", "cuda:0", 2, 1000)] if rank > 2 else []
-        write_log(run.metrics_of(rank), [*start, *(Interval(T0 + i, T0 + i + 10, compute=passes / 2, passes=passes / 2, validate=0.5,
-                                                            pipelined=pipelined / 2) for i in (0, 10))])
+        halves = [Interval(T0 + i, T0 + i + 10, compute=passes / 2, passes=passes / 2, validate=0.5, pipelined=pipelined / 2)
+                  for i in (0, 10)]
+        write_log(run.metrics_of(rank), [*start, *halves])
     lines = {rank: [line for line in raw(run.metrics_of(rank)) if line["event"] == "interval"] for rank in (1, 2, 3, 4)}
     total = {rank: {name: sum(line.get(name, 0.0) for line in lines[rank]) for name in ("passes", "pipelined", "validate")}
              for rank in lines}
     found = summarize(run).pipelines
     whole = 2 * (total[1]["pipelined"] + total[2]["pipelined"])
-    assert found.measured == pytest.approx(1 - sum(each["passes"] for each in total.values()) / whole) == pytest.approx(1 - 12.5 / 19)
+    passes = sum(each["passes"] for each in total.values())
+    assert found.measured == pytest.approx(1 - passes / whole) and (passes, whole) == (12.5, 19.0)
     assert (found.num_stages, found.num_parts, found.schedule, found.expected) == (2, 4, "gpipe", 0.2)
     assert [(use.rank, use.worker, use.stage) for use in found.stages] == [(1, 0, 0), (2, 1, 0), (3, 0, 1), (4, 1, 1)]
     for use in found.stages:

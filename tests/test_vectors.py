@@ -34,8 +34,9 @@ class Spread:
             places = places_of(module, part)
             materialise_(part)
             flat = FlatModel(part, CPU)
+            vectors = _StageVectors(flat, config, NUM_WORKERS, places, self.gradient)
             self.places.append(places)
-            self.stages.append(SimpleNamespace(flat=flat, vectors=_StageVectors(flat, config, NUM_WORKERS, places, self.gradient)))
+            self.stages.append(SimpleNamespace(flat=flat, vectors=vectors))
         self.spread = SpreadVectors(self.each, lambda: {"velocity": self.joined(lambda stage: stage.vectors.state["velocity"])})
 
     def each(self, of, verb, *arguments):
@@ -63,7 +64,8 @@ class Spread:
 
 def make_pair(precision="float32", **rule):
     """(Replica of the uncut network, Replica of the leader, the stages)."""
-    rule = RuleConfig(**{"name": "asgd", "momentum": 0.9, "momentum_at": "dana", "weight_decay": 0.0, "staleness": "constant"} | rule)
+    stock = {"name": "asgd", "momentum": 0.9, "momentum_at": "dana", "weight_decay": 0.0, "staleness": "constant"}
+    rule = RuleConfig(**stock | rule)
     config = Config(rule=rule, exchange=ExchangeConfig(n_push=1, n_fetch=1))
     stages = Spread(config)
     replicas = [Replica(FlatModel(networks.build("digits_cnn", 10, 1, 8), CPU), config, NUM_WORKERS, lambda samples: RATE),
@@ -138,7 +140,8 @@ def test_a_norm_does_not_depend_on_the_order_of_its_parts():
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
-@pytest.mark.parametrize("start, stop", [(0, 10), (100, 3 * codec.BLOCK - 5), (codec.BLOCK, 2 * codec.BLOCK), (5, codec.BLOCK + 1)])
+@pytest.mark.parametrize("start, stop", [
+    (0, 10), (100, 3 * codec.BLOCK - 5), (codec.BLOCK, 2 * codec.BLOCK), (5, codec.BLOCK + 1)])
 def test_a_part_of_a_rounded_vector_is_read_from_its_own_bytes(wire, start, stop):
     vector = torch.randn(3 * codec.BLOCK + 100) * torch.logspace(-20, 20, 3 * codec.BLOCK + 100)
     memory = torch.zeros(codec.num_bytes(len(vector), wire), dtype=torch.uint8)

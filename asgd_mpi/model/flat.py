@@ -124,7 +124,8 @@ def materialise_(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_meta:
-                known.setdefault(id(parameter), nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad))
+                memory = torch.empty_like(parameter, device="cpu")
+                known.setdefault(id(parameter), nn.Parameter(memory, parameter.requires_grad))
                 part._parameters[name] = known[id(parameter)]
 
 

@@ -20,7 +20,8 @@ MIN_VALIDATIONS = 6   # to speak of a plateau
 
 def advise(summary: Summary, cost: Cost | None = None) -> list[str]:
     """The sentences, the weightiest first."""
-    rules = (_audit, _saturated, _waiting, _bubble, _data, _fetch, _lease, _validate, _room, _stragglers, _torn, _skipped, _retries)
+    rules = (_audit, _saturated, _waiting, _bubble, _data, _fetch, _lease, _validate, _room, _stragglers, _torn, _skipped,
+             _retries)
     found = [sentence for rule in rules if (sentence := rule(summary))]
     plateau = _plateau(summary, cost)
     return [*found, plateau] if plateau else found
@@ -87,8 +88,8 @@ def _bubble(summary: Summary) -> str | None:
     if found is None or found.measured is None or found.measured < WAITS:
         return None
     expected = f" (the plan expected {percent(found.expected, 0)})" if found.expected is not None else ""
-    return (f"The {found.num_stages} stages of a replica wait for each other {percent(found.measured, 0)} of the time{expected}: "
-            f"cut a batch into more parts than {found.num_parts} (--compute.micro_batches), or take fewer stages.")
+    return (f"The {found.num_stages} stages of a replica wait for each other {percent(found.measured, 0)} of the time{expected}"
+            f": cut a batch into more parts than {found.num_parts} (--compute.micro_batches), or take fewer stages.")
 
 
 def _data(summary: Summary) -> str | None:

@@ -207,7 +207,8 @@ def render(rows: Sequence[Row]) -> str:
     for number, row in enumerate(rows):
         milliseconds = "-" if row.seconds is None else f"{1e3 * (row.seconds.forward + row.seconds.backward):.1f}"
         table.append((str(number), f"{row.begins} ... {row.ends} ({row.nodes})", str(row.parameters),
-                      f"{row.activation_bytes / 1e6:.1f}", f"{row.memory_bytes / 1e6:.1f}", f"{row.sent_bytes / 1e6:.2f}", milliseconds))
+                      f"{row.activation_bytes / 1e6:.1f}", f"{row.memory_bytes / 1e6:.1f}", f"{row.sent_bytes / 1e6:.2f}",
+                      milliseconds))
     widths = [max(map(len, column)) for column in zip(*table)]
     return "\n".join("  ".join(cell.ljust(width) if column == 1 else cell.rjust(width)
                                for column, (cell, width) in enumerate(zip(line, widths))) for line in table)

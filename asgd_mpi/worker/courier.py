@@ -43,8 +43,8 @@ class _Trip:
 class Courier:
     """Owns the worker's MPI calls. `version` is that of the fetched weights; `mail` came with the last trip.
 
-    What is fetched is in flat.weights, or, with `fetches_aside`, in flat.spare_weights. leader: of the stages, if the network is
-    cut: each fetches its own part, and they put the gradient together.
+    What is fetched is in flat.weights, or, with `fetches_aside`, in flat.spare_weights. leader: of the stages, if the network
+    is cut: each fetches its own part, and they put the gradient together.
     """
 
     def __init__(self, window: WorkerWindow, outbox: Outbox, flat: FlatModel, meter: Meter, overlap: bool,

@@ -212,7 +212,7 @@ class Worker:
 
     @contextmanager
     def _gathering(self) -> Iterator[bool]:
-        """Within, what stages put together may be asked for; whether it then stays as it is, as long as this is not repeated."""
+        """Within, what stages put together may be asked for; whether it stays as it is until this is entered again."""
         if self.leader:
             self.keeper.settle()                               # which may still read the last such thing
         yield self.leader is not None
@@ -299,7 +299,8 @@ class Worker:
     def _is_news(self, mail: Mail) -> bool:
         """Whether mail is worth an idle worker's time."""
         return (mail.orders != Orders.GO_ON or any(lease.number > self._done for lease in mail.leases)
-                or self.replica.keeps_state and mail.save > self._saved or bool(self.asked_to_leave()) and not self._told_of_signal)
+                or self.replica.keeps_state and mail.save > self._saved
+                or bool(self.asked_to_leave()) and not self._told_of_signal)
 
     def _read_ahead(self) -> None:
         """Let the loader begin with the leases that have come."""

@@ -95,7 +95,8 @@ class Replica:
         is_first, self._batches = self._batches == 0, self._batches + 1
         if self._shares:
             self.flat.weights.copy_(self._own)
-        loss = self._loss.compute_gradient_(self._gradient, normalise, batch, self._seed, accumulate=not (is_first or self.moves))
+        accumulate = not (is_first or self.moves)
+        loss = self._loss.compute_gradient_(self._gradient, normalise, batch, self._seed, accumulate)
         self._is_finite = math.isfinite(loss) and (is_first or self._is_finite)
         if self.moves:
             self._move_(is_first)
