@@ -2,8 +2,9 @@
 
 Speed: images/s of one replica of S stages and M micro-batches a batch, on emulated GPUs: the layers of a network sleep, the
 gradient is small but real, and all else is the training itself. Ideal is S times one GPU; the bubble of the schedule takes
-(S - 1) / (M + S - 1) of it. Cells are interleaved, medians. Memory (`--parts memory`): the most that each rank ever took beside
-what its process had after the imports, next to what the plan says, for networks cut by memory.
+(S - 1) / (M + S - 1) of it. Cells are interleaved, medians. Memory (`--parts memory`): the most that each rank took of its own beside
+what its process had after the imports, and its part of the gradient, which lies in memory that it shares with the server; next
+to what the plan says, for networks cut by memory.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ def _weigh(name: str, num_stages: int) -> list[dict]:
         with training.run(num_stages, arguments, environment, HEAVY_S, "benchmarks.weighed"):
             weights = [json.loads((Path(place) / f"rank{rank}.json").read_text()) for rank in range(1, num_stages + 1)]
     return [{"network": name, "stages": num_stages, "stage": stage, "parameters": row.parameters,
-             "planned_mb": row.memory_bytes / 1e6, "measured_mb": (found["peak"] - found["before"]) / 1e6,
-             "process_mb": found["before"] / 1e6} for stage, (row, found) in enumerate(zip(planned, weights))]
+             "planned_mb": row.memory_bytes / 1e6, "resident_mb": found["resident"] / 1e6, "before_mb": found["before"] / 1e6,
+             "measured_mb": (found["peak"] - found["before"] + 4 * row.parameters) / 1e6} for stage, (row, found) in enumerate(zip(planned, weights))]
 
 
 def _memory_table(rows: list[dict]) -> str:
