@@ -2,9 +2,9 @@
 
 Speed: images/s of one replica of S stages and M micro-batches a batch, on emulated GPUs: the layers of a network sleep, the
 gradient is small but real, and all else is the training itself. Ideal is S times one GPU; the bubble of the schedule takes
-(S - 1) / (M + S - 1) of it. Cells are interleaved, medians. Memory (`--parts memory`): the most that each rank took of its own beside
-what its process had after the imports, and its part of the gradient, which lies in memory that it shares with the server; next
-to what the plan says, for networks cut by memory.
+(S - 1) / (M + S - 1) of it. Cells are interleaved, medians. Memory (`--parts memory`): the most that each rank took of its own
+beside what its process had after the imports, and its part of the gradient, which lies in memory that it shares with the
+server; next to what the plan says, for networks cut by memory.
 """
 
 from __future__ import annotations
@@ -36,17 +36,14 @@ Cell = tuple[int, int, str]      # stages, micro-batches, schedule
 def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.stages")
-    found: dict = {"failures": []}
-    if "speed" in options.parts:
-        found["speed"] = _speed(options, found["failures"])
-        print("\n" + _speed_table(found["speed"]))
-    if "memory" in options.parts:
-        found["memory"] = _memory(options, found["failures"])
-        print("\n" + _memory_table(found["memory"]))
-    if options.out.exists():                       # the other part, measured before
-        found = {key: value for key, value in json.loads(options.out.read_text()).items() if key in ("speed", "memory")} | found
-    machine.write(options.out, described | found)
-    return int(bool(found["failures"]))
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}       # the other part, measured before
+    for part in options.parts:
+        failures: list[str] = []
+        cells = {"speed": _speed, "memory": _memory}[part](options, failures)
+        print("\n" + {"speed": _speed_table, "memory": _memory_table}[part](cells))
+        found[part] = described | {"failures": failures, "cells": cells}
+    machine.write(options.out, found)
+    return int(any(found[part]["failures"] for part in options.parts))
 
 
 def _parse() -> argparse.Namespace:
