@@ -21,19 +21,18 @@ ALIGNMENT = 16  # floats = 64 bytes
 class FlatModel:
     """`module` on `device`, with `weights` and `gradient`: (P,) float32 on the device, seen through its parameters.
 
-    gradient, weights: memory for them, at least (P,) float32 on the device, if they have a place already.
+    gradient: memory for it, at least (P,) float32 on the device, if it has a place already.
     spare: make a second vector of each, to swap with.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False,
-                 weights: torch.Tensor | None = None):
+    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False):
         self.module = module.to(device)
         self.device = device
         _demand_float32(self.module)
         self._parameters = list(self.module.parameters())
         self._aside: torch.Tensor | None = None           # see set_aside_
         self._known: dict[int, list[torch.Tensor]] = {}   # the parameters' views of each of the vectors
-        self.weights = torch.zeros(num_floats(module), device=device) if weights is None else weights.zero_()
+        self.weights = torch.zeros(num_floats(module), device=device)
         self.gradient = torch.zeros_like(self.weights) if gradient is None else gradient[:len(self.weights)].zero_()
         self.spare_weights = torch.zeros_like(self.weights) if spare else None
         self.spare_gradient = torch.zeros_like(self.weights) if spare else None
