@@ -8,11 +8,12 @@ Pure discrete-event simulation, one heap, three events for each push:
             with overlap it has gone on at SEND, and sends again when both are done
 
 S servers hold equal parts of the vector and see all pushes in the same order, so one event serves for all of them: their
-queues are a vector, and differ by the spread of their updates; the few words by which they keep step are left out. int8 on the
-wire is a feature to come (`Costs.future`): the model knows it, the training does not yet.
+queues are a vector, and differ by the spread of their updates; the few words by which they keep step are left out. A worker may
+be a replica of several stages, each on a GPU: its step is that of one GPU, shared out, and longer by the bubble of the schedule.
+int8 on the wire is a feature to come (`Costs.future`): the model knows it, the training does not yet.
 
-What it leaves out: ranks that share cores (but see `calibrate`), validation, the end of a run, the loader falling behind,
-workers that share a link, and that a server applies waiting pushes in one pass.
+What it leaves out: the way of activations between stages, ranks that share cores (but see `calibrate`), validation, the end of
+a run, the loader falling behind, workers that share a link, and that a server applies waiting pushes in one pass.
 """
 
 from __future__ import annotations
@@ -56,6 +57,27 @@ class Costs:
     overlap: bool = False                      # compute while a push is under way
     wire: str = "float32"                      # one of WIRES
     num_servers: int = 1
+    num_stages: int = 1                        # ranks of a worker; `step_s` is that of all of them together
+    micro_batches: int = 1                     # parts of a batch
+    balance: float = 1.0                       # 0..1: mean time of a stage over that of the slowest one
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which a stage waits for the others, if all take the same (Huang et al. 2019, section 2.3)."""
+        return (self.num_stages - 1) / (self.micro_batches + self.num_stages - 1)
+
+    @property
+    def step_share(self) -> float:
+        """A step over that of one GPU, which runs all stages: the slowest of them sets the pace."""
+        return 1 / (self.num_stages * self.balance * (1 - self.bubble))
+
+    def cut(self, num_stages: int, micro_batches: int, balance: float = 1.0) -> Costs:
+        """The same network on the same GPUs, cut into so many stages."""
+        other = replace(self, num_stages=num_stages, micro_batches=micro_batches, balance=balance if num_stages > 1 else 1.0)
+        return replace(other, step_s=self.step_s * other.step_share / self.step_share)
+
+    def num_ranks(self, num_workers: int) -> int:
+        return self.num_servers + self.num_stages * num_workers
 
     @property
     def overlaps(self) -> bool:
@@ -329,7 +351,9 @@ CHANGES: tuple[tuple[str, Callable[[Costs], Costs]], ...] = (
     ("workers twice as fast", lambda costs: replace(costs, step_s=costs.step_s / 2)),
     ("4 times the batches in a push (--n-sync)", lambda costs: costs if costs.n_push == "auto" else replace(
         costs, n_push=4 * costs.n_push, n_fetch=costs.n_fetch and 4 * costs.n_fetch)),
-    ("overlap (--exchange.overlap true)", lambda costs: replace(costs, overlap=True)),
+    ("overlap (--exchange.overlap true)", lambda costs: costs if costs.num_stages > 1 else replace(costs, overlap=True)),
+    ("twice the micro-batches (--compute.micro_batches)", lambda costs: costs if costs.num_stages == 1 else costs.cut(
+        costs.num_stages, 2 * costs.micro_batches, costs.balance)),
     ("2 bytes a number on the links (--exchange.wire bfloat16)", lambda costs: replace(
         costs, wire="bfloat16") if costs.link_s and costs.wire == "float32" else costs),
     ("twice the servers (--servers), each with cores of its own", lambda costs: replace(costs, num_servers=2 * costs.num_servers)),

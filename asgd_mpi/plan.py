@@ -24,6 +24,7 @@ from asgd_mpi import supervise
 from asgd_mpi.errors import ConfigError, RunDirError, UserError
 from asgd_mpi.forecast import WIRES, Costs, Observation, Outcome, calibrate, simulate, what_moves
 from asgd_mpi.record.events import Interval, read_events
+from asgd_mpi.record.pipelines import Pipelines
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report.units import number, percent, short
@@ -62,6 +63,11 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--step-ms", type=Optional[float], help="A batch on a GPU (default: the run's; 100 with --probe).")
     parser.add_argument("--spread", type=Optional[float], help="Standard deviation of a batch's time over its mean.")
     parser.add_argument("--workers", type=str, default=DEFAULT_WORKERS, metavar="N,N,...", help=f"Up to {MAX_WORKERS}.")
+    parser.add_argument("--stages", type=Optional[int], help="GPUs that a worker's network is cut over (default: the run's).")
+    parser.add_argument("--micro-batches", type=Optional[int], help="Parts of a batch that pass through the stages one after "
+                        "the other (default: the run's).")
+    parser.add_argument("--balance", type=Optional[float], help="Mean time of a stage over that of the slowest one (default: "
+                        "the run's if it has as many stages, else 1).")
     parser.add_argument("--servers", type=int, default=1, help=f"Up to {MAX_SERVERS}, which share the weights, each "
                         "with cores of its own.")
     parser.add_argument("--n-push", type=str, default="", metavar="N|auto", help="Batches a push (default: the run's).")
@@ -117,20 +123,29 @@ def _as_asked(costs: Costs, options: jsonargparse.Namespace, num_parameters: int
     """The calibrated costs, with what the options set. Raises ConfigError."""
     n_push = _n_push(options.n_push) if options.n_push else costs.n_push
     n_fetch = options.n_fetch if options.n_fetch or options.n_push else costs.n_fetch
-    batch, step_ms = ((32, 100.0) if options.probe else (costs.batch, 1e3 * costs.step_s))
+    batch, step_ms = (32, 100.0) if options.probe else (costs.batch, 1e3 * costs.cut(1, 1).step_s)     # on one GPU
     batch, step_ms = options.batch_size or batch, step_ms if options.step_ms is None else options.step_ms
-    for name, value, least in (("--step-ms", step_ms, 0), ("--batch-size", batch, 0), ("--link-gbit", options.link_gbit, 0),
+    stages, parts = options.stages or costs.num_stages, options.micro_batches or costs.micro_batches
+    balance = options.balance or (costs.balance if stages == costs.num_stages else 1.0)
+    for name, value, least in (("--step-ms", step_ms, 0), ("--stages", stages, 0), ("--micro-batches", parts, 0),
+                               ("--balance", balance, 0), ("--batch-size", batch, 0), ("--link-gbit", options.link_gbit, 0),
                                ("--servers", options.servers, 0), ("--link-latency-us", options.link_latency_us, -1e-9),
                                ("--spread", options.spread, -1e-9)):
         if value is not None and not value > least:
             raise ConfigError(f"{name} {value:g}: give {'more than 0' if least == 0 else '0 or more'}.")
+    if balance > 1:
+        raise ConfigError(f"--balance {balance:g}: no stage is faster than the slowest one; give 1 or less.")
+    if stages > 1 and (options.overlap or n_push == "auto"):
+        raise ConfigError(f"--stages {stages} with {'--overlap' if options.overlap else '--n-push auto'}: a training with "
+                          "stages cannot overlap.")
     if options.servers > MAX_SERVERS:
         raise ConfigError(f"--servers {options.servers}: up to {MAX_SERVERS} servers can be planned.")
     if n_fetch and (n_push == "auto" or n_fetch % n_push):
         raise ConfigError(f"--n-fetch {n_fetch}: give a multiple of the batches of a push, {n_push}.")
     link_s = 0.0 if options.link_gbit is None else 8 * WIRES["float32"] * num_parameters / (options.link_gbit * 1e9)
+    alone = dataclasses.replace(costs.cut(1, 1), step_s=step_ms / 1e3)
     return dataclasses.replace(
-        costs, batch=batch, step_s=step_ms / 1e3, spread=costs.spread if options.spread is None else options.spread,
+        alone.cut(stages, parts, balance), batch=batch, spread=costs.spread if options.spread is None else options.spread,
         n_push=n_push, n_fetch=n_fetch, overlap=options.overlap, wire=options.wire or costs.wire,
         num_servers=options.servers, link_s=link_s, latency_s=options.link_latency_us / 1e6)
 
@@ -167,8 +182,18 @@ def observe(run: RunDir) -> Observation:
     apply_spread = _spread([(interval.apply, interval.pushes) for interval in _intervals(run, 0)], summary.apply_s)
     costs = Costs(images / n_push, step_s, summary.apply_s, total["fetch"] / fetches, spread=spread,
                   apply_spread=apply_spread, n_push=n_push, n_fetch=summary.config.get("exchange.n_fetch"),
-                  wire=summary.config.get("exchange.wire", "float32"))
+                  wire=summary.config.get("exchange.wire", "float32"),
+                  num_stages=summary.pipelines.num_stages if summary.pipelines else 1,
+                  micro_batches=summary.config.get("compute.micro_batches", 1), balance=_balance(summary.pipelines))
     return Observation(costs, len(workers), sum(images / cycle for cycle in cycles))
+
+
+def _balance(found: Pipelines | None) -> float:
+    """Mean time of a stage over that of the slowest one; 1 if nothing is cut."""
+    if found is None:
+        return 1.0
+    busy = [sum(use.passes for use in found.stages if use.stage == stage) for stage in range(found.num_stages)]
+    return sum(busy) / len(busy) / max(busy) if max(busy) else 1.0
 
 
 def _intervals(run: RunDir, number: int) -> list[Interval]:
@@ -193,8 +218,13 @@ def describe(costs: Costs, outcomes: Sequence[Outcome], moves: Sequence[tuple[st
              + (f"; {costs.num_servers} servers share it" if costs.num_servers > 1 else "")]
     if costs.future:
         lines.append(f"{' and '.join(costs.future)}: of the model only, the training cannot do that yet")
-    lines.append("workers    images/s  efficiency  staleness  server busy  queue busy  batches a push")
-    lines += [f"{row.num_workers:7,} {row.images_per_s:11,.1f} "
+    if costs.num_stages > 1:
+        lines.append(f"a worker is {costs.num_stages} stages, each on a GPU: a step takes {percent(costs.step_share, 0)} of that "
+                     f"of one GPU ({short(costs.cut(1, 1).step_s)}); with {costs.micro_batches} micro-batches the stages wait for "
+                     f"each other {percent(costs.bubble, 0)} of the time, and the slowest one sets the pace (balance "
+                     f"{percent(costs.balance, 0)})")
+    lines.append("workers   ranks    images/s  efficiency  staleness  server busy  queue busy  batches a push")
+    lines += [f"{row.num_workers:7,} {costs.num_ranks(row.num_workers):7,} {row.images_per_s:11,.1f} "
               f"{percent(row.images_per_s / costs.alone / row.num_workers, 0):>11} {row.staleness:10,.1f} "
               f"{percent(row.server_busy, 0):>12} {percent(row.queue_busy, 0):>11} {row.batches:15,.1f}" for row in outcomes]
     whose = "link's" if costs.slowest_s > costs.serve_s else "queue's: the update and what else is done one at a time"
@@ -225,7 +255,8 @@ def _write(out: Path, costs: Costs, observations: Sequence[Observation], outcome
     except OSError as error:
         raise RunDirError(f"cannot make {out}: {error.strerror}. Give another directory with --out DIR.") from error
     facts = {"costs": costs, "knee_workers": _finite(costs.knee), "limit_images_per_s": _finite(costs.limit),
-             "observed": observations, "predicted": outcomes,
+             "observed": observations, "predicted": outcomes, "bubble": costs.bubble,
+             "ranks": [costs.num_ranks(outcome.num_workers) for outcome in outcomes],
              "moves": [{"change": name, "gain": gain, "knee_workers": _finite(knee)} for name, gain, knee in moves]}
     write_whole(out / "plan.json", msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
     write_whole(out / "plan.html", page(costs, observations, outcomes, describe(costs, outcomes, moves)).encode())

@@ -21,7 +21,7 @@ from asgd_mpi.data.shards import MANIFEST, ShardSet
 from asgd_mpi.data.trials import FolderSet, SyntheticSet
 from asgd_mpi.model import networks
 from asgd_mpi.server.ledger import Plan
-from asgd_mpi.server.rulebook import pacing
+from asgd_mpi.server.rulebook import pacing, vectors
 from asgd_mpi.server.schedule import Schedule
 from asgd_mpi.stages.graph import Graph, trace
 from asgd_mpi.stages.plan import Batch, Seconds, StagePlan
@@ -51,8 +51,13 @@ class Task:
     def build_module(self) -> nn.Module:
         """The network with its first weights, a function of the seed. Raises ConfigError."""
         torch.manual_seed(self.config.run.seed)
-        module = networks.build(self.config.model.name, self.train.num_classes, self.channels, self.config.data.image_size)
-        return module.to(memory_format=torch.channels_last) if self.config.compute.channels_last else module
+        return self._laid_out(networks.build(
+            self.config.model.name, self.train.num_classes, self.channels, self.config.data.image_size))
+
+    def outline(self) -> nn.Module:
+        """The network without memory for its parameters, to be cut into stages; with it, if its code needs it."""
+        module = networks.outline(self.config.model.name, self.train.num_classes, self.channels)
+        return self._laid_out(module) if module else self.build_module()
 
     def first_module(self) -> nn.Module:
         """The network with the weights that training begins with: random, or from a file. Raises ConfigError."""
@@ -73,7 +78,7 @@ class Task:
         micro, data = self.config.compute.micro_batches, self.config.data
         batch = Batch(-(-data.batch_size // micro), micro, SCHEDULES[self.config.stages.schedule])
         graph = Graph(trace(module), (batch.images, self.channels, data.image_size, data.image_size))
-        return StagePlan(graph, batch, seconds, vectors=2)
+        return StagePlan(graph, batch, seconds, vectors=2 + vectors(self.config.rule, num_workers=1)[1])
 
     def cuts(self, plan: StagePlan, balance: str) -> list[int]:
         """Where the network is cut: at the user's names, or by what is to be balanced. Raises ConfigError."""
@@ -92,6 +97,9 @@ class Task:
         samples, config = self.train.num_samples, self.config
         return Schedule(config.schedule, samples, round(config.run.epochs * samples), num_workers, config.rule.staleness,
                         in_flight=num_workers * (1 + config.exchange.overlap))
+
+    def _laid_out(self, module: nn.Module) -> nn.Module:
+        return module.to(memory_format=torch.channels_last) if self.config.compute.channels_last else module
 
     def _loader(self, shards: ShardSet, order: Order | Sequential, augment: str, on_skip,
                 touch_on_device: bool = False) -> Loader:

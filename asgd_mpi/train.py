@@ -48,7 +48,7 @@ from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
 from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, ranklog
 from asgd_mpi.record.board import Board
-from asgd_mpi.record.events import End, EventLog, Note, Resume, Start
+from asgd_mpi.record.events import Cut, End, EventLog, Note, Resume, Start
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.nvml import open_gauge
 from asgd_mpi.record.progress import Progress
@@ -62,7 +62,7 @@ from asgd_mpi.server.rules import Rule, make_rule
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
 from asgd_mpi.server.stability import LossWatch
-from asgd_mpi.stages.cut import cut
+from asgd_mpi.stages.cut import adopt_, cut
 from asgd_mpi.stages.plan import Seconds, StagePlan, measure, predicted_bubble, render
 from asgd_mpi.stages.schedule import bubble
 from asgd_mpi.task import Task, open_task
@@ -139,7 +139,8 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     device = gpus.take(places, world.rank)
     if gpu := places.gpu(world.rank):
         meter.gauge = open_gauge(gpu.id)
-    module = task.build_module()
+    is_cut = config.stages.number > 1
+    module = task.outline() if is_cut and not is_server else task.build_module()
     if is_server and slices.is_fine(num_floats(module), exchange.servers):
         threads = 1
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
@@ -159,14 +160,16 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     if not is_server and window.reads and places.position_on_host(world.rank) == 0:
         print(window.reads, flush=True)
     crew = None
-    if config.stages.number > 1:
-        crew, module = _Crew(world, task, module, device, places), None      # whose members keep their own parts
+    if is_cut:
+        crew, module = _Crew(world, task, module, device, places, window), None      # whose members keep their own parts
     part = _Part(world, places, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
     try:
         if world.is_server:
             write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
+            if crew:
+                log.write(crew.cut)
             return part.serve(plan)
         if is_server:
             return part.serve_slice()
@@ -214,7 +217,8 @@ class _Part:
         server = Server(
             self.window, inbox, ledger, rule, self.meter, self.log, pushes, progress,
             self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots,
-            config.exchange.wire, statistics, config.model.batchnorm == "server_ema", workers_keep_state(config.rule), bool(RULEBOOK[config.rule.name].moves),
+            config.exchange.wire, statistics, config.model.batchnorm == "server_ema", workers_keep_state(config.rule),
+            bool(RULEBOOK[config.rule.name].moves),
             LossWatch(config.rule.momentum, config.rule.momentum_at), signals.asked_to_leave, self.injector.step, fellows)
         self.version = lambda: ledger.version
         server.publish_first(first)
@@ -286,16 +290,11 @@ class _Part:
                     and config.model.batchnorm != "server_ema")                                     # nothing else passes there
         elastic = RULEBOOK[config.rule.name].moves == "elastic"
         gradient = outbox.payload.view(torch.float32) if in_place else None
-        if crew:
-            flat = FlatModel(self.task.build_module(), torch.device("cpu"), crew.team.gradient, weights=crew.team.weights)
-            leader = Leader(flat, *crew.take())
-        else:
-            flat = FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
-            leader = None
-        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire)
+        leader = Leader(self.meter, *crew.take()) if crew else None
+        flat = leader.flat if leader else FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
+        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire, leader)
         num_workers = self.window.whole.num_workers
-        replica = Replica(flat, config, num_workers, self.task.schedule(num_workers),
-                          gradient_of=leader.compute_gradient_ if leader else None)
+        replica = Replica(flat, config, num_workers, self.task.schedule(num_workers), leader=leader)
         worker = Worker(
             world.worker, courier, replica, self.task.normalise, loaders, config, self.meter,
             Keeper(self.run, self.restart, world.worker), self.log if config.record.hash_snapshots else None,
@@ -375,7 +374,7 @@ class _Part:
 
     def _restore_momentum(self, worker: Worker) -> None:
         if str(self.world.worker) in (self.manifest.momenta if self.manifest else {}):
-            worker.replica.load_(checkpoint.read_tensors(self.directory / checkpoint.worker_file(self.world.worker)))
+            worker.replica.restore_(self.directory / checkpoint.worker_file(self.world.worker))
 
     def _begin_log(self, ledger: Ledger) -> EventLog:
         pushes = EventLog(self.run.pushes_of(self.restart), self.log.also)
@@ -398,27 +397,34 @@ class _Part:
 class _Crew:
     """The stages of this rank's replica: the plan, and who computes what. All ranks make it together.
 
-    What each node takes is measured by the first worker, on its device.
+    What each node takes is measured by the first worker, on its device; the server decides where the network is cut.
     """
 
-    def __init__(self, world: World, task: Task, module: nn.Module, device: torch.device, places: Topology):
+    def __init__(self, world: World, task: Task, module: nn.Module, device: torch.device, places: Topology,
+                 window: ServerWindow | WorkerWindow):
         config, plan = task.config, task.stage_plan(module)
         measured = None
         if config.stages.balance == "time" and world.rank == 1:
             measured = [vars(each) for each in measure(plan.graph, torch.rand(plan.graph.shape).to(device))]
-        if found := world.gather(measured)[1]:
-            plan = StagePlan(plan.graph, plan.batch, [Seconds(**each) for each in found], plan.vectors)
-        cuts = task.cuts(plan, config.stages.balance)
+        found, decided = world.gather(measured)[1], None
+        if world.is_server:
+            plan = StagePlan(plan.graph, plan.batch, [Seconds(**each) for each in found] if found else None, plan.vectors)
+            decided = {"cuts": task.cuts(plan, config.stages.balance), "differentiable": plan.graph.differentiable}
+        decided = world.share(decided)
         is_server = world.rank in places.servers
         worker, stage = (None, 0) if is_server else (places.worker(world.rank), places.stage(world.rank))
-        self.team = Team(world, worker, stage, places.num_stages, num_floats(module), num_statistics(module))
+        payload = window.payload_of(worker) if not is_server and config.exchange.wire == "float32" else None
+        self.team = Team(world, worker, stage, places.num_stages, num_floats(module), num_statistics(module), payload)
         if world.is_server:
-            rows = plan.rows(cuts)
+            rows = plan.rows(decided["cuts"])
             idle = predicted_bubble(rows, plan.batch) if found else bubble(len(rows), plan.batch.parts)
+            self.cut = Cut(time.time(), len(rows), plan.batch.parts, config.stages.schedule, idle, [row.begins for row in rows])
             print(f"{render(rows)}\n{plan.batch.parts} parts of a batch (--compute.micro_batches): the stages wait for each other "
                   f"{idle:.0%} of the time", flush=True)
         if not is_server:
-            self._member = (self.team, module, cut(plan.graph, cuts)[stage], device, config.compute, plan.batch.schedule)
+            stages = cut(plan.graph, **decided)
+            adopt_(stages, module)
+            self._member = (self.team, window, module, stages[stage], device, config, plan.batch.schedule)
 
     def take(self) -> tuple:
         """What a Leader or an Assistant is made of; once, so that nobody else holds on to the uncut network."""

@@ -10,6 +10,9 @@ from asgd_mpi.model import networks
 
 STEPS_MS = "ASGD_BENCH_STEPS_MS"          # of each worker, "20,20,20,100"
 PARAMETERS = "ASGD_BENCH_PARAMETERS"      # P of `vector`
+IMAGE_MS = "ASGD_BENCH_IMAGE_MS"          # forward and backward of one image through `chain`
+NUM_LINKS = 4                             # of `chain`
+BACKWARD = 2 / 3                          # share of the backward pass in a step
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
@@ -58,3 +61,41 @@ class Vector(nn.Module):
 
 def vector(num_classes: int) -> nn.Module:
     return Vector(int(os.environ[PARAMETERS]), num_classes)
+
+
+class _SleepBothWays(torch.autograd.Function):
+    """Passes its input and its gradient on, each after so many seconds."""
+
+    @staticmethod
+    def forward(ctx, images: torch.Tensor, forward_s: float, backward_s: float) -> torch.Tensor:
+        ctx.backward_s = backward_s
+        time.sleep(forward_s)
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        time.sleep(ctx.backward_s)
+        return gradient, None, None
+
+
+class Link(nn.Module):
+    """As long forward and backward as its share of a step on so many images takes; in training only."""
+
+    def __init__(self, image_s: float):
+        super().__init__()
+        self.image_s = image_s
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.training or images.is_meta:
+            return images
+        seconds = len(images) * self.image_s
+        return _SleepBothWays.apply(images, (1 - BACKWARD) * seconds, BACKWARD * seconds)
+
+
+def chain(num_classes: int) -> nn.Module:
+    """NUM_LINKS blocks that take the same time, with a small real gradient: to be cut at 1, 2 and 3."""
+    image_s = float(os.environ[IMAGE_MS]) / 1e3 / NUM_LINKS
+    blocks = [nn.Sequential(nn.Linear(64, 64), Link(image_s)) for _ in range(NUM_LINKS)]
+    blocks[0].insert(0, nn.Flatten())
+    blocks[-1].append(nn.Linear(64, num_classes))
+    return nn.Sequential(*blocks)

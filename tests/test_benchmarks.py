@@ -139,3 +139,12 @@ def test_a_run_without_metrics_keeps_its_pushes_and_costs_of_metrics_are_read(op
     assert 0 < bytes_without < bytes_with < result["with spans: MB a rank and hour"]["median"]
     assert 0.1 < result["with: time over that without"]["median"] < 10      # it ran; how fast is no test
     assert 0 < result["the meter's time for a step (us)"]["median"] < 1e4
+
+
+def test_a_small_cut_network_keeps_emulated_stages_busy_as_long_as_its_bubble_lets_it(openmpi, tmp_path):
+    result = small("benchmarks.stages", openmpi, tmp_path / "result.json", "--parts", "speed", "--stages", 2, "--micro-batches",
+                   4, "--schedules", "1f1b", "--step-ms", 160, "--seconds", 2)
+    [cell] = result["speed"]["cells"]
+    assert not result["speed"]["failures"] and cell["bubble"] == 1 / 5
+    assert 0.1 < cell["over_ideal"]["median"] <= 0.85      # a busy machine may be slow, but nobody is faster than the sleep
+    assert 0.15 < cell["waited"]["median"] < 0.95

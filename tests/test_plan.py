@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from asgd_mpi import plan
 from asgd_mpi.forecast import Costs, Observation, calibrate, simulate, what_moves
 from asgd_mpi.record.events import Interval
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.stages.schedule import bubble, one_f_one_b, timeline
 from test_page import Reader
 from test_report import raw
 
@@ -219,9 +221,34 @@ def test_the_wire_formats_of_a_training_are_no_future_and_that_of_the_run_is_tak
     assert "2 bytes a number on the links (--exchange.wire bfloat16): +" in capsys.readouterr().out
 
 
+def test_a_replica_of_stages_is_faster_by_their_number_less_the_bubble_and_the_balance():
+    for stages, parts, balance in ((1, 1, 1.0), (2, 1, 1.0), (2, 4, 1.0), (4, 8, 0.8)):
+        found = replace(COSTS, spread=0.0).cut(stages, parts, balance)
+        assert found.bubble == bubble(stages, parts)
+        seconds = [COSTS.step_s / stages / parts / 3] * (stages - 1) + [COSTS.step_s / stages / parts / balance / 3]
+        passes = timeline(one_f_one_b, seconds, [2 * each for each in seconds], parts)
+        slowest = max(stage[-1].stop for stage in passes)
+        assert found.step_s >= slowest - 1e-12 and (balance < 1 or found.step_s == pytest.approx(slowest))
+        assert found.num_ranks(7) == 1 + 7 * stages
+        assert found.cut(1, 1).step_s == pytest.approx(COSTS.step_s)
+    apart = replace(COSTS, apply_s=0.0, fetch_s=0.0, travel_s=0.0, overhead_s=0.0)
+    assert simulate(apart.cut(4, 4), 1).images_per_s == pytest.approx(4 * 4 / 7 * simulate(apart, 1).images_per_s)
+
+
+def test_the_command_plans_for_stages(tmp_path, capsys):
+    assert plan.main([str(RUN), "--workers", "1,4", "--stages", "4", "--micro-batches", "8", "--balance", "0.9", "--step-ms",
+                      "100", "--out", str(tmp_path)]) == 0
+    printed, facts = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_bytes())
+    assert facts["ranks"] == [5, 17] and facts["bubble"] == pytest.approx(3 / 11)
+    assert facts["costs"]["step_s"] == pytest.approx(0.1 * 11 / 8 / 4 / 0.9)
+    assert "a worker is 4 stages, each on a GPU: a step takes 38 % of that of one GPU (100 ms)" in printed
+    assert re.search(r"(?m)^ +4 +17 ", printed) and "twice the micro-batches (--compute.micro_batches): +" in printed
+
+
 @pytest.mark.parametrize("options, part", [
     (["--servers", "65"], "up to 64 servers"), (["--servers", "0"], "more than 0"), (["--n-push", "x"], "1 batch or more"),
-    (["--n-push", "4", "--n-fetch", "6"], "multiple"), (["--step-ms", "-1"], "more than 0"), (["--probe"], "not both")])
+    (["--n-push", "4", "--n-fetch", "6"], "multiple"), (["--balance", "1.5"], "1 or less"),
+    (["--stages", "2", "--overlap"], "cannot overlap"), (["--step-ms", "-1"], "more than 0"), (["--probe"], "not both")])
 def test_settings_that_make_no_sense_are_refused(options, part, tmp_path, capsys):
     assert plan.main([str(RUN), *options, "--out", str(tmp_path)]) == 2
     assert part in capsys.readouterr().err

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from asgd_mpi import report
 from asgd_mpi.record.audit import audit
-from asgd_mpi.record.events import Checkpoint, End, EventLog, Interval, Note, Push, Start, Validation
+from asgd_mpi.record.events import Checkpoint, Cut, End, EventLog, Interval, Note, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import Summary, summarize
+from asgd_mpi.report.page import page
 
 T0 = 1000.0
 BATCH = 10
@@ -43,16 +44,16 @@ def write_log(path, items):
     log.close()
 
 
-def make_run(path, pushes, model="digits_cnn", validations=5):
-    """A finished run of 3 workers, written with the run's own encoders."""
+def make_run(path, pushes, model="digits_cnn", validations=5, num_workers=NUM_WORKERS):
+    """A finished run, written with the run's own encoders."""
     run = RunDir.create(path, "test")
     run.config.write_text(json.dumps({"model": {"name": model}, "run": {"epochs": 5, "seed": 3}}))  # JSON is YAML
     run.versions.write_text(json.dumps({"packages": {"torch": "2.9", "mpi4py": "4.1"}, "mpi": "Open MPI 5.0.5"}))
     write_log(run.pushes, pushes)
-    for rank in range(NUM_WORKERS + 1):
+    for rank in range(num_workers + 1):
         own = [push for push in pushes if push.worker == rank - 1]
         role = "worker" if rank else "server"
-        log = [Start(T0 + 0.1 * rank, rank, role, f"node{rank // 2}", "cuda:0" if rank else "cpu", NUM_WORKERS, 1000,
+        log = [Start(T0 + 0.1 * rank, rank, role, f"node{rank // 2}", "cuda:0" if rank else "cpu", num_workers, 1000,
                      EPOCH, 5 * EPOCH)]
         for i, push in enumerate(own):
             log.append(Interval(T0 + i, T0 + i + 1, data=0.25, compute=0.5, push=0.125, idle=0.125, images=BATCH,
@@ -123,6 +124,39 @@ def test_the_numbers_are_the_sums_over_the_raw_lines(run):
     assert summary.torn_reads == sum(line["torn_reads"] for line in intervals)
     assert summary.epochs_done == pytest.approx(5.0)
     assert (summary.lr_first, summary.lr_last) == (pushes[0][7], pushes[-1][7])
+
+
+def test_the_bubble_of_stages_is_the_sum_over_the_raw_lines(tmp_path):
+    """2 workers of 2 stages: ranks 1 and 2 lead, 3 and 4 are their second stages."""
+    run = make_run(tmp_path / "run", make_pushes(), num_workers=2)
+    begun = Cut(T0, 2, 4, "gpipe", 0.2, ["conv1", "layer3"])
+    write_log(run.metrics_of(0), [begun])
+    for rank, passes, pipelined in ((1, 3.0, 5.0), (2, 2.0, 4.5), (3, 4.0, 0.0), (4, 3.5, 0.0)):
+        start = [Start(T0, rank, "stage", f"node{rank % 2}", "cuda:0", 2, 1000)] if rank > 2 else []
+        halves = [Interval(T0 + i, T0 + i + 10, compute=passes / 2, passes=passes / 2, validate=0.5, pipelined=pipelined / 2)
+                  for i in (0, 10)]
+        write_log(run.metrics_of(rank), [*start, *halves])
+    lines = {rank: [line for line in raw(run.metrics_of(rank)) if line["event"] == "interval"] for rank in (1, 2, 3, 4)}
+    total = {rank: {name: sum(line.get(name, 0.0) for line in lines[rank]) for name in ("passes", "pipelined", "validate")}
+             for rank in lines}
+    found = summarize(run).pipelines
+    whole = 2 * (total[1]["pipelined"] + total[2]["pipelined"])
+    passes = sum(each["passes"] for each in total.values())
+    assert found.measured == pytest.approx(1 - passes / whole) and (passes, whole) == (12.5, 19.0)
+    assert (found.num_stages, found.num_parts, found.schedule, found.expected) == (2, 4, "gpipe", 0.2)
+    assert [(use.rank, use.worker, use.stage) for use in found.stages] == [(1, 0, 0), (2, 1, 0), (3, 0, 1), (4, 1, 1)]
+    for use in found.stages:
+        leader = total[use.worker + 1]
+        assert use.waits == pytest.approx(leader["pipelined"] - total[use.rank]["passes"])
+        assert use.passes + use.waits + use.validate + use.rest == pytest.approx(use.seconds)
+        assert use.seconds == pytest.approx(sum(line["t1"] - line["t0"] for line in lines[use.rank]))
+    markdown, html = report.render(summarize(run)), page(summarize(run))
+    assert ["4", "1", "1", "cuda:0", "node0", "3.5 (18 %)", "1.0 (5 %)", "1.0 (5 %)", "14.5 (72 %)"] in cells(markdown, "4")
+    for text in (markdown, html):
+        assert "wait for each other 34.2 % of the time; the plan expected 20.0 %" in text
+    assert "wait for each other 34 % of the time (the plan expected 20 %): cut a batch into more parts than 4" in markdown
+    assert msgspec.json.decode(msgspec.json.encode(summarize(run)))["pipelines"]["measured"] == found.measured
+    assert summarize(make_run(tmp_path / "other", make_pushes())).pipelines is None
 
 
 def test_a_finished_run_has_no_problems_and_names_its_straggler(run):

@@ -15,9 +15,9 @@ from asgd_mpi import config as configuration
 from asgd_mpi.config import ComputeConfig
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
-from asgd_mpi.model.flat import FlatModel, num_floats, places_of
+from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, places_of
 from asgd_mpi.stages.balance import SLACK, balance
-from asgd_mpi.stages.cut import cut, whole
+from asgd_mpi.stages.cut import adopt_, cut, whole
 from asgd_mpi.stages.graph import Graph, trace
 from asgd_mpi.stages.plan import Batch, Seconds, StagePlan, measure, predicted_bubble, render
 from asgd_mpi.stages.schedule import SCHEDULES, bubble, gpipe, held, idle_share, one_f_one_b, timeline
@@ -268,6 +268,52 @@ def test_a_layer_that_is_used_twice_is_not_torn_apart():
         cut(graph, [2])
 
 
+@pytest.mark.parametrize("name, form", [("digits_cnn", torch.channels_last), ("alexnet2", torch.contiguous_format),
+                                        ("resnet18", torch.contiguous_format), ("resnet18", torch.channels_last)])
+def test_an_outline_is_the_network_without_memory_for_its_parameters(name, form):
+    outline = networks.outline(name, 10, 3).to(memory_format=form)
+    module = networks._make(name, 10, 3).to(memory_format=form)
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    assert [(key, value.shape) for key, value in outline.state_dict().items()] == [
+        (key, value.shape) for key, value in module.state_dict().items()]
+    assert all(torch.equal(one, other) for one, other in zip(outline.buffers(), module.buffers()))
+    assert nn.Linear(2, 2).weight.device == CPU                    # nothing stays behind
+    materialise_(outline)
+    assert [p.stride() for p in outline.parameters()] == [p.stride() for p in module.parameters()]
+
+
+def test_a_network_that_looks_at_its_parameters_when_it_is_made_has_no_outline(monkeypatch):
+    monkeypatch.setitem(networks.NETWORKS, "looks", (lambda num_classes, channels: nn.Linear(
+        2, 2 if nn.Linear(3, 3).weight.sum() > -1e9 else 3), networks.DIGITS))
+    assert networks.outline("looks", 10, 3) is None
+
+
+def test_shared_parameters_stay_shared_when_they_get_memory():
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = module[0].weight
+    materialise_(module)
+    assert module[1].weight is module[0].weight and len(list(module.parameters())) == 3
+    assert not any(parameter.is_meta for parameter in module.parameters())
+
+
+def test_parameters_that_no_node_uses_are_the_first_stages():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare, self.body, self.head, self.other = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, images):
+            return self.head(self.body(images))
+
+    module = Idle()
+    stages = cut(Graph(trace(module), (2, 4)), [1])
+    adopt_(stages, module)
+    assert [len(list(stage.module.parameters())) for stage in stages] == [6, 2]
+    places = sorted((part.start, part.stop) for stage in stages for part, _ in places_of(module, stage.module))
+    assert [start for start, _ in places] == [0, *(stop for _, stop in places[:-1])] and places[-1][1] == num_floats(module)
+
+
 # The plan.
 
 def test_a_plan_at_the_users_names():
@@ -280,8 +326,8 @@ def test_a_plan_at_the_users_names():
     assert sum(row.parameters for row in rows) == sum(p.numel() for p in module.parameters())
     assert [row.sent_bytes for row in rows] == [4 * 4 * 64 * 16 * 16, 4 * 4 * 256 * 4 * 4, 0]
     table = render(rows)
-    assert re.search(r"stage +modules +parameters +activations MB +sends MB +ms\n", table)
-    assert re.search(r"\n +0  conv1 \.\.\. layer1\.1\.relu \(18\) +157504 +[\d.]+ +0.26 +-\n", table)
+    assert re.search(r"stage +modules +parameters +activations MB +memory MB +sends MB +ms\n", table)
+    assert re.search(r"\n +0  conv1 \.\.\. layer1\.1\.relu \(18\) +157504 +[\d.]+ +[\d.]+ +0.26 +-\n", table)
     for names, reason in [(["layer9"], "calls no such module. It calls conv1, bn1, relu, maxpool, layer1"),
                           (["layer3", "layer2"], "in the order of the calls"), (["conv1"], "and not the first one, conv1"),
                           (["layer1.0.relu"], "writes into layer1_0_bn1 in place.*One can begin near it at layer1.0.bn1")]:

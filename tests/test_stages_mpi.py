@@ -11,40 +11,52 @@ from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange.team import pack, unpack
 from asgd_mpi.prepare import prepare
-from asgd_mpi.record import checkpoint
-from asgd_mpi.record.events import read_pushes
+from asgd_mpi.record import checkpoint, history
+from asgd_mpi.record.events import Fetch, Publish, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from conftest import finish
 
 CPU = torch.device("cpu")
-OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.balance", "memory", "--run.dir", "run"]
+OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.balance", "memory", "--run.dir", "run",
+           "--resume", "auto"]
 
 
-@pytest.mark.parametrize("vendor, module, num_workers, num_stages, options", [
-    ("openmpi", "asgd_mpi.train", 1, 3, ["--stages.at", "second,last", "--stages.schedule", "gpipe", "--n-sync", "2"]),
-    ("openmpi", "two_hosts", 2, 2, ["--stages.balance", "time"]),
-    ("openmpi", "asgd_mpi.train", 2, 2, ["--servers", "2"]),
-    ("mpich", "asgd_mpi.train", 1, 2, [])])
-def test_replicas_of_stages_replay_in_one_process_to_the_bit(
-        request, digits, tmp_path, vendor, module, num_workers, num_stages, options):
-    """The replay computes with the uncut network. With dropout, batch norm and tensors that cross several cuts."""
+@pytest.mark.parametrize("vendor, module, num_workers, options", [
+    ("openmpi", "asgd_mpi.train", 1, [["--stages.at", "second,last", "--stages.schedule", "gpipe", "--n-sync", "2",
+                                       "--exchange.wire", "bfloat16"]]),
+    ("openmpi", "two_hosts", 2, [["--stages", "2", "--stages.balance", "time"]]),
+    ("openmpi", "asgd_mpi.train", 2, [["--stages", "2", "--servers", "2"]]),
+    ("mpich", "asgd_mpi.train", 1, [["--stages", "2", "--inject", "term@step15:rank1"], ["--record.hash_snapshots", "true"]])])
+def test_replicas_of_stages_replay_in_one_process_to_the_bit(request, digits, tmp_path, vendor, module, num_workers, options):
+    """The replay computes with the uncut network. With dropout, batch norm and tensors that cross several cuts.
+
+    One is left, with its momentum, and resumed with another number of stages.
+    """
     launcher = request.getfixturevalue(vendor)
-    num_servers = 2 if "--servers" in options else 1
-    done = launcher.train(num_servers + num_workers * num_stages, "--data", str(digits), "--model", "networks_for_tests:crossed",
-                          "--epochs", "1", "--stages", str(num_stages), *OPTIONS, *options, cwd=tmp_path, module=module)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for status, start in zip([75] * (len(options) - 1) + [0], options):
+        num_stages, num_servers = 2 if "--stages" in start else 3, 2 if "--servers" in start else 1
+        done = launcher.train(num_servers + num_workers * num_stages, "--data", str(digits), "--model",
+                              "networks_for_tests:crossed", "--epochs", "1", "--stages", str(num_stages), *OPTIONS, *start,
+                              cwd=tmp_path, module=module)
+        assert done.returncode == status, done.stdout + done.stderr
     run = RunDir.open(tmp_path / "run")
     assert replay.main([str(run.path)]) == 0
     assert len(re.findall(r"worker \d, stage \d", done.stdout)) == num_workers * num_stages
     assert len(re.findall(r"(?m)^ +\d  \S+ \.\.\. \S+ \(\d+\) +\d+ ", done.stdout)) == num_stages
-    summary, pushes = summarize(run), list(read_pushes(run.pushes))
+    summary, pushes = summarize(run), list(history.pushes(run))
     assert summary.problems == [] and summary.num_workers == num_workers and not summary.audit.violations
     assert [rank.role for rank in summary.ranks] == ["server"] + ["worker"] * num_workers + ["stage"] * (
         num_workers * (num_stages - 1)) + ["server"] * (num_servers - 1)
     assert {push.worker for push in pushes} == set(range(num_workers))
     assert all(rank.phases["compute"] > 0 for rank in summary.ranks if rank.role != "server")
-    state, manifest = checkpoint.load(run.checkpoint(len(pushes)))
+    found = summary.pipelines
+    assert (found.num_stages, found.num_parts, len(found.stages)) == (num_stages, 3, num_stages * num_workers)
+    assert 0 < found.measured < 1 and all(use.passes > 0 for use in found.stages)
+    published, fetched = ({(event.version, event.hash) for event in read_events(run.metrics_of(rank, len(options) - 1))
+                           if isinstance(event, kind)} for rank, kind in enumerate((Publish, Fetch)))
+    assert bool(fetched) == (vendor == "mpich") and fetched <= published
+    state, manifest = checkpoint.load(run.checkpoint(len(pushes), len(options) - 1))
     errors = evaluate.measure(state, manifest, ShardSet.open(digits, "val"), 100, CPU, threads=1)
     assert 1 - errors.top1 / errors.num_images == manifest.top1_error < 0.6      # with the statistics of all stages
 
@@ -54,8 +66,8 @@ def test_replicas_of_stages_replay_in_one_process_to_the_bit(
     ("kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended"),
     ("kill@step5:rank1", ("--with-ft", "ulfm"), "the process of stage 0 of worker 0 has ended")])
 def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, tmp_path, failure, launcher_options, told):
-    done = finish(openmpi.start_training(5, "--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS,
-                                         "--inject", failure, cwd=tmp_path, launcher_options=launcher_options), 120)
+    options = ["--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS, "--batch-size", "48", "--inject", failure]
+    done = finish(openmpi.start_training(5, *options, cwd=tmp_path, launcher_options=launcher_options), 120)
     assert done.returncode == 3, done.stdout + done.stderr
     assert told in done.stderr
     summary = summarize(RunDir.open(tmp_path / "run"))

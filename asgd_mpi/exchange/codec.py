@@ -74,6 +74,27 @@ def vector_in(memory: torch.Tensor, num_floats: int, wire: str) -> Vector:
     return Packed(memory, num_floats, DTYPES[wire])
 
 
+def span(num_floats: int, piece: slice) -> range:
+    """The bytes of a vector in 2 bytes a number that tell a piece of it: from its first number to the unit of its last one."""
+    last = (piece.stop - 1) // BLOCK
+    return range(piece.start // BLOCK * BLOCK_BYTES + 2 * (piece.start % BLOCK), _unit_at(num_floats, last) + 4)
+
+
+def unpack_(into: torch.Tensor, start: int, memory: torch.Tensor, num_floats: int, wire: str) -> None:
+    """Set (p,) float32 from the `span` of a piece, uint8, of a vector of `num_floats`; the piece begins at `start`."""
+    stop, begin = start + len(into), span(num_floats, slice(start, start + len(into))).start
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
+        at, unit = block * BLOCK_BYTES + 2 * (first - block * BLOCK) - begin, _unit_at(num_floats, block) - begin
+        torch.mul(memory[at:at + 2 * (last - first)].view(DTYPES[wire]).float(),
+                  memory[unit:unit + 4].clone().view(torch.float32), out=into[first - start:last - start])
+
+
+def _unit_at(num_floats: int, block: int) -> int:
+    """The first byte of a block's unit."""
+    return block * BLOCK_BYTES + _aligned(2 * min(BLOCK, num_floats - block * BLOCK))
+
+
 def copy_(into: Vector, source: Vector) -> None:
     """Copy a vector, from and to any format and device."""
     if isinstance(into, torch.Tensor) and isinstance(source, torch.Tensor):

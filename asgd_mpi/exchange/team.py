@@ -1,8 +1,10 @@
 """The ranks of one replica: what its stages send each other, and the vectors that they share.
 
-A replica stays on one host. Its leader, the rank of stage 0, owns in a shared window (Win_allocate_shared) the replica's
-weights and gradient, (P,) float32 each, and its batch-norm statistics; every stage reads and writes its own places. Tensors
-of a micro-batch travel as messages that say themselves what they hold: nonblocking sends, matched probes (MPI 4.1, 3.8.2).
+A replica stays on one host. Each stage has its part of the vectors for itself. Its leader, the rank of stage 0, owns a shared
+window (Win_allocate_shared) in which the stages put them together where somebody wants the whole: the gradient, unless the
+server reads it elsewhere in memory of this host, and, when a checkpoint is due, weights, velocity and batch-norm statistics.
+Pages of it that nobody has written take no memory. Tensors of a micro-batch travel as messages that say themselves what
+they hold: nonblocking sends, matched probes (MPI 4.1, 3.8.2).
 """
 
 from __future__ import annotations
@@ -132,25 +134,29 @@ class Pipe:
 class Team:
     """This rank's replica, of num_stages ranks. All ranks make it together; a server is in none: its `worker` is None.
 
-    weights, gradient: (P,) float32, and statistics: the replica's, shared by its stages. `sync` comes between writing them
-    and telling of it, and between hearing of it and reading them.
+    gradient, weights, velocity: (P,) float32, and statistics: shared by the stages. `sync` comes between writing them and
+    telling of it, and between hearing of it and reading them. payload: memory for the gradient, (4 P or more,) uint8, if it
+    has a place already.
     """
 
-    def __init__(self, world: World, worker: int | None, stage: int, num_stages: int, num_floats: int, num_statistics: int):
+    def __init__(self, world: World, worker: int | None, stage: int, num_stages: int, num_floats: int, num_statistics: int,
+                 payload: torch.Tensor | None = None):
         self.world, self.worker, self.stage, self.num_stages = world, worker, stage, num_stages
         self.comm = world.comm.Split(MPI.UNDEFINED if worker is None else worker, stage)
         if worker is None:
             return
-        sizes = [4 * -(-size // ALIGNMENT) * ALIGNMENT for size in (num_floats, num_floats, num_statistics)]
+        counts = (num_floats, num_floats, num_statistics, num_floats if payload is None else 0)
+        sizes = [4 * -(-count // ALIGNMENT) * ALIGNMENT for count in counts]
         if stage == 0:
-            demand_shared_memory(world.host, sum(sizes), f"the weights and the gradient of worker {worker}")
+            demand_shared_memory(world.host, sum(sizes), f"the weights and the velocity of worker {worker}")
         self._window = MPI.Win.Allocate_shared(sum(sizes) if stage == 0 else 0, 1, MPI.INFO_NULL, self.comm)
         self._window.Lock_all(MPI.MODE_NOCHECK)
         memory = np.frombuffer(self._window.Shared_query(0)[0], np.uint8)
         starts = np.cumsum([0, *sizes])
-        self.weights, self.gradient, self.statistics = (
-            torch.from_numpy(memory[start:start + 4 * size].view(np.float32))
-            for start, size in zip(starts, (num_floats, num_floats, num_statistics)))
+        self.weights, self.velocity, self.statistics, self.gradient = (
+            torch.from_numpy(memory[start:start + 4 * count].view(np.float32)) for start, count in zip(starts, counts))
+        if payload is not None:
+            self.gradient = payload[:4 * num_floats].view(torch.float32)
 
     @property
     def timeout_s(self) -> float:

@@ -250,12 +250,13 @@ class ServerWindow(_Window):
             statistics = own[layout.statistics:][:STATISTICS_FROM + 4 * layout.num_statistics]
             self._writes, self._statistics = statistics[:STATISTICS_FROM].view(np.int64), statistics[STATISTICS_FROM:].view(np.float32)
             self._writes[:] = 0
+        self._near = {rank - 1 for rank in segments}
         start = self.whole.travels(self._number).start
         self.payloads = {rank - 1: torch.from_numpy(segment[start:start + layout.payload_bytes])   # uint8, of each worker of
                          for rank, segment in segments.items() if SERVER < rank <= layout.num_workers}     # ... this host
 
     def _meet(self, far: list[int]) -> None:
-        workers = set(range(self.layout.num_workers)) - set(self.payloads)
+        workers = set(range(self.world.size - len(self.servers))) - self._near       # further stages of workers read, too
         self._questions = {worker: np.empty(2, np.int64) for worker in workers}  # where to read, and how many bytes
         self._asked = {worker: self._listen(worker) for worker in self._questions}
         met = self.world.comm.Ibarrier()
@@ -356,9 +357,8 @@ class WorkerWindow(_Window):
         return self.whole.worker_bytes if has_server and is_worker else 0
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
-        own = segments.get(self.world.rank)
-        has_own = own is not None and len(own)                # a worker on a server's host
-        self.payload = torch.from_numpy(own[:self.whole.payload_bytes]) if has_own else None
+        self._segments = segments
+        self.payload = self.payload_of(self.world.worker)
         self.near = [rank in segments for rank in self.servers]               # by slice: whether its server shares memory
         self._controls = np.empty((len(self.servers), CONTROL_WORDS), np.int64)
         self._mail = np.empty(wire.MAIL_WORDS, np.int64)
@@ -367,8 +367,7 @@ class WorkerWindow(_Window):
         self.reads = ""                       # of a worker of another host: how it reads, in words
 
     def _meet(self, far: list[int]) -> None:
-        if self.world.rank <= self.whole.num_workers:         # no further stage of a worker
-            self.reads = "\n".join(self._measure(number) for number in far)
+        self.reads = "\n".join(self._measure(number) for number in far)
         self.world.barrier("workers of other hosts to measure their links")
 
     def _measure(self, number: int) -> str:
@@ -390,6 +389,11 @@ class WorkerWindow(_Window):
             times.append(time.perf_counter() - started)
         return min(times) * SAMPLE / len(into)
 
+    def payload_of(self, worker: int) -> torch.Tensor | None:
+        """Where a worker of a server's host leaves its gradient, (payload_bytes,) uint8; None of another host."""
+        segment = self._segments.get(worker + 1)
+        return torch.from_numpy(segment[:self.whole.payload_bytes]) if segment is not None and len(segment) else None
+
     def read_mail(self) -> Mail | None:
         """This worker's mail; None if it was being written."""
         self._get({0: (self._mail, self.whole.mail(self.world.worker))}, "its mail")
@@ -408,17 +412,45 @@ class WorkerWindow(_Window):
 
         It is in the format that travels, (vector_bytes,), or as the server holds it, if `whole`: (P,) float32.
         """
+        weights, servers = into.numpy(), range(len(self.servers))
+        return self.fetch_by(lambda slot: self._get({number: self._place(number, slot, weights, whole) for number in servers},
+                                                    "a snapshot"), at_least)
+
+    def fetch_by(self, read: Callable[[int], None], at_least: int) -> Snapshot:
+        """Let `read` read the latest snapshot, which is in the slot that it is told; again, while the read was torn."""
         torn_reads = 0
-        weights, everyone = into.numpy(), range(len(self.servers))
         while True:
             self._until(lambda: self._read_controls([0])[0][LATEST] >= at_least, f"publish version {at_least}")
             slot = int(self._controls[0][SLOT])
             version, samples = (int(word) for word in self._controls[0][_version_word(slot):][:WORDS_OF_SLOT])
             if version >= at_least:
-                self._get({number: self._place(number, slot, weights, whole) for number in everyone}, f"version {version}")
-                if all(control[_version_word(slot)] == version for control in self._read_controls(everyone)):
+                read(slot)
+                if all(control[_version_word(slot)] == version for control in self._read_controls(range(len(self.servers)))):
                     return Snapshot(version, samples, torn_reads)
             torn_reads += 1
+
+    def read_places(self, places: Sequence[tuple[slice, slice]], slot: int, into: torch.Tensor, whole: bool) -> int:
+        """Read some places of a slot into those of `into`, (p,) float32 on the host; returns the bytes. See `fetch_by`."""
+        num_bytes = 0
+        for there, here in places:
+            for number, numbers in enumerate(self.whole.slices):
+                start, stop = max(there.start, numbers.start), min(there.stop, numbers.stop)
+                if start < stop:
+                    own = into[here.start + start - there.start:here.start + stop - there.start]
+                    num_bytes += self._read_piece(number, slice(start - numbers.start, stop - numbers.start), slot, own, whole)
+        return num_bytes
+
+    def _read_piece(self, number: int, piece: slice, slot: int, into: torch.Tensor, whole: bool) -> int:
+        """Read a piece of the slice of a server into all of `into`; returns the bytes."""
+        layout, what = self._layouts[number], "its part of a snapshot"
+        if whole or layout.wire == "float32":
+            self._get({number: (into.numpy(), layout.slot(slot) + 4 * piece.start)}, what)
+            return 4 * len(into)
+        span = codec.span(layout.num_parameters, piece)
+        memory = np.empty(len(span), np.uint8)
+        self._get({number: (memory, layout.shown(slot) + span.start)}, what)
+        codec.unpack_(into, piece.start, torch.from_numpy(memory), layout.num_parameters, layout.wire)
+        return len(span)
 
     def read_statistics(self) -> torch.Tensor:
         """The batch-norm statistics that rank 0 shows, (num_statistics,) float32: those of one moment."""
@@ -461,6 +493,7 @@ class WorkerWindow(_Window):
 
     def _until(self, poll: Callable[[], T | None], what: str, longest_s: float = wait.LONGEST_S,
                servers: Sequence[int] = (SERVER,)) -> T:
-        who = f"rank {self.world.rank} (worker {self.world.worker} on {self.world.host})"
+        worker = self.world.worker % self.whole.num_workers                  # that of a further stage, too: see topology
+        who = f"rank {self.world.rank} (worker {worker} on {self.world.host})"
         return wait.until(lambda: poll() or self.world.demand_server(), self.world.timeout_s,
                           f"{who} waits for rank {', '.join(map(str, servers))} to {what}", longest_s)

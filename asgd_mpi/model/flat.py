@@ -7,7 +7,8 @@ they would see without us (and give the same bits); the gaps are zero, have a ze
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -20,19 +21,18 @@ ALIGNMENT = 16  # floats = 64 bytes
 class FlatModel:
     """`module` on `device`, with `weights` and `gradient`: (P,) float32 on the device, seen through its parameters.
 
-    gradient, weights: memory for them, at least (P,) float32 on the device, if they have a place already.
+    gradient: memory for it, at least (P,) float32 on the device, if it has a place already.
     spare: make a second vector of each, to swap with.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False,
-                 weights: torch.Tensor | None = None):
+    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False):
         self.module = module.to(device)
         self.device = device
         _demand_float32(self.module)
         self._parameters = list(self.module.parameters())
-        self._strides = [_stride(parameter) for parameter in self._parameters]
+        self._aside: torch.Tensor | None = None           # see set_aside_
         self._known: dict[int, list[torch.Tensor]] = {}   # the parameters' views of each of the vectors
-        self.weights = torch.zeros(num_floats(module), device=device) if weights is None else weights.zero_()
+        self.weights = torch.zeros(num_floats(module), device=device)
         self.gradient = torch.zeros_like(self.weights) if gradient is None else gradient[:len(self.weights)].zero_()
         self.spare_weights = torch.zeros_like(self.weights) if spare else None
         self.spare_gradient = torch.zeros_like(self.weights) if spare else None
@@ -56,9 +56,28 @@ class FlatModel:
 
     def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
         if id(vector) not in self._known:
-            self._known[id(vector)] = [vector[start:start + p.numel()].as_strided(p.shape, stride)
-                                       for start, p, stride in zip(_starts(self.module), self._parameters, self._strides)]
+            self._known[id(vector)] = views(self.module, vector)
         return self._known[id(vector)]
+
+    def is_finite(self) -> bool:
+        """Whether all of the gradient is."""
+        return bool(torch.stack(self.gradient.aminmax()).isfinite().all())     # sync: what is pushed depends on it
+
+    def norms(self) -> list[float]:
+        """Of the gradient of each parameter."""
+        parts = [self.gradient[start:start + p.numel()] for start, p in zip(_starts(self.module), self._parameters)]
+        return torch.stack(torch._foreach_norm(parts)).tolist()                # sync: it may be scaled down
+
+    def set_aside_(self) -> None:
+        """Keep a copy of the gradient for `take_back_`, which adds it."""
+        self._aside = self.gradient.clone()
+
+    def take_back_(self) -> None:
+        self.gradient.add_(self._aside)
+        self._aside = None
+
+    def unscale_(self, scale: float) -> None:
+        self.gradient.div_(scale)
 
     @property
     def num_floats(self) -> int:
@@ -90,6 +109,28 @@ class FlatModel:
 def num_floats(module: nn.Module) -> int:
     """P: the length of the flat vectors of a module."""
     return sum(_padded(parameter) for parameter in module.parameters())
+
+
+def views(module: nn.Module, vector: torch.Tensor) -> list[torch.Tensor]:
+    """The parameters of a module in a vector that is laid out as its own."""
+    return [vector[start:start + p.numel()].as_strided(p.shape, _stride(p))
+            for start, p in zip(_starts(module), module.parameters())]
+
+
+def materialise_(module: nn.Module) -> None:
+    """Give parameters on the meta device memory, whose contents are anything. They are new ones; shared ones stay shared."""
+    known: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                memory = torch.empty_like(parameter, device="cpu")
+                known.setdefault(id(parameter), nn.Parameter(memory, parameter.requires_grad))
+                part._parameters[name] = known[id(parameter)]
+
+
+def norm_of(norms: Iterable[float]) -> float:
+    """Of a vector, from those of its parts in any order: the sum of their squares is rounded once."""
+    return math.sqrt(math.fsum(norm * norm for norm in norms))
 
 
 def places_of(module: nn.Module, part: nn.Module) -> list[tuple[slice, slice]]:

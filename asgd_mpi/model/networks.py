@@ -150,8 +150,7 @@ def recipe(name: str) -> Recipe:
 
 def build(name: str, num_classes: int, channels: int, image_size: int) -> nn.Module:
     """Make the network `name`, and see that it maps (2, channels, S, S) to (2, num_classes). Raises ConfigError."""
-    make = NETWORKS[name][0] if name in NETWORKS else _find(name)
-    module = make(num_classes, channels)
+    module = _make(name, num_classes, channels)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"--model.name {name} gave a {type(module).__name__}: it must return a torch.nn.Module.")
     shape = (2, channels, image_size, image_size)
@@ -165,6 +164,33 @@ def build(name: str, num_classes: int, channels: int, image_size: int) -> nn.Mod
         raise ConfigError(f"--model.name {name} gives {tuple(output.shape)} for 2 images, but the data set has "
                           f"{num_classes} classes: its last layer must have {num_classes} outputs.")
     return module.train()
+
+
+def outline(name: str, num_classes: int, channels: int) -> nn.Module | None:
+    """The network of `build`, its parameters on the meta device: shapes without memory; None if it cannot be made so.
+
+    Its buffers are real.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        module = _make(name, num_classes, channels)
+    except Exception:     # its code wants to see its parameters
+        return None
+    finally:
+        nn.Module.register_parameter = register
+    is_whole = isinstance(module, nn.Module) and not any(buffer.is_meta for buffer in module.buffers())
+    return module.train() if is_whole else None
+
+
+def _make(name: str, num_classes: int, channels: int) -> nn.Module:
+    return (NETWORKS[name][0] if name in NETWORKS else _find(name))(num_classes, channels)
 
 
 def _find(name: str):

@@ -206,10 +206,13 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Manifest]:
     return read_tensors(directory / MODEL), manifest
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A dict of tensors as `write_tensors` or torch.save wrote it; nothing in the file is run. Raises RunDirError."""
+def read_tensors(path: Path, is_mapped: bool = False) -> dict[str, torch.Tensor]:
+    """A dict of tensors as `write_tensors` or torch.save wrote it; nothing in the file is run. Raises RunDirError.
+
+    is_mapped: read what of them is looked at.
+    """
     try:
-        tensors = torch.load(path, weights_only=True, map_location="cpu")
+        tensors = torch.load(path, weights_only=True, map_location="cpu", mmap=is_mapped)
     except Exception as error:            # what torch raises on a damaged file is its own affair
         raise RunDirError(f"{path} cannot be read as tensors: {type(error).__name__} "
                           f"{str(error).partition(chr(10))[0]}".rstrip() + ". Take another file.") from error

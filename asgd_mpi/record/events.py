@@ -67,6 +67,8 @@ class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=
     checkpoint: float = 0.0
     idle: float = 0.0
     hidden: float = 0.0       # push and fetch behind the computation: not part of the sum
+    passes: float = 0.0       # of a stage of a cut network: forward and backward passes, part of `compute`,
+    pipelined: float = 0.0    # ... and of its leader: from the beginning of batches until all stages were done, part of it, too
     images: int = 0           # trained (worker) or applied (server)
     pushes: int = 0           # sent (worker) or applied (server)
     fetches: int = 0
@@ -131,6 +133,17 @@ class Checkpoint(msgspec.Struct, tag_field="event", tag="checkpoint"):
     num_bytes: int
 
 
+class Cut(msgspec.Struct, tag_field="event", tag="cut"):
+    """The replicas' network is cut into stages, each on a rank of its own."""
+
+    t: float
+    num_stages: int
+    num_parts: int            # micro-batches of a batch
+    schedule: str             # of SCHEDULES in stages.schedule
+    bubble: float             # 0..1: share of the time in which the stages are expected to wait for each other
+    begins: list[str]         # the first module of each stage
+
+
 class Note(msgspec.Struct, tag_field="event", tag="note"):
     """Something worth a line in the report: a skipped image, a shared GPU."""
 
@@ -176,7 +189,7 @@ class Gpu(msgspec.Struct, tag_field="event", tag="gpu", omit_defaults=True):
     energy_j: float | None = None      # a counter: only differences within one start of the run mean something
 
 
-Event = Union[Start, Interval, Span, Gpu, Fetch, Publish, Validation, Checkpoint, Note, End, Retirement, Refusal]
+Event = Union[Start, Interval, Span, Gpu, Fetch, Publish, Validation, Checkpoint, Cut, Note, End, Retirement, Refusal]
 
 
 class Push(msgspec.Struct, array_like=True, frozen=True):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from asgd_mpi.record.events import (
-    PHASES, Checkpoint, End, Event, Gpu, Interval, Note, Push, Refusal, Retirement, Start, Validation)
+    PHASES, Checkpoint, Cut, End, Event, Gpu, Interval, Note, Push, Refusal, Retirement, Start, Validation)
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins
 
@@ -42,6 +42,8 @@ class Rank(msgspec.Struct):
     seconds: float = 0.0                       # covered by intervals
     phases: dict[str, float] = msgspec.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # seconds
     hidden: float = 0.0                        # seconds of push and fetch behind the computation
+    passes: float = 0.0                        # seconds, as in Interval,
+    pipelined: float = 0.0                     # ... likewise
     counts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
 
@@ -123,6 +125,8 @@ def _is_possible(item: Event | Push) -> bool:
             return 0 < item.num_workers <= MAX_WORKERS
         case Interval():
             return min(numbers) >= 0 and item.t1 >= item.t0
+        case Cut():
+            return 1 < item.num_stages <= MAX_WORKERS and 0 < item.num_parts and 0 <= item.bubble < 1
     return True
 
 
@@ -139,6 +143,7 @@ class Metrics:
         self.last_t = -math.inf
         self.validations: list[Validation] = []
         self.checkpoints: list[Checkpoint] = []
+        self.cut: Cut | None = None                                    # of the latest start
         self.notes: list[RankNote] = []
         self.notes_left_out = 0
         self.retirements: list[Retirement] = []
@@ -195,6 +200,8 @@ class Metrics:
             case Interval():
                 rank.seconds += event.t1 - event.t0
                 rank.hidden += event.hidden
+                rank.passes += event.passes
+                rank.pipelined += event.pipelined
                 for phase in PHASES:
                     rank.phases[phase] += getattr(event, phase)
                 for counter in COUNTERS:
@@ -213,6 +220,8 @@ class Metrics:
                 self.validations.append(event)
             case Checkpoint():
                 self.checkpoints.append(event)
+            case Cut():
+                self.cut = event
             case Note() if len(self.notes) < MAX_NOTES:
                 self.notes.append(RankNote(event.t, rank.rank, event.text))
             case Note():

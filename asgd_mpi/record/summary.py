@@ -22,6 +22,7 @@ import yaml
 from asgd_mpi.record.audit import Audit, audit
 from asgd_mpi.record import history
 from asgd_mpi.record.events import Checkpoint, Push, Retirement, Validation, read_events
+from asgd_mpi.record.pipelines import Pipelines, pipelines
 from asgd_mpi.record.readings import (
     COUNTERS, Epoch, GpuUse, Lines, Metrics, Rank, RankNote, Restart, Status, Training, gaps_s)
 from asgd_mpi.record.rundir import RunDir
@@ -29,7 +30,7 @@ from asgd_mpi.record.timeline import Bins, Timeline
 
 CONFIG_KEYS = ("model.name", "data.path", "data.batch_size", "run.epochs", "run.seed", "rule.name", "rule.momentum",
                "rule.warm_start_epochs", "schedule.lr", "exchange.n_push", "exchange.n_fetch", "exchange.overlap",
-               "exchange.wire", "exchange.servers")
+               "exchange.wire", "exchange.servers", "stages.number", "compute.micro_batches")
 MAX_BINS = 20         # of the staleness histogram
 
 
@@ -108,6 +109,7 @@ class Summary(msgspec.Struct):
     total_samples: int = 0                     # of the run
     read_retries: int = 0                      # reads of shards that failed and were repeated
     gpus: list[GpuUse] = []                    # those of which NVML told something
+    pipelines: Pipelines | None = None         # if networks are cut into stages
 
     @property
     def energy_kwh(self) -> float | None:
@@ -178,7 +180,7 @@ def summarize(run: RunDir) -> Summary:
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
         timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,
         num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"],
-        gpus=metrics.gpus)
+        gpus=metrics.gpus, pipelines=pipelines(metrics.cut, metrics.ranks, num_workers))
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:

@@ -21,7 +21,7 @@ MIN_VALIDATIONS = 6   # to speak of a plateau
 
 def advise(summary: Summary, cost: Cost | None = None) -> list[str]:
     """The sentences, the weightiest first."""
-    rules = (_audit, _saturated, _waiting, _data, _fetch, _lease, _validate, _room, _stragglers, _statistics, _torn,
+    rules = (_audit, _saturated, _waiting, _bubble, _data, _fetch, _lease, _validate, _room, _stragglers, _statistics, _torn,
              _skipped, _retries)
     found = [sentence for rule in rules if (sentence := rule(summary))]
     plateau = _plateau(summary, cost)
@@ -85,6 +85,15 @@ def _waiting(summary: Summary) -> str | None:
                        "own, or start fewer.")
     return text + ("Compare the bandwidth below with the link's, see that the server has a core of its own, and send less "
                    "often: a larger --data.batch_size.")
+
+
+def _bubble(summary: Summary) -> str | None:
+    found = summary.pipelines
+    if found is None or found.measured is None or found.measured < WAITS:
+        return None
+    expected = f" (the plan expected {percent(found.expected, 0)})" if found.expected is not None else ""
+    return (f"The {found.num_stages} stages of a replica wait for each other {percent(found.measured, 0)} of the time{expected}"
+            f": cut a batch into more parts than {found.num_parts} (--compute.micro_batches), or take fewer stages.")
 
 
 def _data(summary: Summary) -> str | None:

@@ -73,9 +73,14 @@ def demand(graph: Graph, cuts: Sequence[int]) -> None:
                               "nothing to train on a rank of its own. Leave it to one of its neighbours.")
 
 
-def cut(graph: Graph, cuts: Sequence[int]) -> list[Stage]:
-    """The len(cuts) + 1 stages that begin at node 0 and at `cuts`. Raises ConfigError if they cannot."""
-    demand(graph, cuts)
+def cut(graph: Graph, cuts: Sequence[int], differentiable: Sequence[str] | None = None) -> list[Stage]:
+    """The len(cuts) + 1 stages that begin at node 0 and at `cuts`. Raises ConfigError if they cannot.
+
+    differentiable: graph.differentiable, if somebody has looked at the same graph already.
+    """
+    if differentiable is None:
+        demand(graph, cuts)
+        differentiable = graph.differentiable
     bounds = [0, *cuts, len(graph.nodes)]
     tags = [f"stage{number}" for number in range(len(bounds) - 1)]
     for tag, (start, stop) in zip(tags, pairwise(bounds)):
@@ -89,6 +94,13 @@ def cut(graph: Graph, cuts: Sequence[int]) -> list[Stage]:
         part = getattr(parts, tag)
         uses = tuple(node.name for node in part.graph.nodes if node.op == "placeholder")
         [makes] = [tuple(node.name for node in node.args[0]) for node in part.graph.nodes if node.op == "output"]
-        stages.append(Stage(part, takes, gives, uses, makes,
-                            frozenset(node.name for node in graph.differentiable)))
+        stages.append(Stage(part, takes, gives, uses, makes, frozenset(differentiable)))
     return stages
+
+
+def adopt_(stages: Sequence[Stage], module: nn.Module) -> None:
+    """Give the first stage the parameters of the uncut network that no stage uses: they are its to keep as they are."""
+    used = {id(parameter) for stage in stages for parameter in stage.module.parameters()}
+    unused = [parameter for parameter in module.parameters() if id(parameter) not in used]
+    if unused:
+        stages[0].module.add_module("unused", nn.ParameterList(unused))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -70,7 +71,7 @@ def trace(module: nn.Module) -> fx.GraphModule:
 
 
 class Graph:
-    """A traced network and what a run on `shape` (B, C, S, S) shows. n: the number of its nodes.
+    """A traced network and, once it is asked for, what a run on `shape` (B, C, S, S) shows. n: the number of its nodes.
 
     nodes        the n calls, in order; sizes[value]: bytes of a tensor
     saved[k]     {storage: bytes} of what backward needs of node k; a storage that several nodes save has one key
@@ -82,14 +83,6 @@ class Graph:
         self.traced, self.shape = traced, shape
         self.nodes = [node for node in traced.graph.nodes if node.op.startswith("call_")]
         self._place = {node: place for place, node in enumerate(self.nodes)}
-        run = _Run(_on_meta(traced))
-        run.run(torch.empty(shape, device="meta"))
-        by_name = {node.name: node for node in traced.graph.nodes}
-        self.sizes = {by_name[name]: value.nbytes for name, value in run.made.items()}
-        self.saved = [run.saved.get(node.name, {}) for node in self.nodes]
-        self._written = {by_name[name]: self._place[by_name[writer]] for name, writer in run.written.items()}
-        self._floats = {by_name[name] for name, value in run.made.items() if value.is_floating_point()}
-        self.differentiable = {by_name[name] for name, value in run.made.items() if value.requires_grad}
         self._last_use = {node: max((self._place.get(user, len(self.nodes)) for user in node.users), default=-1)
                           for node in traced.graph.nodes}
         self.tensors = [{id(tensor): tensor for tensor in self._tensors_of(node)} for node in self.nodes]
@@ -102,6 +95,32 @@ class Graph:
                            for place, tensors in enumerate(self.tensors)]
         self._names = {id(tensor): name for name, tensor in (*traced.named_parameters(), *traced.named_buffers())}
 
+    @cached_property
+    def _shown(self) -> _Run:
+        """The first one of a process takes a second, since torch then loads what it knows of shapes."""
+        run = _Run(_on_meta(self.traced))
+        run.run(torch.empty(self.shape, device="meta"))
+        return run
+
+    @cached_property
+    def sizes(self) -> dict[fx.Node, int]:
+        return {node: self._shown.made[node.name].nbytes for node in self.traced.graph.nodes if node.name in self._shown.made}
+
+    @cached_property
+    def saved(self) -> list[dict[int, int]]:
+        return [self._shown.saved.get(node.name, {}) for node in self.nodes]
+
+    @cached_property
+    def _written(self) -> dict[str, int]:
+        """Of a value that a later node writes into: which one."""
+        places = {node.name: place for place, node in enumerate(self.nodes)}
+        return {name: places[writer] for name, writer in self._shown.written.items()}
+
+    @property
+    def differentiable(self) -> list[str]:
+        """The names of the values that have a gradient."""
+        return [name for name, value in self._shown.made.items() if value.requires_grad]
+
     def crossing(self, cut: int) -> list[fx.Node]:
         """The values that cross a cut, in the order in which they are made."""
         return [node for node, last in self._last_use.items()
@@ -113,10 +132,10 @@ class Graph:
     def why_not(self, cut: int) -> str:
         """Why the network cannot be cut there; empty if it can."""
         for node in self.crossing(cut):
-            if node not in self._floats:
+            if not self._shown.made[node.name].is_floating_point():
                 return f"{node.name}, which is no tensor of floats, would have to cross"
-            if self._written.get(node, -1) >= cut:
-                writer = self.name(self._written[node])
+            if self._written.get(node.name, -1) >= cut:
+                writer = self.name(self._written[node.name])
                 return f"{writer} writes into {node.name} in place, which would be a copy there (give it inplace=False)"
         for key, (first, last) in self._span.items():
             if first < cut <= last:

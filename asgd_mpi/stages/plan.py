@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.model.flat import materialise_
 from asgd_mpi.stages.balance import balance
 from asgd_mpi.stages.cut import demand
 from asgd_mpi.stages.graph import Graph
@@ -36,49 +37,59 @@ def measure(graph: Graph, images: torch.Tensor, repeats: int = 3) -> list[Second
 
     The network is left as it is: a copy is measured, and the random numbers are set back.
     """
-    traced = copy.deepcopy(graph.traced).to(images.device).train()
+    traced = copy.deepcopy(graph.traced).train()
     with torch.random.fork_rng([images.device] if images.device.type == "cuda" else [], device_type=images.device.type):
-        runs = []
-        for _ in range(repeats + 1):
-            run = _TimedRun(traced)
-            run.run(images)
-            runs.append([run.seconds[node.name] for node in graph.nodes])
-    return [Seconds(statistics.median(each.forward for each in node), statistics.median(each.backward for each in node))
-            for node in zip(*runs[1:])]
+        run = _TimedRun(traced, images.device, repeats)
+        run.run(images)
+    return [run.seconds[node.name] for node in graph.nodes]
 
 
 class _TimedRun(fx.Interpreter):
-    """Runs a graph node by node, each forward and at once backward."""
+    """Runs a graph node by node, each forward and at once backward, some times; only the node that runs is on the device."""
 
-    def __init__(self, traced: fx.GraphModule):
+    def __init__(self, traced: fx.GraphModule, device: torch.device, repeats: int):
         super().__init__(traced)
+        self._device, self._repeats = device, repeats
         self.seconds: dict[str, Seconds] = {}
 
     def run_node(self, node: fx.Node) -> object:
         if not node.op.startswith("call_"):
             return super().run_node(node)
-        arguments, keywords = self.fetch_args_kwargs_from_env(node)
-        leaves = []
+        call = self._on_device(self.fetch_attr(node.target)) if node.op == "call_module" else (
+            lambda *arguments, **keywords: getattr(self, node.op)(node.target, arguments, keywords))
+        runs = [self._once(node, call) for _ in range(self._repeats + 1)][1:]
+        self.seconds[node.name] = Seconds(*(statistics.median(times) for times in zip(*(times for _, times in runs))))
+        return fx.node.map_aggregate(runs[-1][0], lambda value: value.detach().requires_grad_(value.requires_grad)
+                                     if isinstance(value, torch.Tensor) else value)
 
+    def _once(self, node: fx.Node, call: Callable) -> tuple[object, tuple[float, float]]:
+        """What a node returns, and the seconds of its two passes."""
         def take(value: object) -> object:
             """A copy, since the node may write into it; its gradient is measured, too, unless it is an image."""
-            if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+            if isinstance(value, torch.nn.Parameter):
+                return self._on_device(nn.ParameterList([value]))[0]
+            if not isinstance(value, torch.Tensor):
                 return value
-            if value.requires_grad:
-                leaves.append(value.detach().requires_grad_())
-            return leaves[-1].clone() if value.requires_grad else value.clone()
+            return value.detach().requires_grad_().clone() if value.requires_grad else value.to(self._device, copy=True)
 
-        arguments, keywords = fx.node.map_aggregate(arguments, take), fx.node.map_aggregate(keywords, take)
+        arguments, keywords = (fx.node.map_aggregate(each, take) for each in self.fetch_args_kwargs_from_env(node))
         started = _now()
-        result = getattr(self, node.op)(node.target, arguments, keywords)
+        result = call(*arguments, **keywords)
         middle = _now()
         roots = [one for one in (result if isinstance(result, tuple) else (result,))
                  if isinstance(one, torch.Tensor) and one.requires_grad]
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-        self.seconds[node.name] = Seconds(middle - started, _now() - middle)
-        return fx.node.map_aggregate(result, lambda value: value.detach().requires_grad_(value.requires_grad)
-                                     if isinstance(value, torch.Tensor) else value)
+        return result, (middle - started, _now() - middle)
+
+    def _on_device(self, module: nn.Module) -> nn.Module:
+        """A copy; parameters without memory get some, and numbers that are as quick as any."""
+        module = copy.deepcopy(module)
+        is_outline = any(parameter.is_meta for parameter in module.parameters())
+        materialise_(module)
+        for parameter in module.parameters() if is_outline else ():
+            nn.init.constant_(parameter, 0.01)
+        return module.to(self._device)
 
 
 def _now() -> float:
@@ -96,6 +107,7 @@ class Row:
     nodes: int
     parameters: int
     activation_bytes: int     # that backward needs, for the micro-batches that are held at a time
+    memory_bytes: int         # those, and the copies of the parameters
     sent_bytes: int           # to the next stage, of a micro-batch
     seconds: Seconds | None   # of a micro-batch; None if it was not measured
 
@@ -155,6 +167,7 @@ class StagePlan:
         bounds = [0, *cuts, len(self.graph.nodes)]
         return [Row(self.graph.name(start), self.graph.name(stop - 1), stop - start, self._parameters(start, stop),
                     self._held_bytes(stage, len(bounds) - 1, start, stop),
+                    self.memory_bytes(stage, len(bounds) - 1, start, stop),
                     round(self._scale * self.graph.crossing_bytes(stop)) if stop < bounds[-1] else 0,
                     self._seconds(start, stop) if self._until else None)
                 for stage, (start, stop) in enumerate(pairwise(bounds))]
@@ -190,11 +203,12 @@ def predicted_bubble(rows: Sequence[Row], batch: Batch) -> float:
 
 def render(rows: Sequence[Row]) -> str:
     """The plan as text, a line for each stage."""
-    table = [("stage", "modules", "parameters", "activations MB", "sends MB", "ms")]
+    table = [("stage", "modules", "parameters", "activations MB", "memory MB", "sends MB", "ms")]
     for number, row in enumerate(rows):
         milliseconds = "-" if row.seconds is None else f"{1e3 * (row.seconds.forward + row.seconds.backward):.1f}"
         table.append((str(number), f"{row.begins} ... {row.ends} ({row.nodes})", str(row.parameters),
-                      f"{row.activation_bytes / 1e6:.1f}", f"{row.sent_bytes / 1e6:.2f}", milliseconds))
+                      f"{row.activation_bytes / 1e6:.1f}", f"{row.memory_bytes / 1e6:.1f}", f"{row.sent_bytes / 1e6:.2f}",
+                      milliseconds))
     widths = [max(map(len, column)) for column in zip(*table)]
     return "\n".join("  ".join(cell.ljust(width) if column == 1 else cell.rjust(width)
                                for column, (cell, width) in enumerate(zip(line, widths))) for line in table)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,9 @@ from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.server.ledger import Mail, Orders
+
+if TYPE_CHECKING:
+    from asgd_mpi.worker.team import Leader
 
 
 @dataclass
@@ -39,17 +43,20 @@ class _Trip:
 class Courier:
     """Owns the worker's MPI calls. `version` is that of the fetched weights; `mail` came with the last trip.
 
-    What is fetched is in flat.weights, or, with `fetches_aside`, in flat.spare_weights.
+    What is fetched is in flat.weights, or, with `fetches_aside`, in flat.spare_weights. leader: of the stages, if the network
+    is cut: each fetches its own part, and they put the gradient together.
     """
 
     def __init__(self, window: WorkerWindow, outbox: Outbox, flat: FlatModel, meter: Meter, overlap: bool,
-                 fetches_aside: bool = False, wire: str = "float32"):
+                 fetches_aside: bool = False, wire: str = "float32", leader: Leader | None = None):
+        self._leader = leader
         self._window, self._outbox, self._flat, self._meter, self._wire = window, outbox, flat, meter, wire
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="courier") if overlap else None
         self._trip: Future[_Trip] | None = None
         on_gpu = flat.device.type == "cuda"
         num_bytes = codec.num_bytes(flat.num_floats, "float32" if on_gpu else wire)
-        self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu) if on_gpu or wire != "float32" else None
+        is_staged = (on_gpu or wire != "float32") and not leader
+        self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu) if is_staged else None
         self._stream = torch.cuda.Stream(flat.device) if on_gpu and overlap else None
         self._aside = fetches_aside
         self.version = self.samples = 0
@@ -79,7 +86,8 @@ class Courier:
         """Set out with the gradient of `flat`; with overlap, `flat` gets another one to fill."""
         if self._thread:
             self._flat.swap_gradients_()
-        gradient = self._flat.spare_gradient if self._thread else self._flat.gradient
+        flat = self._leader or self._flat
+        gradient = flat.spare_gradient if self._thread else flat.gradient
 
         def fill(payload: torch.Tensor) -> int:
             if payload.data_ptr() != gradient.data_ptr():
@@ -90,7 +98,7 @@ class Courier:
 
     @property
     def fetched(self) -> torch.Tensor:
-        """The weights that the last fetch brought, (P,) float32 on the device of `flat`."""
+        """The weights that the last fetch brought, (P,) float32 on the device of `flat`; of a leader its own part."""
         return self._flat.spare_weights if self._aside else self._flat.weights
 
     def wait(self) -> bool:
@@ -154,6 +162,8 @@ class Courier:
 
     def _fetch(self, at_least: int, whole: bool) -> tuple[Snapshot, int]:
         """Read a snapshot; also returns its bytes."""
+        if self._leader:
+            return self._leader.fetch(at_least, whole)
         weights = self._flat.spare_weights if self._thread or self._aside else self._flat.weights
         wire = "float32" if whole else self._wire
         num_bytes, in_place = codec.num_bytes(len(weights), wire), wire == "float32" and self._flat.device.type == "cpu"

@@ -28,19 +28,23 @@ class Keeper:
         self._frozen: dict[str, torch.Tensor] = {}
         self._under_way: list[tuple[Kind, int, Future[bool]]] = []
 
-    def save(self, number: int, made: int, state: dict[str, torch.Tensor]) -> None:
-        """Begin to write the momentum, whose last push made version `made`, for checkpoint `number`."""
+    def save(self, number: int, made: int, state: dict[str, torch.Tensor], is_copy: bool = False) -> None:
+        """Begin to write the momentum, whose last push made version `made`, for checkpoint `number`.
+
+        is_copy: it does not change until the next call of `settle`.
+        """
         self._hurry.clear()
         if any(kind == Kind.SAVED and not future.done() for kind, _, future in self._under_way):
             self._frozen = {}             # it is still being written
-        self._frozen = {name: self._frozen[name].copy_(vector) if name in self._frozen else vector.detach().cpu().clone()
-                        for name, vector in state.items()}
+        self._frozen = state if is_copy else {
+            name: self._frozen[name].copy_(vector) if name in self._frozen else vector.detach().cpu().clone()
+            for name, vector in state.items()}
         staging = self._run.staging(number, self._restart)
         self._start(Kind.SAVED, made, checkpoint.save_worker, staging, self._worker, made, self._frozen, self._hurry)
 
-    def save_best(self, version: int, model: dict[str, torch.Tensor]) -> None:
+    def save_best(self, version: int, model: dict[str, torch.Tensor], is_copy: bool = False) -> None:
         """Begin to write the state_dict of the validated version."""
-        frozen = {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
+        frozen = model if is_copy else {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
         self._start(Kind.BEST, version, self._write_best, version, frozen)
 
     def take_done(self, wait: bool = False) -> list[tuple[Kind, int]]:
@@ -53,6 +57,12 @@ class Keeper:
             if future.result():
                 done.append((kind, version))
         return done
+
+    def settle(self) -> None:
+        """Return when all that was begun has been written."""
+        self._hurry.set()
+        for _, _, future in self._under_way:
+            future.exception()            # waits; `take_done` raises it
 
     def close(self) -> None:
         self._hurry.set()

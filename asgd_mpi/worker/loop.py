@@ -57,12 +57,13 @@ class Worker:
         self.number = number
         self.courier = courier
         self.replica, self.flat = replica, replica.flat
+        self.network = leader or replica.flat                  # the whole of it
         self.leader = leader                                   # of the stages that compute, if there are several
         self.normalise = normalise
         self.train_loader, self.val_loader = loaders
         self.batch_size = config.data.batch_size
         self.exchange = config.exchange
-        self.statistics = config.model.batchnorm if batchnorm.layers(self.flat.module) else "none"   # how they come about
+        self.statistics = config.model.batchnorm if batchnorm.layers(self.network.module) else "none"   # how they come about
         self.meter = meter
         self.keeper = keeper
         self.log = log                                         # of every fetched snapshot's hash, if asked for
@@ -92,6 +93,7 @@ class Worker:
 
     def rest(self) -> None:
         """After a failure: give all work back, wait for the end of the run, and take part in that."""
+        self.replica.keeps_state = self.replica.keeps_state and not self.leader      # a stage may be dead
         with suppress(Exception):                              # the trip that failed
             self.courier.wait()
         self.courier.say(self._header(Kind.FAILED))
@@ -179,7 +181,7 @@ class Worker:
         if is_finite:
             self.courier.push_gradient(header, fetch)
             self._pushed = True
-            self.meter.add(pushes=1, bytes_pushed=codec.num_bytes(self.flat.num_floats, self.exchange.wire))
+            self.meter.add(pushes=1, bytes_pushed=codec.num_bytes(self.network.num_floats, self.exchange.wire))
         else:
             self.courier.start(header, lambda payload: 0, fetch)
         if not self.exchange.overlap:
@@ -191,7 +193,9 @@ class Worker:
         if self.courier.wait():
             self.replica.fetched_(self.courier.version, self.courier.samples, self.courier.fetched)
             if self.log:
-                digest = xxhash.xxh3_64_hexdigest(codec.rounded(self.courier.fetched, self.exchange.wire).cpu().numpy())
+                with self._gathering():
+                    weights = self.leader.gathered("weights") if self.leader else self.courier.fetched
+                    digest = xxhash.xxh3_64_hexdigest(codec.rounded(weights, self.exchange.wire).cpu().numpy())
                 self.log.write(Fetch(time.time(), self.courier.version, self.courier.sent, digest))
         if self.courier.mail.refused != self._refused:
             self._refused = self.courier.mail.refused
@@ -206,9 +210,17 @@ class Worker:
 
     def _save_if_asked(self) -> None:
         """Begin to write the momentum, if a checkpoint waits for it."""
-        if self.replica.state and self.courier.mail.save > self._saved:
+        if self.replica.keeps_state and self.courier.mail.save > self._saved:
             self._saved = self.courier.mail.save
-            self.keeper.save(self._saved, self._made, self.replica.state)
+            with self._gathering() as is_copy:
+                self.keeper.save(self._saved, self._made, self.replica.state, is_copy)
+
+    @contextmanager
+    def _gathering(self) -> Iterator[bool]:
+        """Within, what stages put together may be asked for; whether it stays as it is until this is entered again."""
+        if self.leader:
+            self.keeper.settle()                               # which may still read the last such thing
+        yield self.leader is not None
 
     def _tell_of_saved(self, wait: bool = False) -> None:
         for kind, version in self.keeper.take_done(wait):
@@ -242,10 +254,11 @@ class Worker:
             self._header(Kind.VALIDATION, read_version=self.courier.version, lease=lease.number, start=lease.start,
                          count=lease.stop - lease.start, skipped=errors.skipped, loss=errors.loss, top1=errors.top1,
                          top5=errors.top5, stored_top1=stored), self._fill_statistics, fetch=False)
-        self.meter.add(bytes_pushed=4 * self.flat.num_statistics)
+        self.meter.add(bytes_pushed=4 * self.network.num_statistics)
         self._take()
         if lease.work == Work.VALIDATE and self.courier.mail.best == self.courier.version:
-            self.keeper.save_best(self.courier.version, self.flat.module.state_dict())
+            with self._gathering() as is_copy:
+                self.keeper.save_best(self.courier.version, self.network.module.state_dict(), is_copy)
         self._lost_membership()
         self._refresh()
         self.meter.tick()
@@ -290,7 +303,8 @@ class Worker:
     def _is_news(self, mail: Mail) -> bool:
         """Whether mail is worth an idle worker's time."""
         return (mail.orders != Orders.GO_ON or any(lease.number > self._done for lease in mail.leases)
-                or bool(self.replica.state) and mail.save > self._saved or bool(self.asked_to_leave()) and not self._told_of_signal)
+                or self.replica.keeps_state and mail.save > self._saved
+                or bool(self.asked_to_leave()) and not self._told_of_signal)
 
     def _read_ahead(self) -> None:
         """Let the loader begin with the leases that have come."""
@@ -310,11 +324,11 @@ class Worker:
             yield batch
 
     def _fill_statistics(self, payload: torch.Tensor) -> int:
-        self.flat.save_statistics(payload.view(torch.float32))
-        return 4 * self.flat.num_statistics
+        self.network.save_statistics(payload.view(torch.float32))
+        return 4 * self.network.num_statistics
 
     def _errors(self, lease: Lease) -> Errors:
-        return validate(self.leader or self.flat, self.normalise, self._in_order(lease))
+        return validate(self.network, self.normalise, self._in_order(lease))
 
     def _in_order(self, lease: Lease) -> Iterator[Batch]:
         """The validation images of a lease, read a few batches ahead."""
@@ -329,7 +343,7 @@ class Worker:
     def _recalibrate(self) -> None:
         """Measure the batch-norm statistics of the fetched snapshot, on the first training images of epoch 0."""
         last = min(batchnorm.NUM_BATCHES * self.batch_size, self.train_loader.shards.num_samples)
-        device = (self.leader or self.flat).device
+        device = self.network.device
         batches = (self.train_loader.batch(0, start, min(start + self.batch_size, last))
                    for start in range(0, last, self.batch_size))
         images = (self.normalise(batch.on(device)) for batch in batches)

@@ -25,6 +25,7 @@ from asgd_mpi.stages.schedule import Schedule, one_f_one_b
 
 if TYPE_CHECKING:
     from asgd_mpi.worker.team import Leader
+    from asgd_mpi.worker.vectors import SpreadVectors
 
 Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> float32 (B, C, S, S)
 
@@ -99,19 +100,21 @@ class ScaledLoss:
         self._scale = self.FIRST if compute.precision == "float16" else 1.0
         self._good = 0                # batches since it was changed
 
-    def compute_gradient_(self, flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool) -> float:
+    def compute_gradient_(self, flat: FlatModel | SpreadVectors, normalise: Normalise, batch: Batch, seed: int,
+                          accumulate: bool) -> float:
         """As the function of that name."""
         if self._compute.precision != "float16":
             return self._gradient_of(flat, normalise, batch, seed, accumulate, self._compute)
-        before = flat.gradient.clone() if accumulate else None
+        if accumulate:
+            flat.set_aside_()
         while True:
             loss = self._gradient_of(flat, normalise, batch, seed, False, self._compute, self._scale)
-            flat.gradient.div_(self._scale)
-            if flat.gradient.sum().isfinite() or self._scale == 1 or not math.isfinite(loss):
+            flat.unscale_(self._scale)
+            if flat.is_finite() or self._scale == 1 or not math.isfinite(loss):
                 break
             self._scale, self._good = self._scale / 2, 0
-        if before is not None:
-            flat.gradient.add_(before)
+        if accumulate:
+            flat.take_back_()
         self._good += 1
         if self._good == self.PATIENCE:
             self._scale, self._good = self._scale * 2, 0

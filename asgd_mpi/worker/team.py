@@ -1,32 +1,38 @@
 """A replica whose network is cut into stages, each on a rank of its own.
 
-The leader, stage 0, is the worker that the server knows: it holds the lease, the images, the courier, the momentum, and the
-replica's weights and gradient in memory that its stages share. For each batch it tells the stages what to do; they take
-their weights from there, compute their part, and write their part of the gradient there. So all stages compute a batch with
-the weights that the leader fetched, and what is pushed, replayed and saved is what an uncut network would give, to the bit.
+The leader, stage 0, is the worker that the server knows: it holds the lease, the images and the courier. Every stage keeps its
+own part of weights, gradient and momentum: it reads that from the server's snapshot, computes on it, and writes what is pushed
+to where the leader's courier takes it from; no rank needs the whole vectors. The leader says when, which snapshot, and what
+takes all stages to know, the gradient's norm. So all compute a batch with the same version, and what is pushed, replayed and
+saved is what an uncut network would give, to the bit.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from asgd_mpi.config import ComputeConfig
+from asgd_mpi.config import ComputeConfig, Config
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.errors import ServerLost, StageLost
 from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.team import ACTIVATIONS, COMMANDS, GRADIENTS, REPLIES, SCORES, Pipe, Team
+from asgd_mpi.exchange.window import Snapshot, WorkerWindow
 from asgd_mpi.model import batchnorm
-from asgd_mpi.model.flat import FlatModel, places_of, statistics_of
+from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, num_statistics, places_of, statistics_of, views
+from asgd_mpi.record import checkpoint
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.stages.cut import Stage
 from asgd_mpi.stages.pipeline import Link, StageAtWork
 from asgd_mpi.stages.schedule import Schedule
 from asgd_mpi.worker.step import Normalise, Parts, prepared
+from asgd_mpi.worker.vectors import SpreadVectors, Vectors
 
 CPU = torch.device("cpu")
 IDLE_S = 0.5     # between two looks at the server and the clock, without a command
@@ -36,19 +42,60 @@ class _Interrupted(Exception):
     """The leader wants something else in place of what this stage waits for."""
 
 
+Places = list[tuple[slice, slice]]       # of a stage's parameters, in the whole vectors and in its own
+
+
+class _StageVectors(Vectors):
+    """Those of a stage, which leaves what is pushed in its places of `gradient`, (P,) float32, shared."""
+
+    def __init__(self, flat: FlatModel, config: Config, num_workers: int, places: Places, gradient: torch.Tensor):
+        super().__init__(flat, config, num_workers)
+        self._places, self._shared = places, gradient
+
+    def deliver_(self) -> None:
+        """If numbers travel rounded, they are rounded by who packs them, since units may belong to two stages (see codec)."""
+        put_(self._shared, self.flat.gradient, self._places)
+
+    def restore_(self, path: str) -> None:
+        state = checkpoint.read_tensors(Path(path), is_mapped=True)
+        self.load_({name: torch.cat([vector[whole] for whole, _ in self._places]) for name, vector in state.items()})
+
+
+def put_(whole: torch.Tensor, part: torch.Tensor, places: Places) -> None:
+    """Copy a stage's part of a vector to where it belongs, unless it is there."""
+    for there, here in places:
+        if whole[there].data_ptr() != part[here].data_ptr():
+            whole[there].copy_(part[here])
+
+
 class _Member:
     """What every stage does. `module`: the network that was cut, for where this stage's parameters lie in its vectors."""
 
     at_every_batch: Callable[[torch.Tensor], None] = staticmethod(lambda gradient: None)
 
-    def __init__(self, team: Team, module: nn.Module, stage: Stage, device: torch.device, compute: ComputeConfig,
-                 schedule: Schedule):
-        self.team, self.stage, self.device, self.compute, self.schedule = team, stage, device, compute, schedule
-        self.flat = FlatModel(stage.module, device)
+    def __init__(self, meter: Meter, team: Team, window: WorkerWindow, module: nn.Module, stage: Stage, device: torch.device,
+                 config: Config, schedule: Schedule):
+        self.meter, self.team, self.window, self.stage, self.device = meter, team, window, stage, device
+        self.compute, self.schedule = config.compute, schedule
         self._places, self._statistics = places_of(module, stage.module), statistics_of(module, stage.module)
+        materialise_(stage.module)
+        self.flat = FlatModel(stage.module, device, self._own_gradient())
+        on_host = device.type == "cpu"
+        self._fetched = self.flat.weights if on_host else torch.empty(self.flat.num_floats, pin_memory=True)
+        self.vectors = _StageVectors(self.flat, config, window.whole.num_workers, self._places, team.gradient)
         self._measuring = ExitStack()
         self._before = self._link(team.stage - 1) if team.stage else None
         self._after = self._link(team.stage + 1) if team.stage < team.num_stages - 1 else None
+
+    def _own_gradient(self) -> torch.Tensor | None:
+        """Computed where it is wanted, if it lies in one piece there."""
+        if self.device.type != "cpu" or len(self._places) > 1:
+            return None
+        return self.team.gradient[self._places[0][0]]
+
+    def count(self, seconds: float) -> None:
+        """A pass has taken so long."""
+        self.meter.add(passes=seconds)
 
     def watch(self) -> None:
         """Called while another stage is waited for; may raise."""
@@ -57,20 +104,18 @@ class _Member:
     def _link(self, neighbour: int) -> Link:
         return Link(*(Pipe(self.team, neighbour, tag, self.device, self.watch) for tag in (ACTIVATIONS, GRADIENTS)))
 
-    def compute_part(self, parts: Parts, accumulate: bool, images: torch.Tensor | None, meter: Meter | None = None) -> float:
-        """This stage's part of the gradient of a batch, into the shared one; returns the loss, of the last stage."""
-        self._take_weights()
+    def compute_part(self, parts: Parts, accumulate: bool, images: torch.Tensor | None) -> float:
+        """This stage's part of the gradient of a batch; returns the loss, of the last stage."""
         if not accumulate:
             self.flat.gradient.zero_()
         count = parts.count(self.compute)
         at_work = StageAtWork(self.stage, self._before, self._after, parts.work(images, self.device, self.compute))
         for step in self.schedule(self.team.stage, self.team.num_stages, count):
             self._await(lambda: at_work.can(step), f"what its step {step} needs")
-            with meter.phase("compute") if meter else ExitStack():
-                at_work.do(step)
+            started = time.perf_counter()
+            at_work.do(step)
+            self.count(time.perf_counter() - started)
         self.at_every_batch(self.flat.gradient)
-        for whole, own in self._places:
-            self.team.gradient[whole].copy_(self.flat.gradient[own])
         return sum(at_work.losses[part] for part in range(count)).item() if self._after is None else 0.0
 
     @torch.no_grad()
@@ -84,54 +129,95 @@ class _Member:
 
     def set_mode(self, mode: str) -> None:
         """train, eval, or recalibrate: batch norm measures its statistics anew, until the next mode is set."""
-        self._take_weights()
         self._measuring.close()
         if mode == "recalibrate":
             self._measuring.enter_context(batchnorm.measuring(self.stage.module))
         else:
             self.stage.module.train(mode == "train")
 
-    def show_statistics(self) -> None:
-        for place, buffer in self._statistics:
-            self.team.statistics[place].copy_(buffer.reshape(-1))
+    def read(self, slot: int, whole: bool) -> int:
+        """This stage's part of the snapshot in a slot of the server's ring; returns the bytes."""
+        num_bytes = self.window.read_places(self._places, slot, self._fetched, whole)
+        if self._fetched is not self.flat.weights:
+            self.flat.weights.copy_(self._fetched)
+        return num_bytes
+
+    def act(self, of: str, verb: str, arguments: list) -> object:
+        """What a verb of the `vectors` or the `flat` of this stage returns."""
+        return getattr(getattr(self, of), verb)(*arguments)
+
+    def show(self, what: str) -> None:
+        """Put this stage's part of the weights, the velocity or the statistics to those of the others."""
+        if what == "statistics":
+            for place, buffer in self._statistics:
+                self.team.statistics[place].copy_(buffer.reshape(-1))
+        else:
+            part = self.flat.weights if what == "weights" else self.vectors.state[what]
+            put_(getattr(self.team, what), part, self._places)
 
     def flush(self) -> None:
         """Return when the neighbours have taken all that was sent."""
         for pipe in (*(self._before or ()), *(self._after or ())):
             pipe.flush()
 
-    def _take_weights(self) -> None:
-        self.team.sync()
-        for whole, own in self._places:
-            self.flat.weights[own].copy_(self.team.weights[whole])
-
     def _await(self, poll: Callable[[], bool], what: str) -> None:
         wait.until(lambda: poll() or self.watch(), self.team.timeout_s, f"{self.team.who} waits for {what}")
 
 
 class Leader(_Member):
-    """Stage 0. To the worker's loop it is the network: `compute_gradient_`, and what `validate` needs of a FlatModel.
+    """Stage 0. To the worker's loop it is the network: what `validate` needs of a FlatModel, and the courier.
 
-    whole: the uncut network, over the team's vectors.
+    spread: the vectors of all stages. gradient: what is pushed, (P,) float32. `module`: the uncut network, which may be without
+    memory for its parameters.
     """
 
-    def __init__(self, whole: FlatModel, team: Team, *about: object):
-        super().__init__(team, *about)
-        self.whole, self.module = whole, self
+    def __init__(self, meter: Meter, team: Team, window: WorkerWindow, module: nn.Module, *about: object):
+        super().__init__(meter, team, window, module, *about)
+        self._whole, self.module, self.gradient = module, self, team.gradient
+        self.num_floats, self.num_statistics = num_floats(module), num_statistics(module)
+        self.spread = SpreadVectors(self._each, lambda: {name: self.gathered(name) for name in self.vectors.state})
         others = range(1, team.num_stages)
         self._commands = [Pipe(team, stage, COMMANDS, CPU, self.watch) for stage in others]
         self._replies = {stage: Pipe(team, stage, REPLIES, CPU, self.watch) for stage in others}
         self._scores = Pipe(team, others[-1], SCORES, self.device, self.watch)
         self._heard: dict[int, dict] = {}
+        for place, buffer in statistics_of(module, module):
+            team.statistics[place].copy_(buffer.reshape(-1))
+
+    def fetch(self, at_least: int, whole: bool) -> tuple[Snapshot, int]:
+        """Let every stage read its part of the latest snapshot, the same one; returns it, and the bytes of all parts."""
+        num_bytes = 0
+
+        def read(slot: int) -> None:
+            nonlocal num_bytes
+            self._tell(do="read", slot=slot, whole=whole)
+            num_bytes = self.read(slot, whole) + sum(reply["result"] for reply in self._await_all())
+
+        return self.window.fetch_by(read, at_least), num_bytes
+
+    def gathered(self, what: str) -> torch.Tensor:
+        """The weights or the velocity of all stages, (P,) float32, or their statistics: until they are gathered again."""
+        self._tell(do="show", what=what)
+        self.show(what)
+        self._await_all()
+        return getattr(self.team, what)
+
+    def _each(self, of: str, verb: str, *arguments: object) -> list:
+        self._tell(do="act", of=of, verb=verb, arguments=arguments)
+        own = self.act(of, verb, arguments)
+        return [own, *(reply["result"] for reply in self._await_all())]
 
     def compute_gradient_(self, flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
                           compute: ComputeConfig = ComputeConfig(), scale: float = 1.0) -> float:
         """As `step.compute_gradient_`, for the whole network."""
         images = prepared(batch, normalise, self.device, compute)
         parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale)
+        started = time.perf_counter()
         self._tell(do="compute", accumulate=accumulate, parts=asdict(parts))
         self.compute_part(parts, accumulate, images)
-        return self._await_all()[-1]["loss"] / scale
+        loss = self._await_all()[-1]["result"]
+        self.meter.add(pipelined=time.perf_counter() - started)
+        return loss / scale
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """The scores (B, classes) of images (B, C, S, S), in the mode that was set last."""
@@ -145,12 +231,25 @@ class Leader(_Member):
         self._set("eval")
 
     def train(self) -> None:
-        """Back to training; the whole network gets the statistics of all stages."""
+        """Back to training; what `eval` and `recalibrate_` made of the statistics is put together."""
         self._set("train")
-        self._tell(do="show")
-        self.show_statistics()
-        self._await_all()
-        self.whole.load_statistics_(self.team.statistics)
+        self.gathered("statistics")
+
+    def modules(self) -> Iterable[nn.Module]:
+        return self._whole.modules()
+
+    def save_statistics(self, into: torch.Tensor) -> None:
+        """As FlatModel does, those of the last `train`."""
+        into[:self.num_statistics].copy_(self.team.statistics)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Of the uncut network, with the statistics of the last `train`; the parameters until they are gathered again."""
+        module, weights = self._whole, self.gathered("weights")
+        found = {id(p): view for p, view in zip(module.parameters(), views(module, weights))}
+        found |= {id(b): self.team.statistics[place].view(b.shape) for place, b in statistics_of(module, module)}
+        own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+        return {name: found[id(own[name])] if id(own[name]) in found else tensor.clone()
+                for name, tensor in module.state_dict().items()}
 
     def recalibrate_(self, batches: Iterable[torch.Tensor]) -> None:
         """As `batchnorm.recalibrate_`."""
@@ -204,11 +303,12 @@ class Assistant(_Member):
 
     def __init__(self, meter: Meter, fails: Callable[[Exception], str], at_every_batch: Callable[[torch.Tensor], None],
                  team: Team, *about: object):
-        super().__init__(team, *about)
-        self._meter, self._fails, self.at_every_batch = meter, fails, at_every_batch
+        super().__init__(meter, team, *about)
+        self._fails, self.at_every_batch = fails, at_every_batch
         self._commands, self._replies, self._scores = (
             Pipe(team, 0, tag, CPU, self.watch) for tag in (COMMANDS, REPLIES, SCORES))
-        self._acts = {"compute": self._compute, "forward": self._forward, "set": self.set_mode, "show": self.show_statistics}
+        self._acts = {"compute": self._compute, "forward": self._forward, "set": self.set_mode, "read": self.read,
+                      "act": self.act, "show": self.show}
 
     def run(self) -> None:
         """Serve until the leader lets it go. Raises StageLost if the leader's process ends."""
@@ -217,7 +317,7 @@ class Assistant(_Member):
             if act is None:                        # rest
                 continue
             try:
-                answer = act(**command) or {}
+                answer = {"result": act(**command)}
             except _Interrupted:
                 continue
             except ServerLost:
@@ -226,8 +326,11 @@ class Assistant(_Member):
                 answer = {"error": self._fails(error)}
             self.team.sync()
             self._replies.say(answer)
-            self._meter.tick()
+            self.meter.tick()
         self.team.close()
+
+    def count(self, seconds: float) -> None:
+        self.meter.add(passes=seconds, compute=seconds)        # the leader's loop times more as `compute`
 
     def watch(self) -> None:
         """A command that comes before the last one is done takes its place."""
@@ -239,15 +342,15 @@ class Assistant(_Member):
         """The leader may take its time: it works for all stages with the server, or rests."""
         while not wait.for_a_while(self._commands.has, IDLE_S):
             self.team.world.demand_server()
-            self._meter.add()                      # no stall
-            self._meter.tick()
+            self.meter.add()                      # no stall
+            self.meter.tick()
         return self._commands.hear()
 
-    def _compute(self, accumulate: bool, parts: dict) -> dict:
-        return {"loss": self.compute_part(Parts(**parts), accumulate, None, self._meter)}
+    def _compute(self, accumulate: bool, parts: dict) -> float:
+        return self.compute_part(Parts(**parts), accumulate, None)
 
     def _forward(self) -> None:
-        with self._meter.phase("validate"):
+        with self.meter.phase("validate"):
             scores = self.forward_part(None)
             if scores is not None:
                 self._scores.put(0, (scores,))

@@ -1,0 +1,60 @@
+"""What the stages of cut networks did, from the intervals of their ranks: how they share the time of a batch, and the bubble.
+
+A batch takes a replica `pipelined` seconds, measured by its leader, from the word to begin until all stages are done. In them
+each stage is busy with its own `passes`; the rest is the bubble, of all stages together (S pipelined - sum of passes) over
+S pipelined. What was to be expected is that of the plan (`Cut`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from asgd_mpi.record.events import Cut
+from asgd_mpi.record.readings import Rank
+
+
+class StageUse(msgspec.Struct):
+    """One rank of a replica. The seconds add up to those that its intervals cover."""
+
+    rank: int
+    worker: int                                # 0-based
+    stage: int
+    host: str
+    device: str
+    seconds: float                             # covered by intervals,
+    passes: float                              # ... forward and backward passes,
+    waits: float                               # ... for other stages while the replica computes a batch,
+    validate: float
+    rest: float                                # ... data, push, fetch; of a further stage also while its leader does those
+
+
+class Pipelines(msgspec.Struct):
+    """All replicas of a run."""
+
+    num_stages: int
+    num_parts: int                             # micro-batches
+    schedule: str
+    expected: float | None                     # bubble by the plan, 0..1
+    measured: float | None                     # ... and in the run, of all replicas together
+    stages: list[StageUse]
+
+
+def pipelines(cut: Cut | None, ranks: Mapping[int, Rank], num_workers: int) -> Pipelines | None:
+    """None for a run whose networks are not cut."""
+    if cut is None:
+        return None
+    uses = []
+    for number in range(1, 1 + num_workers * cut.num_stages):
+        stage, worker = divmod(number - 1, num_workers)        # see topology
+        rank, leader = ranks.get(number), ranks.get(worker + 1)
+        if rank is None or leader is None:
+            continue
+        waits = min(max(0.0, leader.pipelined - rank.passes), max(0.0, rank.seconds - rank.passes))
+        validate = min(rank.phases["validate"], max(0.0, rank.seconds - rank.passes - waits))
+        uses.append(StageUse(number, worker, stage, rank.host, rank.device, rank.seconds, rank.passes, waits, validate,
+                             max(0.0, rank.seconds - rank.passes - waits - validate)))
+    whole = sum(ranks[use.worker + 1].pipelined for use in uses)
+    measured = 1 - sum(use.passes for use in uses) / whole if whole else None
+    return Pipelines(cut.num_stages, cut.num_parts, cut.schedule, cut.bubble, measured, uses)

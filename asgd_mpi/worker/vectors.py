@@ -1,0 +1,131 @@
+"""What a worker does to its vectors, element by element: to the whole ones, or, if its network is cut, to each stage's part.
+
+What takes all of a vector to know, its norm and whether it is finite, comes of numbers for each parameter (see FlatModel), so
+that it is the same, to the bit, however the parameters are spread.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from asgd_mpi.config import Config
+from asgd_mpi.exchange import codec
+from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.record import checkpoint
+from asgd_mpi.server.rulebook import RULEBOOK, pacing
+from asgd_mpi.worker.momentum import Momentum
+
+
+class Vectors:
+    """The momentum and, for a rule that descends, the sum of one worker, p float32 each, beside its `flat`, of p floats.
+
+    own: the weights that a rule moves, (p,); with those of `flat` it begins.
+    """
+
+    def __init__(self, flat: FlatModel, config: Config, num_workers: int):
+        rule = config.rule
+        self.flat, self.own, self._wire, self._decay = flat, flat.weights, config.exchange.wire, rule.weight_decay
+        self._moves = RULEBOOK[rule.name].moves
+        self._momentum = Momentum(rule, flat.weights, keeps_last=pacing(rule, num_workers).may_drop)
+        self._sum = torch.zeros_like(flat.weights) if self._moves == "descends" else None
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps, (p,) float32 each."""
+        return self._momentum.state
+
+    def load_(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from another one's `state`; begin anew, with an empty one."""
+        self._momentum.load_(state)
+
+    def restore_(self, path: str) -> None:
+        """Go on from a `state` in a file. Raises RunDirError."""
+        self.load_(checkpoint.read_tensors(Path(path)))
+
+    def undo_(self) -> None:
+        """Go back to before the last gradient, which was not applied."""
+        self._momentum.undo_()
+
+    def move_(self, factor: float, rate: float, is_first: bool) -> None:
+        """Move the own weights by the gradient times `factor`; add up the way that they go, if the rule descends."""
+        gradient = self.flat.gradient
+        self._push_(factor)
+        if self._sum is not None:
+            self._sum.copy_(gradient) if is_first else self._sum.add_(gradient)
+        self.own.sub_(gradient, alpha=rate)
+
+    def decay_(self) -> None:
+        """Add the weight decay to the gradient."""
+        self.flat.gradient.add_(self.own, alpha=self._decay)
+
+    def take_sum_(self) -> None:
+        self.flat.gradient.copy_(self._sum)
+
+    def finish_(self, factor: float | None) -> None:
+        """Turn the gradient times `factor` into what is pushed; None: it is that already."""
+        if factor is not None:
+            self._push_(factor)
+        self.deliver_()
+
+    def deliver_(self) -> None:
+        """Leave what is pushed where the courier takes it from."""
+        codec.round_(self.flat.gradient, self._wire)
+
+    def _push_(self, factor: float) -> None:
+        if factor != 1:
+            self.flat.gradient.mul_(factor)
+        self._momentum.push_(self.flat.gradient)
+
+
+class SpreadVectors:
+    """The Vectors of all stages of a replica, and the gradients of their FlatModels, as if they were one.
+
+    each(of, verb, *arguments): what `verb` of the `vectors` or the `flat` of each stage returns.
+    """
+
+    def __init__(self, each: Callable[..., list], state: Callable[[], dict[str, torch.Tensor]]):
+        self._each, self._state = each, state
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """(P,) float32 each."""
+        return self._state()
+
+    def load_(self, state: dict[str, torch.Tensor]) -> None:
+        """Begin anew, with an empty state; it has to be: tensors come in a file."""
+        assert not state
+        self._each("vectors", "load_", state)
+
+    def restore_(self, path: str) -> None:
+        self._each("vectors", "restore_", path)
+
+    def undo_(self) -> None:
+        self._each("vectors", "undo_")
+
+    def move_(self, factor: float, rate: float, is_first: bool) -> None:
+        self._each("vectors", "move_", factor, rate, is_first)
+
+    def take_sum_(self) -> None:
+        self._each("vectors", "take_sum_")
+
+    def finish_(self, factor: float | None) -> None:
+        self._each("vectors", "finish_", factor)
+
+    def is_finite(self) -> bool:
+        return all(self._each("flat", "is_finite"))
+
+    def norms(self) -> list[float]:
+        return list(itertools.chain.from_iterable(self._each("flat", "norms")))
+
+    def set_aside_(self) -> None:
+        self._each("flat", "set_aside_")
+
+    def take_back_(self) -> None:
+        self._each("flat", "take_back_")
+
+    def unscale_(self, scale: float) -> None:
+        self._each("flat", "unscale_", scale)
