@@ -1,10 +1,11 @@
-"""What the metrics cost: `python -m benchmarks.metrics_cost`, with mpirun on the PATH.
+"""What the metrics and the watchdog cost: `python -m benchmarks.metrics_cost`, with mpirun on the PATH.
 
 Trains the embedded digits, whose steps take a few milliseconds, so that the metrics weigh more than in any serious run: with
-them, without them (see unmetered.py), and with every phase written one by one (`--record.spans`), in turn. The figures are
-the time of the run over that of the run without metrics in the same round, and the bytes of metrics a rank and hour; and,
-since neighbours on the machine change the first by more than the metrics do, the time that a meter takes for what a worker
-does with it in a step, in a process that does nothing else. Medians.
+them, without them (see unmetered.py), with every phase written one by one (`--record.spans`), and without the watchdog
+(unwatched.py), in turn. The figures are the time of the run over that of the run without metrics, or without the watchdog, in
+the same round, and the bytes of metrics a rank and hour; and, since neighbours on the machine change the first by more than
+these do, the time that a meter takes for what a worker does with it in a step, and that of a look of the watchdog, in a process
+that does nothing else. Medians.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pathlib import Path
 from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.watch import LOOK_S, Watch
 from benchmarks import machine, training
 
 DEADLINE_S = 300.0
 KINDS = {"without": ("benchmarks.unmetered", []), "with": ("asgd_mpi.train", []),
-         "with spans": ("asgd_mpi.train", ["--record.spans", "1000000"])}
+         "with spans": ("asgd_mpi.train", ["--record.spans", "1000000"]), "unwatched": ("benchmarks.unwatched", [])}
 
 
 def main() -> int:
@@ -37,8 +39,10 @@ def main() -> int:
             found.setdefault(f"{kind}: MB a rank and hour", []).append(num_bytes / 1e6)
         for kind in ("with", "with spans"):
             found.setdefault(f"{kind}: time over that without", []).append(speed["without"] / speed[kind])
+        found.setdefault("with: time over that of unwatched", []).append(speed["unwatched"] / speed["with"])
         print(f"round {number + 1}: " + ", ".join(f"{kind} {rate:.0f} images/s" for kind, rate in speed.items()), flush=True)
         found.setdefault("the meter's time for a step (us)", []).append(1e6 * meter_s())
+        found.setdefault(f"a look of the watchdog, every {LOOK_S:g} s (us)", []).append(1e6 * look_s())
     result = {name: machine.summary(values) for name, values in found.items()}
     for name, values in result.items():
         print(f"{name:32}{values['median']:10.4f} ({values['min']:.4f} to {values['max']:.4f}, n = {values['n']})")
@@ -81,6 +85,19 @@ def meter_s(steps: int = 20_000) -> float:
             meter.tick()
         found = (time.perf_counter() - started) / steps
         log.close()
+    return found
+
+
+def look_s(looks: int = 2000) -> float:
+    """Seconds that a look of the watchdog takes on a rank of a run that has never stalled."""
+    with tempfile.TemporaryDirectory() as place:
+        meter = Meter(EventLog(Path(place) / "log.jsonl"), interval_s=1.0)
+        watch = Watch(RunDir(Path(place)), 1, "host", meter, 1e9, lambda: None, lambda: 0)
+        started = time.perf_counter()
+        for _ in range(looks):
+            watch.look()
+        found = (time.perf_counter() - started) / looks
+        watch.close()
     return found
 
 

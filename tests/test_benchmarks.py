@@ -138,7 +138,9 @@ def test_a_run_without_metrics_keeps_its_pushes_and_costs_of_metrics_are_read(op
     bytes_without, bytes_with = (result[f"{kind}: MB a rank and hour"]["median"] for kind in ("without", "with"))
     assert 0 < bytes_without < bytes_with < result["with spans: MB a rank and hour"]["median"]
     assert 0.1 < result["with: time over that without"]["median"] < 10      # it ran; how fast is no test
+    assert 0.1 < result["with: time over that of unwatched"]["median"] < 10
     assert 0 < result["the meter's time for a step (us)"]["median"] < 1e4
+    assert 0 < result["a look of the watchdog, every 2 s (us)"]["median"] < 1e5
 
 
 def test_a_small_cut_network_keeps_emulated_stages_busy_as_long_as_its_bubble_lets_it(openmpi, tmp_path):

@@ -29,7 +29,7 @@ class Watch:
         self._answered: set[str] = set()
         self._asked_at = 0.0
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run_on, name="watch", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -37,19 +37,23 @@ class Watch:
         self._end.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _run_on(self) -> None:
         while not self._end.wait(min(LOOK_S, self._stall_s / 4)):
-            quiet_s = time.monotonic() - max(self._meter.last_progress, self._asked_at)
-            try:
-                if quiet_s > self._stall_s:
-                    self._ask()
-                for request in self._run.stalls.glob("*.txt") if self._run.stalls.is_dir() else ():
-                    number = request.name.split(".")[0]
-                    if request.name == f"{number}.txt" and number not in self._answered:
-                        self._answered.add(number)
-                        self._answer(number)
-            except OSError as error:
-                print(f"rank {self._rank}: a stall could not be written down: {error}", file=sys.stderr, flush=True)
+            self.look()
+
+    def look(self) -> None:
+        """Ask, if this rank has made no progress for too long; answer what others have asked."""
+        quiet_s = time.monotonic() - max(self._meter.last_progress, self._asked_at)
+        try:
+            if quiet_s > self._stall_s:
+                self._ask()
+            for request in self._run.stalls.glob("*.txt") if self._run.stalls.is_dir() else ():
+                number = request.name.split(".")[0]
+                if request.name == f"{number}.txt" and number not in self._answered:
+                    self._answered.add(number)
+                    self._answer(number)
+        except OSError as error:
+            print(f"rank {self._rank}: a stall could not be written down: {error}", file=sys.stderr, flush=True)
 
     def _ask(self) -> None:
         self._asked_at = time.monotonic()
