@@ -36,7 +36,7 @@ TIMEOUT_S = 150
 EXCHANGES = [[], [], ["--n-sync", "3"], ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"],
              ["--rule.momentum_at", "server"], ["--rule", "sync"], ["--rule", "ssp", "--rule.slack", "1"],
              ["--rule.warm_start_epochs", "2"], ["--rule", "ringmaster", "--rule.max_staleness", "3"],
-             ["--rule", "softsync"], ["--rule", "downpour"], ["--rule", "eamsgd"], ["--rule", "dc_asgd_a"]]
+             ["--rule", "softsync"], ["--rule", "downpour"], ["--rule", "eamsgd"], ["--rule", "dc_asgd_a"], ["--servers", "2"]]
 ULFM = ("--with-ft", "ulfm")
 STATUSES = {0, 3, 75}
 
@@ -73,7 +73,7 @@ def _start(dice: random.Random, launcher: Launcher, directory: Path, options: li
     survives = dice.random() < 0.6                  # ULFM: the others go on
     failures = [] if is_last else [dice.choice(FAILURES) for _ in range(dice.choice([1, 1, 2, 3]))]
     injected = ",".join(text for failure in failures if (text := failure.inject(dice, workers)))
-    process = launcher.start_training(workers + 1, *options, "--inject", injected, cwd=directory,
+    process = launcher.start_training(workers + (2 if "--servers" in options else 1), *options, "--inject", injected, cwd=directory,
                                       launcher_options=ULFM if survives else ())
     done = [f"{workers} workers{', ulfm' if survives else ''}", injected]
     before = set(RunDir(directory / "run").restarts)
