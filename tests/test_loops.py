@@ -19,7 +19,8 @@ from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.replay import replay
-from asgd_mpi.server.ledger import Ledger, Mail, Orders
+from asgd_mpi.exchange.wire import Kind
+from asgd_mpi.server.ledger import Ledger, Mail, Orders, Score
 from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
 from asgd_mpi.server.rules import make_rule
 from asgd_mpi.server.saver import Saver
@@ -221,6 +222,22 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):
         cluster.server.run()
     cluster.exchange.mail[0] = Mail(judged=10**9, version=0, orders=Orders.STOP)
     thread.join(20)
+
+
+def test_two_workers_may_both_write_the_best_version(digits, tmp_path):
+    """Seen after a resume: a validation was lent again, and another one was due at the same version."""
+    cluster = Cluster(make_task(digits), 2, tmp_path)
+    saver, score = cluster.server.saver, Score(5, 360, 0.1, 0.2, 0.1, final=False)
+    for worker in (0, 1):
+        keeper = Keeper(cluster.run, 0, worker)
+        keeper.save_best(5, FlatModel(cluster.task.build_module(), CPU).module.state_dict())
+        assert keeper.take_done(wait=True) == [(Kind.BEST, 5)]
+        keeper.close()
+    for worker in (0, 1):
+        saver.keep_best(worker, 5, score, 800)
+    events = saver.finish(5, 20)
+    assert [event.version for event in events] == [5] and events[0].num_bytes > 0
+    assert checkpoint.verify(cluster.run.checkpoint(5)).top1_error == 0.2 and not list(cluster.run.checkpoints.glob(".*"))
 
 
 def test_a_checkpoint_waits_until_the_one_before_it_has_its_name(digits, tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ class Saver:
         self._flat, self._rule, self._keep, self._sync = flat, rule, keep, sync
         self._thread = ThreadPoolExecutor(1, "saver", checkpoint.step_back)
         self._pending: _Pending | None = None
-        self._completing: list[Future[Checkpoint]] = []
+        self._completing: list[Future[Checkpoint | None]] = []
         self.patience_s = PATIENCE_S
         self._hurry = threading.Event()
         self._frozen: dict[str, torch.Tensor] = {}    # the rule's state; nobody writes into it while it is written
@@ -103,7 +103,7 @@ class Saver:
         whole = []
         while self._completing and self._completing[0].done():
             whole.append(self._completing.pop(0).result())
-        return whole
+        return [event for event in whole if event]
 
     def finish(self, best: int, timeout_s: float) -> list[Checkpoint]:
         """Wait for what is being written, and complete it with the workers' parts that are there; from now on, hurry."""
@@ -125,13 +125,14 @@ class Saver:
         return Checkpoint(time.time(), pending.manifest.version, str(directory.relative_to(self._run.path)),
                           time.time() - pending.started, num_bytes)
 
-    def keep_best(self, version: int, score: Score, samples: int) -> None:
+    def keep_best(self, worker: int, version: int, score: Score, samples: int) -> None:
         """Complete a model that a worker has written because its version is the best one."""
-        self._completing.append(self._thread.submit(self._complete_best, version, score, samples))
+        self._completing.append(self._thread.submit(self._complete_best, worker, version, score, samples))
 
-    def _complete_best(self, version: int, score: Score, samples: int) -> Checkpoint:
+    def _complete_best(self, worker: int, version: int, score: Score, samples: int) -> Checkpoint | None:
+        """None if it is there already: two workers may have validated the same version."""
         started = time.time()
-        staging = best_staging(self._run, version, self._restart)
+        staging = best_staging(self._run, version, self._restart, worker)
         state = msgspec.json.decode((staging / "model.json").read_bytes(), type=checkpoint.WorkerState)
         (staging / "model.json").unlink()
         manifest = msgspec.structs.replace(
@@ -139,6 +140,8 @@ class Saver:
             top1_error=score.top1_error, top5_error=score.top5_error, files={MODEL: state.sha256}, momenta={})
         directory = self._run.checkpoint(version, self._restart)
         num_bytes = checkpoint.commit(staging, directory, manifest)
+        if not num_bytes:
+            return None
         checkpoint.prune(self._run, self._keep, version)
         return Checkpoint(time.time(), version, str(directory.relative_to(self._run.path)), time.time() - started, num_bytes)
 
@@ -148,9 +151,9 @@ class Saver:
         checkpoint.clean(self._run)
 
 
-def best_staging(run: RunDir, version: int, restart: int) -> Path:
+def best_staging(run: RunDir, version: int, restart: int, worker: int) -> Path:
     """Where a worker writes the model that it has just validated."""
-    return run.staging(version, restart).with_name(f".best{version:09d}.{restart}")
+    return run.staging(version, restart).with_name(f".best{version:09d}.{restart}.{worker}")
 
 
 def _write(staging: Path, model: dict, state: dict, ledger: dict, hurry: threading.Event) -> dict[str, str]:

@@ -204,7 +204,7 @@ class Server:
             case Kind.BEST:
                 best = self.ledger.best
                 if best and best.version == header.read_version:
-                    self.saver.keep_best(header.read_version, best, self.ledger.samples)
+                    self.saver.keep_best(header.worker, header.read_version, best, self.ledger.samples)
             case Kind.SIGNAL:
                 self.left_because = self.left_because or f"rank {header.worker + 1} was asked to end by a signal"
             case Kind.FAILED:

@@ -72,7 +72,7 @@ class Keeper:
         self._under_way.append((kind, version, self._thread.submit(write, *arguments)))
 
     def _write_best(self, version: int, model: dict[str, torch.Tensor]) -> bool:
-        staging = best_staging(self._run, version, self._restart)
+        staging = best_staging(self._run, version, self._restart, self._worker)
         checkpoint.stage(staging)
         sha256 = checkpoint.write_tensors(staging / checkpoint.MODEL, model)
         write_whole(staging / "model.json", msgspec.json.encode(checkpoint.WorkerState(self._worker, version, sha256)))
