@@ -91,10 +91,10 @@ class Server:
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is now, and wait for it."""
-        self._log_saved(self.saver.finish(self._best, self.timeout_s))
+        self._finish_saving()
         if not self.saver.is_busy:
             self._begin_to_save(self.ledger.save + 1, set())
-            self._log_saved(self.saver.finish(self._best, self.timeout_s))
+            self._finish_saving()
 
     @property
     def is_degraded(self) -> bool:
@@ -135,10 +135,9 @@ class Server:
         if self.ledger.present:
             self._say(f"no goodbye from rank {', '.join(str(worker + 1) for worker in self.ledger.present)} within "
                       f"{self.failure.grace_s:g} s (--failure.grace_s)")
-        with self.meter.phase("checkpoint"):
-            self._log_saved(self.saver.finish(self._best, self.timeout_s))
-            self._begin_to_save(number or self.ledger.save + 1, set())
-            self._log_saved(self.saver.finish(self._best, self.timeout_s))
+        self._finish_saving()
+        self._begin_to_save(number or self.ledger.save + 1, set())
+        self._finish_saving()
 
     def _apply(self, arrivals: list[Arrival]) -> None:
         """Apply the gradients one after the other, in one pass over the vectors."""
@@ -263,6 +262,10 @@ class Server:
             self.ledger.ask_to_save()
         with self.meter.phase("checkpoint"):
             self.saver.begin(number, self._freeze, self.ledger, self.statistics, self.latest_score, waits_for)
+
+    def _finish_saving(self) -> None:
+        with self.meter.phase("checkpoint"):
+            self._log_saved(self.saver.finish(self._best, self.timeout_s))
 
     def _freeze(self, weights: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
         """Copy the latest weights and the rule's state, (P,) float32 each, from all servers."""
