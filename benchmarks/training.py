@@ -28,10 +28,11 @@ def run(workers: int, options: list[str], env: dict[str, str], deadline_s: float
         yield RunDir.open(path)
 
 
-def recipe(rate: float, epochs: float) -> list[str]:
-    """The options that train any network on the digits as their own recipe says."""
+def recipe(rate: float, epochs: float, momentum: bool = True) -> list[str]:
+    """The options that train any network on the digits as their own recipe says; or with the momentum that the rule has."""
+    kept = ["--rule.momentum", str(DIGITS.momentum)] if momentum else []
     return ["--epochs", str(epochs), "--batch-size", str(DIGITS.batch_size), "--data.augment", DIGITS.augment,
-            "--rule.momentum", str(DIGITS.momentum), "--rule.weight_decay", str(DIGITS.weight_decay), "--lr", str(rate),
+            *kept, "--rule.weight_decay", str(DIGITS.weight_decay), "--lr", str(rate),
             "--schedule.name", DIGITS.schedule, "--schedule.warmup_epochs", str(DIGITS.warmup_epochs)]
 
 
