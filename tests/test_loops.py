@@ -19,7 +19,8 @@ from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.replay import replay
-from asgd_mpi.exchange.wire import Kind
+from asgd_mpi.exchange.link import Arrival
+from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.server.ledger import Ledger, Mail, Orders, Score
 from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
 from asgd_mpi.server.rules import make_rule
@@ -222,6 +223,16 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):
         cluster.server.run()
     cluster.exchange.mail[0] = Mail(judged=10**9, version=0, orders=Orders.STOP)
     thread.join(20)
+
+
+@pytest.mark.parametrize("policy, value, is_member", [("server_ema", float("nan"), True), ("recalibrate", 0.0, False)])
+def test_statistics_that_are_no_numbers_or_unasked_for_do_no_harm(digits, tmp_path, policy, value, is_member):
+    task = make_task(digits, "--model", "networks_for_tests:normed", "--model.batchnorm", policy)
+    server = Cluster(task, 2, tmp_path).server
+    before = server.statistics.clone()
+    header = Header(Kind.STATISTICS, 0, 1, 0, 0, 0, 0)
+    server._take_note(Arrival(0, header, torch.zeros(0), torch.full_like(before, value)))
+    assert torch.equal(server.statistics, before) and (0 in server.ledger.members) == is_member
 
 
 def test_two_workers_may_both_write_the_best_version(digits, tmp_path):

@@ -184,9 +184,11 @@ class Server:
                 self._drop(header)
             elif header.kind == Kind.VALIDATION:
                 self._score(arrival)
+            elif header.kind == Kind.STATISTICS and not self.averages_statistics:
+                self._expel(worker, "batch-norm statistics, which nobody averages in this run")
             elif header.kind == Kind.STATISTICS:
                 self.ledger.acknowledge(header)
-                self.statistics.lerp_(arrival.statistics, batchnorm.ema_weight(self.ledger.plan.num_workers))
+                self._average(arrival)
             elif header.kind == Kind.NONFINITE:
                 self._refuse(header)
             else:
@@ -338,6 +340,13 @@ class Server:
             self.statistics.copy_(arrival.statistics)
         if score is not None:
             self._announce(score)
+
+    def _average(self, arrival: Arrival) -> None:
+        """Take the statistics of a push into the running mean; what is not finite would stay in it for ever."""
+        if arrival.statistics.isfinite().all():
+            self.statistics.lerp_(arrival.statistics, batchnorm.ema_weight(self.ledger.plan.num_workers))
+        else:
+            self._record_refusal(arrival.worker, "batch-norm statistics that are not finite")
 
     def _announce(self, score: Score) -> None:
         self.log.write(Validation.of(time.time(), score, self.ledger.samples, self.ledger.plan.num_samples))
