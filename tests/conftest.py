@@ -62,8 +62,11 @@ def finish(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> subproces
                 os.kill(pid, signal.SIGABRT)
         time.sleep(1.0)
         kill_session(process.pid)
-        out, err = process.communicate()
-        pytest.fail(f"{' '.join(process.args)} hung for {timeout_s} s\n{out}\n{err}")
+        try:
+            out, err = process.communicate(timeout=10.0)
+        except subprocess.TimeoutExpired as held:      # by something that it started in another session
+            out, err = ((said or b"").decode(errors="replace") for said in (held.stdout, held.stderr))
+        pytest.fail(f"{' '.join(map(str, process.args))} hung for {timeout_s} s\n{out}\n{err}")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

@@ -1,9 +1,9 @@
 """Checkpoints on disk: cut at every stage of the writing, damaged, on a full disk, pruned."""
 
 import itertools
+import multiprocessing
 import os
 import shutil
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,25 +18,36 @@ from asgd_mpi.record.rundir import RunDir
 
 LEDGER_TEXT = (b'{"version": %d, "samples": 16, "lent": 16, "todo": [], "later": [], "given_up": [], "validations_due": 0,'
                b' "finished": false, "best": null}')
+CUT_S = 60
 CALLS = ("fsync", "replace", "open", "unlink", "rename", "rmdir")
 
 
-def cut_after(calls: int, act: Callable[[Path], None], path: Path) -> int:
-    """The status of a process that does `act(path)`; the power fails, with status 9, after so many calls to the system."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.BaseContext:
+    """Processes forked from a fresh one with a single thread: forked from this one they could inherit a lock that nobody frees."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["asgd_mpi.record.checkpoint"])
+    return context
+
+
+def _act_until_the_power_fails(calls: int, act: Callable[[Path], None], path: Path) -> None:
     left = itertools.count(calls, -1)
-    status = 1
-    try:
-        for name in CALLS:
-            setattr(os, name, lambda *arguments, real=getattr(os, name), **options: (
-                real(*arguments, **options) if next(left) > 0 else os._exit(9)))
-        act(path)
-        status = 0
-    except BaseException:  # noqa: B036 - a child must not go on with the tests
-        traceback.print_exc()
-    os._exit(status)
+    for name in CALLS:
+        setattr(os, name, lambda *arguments, real=getattr(os, name), **options: (
+            real(*arguments, **options) if next(left) > 0 else os._exit(9)))
+    act(path)
+    os._exit(0)
+
+
+def cut_after(calls: int, act: Callable[[Path], None], path: Path, processes: multiprocessing.context.BaseContext) -> int:
+    """The status of a process that does `act(path)`; the power fails, with status 9, after so many calls to the system."""
+    process = processes.Process(target=_act_until_the_power_fails, args=(calls, act, path))
+    process.start()
+    process.join(CUT_S)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"{act.__name__}, cut after {calls} calls, hung for {CUT_S} s")
+    return process.exitcode
 
 
 def write(path: Path, version: int, restart: int = 0) -> Path:
@@ -88,11 +99,11 @@ def without_the_former_best(path: Path) -> None:
 
 
 @pytest.mark.parametrize("act, versions", [(next_one, (1, 2)), (the_same_with_a_score, (1, 1)), (without_the_former_best, (1, 1))])
-def test_whatever_is_written_or_removed_and_wherever_it_is_cut_a_whole_checkpoint_is_there(run, act, versions):
+def test_whatever_is_written_or_removed_and_wherever_it_is_cut_a_whole_checkpoint_is_there(run, act, versions, processes):
     ends = []
     for calls in itertools.count():
         copy = RunDir(shutil.copytree(run.path, run.path.with_name(f"cut{calls}")))
-        status = cut_after(calls, act, copy.path)
+        status = cut_after(calls, act, copy.path, processes)
         assert status in (0, 9)
         point = resume.find(copy)
         ends.append((status, point.version))
