@@ -188,7 +188,7 @@ _in_process: tuple = ()  # (plan, skip, counter, stop), handed to a worker proce
 def _pack_in_processes(plan: Plan, shards: list, skip: bool, workers: int, progress: tqdm) -> None:
     fork = multiprocessing.get_context("fork")  # the plan is inherited and not sent; neither MPI nor a thread runs here
     counter, stop = fork.Value("q", 0), fork.Event()
-    with ProcessPoolExecutor(workers, fork, _start_process, (plan, skip, counter, stop)) as pool:
+    with ProcessPoolExecutor(workers, fork, _start_process, (os.getpid(), plan, skip, counter, stop)) as pool:
         futures = [pool.submit(_pack_in_process, shard) for shard in shards]
         try:
             for done in _as_they_finish(futures, lambda: progress.update(counter.value - progress.n)):
@@ -210,11 +210,13 @@ def _as_they_finish(futures: list[Future], meanwhile) -> Iterator[Future]:
         yield from finished
 
 
-def _start_process(*inherited) -> None:
+def _start_process(parent: int, *inherited) -> None:
     global _in_process
     _in_process = inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it, and stops
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # or a killed parent would leave them behind, writing
+    if os.getppid() != parent:  # it was killed before, and nobody will ever send this process work, or a signal
+        os._exit(1)
 
 
 def _pack_in_process(shard: tuple[str, int]) -> list[str]:

@@ -132,8 +132,8 @@ def test_killed_at_any_moment_and_started_again_it_gives_byte_identical_files(ma
             time.sleep(0.001)
         time.sleep(wait.uniform(0, 0.08))
         os.kill(process.pid, signal.SIGKILL)  # its processes must not go on writing
-        kills += process.wait() == -signal.SIGKILL
-        process.communicate()
+        process.communicate(timeout=60)  # until the processes that it has started are gone, too
+        kills += process.returncode == -signal.SIGKILL
         if (tmp_path / "out" / MANIFEST).exists():
             break
     else:
@@ -178,6 +178,14 @@ def test_going_on_with_other_options_or_images_is_refused_and_says_which(made, t
     next((tmp_path / "tree/val").rglob("*.JPEG")).unlink()
     with pytest.raises(DataError, match=r"packed otherwise \(other images\)"):
         prepare(tmp_path / "tree", tmp_path / "out", shard_size=SHARD)
+
+
+def test_a_packing_process_whose_parent_was_killed_before_it_could_know_ends():
+    code = "import os; from data_prep.packing import _start_process; _start_process({}); print('works')"
+    for parent, works in (("os.getppid()", True), ("os.getpid()", False)):
+        done = subprocess.run([sys.executable, "-c", code.format(parent)], cwd=REPOSITORY, capture_output=True, text=True,
+                              timeout=60)
+        assert (done.returncode == 0, "works" in done.stdout) == (works, works), done.stderr
 
 
 def test_tasks_of_a_launcher_share_the_shards_out_and_the_last_one_writes_the_manifest(made, tmp_path):
