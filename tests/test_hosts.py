@@ -86,7 +86,7 @@ def test_with_two_bytes_a_number_half_as_much_crosses_the_links(openmpi, digits,
             before = several.num_bytes_sent()
             done = openmpi.run_as_given(several.command(
                 [openmpi.mpirun, *several.mpirun_options(ranks_per_host=1), "-x", "PYTHONPATH", "-np", "2", sys.executable,
-                 "-m", "asgd_mpi.train", "--data", str(digits), "--compute.device", "cpu", "--epochs", "2",
+                 "-m", "reads_by_messages", "--data", str(digits), "--compute.device", "cpu", "--epochs", "2",
                  "--run.dir", wire, "--run.progress", "none", "--exchange.wire", wire]), cwd=tmp_path)
             assert done.returncode == 0, done.stdout + done.stderr
             assert re.search(r"rank 1 on \S+ reads weights by messages: [\d.]+ GB/s", done.stdout)
