@@ -9,7 +9,7 @@ spread of 30 % and exchanges of 2 ms on a virtual clock. At the end come the tab
 stock     what comes without any option: asgd for the 40 epochs of the digits, 1, 8, 16 and 32 workers, 5 seeds
 digits    every rule, 8, 16, 32 and 64 workers, 5 seeds, 20 epochs
 rates     every rule at a tenth and at ten times its rate
-momentum  who keeps the velocity, with and without clipping
+momentum  who keeps the velocity, with and without a limit to what a push moves
 starts    cold and warm start by workers and n_sync, as figures 3 and 4 of Paine et al. 2013 (arXiv:1312.6186)
 real      every rule, 4 workers, mpirun
 fashion   Fashion-MNIST (make data/fashion-mnist with data_prep.fashion_mnist first), 4 epochs
@@ -45,6 +45,7 @@ FASHION = ["--data", "data/fashion-mnist", "--model", "benchmarks.networks:fashi
 FASHION_RATE = 0.02    # with momentum 0.9; without, ten times that (see rulebook.defaults)
 REAL_S = 300.0         # deadline of a real run
 KEEPERS = tuple(f"--rule.momentum_at {place}" for place in ("server", "worker", "dana")) + ("--rule.momentum_at none --rule.momentum 0",)
+DRIFTS = (0, 0.25)
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 
 
@@ -89,10 +90,10 @@ def settings(part: str) -> Iterator[Setting]:
         yield from (Setting(part, rule, n, 0, factor) for rule in rules for n in (8, 32) for factor in (0.1, 10.0))
         yield from (Setting(part, "asgd", 1, 0, factor) for factor in (0.1, 10.0))
     elif part == "momentum":
-        yield from (Setting(part, "asgd", n, 0, 10.0 if "none" in keeper else 1.0, more=f"--rule.clip_norm {clip} {keeper}")
-                    for n in (1, 8, 16, 32) for clip in (0, 1) for keeper in KEEPERS)
+        yield from (Setting(part, "asgd", n, 0, 10.0 if "none" in keeper else 1.0, more=f"--rule.max_drift {drift} {keeper}")
+                    for n in (1, 8, 16, 32) for drift in DRIFTS for keeper in KEEPERS)
     elif part == "starts":
-        yield from (Setting(part, "downpour", n, seed, 0.1, n_sync, warm, "--rule.clip_norm 0") for seed in range(2) for n in (1, 4, 8, 16)
+        yield from (Setting(part, "downpour", n, seed, 0.1, n_sync, warm, "--rule.max_drift 0") for seed in range(2) for n in (1, 4, 8, 16)
                     for n_sync in (1, 10, 100, 300) for warm in (0.0, 4.0) if n > 1 or not warm)
     elif part == "real":
         yield from (Setting(part, rule, 4, seed) for seed in range(2) for rule in rules)
@@ -176,9 +177,9 @@ def tables(rows: list[dict]) -> str:
             [rule, *(cell("rates" if factor != 1 else "digits", rule=rule, workers=n, factor=factor, seed=0)
                      for n in (8, 32) for factor in (0.1, 1.0, 10.0))] for rule in rules]))
     if "momentum" in there:
-        parts.append(machine.table(["workers", "clipped to", "server", "worker", "dana", "none, 10x rate"], [
-            [n, clip or "not", *(cell("momentum", workers=n, more=f"--rule.clip_norm {clip} {keeper}") for keeper in KEEPERS)]
-            for n in (1, 8, 16, 32) for clip in (0, 1)]))
+        parts.append(machine.table(["workers", "limit", "server", "worker", "dana", "none, 10x rate"], [
+            [n, drift or "none", *(cell("momentum", workers=n, more=f"--rule.max_drift {drift} {keeper}") for keeper in KEEPERS)]
+            for n in (1, 8, 16, 32) for drift in DRIFTS]))
     if "fashion" in there:
         parts += [f"Fashion-MNIST, sequential: {cell('fashion', rule='asgd', workers=1)} %.",
                   machine.table(["rule", "8", "16", "32"], [

@@ -192,7 +192,7 @@ def play(num_workers, pushes, eta=0.5, times=AT_ONCE, failures="", n_push=1, n_f
          watch=lambda game: None, compute_gradient_=own_weights_, **rule):
     """A simulation of `pushes` samples, batches of 1."""
     rule = RuleConfig(**{"momentum": 0.0, "momentum_at": "none", "staleness": "constant", "weight_decay": 0.0,
-                         "dc_lambda": 0.04} | rule)
+                         "dc_lambda": 0.04, "max_drift": 0.0} | rule)
     exchange = ExchangeConfig(n_push=n_push, n_fetch=n_fetch or n_push, overlap=False)
     config = Config(rule=rule, exchange=exchange, data=DataConfig(batch_size=1),
                     schedule=ScheduleConfig(name="constant", lr=eta, warmup_epochs=0.0))
@@ -367,7 +367,23 @@ def test_no_rule_deadlocks_or_loses_a_sample_whoever_is_slow_dies_or_finishes_ea
     assert nonfinite or entry.pacing(rule, num_workers).may_drop or not game.num_dropped
 
 
-def test_a_gradient_is_clipped_to_its_norm_for_each_batch_by_default_where_several_workers_push():
+def test_a_push_moves_the_weights_by_a_share_of_their_norm_by_default_where_several_workers_push():
+    def first_step(num_workers, **options):
+        return 1 - play(num_workers, 6, compute_gradient_=steep_, **{"max_drift": None} | options).computation.seen[1]
+
+    def steep_(flat, normalise, batch, seed, accumulate=False):
+        flat.gradient[0] = 4 + (flat.gradient[0] if accumulate else 0)
+        return 0.0
+
+    assert first_step(1) == 2 and first_step(2) == 0.25 / 2 and first_step(4) == 0.25 / 4      # eta 0.5 times 4; of a weight of 1
+    assert first_step(2, n_push=2) == 0.25 / 2                    # in all of its batches
+    assert first_step(4, name="downpour", n_push=2) == 0.25 / 4 * (1 + (1 - 0.25 / 8)) / 2     # each of its own, on its own weight
+    assert first_step(2, max_drift=2.0, momentum=0.5, momentum_at="worker") == 0.5             # each counts twice in the end
+    assert first_step(4, name="softsync", splits=4, max_drift=0.5) == 0.125
+    assert first_step(1, max_drift=0.5) == 0.5 and first_step(2, max_drift=0.0) == first_step(2, name="sync") == 2
+
+
+def test_a_gradient_is_clipped_to_its_norm_for_each_batch():
     def first_step(num_workers, **options):
         return 1 - play(num_workers, 6, compute_gradient_=steep_, **options).computation.seen[1]
 
@@ -375,7 +391,6 @@ def test_a_gradient_is_clipped_to_its_norm_for_each_batch_by_default_where_sever
         flat.gradient[0] = 4 + (flat.gradient[0] if accumulate else 0)
         return 0.0
 
-    assert first_step(1) == 2 and first_step(2) == 0.5            # eta 0.5 times 4, and times 1
-    assert first_step(2, n_push=2) == 1                           # of a sum of two batches
     assert first_step(2, clip_norm=3.0) == first_step(1, clip_norm=3.0) == 1.5
-    assert first_step(2, clip_norm=0.0) == 2 and first_step(2, name="sync") == 2
+    assert first_step(2, clip_norm=3.0, n_push=2) == 3            # of a sum of two batches
+    assert first_step(2, clip_norm=3.0, max_drift=0.25) == 0.25 / 2

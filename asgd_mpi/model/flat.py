@@ -63,9 +63,10 @@ class FlatModel:
         """Whether all of the gradient is."""
         return bool(torch.stack(self.gradient.aminmax()).isfinite().all())     # sync: what is pushed depends on it
 
-    def norms(self) -> list[float]:
-        """Of the gradient of each parameter."""
-        parts = [self.gradient[start:start + p.numel()] for start, p in zip(_starts(self.module), self._parameters)]
+    def norms(self, vector: torch.Tensor | None = None) -> list[float]:
+        """Of each parameter's part of a vector, (P,) float32: of the gradient, if none is given."""
+        vector = self.gradient if vector is None else vector
+        parts = [vector[start:start + p.numel()] for start, p in zip(_starts(self.module), self._parameters)]
         return torch.stack(torch._foreach_norm(parts)).tolist()                # sync: it may be scaled down
 
     def set_aside_(self) -> None:

@@ -17,9 +17,11 @@ from asgd_mpi.server.pace import Pacing
 if TYPE_CHECKING:
     from asgd_mpi.config import Config, RuleConfig
 
-# A stale gradient is wrong most where the gradient is long: while the network is new, and after a step too far. With it the
-# stock settings reach the accuracy of one worker with 32 of them, without it they do with 8 (docs/convergence.md).
-CLIP_NORM = 1.0    # Pascanu, Mikolov, Bengio 2013, arXiv:1211.5063, algorithm 1
+# A gradient is wrong by as much as the weights have moved since they were read, so that is what is limited: a step relative
+# to the weights is what matters of it (LARS, You et al. 2017, arXiv:1708.03888), and where it is too long the gradient is
+# scaled down (Pascanu et al. 2013, arXiv:1211.5063). With it the stock settings reach the accuracy of one worker with 32 of
+# them, without it they do with 8 (docs/convergence.md).
+MAX_DRIFT = 0.25
 
 MOMENTA = ("dana", "worker", "server", "server_nag", "none")
 
@@ -36,7 +38,7 @@ class Entry:
     staleness: Optional[str] = None                 # weight of a stale gradient, where the rule prescribes it
     n_push: int = 1                                 # default
     may_overlap: bool = True                        # push and fetch behind the next gradient
-    clip_norm: float = CLIP_NORM                    # default, for more workers than one
+    max_drift: float = MAX_DRIFT                    # default, for more workers than one
     pacing: Callable[[RuleConfig, int], Pacing] = lambda rule, num_workers: Pacing()
 
 
@@ -56,7 +58,7 @@ RULEBOOK = {
                       "2013, arXiv:1312.6186", moves="descends", momenta=("none", "worker", "dana"), n_push=5,
                       may_overlap=False),
     "adagrad": Entry("a rate of its own for every weight", "Downpour SGD with Adagrad, Dean et al. 2012, section 4.1",
-                     server="adagrad", momenta=("none",), clip_norm=0.0),
+                     server="adagrad", momenta=("none",), max_drift=0.0),
     "softsync": Entry("a step is the mean of workers / splits gradients", "Zhang et al. 2016, arXiv:1511.05950, equation 2",
                       server="mean", pacing=_softsync),
     "ringmaster": Entry("gradients staler than max_staleness are dropped", "Maranjyan et al. 2025, arXiv:2501.16168",
@@ -69,15 +71,15 @@ RULEBOOK = {
                        momenta=("none", "server", "server_nag")),
     "easgd": Entry("workers descend on their own, tied to the centre by a spring", "Zhang, Choromanska, LeCun 2015, "
                    "arXiv:1412.6651, algorithm 1", server="elastic", moves="elastic", momenta=("none",), staleness="constant",
-                   n_push=10, may_overlap=False, clip_norm=0.0),
+                   n_push=10, may_overlap=False, max_drift=0.0),
     "eamsgd": Entry("easgd with Nesterov momentum at the workers", "Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, "
                     "algorithm 2", server="elastic", moves="elastic", momenta=("dana",), staleness="constant", n_push=10,
-                    may_overlap=False, clip_norm=0.0),
+                    may_overlap=False, max_drift=0.0),
     "sync": Entry("a step is the mean of one gradient of each worker", "synchronous SGD, the line to meet", server="mean",
-                  staleness="constant", may_overlap=False, clip_norm=0.0,
+                  staleness="constant", may_overlap=False, max_drift=0.0,
                   pacing=lambda rule, num_workers: Pacing(mean_of=0)),
     "sync_backup": Entry("sync that does not wait for the last workers", "Chen et al. 2016, arXiv:1604.00981", server="mean",
-                         staleness="constant", may_overlap=False, clip_norm=0.0,
+                         staleness="constant", may_overlap=False, max_drift=0.0,
                          pacing=lambda rule, num_workers: Pacing(mean_of=0, backup=rule.backup)),
 }
 
@@ -100,11 +102,21 @@ def pacing(rule: RuleConfig, num_workers: int) -> Pacing:
     return RULEBOOK[rule.name].pacing(rule, num_workers)
 
 
-def clip_norm(rule: RuleConfig, num_workers: int) -> float:
-    """The norm that a worker scales the gradient of a batch down to; 0: no limit. One worker alone is plain SGD."""
-    if rule.clip_norm is not None:
-        return rule.clip_norm
-    return RULEBOOK[rule.name].clip_norm if num_workers > 1 else 0.0
+def max_drift(rule: RuleConfig, num_workers: int) -> float:
+    """How far one push of each worker may move the weights, as a share of their norm; 0: no limit. One worker is plain SGD."""
+    if rule.max_drift is not None:
+        return rule.max_drift
+    return RULEBOOK[rule.name].max_drift if num_workers > 1 else 0.0
+
+
+def longest_push(rule: RuleConfig, num_workers: int) -> float:
+    """lr times the norm of what a push adds up to, over that of the weights, is at most this; inf: no limit.
+
+    A step that is the mean of m gradients moves the weights by 1 / m of each; with momentum m a gradient counts
+    1 / (1 - m) times in the end.
+    """
+    drift = max_drift(rule, num_workers)
+    return drift * (1 - rule.momentum) * (pacing(rule, num_workers).mean_of or num_workers) / num_workers if drift else math.inf
 
 
 def vectors(rule: RuleConfig, num_workers: int) -> tuple[int, int]:

@@ -83,4 +83,4 @@ class LossWatch:
         return (f"warning: the loss rises, {self.lowest:.3g} -> {self.loss:.3g} in the mean, at a rate of {lr:.3g} and a measured "
                 f"staleness of {self.staleness:.1f}. With {kept} a quadratic of curvature c then converges up to lr c = {now:.3g}, "
                 f"{alone / now:.0f} times less than with fresh gradients ({SOURCE}). If it does not fall again: --schedule.lr at a "
-                "third of its value, --schedule.warmup_epochs, --rule.clip_norm 1, a lower --rule.momentum, or fewer workers.")
+                "third of its value, --schedule.warmup_epochs, a lower --rule.max_drift, a lower --rule.momentum, or fewer workers.")

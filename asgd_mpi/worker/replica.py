@@ -18,7 +18,7 @@ import torch
 from asgd_mpi.config import Config
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.model.flat import FlatModel, norm_of
-from asgd_mpi.server.rulebook import RULEBOOK, clip_norm, is_kept_by_workers
+from asgd_mpi.server.rulebook import RULEBOOK, is_kept_by_workers, longest_push
 from asgd_mpi.worker.step import Normalise, ScaledLoss
 from asgd_mpi.worker.vectors import SpreadVectors, Vectors
 
@@ -56,7 +56,7 @@ class Replica:
         if config.compute.compile:
             flat.module.compile()
         self._alpha = rule.alpha or 0.9 / num_workers
-        self._longest = clip_norm(rule, num_workers)
+        self._longest = longest_push(rule, num_workers) / (config.exchange.n_push if self.moves else 1)
         self._snapshot = self._own = flat.weights
         self._rate, self._samples, self._batches = 0.0, 0, 0
         self._is_finite = True    # the loss of every batch since the last push
@@ -133,8 +133,12 @@ class Replica:
         self._vectors.move_(self._clip(), self._rate, is_first)
 
     def _clip(self, batches: int = 1) -> float:
-        """What brings the gradient, a sum over batches, to a norm of `clip_norm` for each of them at most; 0: it stays."""
-        if not self._longest:
+        """What brings the gradient, a sum over batches, down to `clip_norm` for each of them, and to `max_drift` in all."""
+        longest = batches * self._rule.clip_norm or math.inf
+        if math.isfinite(self._longest) and self._rate:
+            weights = norm_of(self._vectors.weight_norms())
+            longest = min(longest, self._longest * weights / self._rate if weights else math.inf)
+        if math.isinf(longest):
             return 1.0
-        norm, longest = norm_of(self._gradient.norms()), batches * self._longest
+        norm = norm_of(self._gradient.norms())
         return longest / norm if norm > longest else 1.0

@@ -71,6 +71,10 @@ class Vectors:
             self._push_(factor)
         self.deliver_()
 
+    def weight_norms(self) -> list[float]:
+        """Of each parameter."""
+        return self.flat.norms(self.own)
+
     def deliver_(self) -> None:
         """Leave what is pushed where the courier takes it from."""
         codec.round_(self.flat.gradient, self._wire)
@@ -117,6 +121,9 @@ class SpreadVectors:
 
     def is_finite(self) -> bool:
         return all(self._each("flat", "is_finite"))
+
+    def weight_norms(self) -> list[float]:
+        return list(itertools.chain.from_iterable(self._each("vectors", "weight_norms")))
 
     def norms(self) -> list[float]:
         return list(itertools.chain.from_iterable(self._each("flat", "norms")))
