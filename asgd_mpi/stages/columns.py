@@ -43,6 +43,8 @@ class Column:
 
     def crossed(self, segment: int, own: torch.Tensor | None, theirs: torch.Tensor) -> torch.Tensor:
         """What both columns take in a segment: the maps of both, or in the first one the images."""
+        if own is not None and own.shape != theirs.shape:
+            raise RuntimeError(f"column {self.number} gives {tuple(own.shape)}, and the other one {tuple(theirs.shape)}")
         maps = theirs if own is None else torch.cat([theirs, own] if self.number else [own, theirs], 1)
         return self.module.drops[segment](maps)
 
