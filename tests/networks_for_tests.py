@@ -58,7 +58,7 @@ def crossed(num_classes: int, channels: int) -> nn.Module:
 
 
 class Columned(TwoColumns):
-    """Two columns that meet three times, with dropout of images and maps, batch norm, and a parameter that nobody uses."""
+    """Two columns that meet three times, with dropout of images and maps, batch norm, and a layer that nobody uses."""
 
     def __init__(self, num_classes: int, channels: int):
         super().__init__()
@@ -66,11 +66,14 @@ class Columned(TwoColumns):
         def pair(make):
             return nn.ModuleList(make() for _ in range(2))
 
-        self.early, self.late = nn.Dropout(0.1), nn.Dropout(0.3)
-        self.low = pair(lambda: nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)))
-        self.middle = pair(lambda: nn.Sequential(nn.Conv2d(8, 4, 3), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten()))
+        def conv(width, **options):
+            return nn.Sequential(nn.Conv2d(width, 4, 3, **options), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+
+        self.early, self.late = nn.Dropout(0.1), nn.Dropout(0.1)
+        self.low = pair(lambda: conv(channels, padding=1))
+        self.middle = pair(lambda: conv(8).append(nn.MaxPool2d(2, 1)).append(nn.Flatten()))
         self.high = pair(lambda: nn.Linear(8 * 25, 16))
-        self.head = nn.Sequential(nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, num_classes))
+        self.head = nn.Sequential(nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, num_classes))
         self.spare = nn.Linear(3, 3)
 
     @property
