@@ -64,7 +64,7 @@ class Columned(TwoColumns):
         super().__init__()
 
         def pair(make):
-            return nn.ModuleList(make() for _ in range(2))
+            return nn.ModuleList([make(), make()])
 
         def conv(width, **options):
             return nn.Sequential(nn.Conv2d(width, 4, 3, **options), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
@@ -78,7 +78,7 @@ class Columned(TwoColumns):
 
     @property
     def segments(self):
-        return [self.early, self.low, self.middle, self.late, self.high, self.head]
+        return [self.early, tuple(self.low), tuple(self.middle), self.late, tuple(self.high), self.head]
 
 
 def columned(num_classes: int, channels: int) -> nn.Module:

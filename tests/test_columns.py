@@ -103,6 +103,7 @@ def test_a_plan_of_alexnet_by_the_maps_of_the_paper():
     """Krizhevsky 2012, figure 2; 128 x 13 x 13 are what is left after the second pooling. Both hold about as much."""
     with torch.device("meta"):
         module = networks.AlexNet2(1000)
+    assert [len(places_of(module, column.module)) for column in columns_of(module)] == [1, 1]
     first, second = plan(module, (16, 3, 224, 224), 3)
     assert first.parameters + second.parameters == 60_965_224 and second.parameters - first.parameters == 4096 * 1000 + 1000
     forward = 128 * 13 * 13 + 128 * 6 * 6 + 2048
@@ -110,33 +111,33 @@ def test_a_plan_of_alexnet_by_the_maps_of_the_paper():
     assert first.sent_bytes == second.sent_bytes + 4 * 16 * 3 * 224 * 224
     assert first.memory_bytes == first.activation_bytes + 12 * first.parameters
     assert first.activation_bytes == pytest.approx(second.activation_bytes, rel=0.01)
-    assert "lower.0.0 ... linear7.0.1" in render([first, second])
+    assert "columns.0.lower.0 ... columns.0.linear7.1" in render([first, second])
 
 
 class Ill(TwoColumns):
     def __init__(self, *segments):
         super().__init__()
-        self.parts = nn.ModuleList(segments)
+        self.parts = nn.ModuleList(nn.ModuleList(each) if isinstance(each, tuple) else each for each in segments)
 
     @property
     def segments(self):
-        return list(self.parts)
+        return [tuple(part) if isinstance(part, nn.ModuleList) else part for part in self.parts]
 
 
-def pair(*columns):
-    return nn.ModuleList(columns or (nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3)))
+def conv(width=1, maps=2):
+    return nn.Conv2d(width, maps, 3)
 
 
-SHARED = nn.Conv2d(1, 2, 3)
+TWICE = conv()
 REFUSED = {
     "no columns": (lambda: networks.digits_cnn(10, 1), "not drawn in columns. alexnet2 is"),
-    "no pair": (lambda: Ill(nn.Linear(2, 2)), "has no pair of columns"),
-    "three": (lambda: Ill(pair(SHARED, SHARED, SHARED)), r"parts\.0, .* has 3 columns: give 2"),
-    "between": (lambda: Ill(pair(), nn.BatchNorm2d(4), pair()), r"parts\.1, .* lies between two pairs and is no dropout"),
-    "shared": (lambda: Ill(pair(SHARED, SHARED)), r"parts\.0\.0\.weight, .* is used in both columns"),
-    "dropout": (lambda: Ill(pair(nn.Dropout(0.5), SHARED)), r"parts\.0\.0, .* is dropout within a column"),
-    "in place": (lambda: Ill(pair(), pair(nn.ReLU(inplace=True), nn.ReLU()), nn.Flatten()), "in-place.*neither may write"),
-    "unlike": (lambda: Ill(pair(nn.Conv2d(1, 2, 3), nn.Conv2d(1, 3, 3)), pair(nn.Conv2d(5, 2, 3), nn.Conv2d(5, 2, 3))),
+    "no pair": (lambda: Ill(conv()), "none is a pair of columns"),
+    "three": (lambda: Ill((conv(), conv(), conv())), "one is a tuple of 3 modules"),
+    "between": (lambda: Ill((conv(), conv()), nn.BatchNorm2d(4), (conv(), conv())), r"parts\.1 lies between two pairs and is no"),
+    "shared": (lambda: Ill((TWICE, TWICE)), r"parts\.0\.0\.weight is used by both ranks"),
+    "dropout": (lambda: Ill((nn.Dropout(0.5), conv())), r"parts\.0\.0 is dropout within a column"),
+    "in place": (lambda: Ill((conv(), conv()), (nn.ReLU(inplace=True), nn.ReLU()), nn.Flatten()), "in-place.*neither may write"),
+    "unlike": (lambda: Ill((conv(), conv(maps=3)), (conv(5), conv(5))),
                r"gives \(2, 3, 6, 6\), and the other one \(2, 2, 6, 6\).*as many maps of one shape")}
 
 

@@ -88,16 +88,17 @@ class AlexNet2(TwoColumns):
     def __init__(self, num_classes: int, channels: int = 3):
         super().__init__()
         pair = AlexNet(num_classes, channels)               # for its first weights
-        parts = (pair.features[:8], nn.Sequential(*pair.features[8:], nn.Flatten()), pair.classifier[1:3],
-                 pair.classifier[4:6])
-        self.lower, self.upper, self.linear6, self.linear7 = (
-            nn.ModuleList(_column(layers, number) for number in range(2)) for layers in parts)
+        parts = {"lower": pair.features[:8], "upper": nn.Sequential(*pair.features[8:], nn.Flatten()),
+                 "linear6": pair.classifier[1:3], "linear7": pair.classifier[4:6]}
+        self.columns = nn.ModuleList(nn.ModuleDict({name: _column(layers, number) for name, layers in parts.items()})
+                                     for number in range(2))
         self.dropout = nn.Dropout(0.5)
         self.scores = pair.classifier[-1]
 
     @property
-    def segments(self) -> list[nn.Module]:
-        return [self.lower, self.upper, self.linear6, self.dropout, self.linear7, self.dropout, self.scores]
+    def segments(self) -> list[nn.Module | tuple[nn.Module, nn.Module]]:
+        lower, upper, linear6, linear7 = zip(*(column.values() for column in self.columns))
+        return [lower, upper, linear6, self.dropout, linear7, self.dropout, self.scores]
 
 
 def _column(layers: nn.Sequential, number: int) -> nn.Sequential:

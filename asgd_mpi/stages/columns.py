@@ -55,41 +55,39 @@ def columns_of(module: nn.Module) -> list[Column]:
         raise ConfigError("--stages.cut columns: the network is not drawn in columns. alexnet2 is, and so is a network of yours "
                           "that is an asgd_mpi.model.columns.TwoColumns; --stages.cut chain cuts any other one.")
     segments, pairs, drops = list(module.segments), [], [nn.Sequential()]
-    last = max((place for place, segment in enumerate(segments) if isinstance(segment, nn.ModuleList)), default=-1)
+    last = max((place for place, segment in enumerate(segments) if isinstance(segment, tuple)), default=-1)
     for segment in segments[:last + 1]:
-        if isinstance(segment, nn.ModuleList):
+        if isinstance(segment, tuple):
             pairs.append(segment)
-            drops.append(nn.Sequential())
+            drops.append(nn.Sequential())          # the last one stays empty: the head has its own
         else:
-            drops[-1].append(segment)              # the last one stays empty: the head has its own
-    _demand(module, pairs, drops)
-    own = [[pair[number] for pair in pairs] for number in range(2)]
+            drops[-1].append(segment)
+    own = [[pair[number] for pair in pairs if len(pair) == 2] for number in range(2)]
     own[1].append(nn.Sequential(*segments[last + 1:]))
+    _demand(module, pairs, [drop for each in drops for drop in each], own)
     return [Column(Segments(drops, parts), number, len(pairs)) for number, parts in enumerate(own)]
 
 
-def _demand(module: TwoColumns, pairs: list[nn.ModuleList], drops: list[nn.Sequential]) -> None:
-    """Raise ConfigError unless both columns can be computed apart."""
-    names = {id(part): name for name, part in (*module.named_modules(), *module.named_parameters())}
+def _demand(module: TwoColumns, pairs: list[tuple[nn.Module, ...]], drops: list[nn.Module], own: list[list[nn.Module]]) -> None:
+    """Raise ConfigError unless the columns can be computed apart; `own`: what each rank computes."""
+    names = {part: name for name, part in module.named_modules()}
 
-    def demand(part: object, holds: bool, reason: str) -> None:
+    def demand(holds: bool, reason: str) -> None:
         if not holds:
-            raise ConfigError(f"--stages.cut columns: {names.get(id(part), type(part).__name__)}, a part of the network's "
-                              f"`segments`, {reason}.")
+            raise ConfigError(f"--stages.cut columns: of the network's `segments` {reason}.")
 
-    demand(module, bool(pairs), "has no pair of columns: give one as an nn.ModuleList of two modules")
+    demand(bool(pairs), "none is a pair of columns: give one as a tuple of two modules")
     for pair in pairs:
-        demand(pair, len(pair) == 2, f"has {len(pair)} columns: give 2")
-    for between in (each for drop in drops for each in drop):
-        demand(between, isinstance(between, _DropoutNd),
-               "lies between two pairs and is no dropout: both ranks would compute it. Make it a part of each column")
-    first, second = ([parameter for pair in pairs for parameter in pair[number].parameters()] for number in range(2))
-    for parameter in first:
-        demand(parameter, all(parameter is not other for other in second), "is used in both columns: give each its own")
-    for column in (column for pair in pairs for column in pair):
-        for part in column.modules():
-            demand(part, not isinstance(part, _DropoutNd), "is dropout within a column, whose random numbers would depend on "
-                   "the other column: put one between two pairs, for the maps of both")
+        demand(len(pair) == 2, f"one is a tuple of {len(pair)} modules: a pair of columns has 2")
+        for part in (part for column in pair for part in column.modules()):
+            demand(not isinstance(part, _DropoutNd), f"{names.get(part, part)} is dropout within a column, whose random numbers would depend "
+                   "on the other column: put one for the maps of both between two pairs")
+    for drop in drops:
+        demand(isinstance(drop, _DropoutNd), f"{names.get(drop, drop)} lies between two pairs and is no dropout, so both ranks would compute "
+               "it: make it a part of each column")
+    first, second = ({id(parameter) for part in parts for parameter in part.parameters()} for parts in own)
+    for name, parameter in module.named_parameters():
+        demand(id(parameter) not in first & second, f"{name} is used by both ranks: give each its own")
 
 
 class ColumnAtWork:
