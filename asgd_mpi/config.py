@@ -446,7 +446,8 @@ def _check(config: Config) -> None:
     demand(not stages.names or len(stages.names) == stages.number - 1, "stages.at", stages.at,
            f"{stages.number} stages begin at {stages.number - 1} names beside the first module; this is {len(stages.names)}")
     is_chain, of_chain = stages.cut == "chain", "it is for --stages.cut chain; columns are cut as the network draws them"
-    demand(is_chain or stages.number == 2, "stages.cut", stages.cut, f"that takes 2 stages, one for each column, not {stages.number}; give --stages 2")
+    demand(is_chain or stages.number == 2, "stages.cut", stages.cut,
+           f"that takes 2 stages, one for each column, not {stages.number}; give --stages 2")
     demand(is_chain or not stages.names, "stages.at", stages.at, f"{of_chain}, so leave it out")
     demand(is_chain or stages.balance == "time", "stages.balance", stages.balance, f"{of_chain}; leave it at time")
     demand(is_chain or stages.schedule == "1f1b", "stages.schedule", stages.schedule,

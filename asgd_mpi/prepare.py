@@ -46,7 +46,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     module = task.first_module()
     if num_stages > 1:
         if config.stages.cut == "columns":
-            task.columns_plan(module)
+            task.rows_of_columns(module)
         else:
             task.cuts(task.stage_plan(module), "memory")
         if rulebook.RULEBOOK[config.rule.name].moves == "elastic":

@@ -80,9 +80,9 @@ class Task:
         batch = Batch(shape[0], micro, SCHEDULES[self.config.stages.schedule])
         return StagePlan(Graph(trace(module), shape), batch, seconds, self._vectors)
 
-    def columns_plan(self, module: nn.Module) -> list[Row]:
+    def rows_of_columns(self, module: nn.Module) -> list[Row]:
         """What each column of the network costs. Raises ConfigError if it has none."""
-        return columns.plan(module, self._shape_of_part, self._vectors)
+        return columns.rows(module, self._shape_of_part, self._vectors)
 
     def cuts(self, plan: StagePlan, balance: str) -> list[int]:
         """Where the network is cut: at the user's names, or by what is to be balanced. Raises ConfigError."""

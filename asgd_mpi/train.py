@@ -410,7 +410,8 @@ class _Crew:
         payload = window.payload_of(worker) if not is_server and config.exchange.wire == "float32" else None
         self.team = Team(world, worker, stage, places.num_stages, num_floats(module), num_statistics(module), payload)
         if not is_server:
-            self._member = (self.team, window, module, roles()[stage], device, config)
+            adopt_([role.module for role in roles], module)
+            self._member = (self.team, window, module, roles[stage], device, config)
 
     def take(self) -> tuple:
         """What a Leader or an Assistant is made of; once, so that nobody else holds on to the uncut network."""
@@ -418,47 +419,37 @@ class _Crew:
         return member
 
 
-def _chain(world: World, task: Task, module: nn.Module, device: torch.device) -> tuple[Cut | None, Callable[[], list[Role]]]:
-    """What is told of the cut, by the server, and what makes the roles, for the others.
+def _chain(world: World, task: Task, module: nn.Module, device: torch.device) -> tuple[Cut | None, list[Role]]:
+    """What the server tells of the cut, and the roles of a replica's ranks.
 
     What each node takes is measured by the first worker, on its device; the server decides where the network is cut.
     """
-    stages, plan, measured, told = task.config.stages, task.stage_plan(module), None, None
-    if stages.balance == "time" and world.rank == 1:
+    asked, plan, measured, told = task.config.stages, task.stage_plan(module), None, None
+    if asked.balance == "time" and world.rank == 1:
         measured = [vars(each) for each in measure(plan.graph, torch.rand(plan.graph.shape).to(device))]
     found, decided = world.gather(measured)[1], None
     if world.is_server:
         plan = StagePlan(plan.graph, plan.batch, [Seconds(**each) for each in found] if found else None, plan.vectors)
-        decided = {"cuts": task.cuts(plan, stages.balance), "differentiable": plan.graph.differentiable}
+        decided = {"cuts": task.cuts(plan, asked.balance), "differentiable": plan.graph.differentiable}
         rows, parts = plan.rows(decided["cuts"]), plan.batch.parts
         idle = predicted_bubble(rows, plan.batch) if found else bubble(len(rows), parts)
-        print(f"{render(rows)}\n{parts} parts of a batch (--compute.micro_batches): the stages wait for each other {idle:.0%} of "
-              "the time", flush=True)
-        told = Cut(time.time(), len(rows), parts, stages.schedule, idle, [row.begins for row in rows])
+        print(f"{render(rows)}\n{parts} parts of a batch (--compute.micro_batches): the stages wait for each other {idle:.0%} "
+              "of the time", flush=True)
+        told = Cut(time.time(), len(rows), parts, asked.schedule, idle, [row.begins for row in rows])
     decided = world.share(decided)
-
-    def roles() -> list[Role]:
-        found = cut(plan.graph, **decided)
-        adopt_(found, module)
-        return [Role(stage.module, partial(StageAtWork, stage), plan.batch.schedule) for stage in found]
-
-    return told, roles
+    stages = cut(plan.graph, **decided)
+    return told, [Role(stage.module, partial(StageAtWork, stage), plan.batch.schedule) for stage in stages]
 
 
-def _columns(world: World, task: Task, module: nn.Module, device: torch.device) -> tuple[Cut | None, Callable[[], list[Role]]]:
+def _columns(world: World, task: Task, module: nn.Module, device: torch.device) -> tuple[Cut | None, list[Role]]:
     """As `_chain`."""
     told = None
     if world.is_server:
-        rows = task.columns_plan(module)
-        print(f"{render(rows)}\nboth columns work on the same images, and exchange their maps at each cross-over", flush=True)
+        rows = task.rows_of_columns(module)
+        print(f"{render(rows)}\nboth columns work on the same images, and exchange their maps at the cross-overs", flush=True)
         told = Cut(time.time(), len(rows), task.config.compute.micro_batches, "columns", 0.0, [row.begins for row in rows])
-
-    def roles() -> list[Role]:
-        found = columns_of(module)
-        adopt_(found, module)
-        return [Role(column.module, partial(ColumnAtWork, column), by_segments(column.num_pairs)) for column in found]
-
-    return told, roles
+    return told, [Role(column.module, partial(ColumnAtWork, column), by_segments(column.num_pairs))
+                  for column in columns_of(module)]
 
 
 def _versions(everyone: list[dict]) -> dict:

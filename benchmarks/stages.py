@@ -142,7 +142,7 @@ def _weigh(name: str, num_stages: int) -> list[dict]:
                  "--checkpoint.every_s", "0"]
     task = open_task(complete(configuration.parse(arguments)))
     if task.config.stages.cut == "columns":
-        planned = task.columns_plan(task.outline())
+        planned = task.rows_of_columns(task.outline())
     else:
         plan = task.stage_plan(task.outline())
         planned = plan.rows(task.cuts(plan, "memory") if num_stages > 1 else [])

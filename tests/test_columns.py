@@ -13,7 +13,7 @@ from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
 from asgd_mpi.model.columns import TwoColumns
 from asgd_mpi.model.flat import FlatModel, places_of
-from asgd_mpi.stages.columns import ColumnAtWork, columns_of, plan, put_to_work
+from asgd_mpi.stages.columns import ColumnAtWork, columns_of, put_to_work, rows
 from asgd_mpi.stages.pipeline import run_in_turn_
 from asgd_mpi.stages.plan import render
 from asgd_mpi.stages.schedule import by_segments
@@ -104,7 +104,7 @@ def test_a_plan_of_alexnet_by_the_maps_of_the_paper():
     with torch.device("meta"):
         module = networks.AlexNet2(1000)
     assert [len(places_of(module, column.module)) for column in columns_of(module)] == [1, 1]
-    first, second = plan(module, (16, 3, 224, 224), 3)
+    first, second = rows(module, (16, 3, 224, 224), 3)
     assert first.parameters + second.parameters == 60_965_224 and second.parameters - first.parameters == 4096 * 1000 + 1000
     forward = 128 * 13 * 13 + 128 * 6 * 6 + 2048
     assert second.sent_bytes == 4 * 16 * (2 * forward + 2048)                  # the gradient of all that it gets
@@ -133,10 +133,10 @@ REFUSED = {
     "no columns": (lambda: networks.digits_cnn(10, 1), "not drawn in columns. alexnet2 is"),
     "no pair": (lambda: Ill(conv()), "none is a pair of columns"),
     "three": (lambda: Ill((conv(), conv(), conv())), "one is a tuple of 3 modules"),
-    "between": (lambda: Ill((conv(), conv()), nn.BatchNorm2d(4), (conv(), conv())), r"parts\.1 lies between two pairs and is no"),
+    "between": (lambda: Ill((conv(), conv()), nn.BatchNorm2d(4), (conv(), conv())), r"parts\.1 lies before a pair"),
     "shared": (lambda: Ill((TWICE, TWICE)), r"parts\.0\.0\.weight is used by both ranks"),
     "dropout": (lambda: Ill((nn.Dropout(0.5), conv())), r"parts\.0\.0 is dropout within a column"),
-    "in place": (lambda: Ill((conv(), conv()), (nn.ReLU(inplace=True), nn.ReLU()), nn.Flatten()), "in-place.*neither may write"),
+    "in place": (lambda: Ill((conv(), conv()), (nn.ReLU(inplace=True), nn.ReLU()), nn.Flatten()), "neither may write"),
     "unlike": (lambda: Ill((conv(), conv(maps=3)), (conv(5), conv(5))),
                r"gives \(2, 3, 6, 6\), and the other one \(2, 2, 6, 6\).*as many maps of one shape")}
 
@@ -144,7 +144,7 @@ REFUSED = {
 @pytest.mark.parametrize("make, reason", REFUSED.values(), ids=REFUSED)
 def test_a_network_without_two_columns_that_can_be_computed_apart_is_refused_with_the_reason(make, reason):
     with pytest.raises(ConfigError, match=f"(?s)--stages.cut columns: .*{reason}"):
-        plan(make(), (2, 1, 8, 8), 3)
+        rows(make(), (2, 1, 8, 8), 3)
 
 
 @pytest.mark.parametrize("options, reason", [

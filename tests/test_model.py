@@ -39,7 +39,7 @@ def test_the_two_columns_are_the_grouped_network_with_a_normalisation_of_each_gr
         scores.append(network(images))
         scores[-1].square().sum().backward()
     assert torch.allclose(*scores, rtol=1e-5, atol=1e-7)
-    for name, place, other in [("lower", 4, grouped.features[4]), ("upper", 0, grouped.features[8])]:   # convolutions 2 and 3
+    for name, place, other in [("lower", 4, grouped.features[4]), ("upper", 0, grouped.features[8])]:  # convolutions 2, 3
         both = torch.cat([column[name][place].weight.grad for column in columns.columns])
         assert torch.allclose(both, other.weight.grad, rtol=1e-4, atol=1e-6 * other.weight.grad.abs().max().item())
 

@@ -67,8 +67,8 @@ def test_two_columns_train_the_weights_of_one_rank_to_the_bit(openmpi, digits, t
     """Half of the epoch, with the momentum; then one rank goes on."""
     left, uncut = ["--inject", "term@step15:rank1"], ["--stages", "1", "--stages.cut", "chain"]
     for name, status, options in [("whole", 0, uncut), ("columns", 75, left), ("columns", 0, uncut)]:
-        done = openmpi.train(2 if options is uncut else 3, "--data", str(digits), "--epochs", "1", *OPTIONS, *COLUMNS, *options,
-                             "--run.dir", name, cwd=tmp_path)
+        done = openmpi.train(2 if options is uncut else 3, "--data", str(digits), "--epochs", "1", *OPTIONS, *COLUMNS,
+                             *options, "--run.dir", name, cwd=tmp_path)
         assert done.returncode == status, done.stdout + done.stderr
     whole, again = (RunDir.open(tmp_path / name) for name in ("whole", "columns"))
     num_pushes = sum(push is not None for push in history.pushes(whole))
@@ -83,8 +83,10 @@ def test_two_columns_train_the_weights_of_one_rank_to_the_bit(openmpi, digits, t
     ([], "kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended"),
     ([], "kill@step5:rank1", ("--with-ft", "ulfm"), "the process of stage 0 of worker 0 has ended"),
     (COLUMNS, "kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended")])
-def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, tmp_path, cut, failure, launcher_options, told):
-    options = ["--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS, *cut, "--batch-size", "48", "--inject", failure]
+def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, tmp_path, cut, failure, launcher_options,
+                                                               told):
+    options = ["--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS, *cut, "--batch-size", "48", "--inject",
+               failure]
     done = finish(openmpi.start_training(5, *options, cwd=tmp_path, launcher_options=launcher_options), 120)
     assert done.returncode == 3, done.stdout + done.stderr
     assert told in done.stderr

@@ -1,11 +1,12 @@
 """A network in two columns (see model.columns), each on a rank of its own: both work on the same images at the same time.
 
-    images (b, C, S, S) -> column 0 | column 1 -> maps of both -> column 0 | column 1 -> ... -> the head -> scores (b, classes)
+    images (b, C, S, S) -> column 0 | column 1 -> maps of both -> column 0 | column 1 -> ... -> head -> scores (b, classes)
 
-Krizhevsky et al. 2012, figure 2. At a cross-over each column gives the other its maps, and goes on with those of both; on the
-way back it gives the other the gradient that it has of the other's maps, and adds what it gets to what it has of its own. The
-head is the second column's. The gradient is that of the uncut network, to the bit: the operations and their shapes are the
-same, a sum of two does not depend on their order, and both columns draw the same dropout of all maps, from the same seed.
+Krizhevsky et al. 2012, figure 2. At a cross-over each column gives the other its maps, and goes on with those of both; on
+the way back it gives the other the gradient that it has of the other's maps, and adds what it gets to what it has of its
+own. The head is the second column's. The gradient is that of the uncut network, to the bit: the operations and their shapes
+are the same, a sum of two does not depend on their order, and both columns draw the same dropout of all maps, each for
+itself, from the same seed.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Column:
 def columns_of(module: nn.Module) -> list[Column]:
     """Its two columns. Raises ConfigError if it is not drawn so."""
     if not isinstance(module, TwoColumns):
-        raise ConfigError("--stages.cut columns: the network is not drawn in columns. alexnet2 is, and so is a network of yours "
-                          "that is an asgd_mpi.model.columns.TwoColumns; --stages.cut chain cuts any other one.")
+        raise ConfigError("--stages.cut columns: the network is not drawn in columns. alexnet2 is, and so is a network of "
+                          "yours that is an asgd_mpi.model.columns.TwoColumns; --stages.cut chain cuts any other one.")
     segments, pairs, drops = list(module.segments), [], [nn.Sequential()]
     last = max((place for place, segment in enumerate(segments) if isinstance(segment, tuple)), default=-1)
     for segment in segments[:last + 1]:
@@ -68,7 +69,8 @@ def columns_of(module: nn.Module) -> list[Column]:
     return [Column(Segments(drops, parts), number, len(pairs)) for number, parts in enumerate(own)]
 
 
-def _demand(module: TwoColumns, pairs: list[tuple[nn.Module, ...]], drops: list[nn.Module], own: list[list[nn.Module]]) -> None:
+def _demand(module: TwoColumns, pairs: list[tuple[nn.Module, ...]], drops: list[nn.Module],
+            own: list[list[nn.Module]]) -> None:
     """Raise ConfigError unless the columns can be computed apart; `own`: what each rank computes."""
     names = {part: name for name, part in module.named_modules()}
 
@@ -80,11 +82,11 @@ def _demand(module: TwoColumns, pairs: list[tuple[nn.Module, ...]], drops: list[
     for pair in pairs:
         demand(len(pair) == 2, f"one is a tuple of {len(pair)} modules: a pair of columns has 2")
         for part in (part for column in pair for part in column.modules()):
-            demand(not isinstance(part, _DropoutNd), f"{names.get(part, part)} is dropout within a column, whose random numbers would depend "
-                   "on the other column: put one for the maps of both between two pairs")
+            demand(not isinstance(part, _DropoutNd), f"{names.get(part, part)} is dropout within a column, whose random "
+                   "numbers would depend on the other column: put one for the maps of both between two pairs")
     for drop in drops:
-        demand(isinstance(drop, _DropoutNd), f"{names.get(drop, drop)} lies between two pairs and is no dropout, so both ranks would compute "
-               "it: make it a part of each column")
+        demand(isinstance(drop, _DropoutNd), f"{names.get(drop, drop)} lies before a pair and is no dropout, so both ranks "
+               "would compute it: make it a part of each column")
     first, second = ({id(parameter) for part in parts for parameter in part.parameters()} for parts in own)
     for name, parameter in module.named_parameters():
         demand(id(parameter) not in first & second, f"{name} is used by both ranks: give each its own")
@@ -93,8 +95,8 @@ def _demand(module: TwoColumns, pairs: list[tuple[nn.Module, ...]], drops: list[
 class ColumnAtWork:
     """One column on the parts of one batch; gradients are added to those of its parameters.
 
-    before, after: the link to the other column, which is before the second and after the first one. Steps come in the order of
-    schedule.by_segments, so it holds one micro-batch at a time.
+    before, after: the link to the other column, which is before the second and after the first one. Steps come in the order
+    of schedule.by_segments, so it holds one micro-batch at a time.
     """
 
     def __init__(self, column: Column, before: Link | None, after: Link | None, work: Work):
@@ -188,8 +190,8 @@ class _Weighed(ColumnAtWork):
             super().do(step)
 
 
-def plan(module: nn.Module, shape: tuple[int, ...], vectors: int) -> list[Row]:
-    """What each column holds and sends for images of a shape (b, C, S, S). Raises ConfigError if they cannot be computed apart.
+def rows(module: nn.Module, shape: tuple[int, ...], vectors: int) -> list[Row]:
+    """What each column holds and sends, for images (b, C, S, S). Raises ConfigError if they cannot be computed apart.
 
     vectors: copies of a column's parameters that a rank keeps: weights, gradient, and those of the update rule.
     """
@@ -202,8 +204,8 @@ def plan(module: nn.Module, shape: tuple[int, ...], vectors: int) -> list[Row]:
     try:
         run_in_turn_(at_work, by_segments(both[0].num_pairs), num_parts=1)
     except RuntimeError as error:
-        raise ConfigError(f"--stages.cut columns: the columns cannot be computed apart: {error}. Both must give as many maps of "
-                          "one shape, and neither may write into what it takes (inplace=True).") from error
+        raise ConfigError(f"--stages.cut columns: the columns cannot be computed apart: {error}. Both must give as many maps "
+                          "of one shape, and neither may write into what it takes (inplace=True).") from error
     return [_row(column, one, names, vectors) for column, one in zip(both, at_work)]
 
 
@@ -213,5 +215,5 @@ def _row(column: Column, at_work: _Weighed, names: dict[nn.Module, str], vectors
     constant = {parameter.untyped_storage()._cdata for parameter in (*parameters, *column.module.buffers())}
     held = sum(storage.nbytes() for key, storage in at_work.saved.items() if key not in constant)
     number = sum(parameter.numel() for parameter in parameters)
-    return Row(names[leaves[0]], names[leaves[-1]], len(leaves), number, held, 4 * vectors * number + held, at_work.sent_bytes,
-               None)
+    return Row(names[leaves[0]], names[leaves[-1]], len(leaves), number, held, 4 * vectors * number + held,
+               at_work.sent_bytes, seconds=None)
