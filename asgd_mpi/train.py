@@ -433,8 +433,8 @@ def _chain(world: World, task: Task, module: nn.Module, device: torch.device) ->
         decided = {"cuts": task.cuts(plan, asked.balance), "differentiable": plan.graph.differentiable}
         rows, parts = plan.rows(decided["cuts"]), plan.batch.parts
         idle = predicted_bubble(rows, plan.batch) if found else bubble(len(rows), parts)
-        print(f"{render(rows)}\n{parts} parts of a batch (--compute.micro_batches): the stages wait for each other {idle:.0%} "
-              "of the time", flush=True)
+        print(f"{render(rows)}\n{parts} parts of a batch (--compute.micro_batches): the stages wait for each other "
+              f"{idle:.0%} of the time", flush=True)
         told = Cut(time.time(), len(rows), parts, asked.schedule, idle, [row.begins for row in rows])
     decided = world.share(decided)
     stages = cut(plan.graph, **decided)
@@ -446,7 +446,7 @@ def _columns(world: World, task: Task, module: nn.Module, device: torch.device) 
     told = None
     if world.is_server:
         rows = task.rows_of_columns(module)
-        print(f"{render(rows)}\nboth columns work on the same images, and exchange their maps at the cross-overs", flush=True)
+        print(f"{render(rows)}\nboth columns work on the same images, and exchange maps at the cross-overs", flush=True)
         told = Cut(time.time(), len(rows), task.config.compute.micro_batches, "columns", 0.0, [row.begins for row in rows])
     return told, [Role(column.module, partial(ColumnAtWork, column), by_segments(column.num_pairs))
                   for column in columns_of(module)]

@@ -204,8 +204,8 @@ def rows(module: nn.Module, shape: tuple[int, ...], vectors: int) -> list[Row]:
     try:
         run_in_turn_(at_work, by_segments(both[0].num_pairs), num_parts=1)
     except RuntimeError as error:
-        raise ConfigError(f"--stages.cut columns: the columns cannot be computed apart: {error}. Both must give as many maps "
-                          "of one shape, and neither may write into what it takes (inplace=True).") from error
+        raise ConfigError(f"--stages.cut columns: the columns cannot be computed apart: {error}. Both must give as many "
+                          "maps of one shape, and neither may write into what it takes (inplace=True).") from error
     return [_row(column, one, names, vectors) for column, one in zip(both, at_work)]
 
 
