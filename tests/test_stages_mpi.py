@@ -80,9 +80,8 @@ def test_two_columns_train_the_weights_of_one_rank_to_the_bit(openmpi, digits, t
 
 @pytest.mark.parametrize("cut, failure, launcher_options, told", [
     ([], "raise@step5:rank3", (), "stage 1 of worker 0 has failed: "),
-    ([], "kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended"),
-    ([], "kill@step5:rank1", ("--with-ft", "ulfm"), "the process of stage 0 of worker 0 has ended"),
-    (COLUMNS, "kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended")])
+    (COLUMNS, "kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended"),
+    ([], "kill@step5:rank1", ("--with-ft", "ulfm"), "the process of stage 0 of worker 0 has ended")])
 def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, tmp_path, cut, failure, launcher_options,
                                                                told):
     options = ["--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS, *cut, "--batch-size", "48", "--inject",
