@@ -97,6 +97,7 @@ class AlexNet2(TwoColumns):
 
     @property
     def segments(self) -> list[nn.Module | tuple[nn.Module, nn.Module]]:
+        """What crosses over: (B, 2 x 128, 13, 13), (B, 2 x 128 x 36), (B, 2 x 2048) twice."""
         lower, upper, linear6, linear7 = zip(*(column.values() for column in self.columns))
         return [lower, upper, linear6, self.dropout, linear7, self.dropout, self.scores]
 
