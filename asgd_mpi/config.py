@@ -207,10 +207,12 @@ class ComputeConfig:
 
 @dataclass
 class StagesConfig:
-    """A replica of several ranks, each with a part of the network (a pipeline); for networks too large for one GPU.
+    """A replica of several ranks, each with a part of the network; for networks too large for one GPU.
 
     Args:
         number: ranks of a replica, all on one host; the ranks beside the server must be a multiple of it
+        cut: into a chain (a pipeline), as the next three say, or into the two columns of a network that is drawn so, such as
+            alexnet2, which work on the same images at the same time
         balance: cut the network so that the stages take the same time, which is measured, or the same memory
         at: names of the modules that the second and each further stage begin with, such as layer2,layer4; empty for balance
         schedule: 1f1b computes backward as soon as possible, and holds fewer activations; gpipe all forward passes first.
@@ -218,6 +220,7 @@ class StagesConfig:
     """
 
     number: int = 1
+    cut: Literal["chain", "columns"] = "chain"
     balance: Literal["time", "memory"] = "time"
     at: str = ""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
@@ -445,6 +448,13 @@ def _check(config: Config) -> None:
     demand(stages.number > 0, "stages.number", stages.number, "a replica has 1 stage or more")
     demand(not stages.names or len(stages.names) == stages.number - 1, "stages.at", stages.at,
            f"{stages.number} stages begin at {stages.number - 1} names beside the first module; this is {len(stages.names)}")
+    is_chain, of_chain = stages.cut == "chain", "it is for --stages.cut chain; columns are cut as the network draws them"
+    demand(is_chain or stages.number == 2, "stages.cut", stages.cut,
+           f"that takes 2 stages, one for each column, not {stages.number}; give --stages 2")
+    demand(is_chain or not stages.names, "stages.at", stages.at, f"{of_chain}, so leave it out")
+    demand(is_chain or stages.balance == "time", "stages.balance", stages.balance, f"{of_chain}; leave it at time")
+    demand(is_chain or stages.schedule == "1f1b", "stages.schedule", stages.schedule,
+           "it is for --stages.cut chain; columns compute one micro-batch after the other; leave it at 1f1b")
     demand(stages.number == 1 or not (exchange.overlap or auto), "stages.number", stages.number,
            "the stages of a replica share one vector of weights, so exchange.overlap and n_push auto are not possible")
     demand(stages.number == 1 or config.model.batchnorm != "server_ema", "stages.number", stages.number,

@@ -170,6 +170,9 @@ def observe(run: RunDir) -> Observation:
     if summary.config.get("exchange.servers", 1) > 1:
         raise RunDirError(f"{run.path} had several servers, which wait for each other: calibrate with a run that had one; the plan "
                           "may then have --servers.")
+    if summary.pipelines and summary.pipelines.are_columns:
+        raise RunDirError(f"{run.path} had a network in columns, whose exchange of maps the model does not know: calibrate "
+                          "with a run that was not cut, or cut into a chain.")
     pushes = sum(rank.counts["pushes"] for rank in workers)
     images = sum(rank.counts["images"] for rank in workers) / pushes
     total = {phase: sum(rank.phases[phase] for rank in workers) for phase in ("data", "compute", "fetch")}

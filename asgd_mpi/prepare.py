@@ -45,7 +45,10 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     task = open_task(config)
     module = task.first_module()
     if num_stages > 1:
-        task.cuts(task.stage_plan(module), "memory")
+        if config.stages.cut == "columns":
+            task.rows_of_columns(module)
+        else:
+            task.cuts(task.stage_plan(module), "memory")
         if rulebook.RULEBOOK[config.rule.name].moves == "elastic":
             raise ConfigError(f"--stages {num_stages} with {config.rule.name}: its workers validate other weights than they "
                               "train, and the stages of a replica share one vector of weights. Take another rule.")

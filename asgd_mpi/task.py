@@ -23,8 +23,9 @@ from asgd_mpi.model import networks
 from asgd_mpi.server.ledger import Plan
 from asgd_mpi.server.rulebook import pacing, vectors
 from asgd_mpi.server.schedule import Schedule
+from asgd_mpi.stages import columns
 from asgd_mpi.stages.graph import Graph, trace
-from asgd_mpi.stages.plan import Batch, Seconds, StagePlan
+from asgd_mpi.stages.plan import Batch, Row, Seconds, StagePlan
 from asgd_mpi.stages.schedule import SCHEDULES
 
 EMBEDDED = "digits"
@@ -75,10 +76,13 @@ class Task:
 
     def stage_plan(self, module: nn.Module, seconds: list[Seconds] | None = None) -> StagePlan:
         """What the parts of the network cost. Raises ConfigError if it cannot be cut."""
-        micro, data = self.config.compute.micro_batches, self.config.data
-        batch = Batch(-(-data.batch_size // micro), micro, SCHEDULES[self.config.stages.schedule])
-        graph = Graph(trace(module), (batch.images, self.channels, data.image_size, data.image_size))
-        return StagePlan(graph, batch, seconds, vectors=2 + vectors(self.config.rule, num_workers=1)[1])
+        shape, micro = self._shape_of_part, self.config.compute.micro_batches
+        batch = Batch(shape[0], micro, SCHEDULES[self.config.stages.schedule])
+        return StagePlan(Graph(trace(module), shape), batch, seconds, self._vectors)
+
+    def rows_of_columns(self, module: nn.Module) -> list[Row]:
+        """What each column of the network costs. Raises ConfigError if it has none."""
+        return columns.rows(module, self._shape_of_part, self._vectors)
 
     def cuts(self, plan: StagePlan, balance: str) -> list[int]:
         """Where the network is cut: at the user's names, or by what is to be balanced. Raises ConfigError."""
@@ -97,6 +101,17 @@ class Task:
         samples, config = self.train.num_samples, self.config
         return Schedule(config.schedule, samples, round(config.run.epochs * samples), num_workers, config.rule.staleness,
                         in_flight=num_workers * (1 + config.exchange.overlap))
+
+    @property
+    def _shape_of_part(self) -> tuple[int, ...]:
+        """Of the images of a micro-batch."""
+        data = self.config.data
+        return -(-data.batch_size // self.config.compute.micro_batches), self.channels, data.image_size, data.image_size
+
+    @property
+    def _vectors(self) -> int:
+        """Copies of its parameters that a stage keeps."""
+        return 2 + vectors(self.config.rule, num_workers=1)[1]
 
     def _laid_out(self, module: nn.Module) -> nn.Module:
         return module.to(memory_format=torch.channels_last) if self.config.compute.channels_last else module

@@ -4,7 +4,7 @@ Speed: images/s of one replica of S stages and M micro-batches a batch, on emula
 gradient is small but real, and all else is the training itself. Ideal is S times one GPU; the bubble of the schedule takes
 (S - 1) / (M + S - 1) of it. Cells are interleaved, medians. Memory (`--parts memory`): the most that each rank took of its own
 beside what its process had after the imports, and its part of the gradient, which lies in memory that it shares with the
-server; next to what the plan says, for networks cut by memory.
+server; next to what the plan says, for networks cut by memory, and AlexNet by columns.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from asgd_mpi import config as configuration
 from asgd_mpi.record.summary import summarize
@@ -28,9 +29,23 @@ STARTUP_S = 120.0    # on top of a run's own time
 SLOWEST = 10         # times the ideal: then a run is given up
 BATCH = 16           # images, so that 8 micro-batches have two each
 DIGITS_IMAGES = 1437
-HEAVY = {"ResNet-152": "torchvision:resnet152", "VGG-16": "torchvision:vgg16"}
-HEAVY_BATCH, HEAVY_SIDE, HEAVY_IMAGES, HEAVY_S = 4, 64, 8, 600.0
+HEAVY_S = 600.0
 Cell = tuple[int, int, str]      # stages, micro-batches, schedule
+
+
+class Heavy(NamedTuple):
+    """A network whose memory is measured, in 1, 2, ... stages."""
+
+    model: str
+    stages: tuple[int, ...] = (1, 2, 3)
+    cut: tuple[str, ...] = ("--stages.balance", "memory")
+    batch: int = 4
+    parts: int = 2
+    side: int = 64               # of the images, in pixels
+
+
+HEAVY = {"ResNet-152": Heavy("torchvision:resnet152"), "VGG-16": Heavy("torchvision:vgg16"),
+         "AlexNet": Heavy("alexnet2", (1, 2), ("--stages.cut", "columns"), batch=16, parts=1, side=224)}
 
 
 def main() -> int:
@@ -109,7 +124,7 @@ def _percent(found: dict) -> str:
 
 def _memory(options: argparse.Namespace, failures: list[str]) -> list[dict]:
     rows = []
-    for name, num_stages in itertools.product(options.networks, (1, 2, 3)):
+    for name, num_stages in ((name, number) for name in options.networks for number in HEAVY[name].stages):
         try:
             rows += _weigh(name, num_stages)
         except launch.Failed as failure:
@@ -120,14 +135,19 @@ def _memory(options: argparse.Namespace, failures: list[str]) -> list[dict]:
 
 def _weigh(name: str, num_stages: int) -> list[dict]:
     """A row for each stage. Raises launch.Failed."""
-    arguments = ["--model", HEAVY[name], "--data.source", "synthetic", "--data.image_size", str(HEAVY_SIDE),
-                 "--batch-size", str(HEAVY_BATCH), "--compute.micro_batches", "2", "--stages", str(num_stages),
-                 "--stages.balance", "memory", "--epochs", "1", "--run.validate_every", "1e9", "--checkpoint.every_s", "0"]
+    heavy = HEAVY[name]
+    arguments = ["--model", heavy.model, "--data.source", "synthetic", "--data.image_size", str(heavy.side),
+                 "--batch-size", str(heavy.batch), "--compute.micro_batches", str(heavy.parts), "--stages", str(num_stages),
+                 *(heavy.cut if num_stages > 1 else ()), "--epochs", "1", "--run.validate_every", "1e9",
+                 "--checkpoint.every_s", "0"]
     task = open_task(complete(configuration.parse(arguments)))
-    plan = task.stage_plan(task.outline())
-    planned = plan.rows(task.cuts(plan, "memory") if num_stages > 1 else [])
+    if task.config.stages.cut == "columns":
+        planned = task.rows_of_columns(task.outline())
+    else:
+        plan = task.stage_plan(task.outline())
+        planned = plan.rows(task.cuts(plan, "memory") if num_stages > 1 else [])
     with tempfile.TemporaryDirectory() as place:
-        environment = {MEMORY: place, IMAGES: str(HEAVY_IMAGES)}
+        environment = {MEMORY: place, IMAGES: str(2 * heavy.batch)}
         with training.run(num_stages, arguments, environment, HEAVY_S, "benchmarks.weighed"):
             weights = [json.loads((Path(place) / f"rank{rank}.json").read_text()) for rank in range(1, num_stages + 1)]
     return [{"network": name, "stages": num_stages, "stage": stage, "parameters": row.parameters,

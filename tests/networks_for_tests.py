@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from asgd_mpi.model import networks
+from asgd_mpi.model.columns import TwoColumns
 
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "-1")))
 
@@ -54,6 +55,34 @@ class Crossed(nn.Module):
 
 def crossed(num_classes: int, channels: int) -> nn.Module:
     return Crossed(num_classes, channels)
+
+
+class Columned(TwoColumns):
+    """Two columns that meet three times, with dropout of images and maps, batch norm, and a layer that nobody uses."""
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__()
+
+        def pair(make):
+            return nn.ModuleList([make(), make()])
+
+        def conv(width, **options):
+            return nn.Sequential(nn.Conv2d(width, 4, 3, **options), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+
+        self.early, self.late = nn.Dropout(0.1), nn.Dropout(0.1)
+        self.low = pair(lambda: conv(channels, padding=1))
+        self.middle = pair(lambda: conv(8).append(nn.MaxPool2d(2, 1)).append(nn.Flatten()))
+        self.high = pair(lambda: nn.Linear(8 * 25, 16))
+        self.head = nn.Sequential(nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, num_classes))
+        self.spare = nn.Linear(3, 3)
+
+    @property
+    def segments(self):
+        return [self.early, tuple(self.low), tuple(self.middle), self.late, tuple(self.high), self.head]
+
+
+def columned(num_classes: int, channels: int) -> nn.Module:
+    return Columned(num_classes, channels)
 
 
 def restless(num_classes: int, channels: int) -> nn.Module:

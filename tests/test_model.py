@@ -27,17 +27,20 @@ def test_the_two_columns_are_the_grouped_network_with_a_normalisation_of_each_gr
             return torch.cat([self.layer(half) for half in maps.chunk(2, 1)], 1)
 
     torch.manual_seed(0)
-    columns = networks.AlexNet2(10).eval()
+    columns = networks.AlexNet2(10)
     torch.manual_seed(0)
-    grouped = networks.AlexNet(10).eval()                       # with the same weights
+    grouped = networks.AlexNet(10)                              # with the same weights
     for place in (2, 6):
         grouped.features[place] = Halves(grouped.features[place])
     images = torch.rand(2, 3, 224, 224)
-    assert torch.allclose(columns(images), grouped(images), rtol=1e-5, atol=1e-7)
+    scores = []
     for network in (columns, grouped):
-        network(images).square().sum().backward()
-    for one, other in [(columns.lower, grouped.features[4]), (columns.upper, grouped.features[8])]:   # convolutions 2 and 3
-        both = torch.cat([column[4 if one is columns.lower else 0].weight.grad for column in one])
+        torch.manual_seed(1)                                    # the same neurons are dropped
+        scores.append(network(images))
+        scores[-1].square().sum().backward()
+    assert torch.allclose(*scores, rtol=1e-5, atol=1e-7)
+    for name, place, other in [("lower", 4, grouped.features[4]), ("upper", 0, grouped.features[8])]:  # convolutions 2, 3
+        both = torch.cat([column[name][place].weight.grad for column in columns.columns])
         assert torch.allclose(both, other.weight.grad, rtol=1e-4, atol=1e-6 * other.weight.grad.abs().max().item())
 
 

@@ -7,13 +7,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asgd_mpi import plan
 from asgd_mpi.forecast import Costs, Observation, calibrate, simulate, what_moves
-from asgd_mpi.record.events import Interval
+from asgd_mpi.record.events import Cut, Interval
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.stages.schedule import bubble, one_f_one_b, timeline
 from test_page import Reader
@@ -263,6 +264,11 @@ def test_a_run_that_hides_its_pushes_cannot_calibrate(tmp_path, capsys):
     config.write_text(config.read_text().replace("  overlap: true", "  servers: 2"))
     assert plan.main([str(tmp_path / "run"), "--out", str(tmp_path / "plan")]) == 2
     assert "had several servers" in capsys.readouterr().err
+    config.write_text((RUN / "config.yaml").read_text())
+    with open(tmp_path / "run" / "metrics" / "rank000.jsonl", "ab") as metrics:
+        metrics.write(msgspec.json.encode(Cut(0.0, 2, 1, "columns", 0.0, ["lower.0.0", "lower.1.0"])) + b"\n")
+    assert plan.main([str(tmp_path / "run"), "--out", str(tmp_path / "plan")]) == 2
+    assert "had a network in columns" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["", "1,x", "0,2", "5000"])

@@ -155,6 +155,8 @@ def test_the_bubble_of_stages_is_the_sum_over_the_raw_lines(tmp_path):
     for text in (markdown, html):
         assert "wait for each other 34.2 % of the time; the plan expected 20.0 %" in text
     assert "wait for each other 34 % of the time (the plan expected 20 %): cut a batch into more parts than 4" in markdown
+    assert "The columns of a replica wait for each other 34 %" in report.render(msgspec.structs.replace(
+        summarize(run), pipelines=msgspec.structs.replace(found, schedule="columns")))
     assert msgspec.json.decode(msgspec.json.encode(summarize(run)))["pipelines"]["measured"] == found.measured
     assert summarize(make_run(tmp_path / "other", make_pushes())).pipelines is None
 

@@ -308,7 +308,7 @@ def test_parameters_that_no_node_uses_are_the_first_stages():
 
     module = Idle()
     stages = cut(Graph(trace(module), (2, 4)), [1])
-    adopt_(stages, module)
+    adopt_([stage.module for stage in stages], module)
     assert [len(list(stage.module.parameters())) for stage in stages] == [6, 2]
     places = sorted((part.start, part.stop) for stage in stages for part, _ in places_of(module, stage.module))
     assert [start for start, _ in places] == [0, *(stop for _, stop in places[:-1])] and places[-1][1] == num_floats(module)

@@ -20,6 +20,7 @@ from conftest import finish
 CPU = torch.device("cpu")
 OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.balance", "memory", "--run.dir", "run",
            "--resume", "auto"]
+COLUMNS = ["--model", "networks_for_tests:columned", "--stages", "2", "--stages.cut", "columns", "--stages.balance", "time"]
 
 
 @pytest.mark.parametrize("vendor, module, num_workers, options", [
@@ -27,6 +28,7 @@ OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.b
                                        "--exchange.wire", "bfloat16"]]),
     ("openmpi", "two_hosts", 2, [["--stages", "2", "--stages.balance", "time"]]),
     ("openmpi", "asgd_mpi.train", 2, [["--stages", "2", "--servers", "2"]]),
+    ("openmpi", "asgd_mpi.train", 2, [[*COLUMNS, "--lr", "0.1", "--schedule.warmup_epochs", "0"]]),
     ("mpich", "asgd_mpi.train", 1, [["--stages", "2", "--inject", "term@step15:rank1"], ["--record.hash_snapshots", "true"]])])
 def test_replicas_of_stages_replay_in_one_process_to_the_bit(request, digits, tmp_path, vendor, module, num_workers, options):
     """The replay computes with the uncut network. With dropout, batch norm and tensors that cross several cuts.
@@ -61,12 +63,29 @@ def test_replicas_of_stages_replay_in_one_process_to_the_bit(request, digits, tm
     assert 1 - errors.top1 / errors.num_images == manifest.top1_error < 0.6      # with the statistics of all stages
 
 
-@pytest.mark.parametrize("failure, launcher_options, told", [
-    ("raise@step5:rank3", (), "stage 1 of worker 0 has failed: "),
-    ("kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended"),
-    ("kill@step5:rank1", ("--with-ft", "ulfm"), "the process of stage 0 of worker 0 has ended")])
-def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, tmp_path, failure, launcher_options, told):
-    options = ["--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS, "--batch-size", "48", "--inject", failure]
+def test_two_columns_train_the_weights_of_one_rank_to_the_bit(openmpi, digits, tmp_path):
+    """Half of the epoch, with the momentum; then one rank goes on."""
+    left, uncut = ["--inject", "term@step15:rank1"], ["--stages", "1", "--stages.cut", "chain"]
+    for name, status, options in [("whole", 0, uncut), ("columns", 75, left), ("columns", 0, uncut)]:
+        done = openmpi.train(2 if options is uncut else 3, "--data", str(digits), "--epochs", "1", *OPTIONS, *COLUMNS,
+                             *options, "--run.dir", name, cwd=tmp_path)
+        assert done.returncode == status, done.stdout + done.stderr
+    whole, again = (RunDir.open(tmp_path / name) for name in ("whole", "columns"))
+    num_pushes = sum(push is not None for push in history.pushes(whole))
+    one, _ = checkpoint.load(whole.checkpoint(num_pushes, 0))
+    two, _ = checkpoint.load(again.checkpoint(num_pushes, 1))
+    assert one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert summarize(again).pipelines.schedule == "columns"
+
+
+@pytest.mark.parametrize("cut, failure, launcher_options, told", [
+    ([], "raise@step5:rank3", (), "stage 1 of worker 0 has failed: "),
+    (COLUMNS, "kill@step5:rank3", ("--with-ft", "ulfm"), "the process of stage 1 of worker 0 has ended"),
+    ([], "kill@step5:rank1", ("--with-ft", "ulfm"), "the process of stage 0 of worker 0 has ended")])
+def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, tmp_path, cut, failure, launcher_options,
+                                                               told):
+    options = ["--data", str(digits), "--epochs", "1", "--stages", "2", *OPTIONS, *cut, "--batch-size", "48", "--inject",
+               failure]
     done = finish(openmpi.start_training(5, *options, cwd=tmp_path, launcher_options=launcher_options), 120)
     assert done.returncode == 3, done.stdout + done.stderr
     assert told in done.stderr

@@ -101,7 +101,7 @@ class Pipe:
             probed = self._team.comm.Improbe(source=self._stage, tag=self._tag, status=status)
             if probed is None:
                 return False
-            message = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            message = torch.empty(status.Get_count(MPI.BYTE), dtype=torch.uint8).numpy()      # aligned as tensors are
             self._receive = probed.Irecv([message, MPI.BYTE]), message
         return self._receive[0].Test()
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from asgd_mpi.config import Recipe
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.model.columns import TwoColumns
 from asgd_mpi.record import checkpoint
 
 IMAGENET_RESNET = Recipe(epochs=90, batch_size=32, augment="reference", momentum=0.9, weight_decay=1e-4,
@@ -75,31 +76,30 @@ class AlexNet(nn.Module):
         return self.classifier(self.features(images))
 
 
-class AlexNet2(nn.Module):
+class AlexNet2(TwoColumns):
     """The same network as it is drawn (Krizhevsky 2012, figure 2): two columns, each with half of the maps and neurons.
 
     A column sees its own maps alone but at the cross-overs, where it sees both columns': in the third convolution and in the
-    linear layers (section 3.5). One column's work between two cross-overs needs nothing of the other's. The response
+    linear layers (section 3.5). One column's work between two cross-overs needs nothing of the other's, so each may be on a
+    rank of its own (--stages.cut columns); the scores, which the figure draws as one, are the second rank's. The response
     normalisation stays within a column, which is all that `alexnet` does in another way. 60 965 224 parameters.
     """
 
     def __init__(self, num_classes: int, channels: int = 3):
         super().__init__()
         pair = AlexNet(num_classes, channels)               # for its first weights
-        columns = range(2)
-        self.lower = nn.ModuleList(_column(pair.features[:8], number) for number in columns)
-        self.upper = nn.ModuleList(_column(pair.features[8:], number) for number in columns)
-        self.linear6, self.linear7 = (
-            nn.ModuleList(_column(pair.classifier[start:start + 3], number) for number in columns)
-            for start in (1, 4))
+        parts = {"lower": pair.features[:8], "upper": nn.Sequential(*pair.features[8:], nn.Flatten()),
+                 "linear6": pair.classifier[1:3], "linear7": pair.classifier[4:6]}
+        self.columns = nn.ModuleList(nn.ModuleDict({name: _column(layers, number) for name, layers in parts.items()})
+                                     for number in range(2))
+        self.dropout = nn.Dropout(0.5)
         self.scores = pair.classifier[-1]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        maps = torch.cat([column(images) for column in self.lower], 1)                   # cross-over: (B, 2 x 128, 13, 13)
-        maps = torch.cat([column(maps).flatten(1) for column in self.upper], 1)          # cross-over: (B, 2 x 128 x 36)
-        for layer in (self.linear6, self.linear7):
-            maps = torch.cat([column(maps) for column in layer], 1)                      # (B, 2 x 2048)
-        return self.scores(maps)
+    @property
+    def segments(self) -> list[nn.Module | tuple[nn.Module, nn.Module]]:
+        """What crosses over: (B, 2 x 128, 13, 13), (B, 2 x 128 x 36), (B, 2 x 2048) twice."""
+        lower, upper, linear6, linear7 = zip(*(column.values() for column in self.columns))
+        return [lower, upper, linear6, self.dropout, linear7, self.dropout, self.scores]
 
 
 def _column(layers: nn.Sequential, number: int) -> nn.Sequential:

@@ -139,7 +139,7 @@ class Cut(msgspec.Struct, tag_field="event", tag="cut"):
     t: float
     num_stages: int
     num_parts: int            # micro-batches of a batch
-    schedule: str             # of SCHEDULES in stages.schedule
+    schedule: str             # of SCHEDULES in stages.schedule, or columns
     bubble: float             # 0..1: share of the time in which the stages are expected to wait for each other
     begins: list[str]         # the first module of each stage
 

@@ -40,6 +40,11 @@ class Pipelines(msgspec.Struct):
     measured: float | None                     # ... and in the run, of all replicas together
     stages: list[StageUse]
 
+    @property
+    def are_columns(self) -> bool:
+        """In place of a chain."""
+        return self.schedule == "columns"
+
 
 def pipelines(cut: Cut | None, ranks: Mapping[int, Rank], num_workers: int) -> Pipelines | None:
     """None for a run whose networks are not cut."""

@@ -30,7 +30,7 @@ from asgd_mpi.record.timeline import Bins, Timeline
 
 CONFIG_KEYS = ("model.name", "data.path", "data.batch_size", "run.epochs", "run.seed", "rule.name", "rule.momentum",
                "rule.warm_start_epochs", "schedule.lr", "exchange.n_push", "exchange.n_fetch", "exchange.overlap",
-               "exchange.wire", "exchange.servers", "stages.number", "compute.micro_batches")
+               "exchange.wire", "exchange.servers", "stages.number", "stages.cut", "compute.micro_batches")
 MAX_BINS = 20         # of the staleness histogram
 
 

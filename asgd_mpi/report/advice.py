@@ -91,6 +91,10 @@ def _bubble(summary: Summary) -> str | None:
     found = summary.pipelines
     if found is None or found.measured is None or found.measured < WAITS:
         return None
+    if found.are_columns:
+        return (f"The columns of a replica wait for each other {percent(found.measured, 0)} of the time, for maps on their "
+                "way or for the slower one: give each a device of its own, and larger parts (a larger --data.batch_size, "
+                "fewer --compute.micro_batches), which share out what a message costs.")
     expected = f" (the plan expected {percent(found.expected, 0)})" if found.expected is not None else ""
     return (f"The {found.num_stages} stages of a replica wait for each other {percent(found.measured, 0)} of the time{expected}"
             f": cut a batch into more parts than {found.num_parts} (--compute.micro_batches), or take fewer stages.")

@@ -98,9 +98,9 @@ def cut(graph: Graph, cuts: Sequence[int], differentiable: Sequence[str] | None 
     return stages
 
 
-def adopt_(stages: Sequence[Stage], module: nn.Module) -> None:
-    """Give the first stage the parameters of the uncut network that no stage uses: they are its to keep as they are."""
-    used = {id(parameter) for stage in stages for parameter in stage.module.parameters()}
+def adopt_(parts: Sequence[nn.Module], module: nn.Module) -> None:
+    """Give the first part the parameters of the uncut network that no part uses: they are its to keep as they are."""
+    used = {id(parameter) for part in parts for parameter in part.parameters()}
     unused = [parameter for parameter in module.parameters() if id(parameter) not in used]
     if unused:
-        stages[0].module.add_module("unused", nn.ParameterList(unused))
+        parts[0].add_module("unused", nn.ParameterList(unused))

@@ -12,11 +12,15 @@ import copy
 import operator
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
 
 from asgd_mpi.errors import ConfigError
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class _Value(fx.Proxy):
@@ -98,7 +102,7 @@ class Graph:
     @cached_property
     def _shown(self) -> _Run:
         """The first one of a process takes a second, since torch then loads what it knows of shapes."""
-        run = _Run(_on_meta(self.traced))
+        run = _Run(on_meta(self.traced))
         run.run(torch.empty(self.shape, device="meta"))
         return run
 
@@ -171,11 +175,11 @@ class Graph:
                 yield getattr(self.traced.get_submodule(owner), name)
 
 
-def _on_meta(traced: fx.GraphModule) -> fx.GraphModule:
-    """A copy that holds shapes only."""
-    tensors = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in traced.parameters()}
-    tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in traced.buffers()}
-    return copy.deepcopy(traced, tensors).train()
+def on_meta(module: _Module) -> _Module:
+    """A copy that holds shapes only, in training."""
+    tensors = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+    tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
+    return copy.deepcopy(module, tensors).train()
 
 
 class _Run(fx.Interpreter):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from asgd_mpi.stages.cut import Stage
 from asgd_mpi.stages.schedule import Schedule, Step, one_f_one_b
@@ -56,6 +57,25 @@ class LocalChannel:
         return self.tensors.pop(part)
 
 
+@dataclass
+class TwoWays:
+    """One end of two channels."""
+
+    out: Channel
+    back: Channel
+    sent_bytes: int = 0
+
+    def put(self, part: int, tensors: Tensors) -> None:
+        self.sent_bytes += sum(tensor.nbytes for tensor in tensors)
+        self.out.put(part, tensors)
+
+    def has(self, part: int) -> bool:
+        return self.back.has(part)
+
+    def take(self, part: int) -> Tensors:
+        return self.back.take(part)
+
+
 @dataclass(frozen=True)
 class Work:
     """What is to be done with the parts of a batch, by their number; the first and the last stage need all of it."""
@@ -65,6 +85,26 @@ class Work:
     loss: Callable[[int, torch.Tensor], torch.Tensor]       # of the scores (b, classes): what is differentiated
     generator: torch.Generator                              # the random numbers
     autocast: Callable[[], AbstractContextManager] = nullcontext
+
+
+class AtWork(Protocol):
+    """What one rank of a replica computes of a batch."""
+
+    losses: dict[int, torch.Tensor]        # of the parts, by the last rank
+
+    def can(self, step: Step) -> bool:
+        """Whether what a step needs from another rank is there."""
+
+    def do(self, step: Step) -> None:
+        """Compute it."""
+
+
+class Role(NamedTuple):
+    """What one rank of a replica computes, batch after batch."""
+
+    module: nn.Module
+    at_work: Callable[[Link | None, Link | None, Work], AtWork]        # with the links to the ranks before and after it
+    schedule: Schedule
 
 
 class StageAtWork:
@@ -120,9 +160,14 @@ def run_(stages: Sequence[Stage], work: Work, num_parts: int, schedule: Schedule
     """Add the gradients of the parts to those of the parameters, in this process; returns their losses."""
     links = [None, *(Link(LocalChannel(), LocalChannel()) for _ in stages[1:]), None]
     at_work = [StageAtWork(stage, before, after, work) for stage, before, after in zip(stages, links, links[1:])]
-    todo = [schedule(number, len(stages), num_parts)[::-1] for number in range(len(stages))]
+    return run_in_turn_(at_work, schedule, num_parts)
+
+
+def run_in_turn_(at_work: Sequence[AtWork], schedule: Schedule, num_parts: int) -> list[torch.Tensor]:
+    """As `run_`, whoever computes what."""
+    todo = [schedule(number, len(at_work), num_parts)[::-1] for number in range(len(at_work))]
     while any(todo):
-        for stage, steps in zip(at_work, todo):
-            while steps and stage.can(steps[-1]):
-                stage.do(steps.pop())
+        for one, steps in zip(at_work, todo):
+            while steps and one.can(steps[-1]):
+                one.do(steps.pop())
     return [at_work[-1].losses[part] for part in range(num_parts)]

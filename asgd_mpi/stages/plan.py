@@ -108,7 +108,7 @@ class Row:
     parameters: int
     activation_bytes: int     # that backward needs, for the micro-batches that are held at a time
     memory_bytes: int         # those, and the copies of the parameters
-    sent_bytes: int           # to the next stage, of a micro-batch
+    sent_bytes: int           # to the next stage, or the other column, of a micro-batch
     seconds: Seconds | None   # of a micro-batch; None if it was not measured
 
 

@@ -16,9 +16,10 @@ class Step(NamedTuple):
 
     is_forward: bool
     part: int
+    segment: int = 0       # of a column, which computes a micro-batch in several steps
 
     def __str__(self) -> str:
-        return f"{'F' if self.is_forward else 'B'}{self.part}"
+        return f"{'F' if self.is_forward else 'B'}{self.part}{f'.{self.segment}' if self.segment else ''}"
 
 
 def gpipe(stage: int, num_stages: int, num_parts: int) -> list[Step]:
@@ -44,6 +45,19 @@ def one_f_one_b(stage: int, num_stages: int, num_parts: int) -> list[Step]:
 
 Schedule = Callable[[int, int, int], list[Step]]   # (stage, S, M) -> what the stage does, in order
 SCHEDULES: dict[str, Schedule] = {"gpipe": gpipe, "1f1b": one_f_one_b}
+
+
+def by_segments(num_pairs: int) -> Schedule:
+    """That of two columns (see columns): one micro-batch after the other, through all segments and back.
+
+    The last column has one segment more than there are pairs, the head.
+    """
+    def schedule(stage: int, num_stages: int, num_parts: int) -> list[Step]:
+        segments = range(num_pairs + (stage == num_stages - 1))
+        return [Step(is_forward, part, segment) for part in range(num_parts)
+                for is_forward, way in ((True, segments), (False, reversed(segments))) for segment in way]
+
+    return schedule
 
 
 def held(steps: Sequence[Step]) -> int:

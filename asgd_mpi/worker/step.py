@@ -71,7 +71,7 @@ class Parts:
         truths = labels.tensor_split(self.count(compute))
         parts = images.tensor_split(len(truths)) if images is not None else ()
         begins = list(itertools.accumulate(map(len, truths), initial=self.start))
-        generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+        generator = _generator(device)
 
         def seed(part: int) -> None:    # torch.manual_seed would note a stack trace for a CUDA that is not there
             generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, begins[part]]).generate_state(1)[0]))
@@ -83,6 +83,15 @@ class Parts:
             return torch.autocast(device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32")
 
         return pipeline.Work(parts.__getitem__, seed, loss, generator, autocast)
+
+
+def looking(images: torch.Tensor | None, device: torch.device) -> pipeline.Work:
+    """Work on images (B, C, S, S) in one part whose `loss` is their scores; only the first stage needs the images."""
+    return pipeline.Work(lambda part: images, lambda part: None, lambda part, scores: scores, _generator(device))
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
 
 
 class ScaledLoss:

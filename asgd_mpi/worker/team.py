@@ -1,4 +1,4 @@
-"""A replica whose network is cut into stages, each on a rank of its own.
+"""A replica whose network is cut into stages, a chain of parts or two columns, each on a rank of its own.
 
 The leader, stage 0, is the worker that the server knows: it holds the lease, the images and the courier. Every stage keeps its
 own part of weights, gradient and momentum: it reads that from the server's snapshot, computes on it, and writes what is pushed
@@ -28,10 +28,9 @@ from asgd_mpi.model import batchnorm
 from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, num_statistics, places_of, statistics_of, views
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.meter import Meter
-from asgd_mpi.stages.cut import Stage
-from asgd_mpi.stages.pipeline import Link, StageAtWork
-from asgd_mpi.stages.schedule import Schedule
-from asgd_mpi.worker.step import Normalise, Parts, prepared
+from asgd_mpi.stages.pipeline import Link, Role
+from asgd_mpi.stages.schedule import Step
+from asgd_mpi.worker.step import Normalise, Parts, looking, prepared
 from asgd_mpi.worker.vectors import SpreadVectors, Vectors
 
 CPU = torch.device("cpu")
@@ -73,13 +72,13 @@ class _Member:
 
     at_every_batch: Callable[[torch.Tensor], None] = staticmethod(lambda gradient: None)
 
-    def __init__(self, meter: Meter, team: Team, window: WorkerWindow, module: nn.Module, stage: Stage, device: torch.device,
-                 config: Config, schedule: Schedule):
-        self.meter, self.team, self.window, self.stage, self.device = meter, team, window, stage, device
-        self.compute, self.schedule = config.compute, schedule
-        self._places, self._statistics = places_of(module, stage.module), statistics_of(module, stage.module)
-        materialise_(stage.module)
-        self.flat = FlatModel(stage.module, device, self._own_gradient())
+    def __init__(self, meter: Meter, team: Team, window: WorkerWindow, module: nn.Module, role: Role, device: torch.device,
+                 config: Config):
+        self.meter, self.team, self.window, self.role, self.device = meter, team, window, role, device
+        self.compute = config.compute
+        self._places, self._statistics = places_of(module, role.module), statistics_of(module, role.module)
+        materialise_(role.module)
+        self.flat = FlatModel(role.module, device, self._own_gradient())
         on_host = device.type == "cpu"
         self._fetched = self.flat.weights if on_host else torch.empty(self.flat.num_floats, pin_memory=True)
         self.vectors = _StageVectors(self.flat, config, window.whole.num_workers, self._places, team.gradient)
@@ -109,8 +108,8 @@ class _Member:
         if not accumulate:
             self.flat.gradient.zero_()
         count = parts.count(self.compute)
-        at_work = StageAtWork(self.stage, self._before, self._after, parts.work(images, self.device, self.compute))
-        for step in self.schedule(self.team.stage, self.team.num_stages, count):
+        at_work = self.role.at_work(self._before, self._after, parts.work(images, self.device, self.compute))
+        for step in self._steps(count):
             self._await(lambda: at_work.can(step), f"what its step {step} needs")
             started = time.perf_counter()
             at_work.do(step)
@@ -121,19 +120,23 @@ class _Member:
     @torch.no_grad()
     def forward_part(self, images: torch.Tensor | None) -> torch.Tensor | None:
         """This stage's part of a forward pass without gradients; returns the scores, of the last stage."""
-        given = self.stage(*((images,) if self._before is None else self._before.activations.take(0)))
-        if self._after is None:
-            return given[0]
-        self._after.activations.put(0, given)
-        return None
+        at_work = self.role.at_work(self._before, self._after, looking(images, self.device))
+        for step in self._steps(1):
+            if step.is_forward:
+                self._await(lambda: at_work.can(step), f"what its step {step} needs")
+                at_work.do(step)
+        return at_work.losses.get(0)
+
+    def _steps(self, num_parts: int) -> list[Step]:
+        return self.role.schedule(self.team.stage, self.team.num_stages, num_parts)
 
     def set_mode(self, mode: str) -> None:
         """train, eval, or recalibrate: batch norm measures its statistics anew, until the next mode is set."""
         self._measuring.close()
         if mode == "recalibrate":
-            self._measuring.enter_context(batchnorm.measuring(self.stage.module))
+            self._measuring.enter_context(batchnorm.measuring(self.role.module))
         else:
-            self.stage.module.train(mode == "train")
+            self.role.module.train(mode == "train")
 
     def read(self, slot: int, whole: bool) -> int:
         """This stage's part of the snapshot in a slot of the server's ring; returns the bytes."""
