@@ -99,7 +99,7 @@ def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
     server, worker = (4e-6 * num_parameters * count for count in rulebook.vectors(rule, num_workers))
     drift = rulebook.max_drift(rule, num_workers)
     clipped = (f", gradients clipped to a norm of {rule.clip_norm:g}" if rule.clip_norm else "") + (
-        f", a push of each worker moves the weights by {drift:.0%} at most" if drift else "")
+        f", one push of every worker moves the weights by {drift:.0%} of their norm at most" if drift else "")
     wire = f"; {config.exchange.wire} on the wire" if config.exchange.wire != "float32" else ""
     warm = f"; one worker alone for the first {rule.warm_start_epochs:g} epochs" if rule.warm_start_epochs else ""
     return (f"{rule.name}: {rulebook.RULEBOOK[rule.name].what}, {momentum}{clipped}; it keeps {server:.0f} MB on the server and "

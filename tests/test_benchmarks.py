@@ -12,7 +12,7 @@ import torch
 from asgd_mpi.exchange import wait
 from asgd_mpi.record.events import EventLog, Interval, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
-from benchmarks import data_wait, exchange, launch, training
+from benchmarks import data_wait, exchange, hosts, launch, training
 from benchmarks.peers import protocol
 
 ROOT = Path(__file__).parent.parent
@@ -131,6 +131,20 @@ def test_a_small_overlap_keeps_emulated_workers_busy(openmpi, tmp_path):
                    "1", "--workers", 2, "--seconds", 3)
     [cell] = result["cells"]
     assert 0.2 < cell["over_ideal"]["median"] <= 1.1      # a busy machine may be slow, but nobody is faster than the sleep
+
+
+def test_pushes_and_fetches_over_a_small_link_are_no_faster_than_the_link(openmpi, tmp_path):
+    reason = hosts.why_not()
+    if reason:
+        pytest.skip(reason)
+    rule = "tbf rate 1gbit burst 256kb latency 50ms"
+    with hosts.hosts(1, tmp_path) as one:
+        if not one.shape(rule):
+            pytest.skip("this kernel gives a link no rate")
+    result = small("benchmarks.link", openmpi, tmp_path / "result.json", "--parameters", 1_000_000, "--links", rule, "--seconds", 0.5)
+    [cell] = result["cells"]
+    for way in ("push", "fetch"):
+        assert 1e6 < cell[way]["bytes_per_s"]["median"] < 1.2 * 1e9 / 8 and 1e6 < cell[way]["stream_bytes_per_s"]["median"] < 1.2 * 1e9 / 8
 
 
 def test_a_run_without_metrics_keeps_its_pushes_and_costs_of_metrics_are_read(openmpi, tmp_path):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import hosts
 from asgd_mpi import findings
 from asgd_mpi.doctor import render
 from asgd_mpi.findings import NOTE, PROBLEM, Findings, Link, Locking, Need, Rank
 from asgd_mpi.topology import Gpu
+from benchmarks import hosts
 
 ILL = str(Path(__file__).parent / "doctor_for_tests.py")
 RANK = Rank("a", "Open MPI v5.0.11", "Open MPI 5.0.11", "multiple", 2, shm_free=10**9)

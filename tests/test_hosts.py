@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-import hosts
 from asgd_mpi import replay
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import Fetch, Member, Publish, Retirement, Start, read_events, read_log, read_pushes
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
+from benchmarks import hosts
 from conftest import finish
 
 NUM_WORKERS = 4   # ranks 0, 1 on the first host, 2, 3 on the second, 4 on the third; with 2 servers 4 is on the second, and serves

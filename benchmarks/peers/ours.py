@@ -6,6 +6,7 @@ The gradient lies where a training on the CPU computes it: in the memory that th
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -82,7 +83,12 @@ def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, optio
     return server.ledger.version
 
 
-def work(world: World, courier: Courier, clock: protocol.Clock) -> None:
+def push_and_fetch(courier: Courier, header: Header) -> None:
+    courier.push_gradient(header, fetch=True)
+    courier.wait()
+
+
+def work(world: World, courier: Courier, clock: protocol.Clock, exchange: Callable[[Courier, Header], None]) -> None:
     """Push and fetch, one sample of a lease each time, until the server says stop."""
     def granted() -> Lease | None:
         return next((lease for lease in courier.mail.leases if lease.number == number), None)
@@ -98,14 +104,13 @@ def work(world: World, courier: Courier, clock: protocol.Clock) -> None:
         if lease is None:
             courier.say(Header(Kind.GOODBYE, world.worker, courier.sent + 1, 0, 0, 0, 0))
             return
-        courier.push_gradient(Header(Kind.GRADIENT, world.worker, courier.sent + 1, courier.version, number, lease.start, 1),
-                              fetch=True)
-        courier.wait()
+        exchange(courier, Header(Kind.GRADIENT, world.worker, courier.sent + 1, courier.version, number, lease.start, 1))
         clock.tick()
         number += 1
 
 
-def main() -> None:
+def main(exchange: Callable[[Courier, Header], None] = push_and_fetch) -> World:
+    """How a worker makes an exchange may be given; the world, when all is over."""
     options, world = protocol.options(), World(timeout_s=60)
     torch.set_num_threads(options.threads if world.is_server else 1)
     module = Vector(options.parameters)
@@ -123,10 +128,11 @@ def main() -> None:
             flat.gradient[:options.parameters].copy_(protocol.make_gradient(options.parameters))
             courier = Courier(window, outbox, flat, meter, overlap=False)
             clock = protocol.Clock(options.warmup, options.seconds)
-            work(world, courier, clock)
+            work(world, courier, clock, exchange)
             result = {"rate": clock.rate, "pushes": clock.exchanges}
             weights = flat.weights                     # now of this worker's last push: get those of everybody's
-            window.fetch(weights.view(torch.uint8), at_least=courier.mail.version)
+            if window.near[0]:                         # one alone on another host, whom nobody answers any more, has them
+                window.fetch(weights.view(torch.uint8), at_least=courier.mail.version)
         log.close()
     results = world.gather(result)
     pushes = results[0]["pushes"]
@@ -135,6 +141,7 @@ def main() -> None:
     if world.is_server:
         protocol.report([worker["rate"] for worker in results], pushes, everything and all(right))
     world.barrier("all ranks to be done")
+    return world
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces with a link each to a switch, for tests of what crosses a network.
+"""Several hosts on one machine: network namespaces with a link each to a switch, for what crosses a network.
 
 Needs root, and iproute2. Every host has its own network and host name; the file system is shared, as on a cluster.
 """
