@@ -29,19 +29,23 @@ ALIGNMENT = 64      # bytes; a tensor begins on such a boundary of its message
 
 def pack(part: int, tensors: tuple[torch.Tensor, ...]) -> np.ndarray:
     """One message, uint8: words (their count, the part; of each tensor type, layout, dimensions, sizes), then tensors."""
-    words, flat = [0, part], []
+    words, laid_out = [0, part], []
     for tensor in tensors:
         pixels = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-        tensor = (tensor.permute(0, 2, 3, 1) if pixels else tensor.contiguous()).cpu()
-        words += [DTYPES.index(tensor.dtype), int(pixels), tensor.dim(), *tensor.shape]
-        flat.append(tensor.reshape(-1).view(torch.uint8).numpy())
+        laid_out.append(tensor.permute(0, 2, 3, 1) if pixels else tensor)
+        words += [DTYPES.index(tensor.dtype), int(pixels), tensor.dim(), *laid_out[-1].shape]
     words[0] = len(words)
-    starts = np.cumsum([_aligned(8 * len(words)), *(_aligned(len(each)) for each in flat)])
-    message = np.empty(starts[-1], np.uint8)
-    message[:8 * len(words)] = np.array(words, np.int64).view(np.uint8)
-    for start, each in zip(starts, flat):
-        message[start:start + len(each)] = each
-    return message
+    starts = np.cumsum([_aligned(8 * len(words)), *(_aligned(tensor.nbytes) for tensor in laid_out)]).tolist()
+    message = _message(starts[-1], any(tensor.is_cuda for tensor in tensors))
+    message[:8 * len(words)] = torch.tensor(words).view(torch.uint8)
+    for start, tensor in zip(starts, laid_out):
+        message[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return message.numpy()
+
+
+def _message(num_bytes: int, for_gpu: bool) -> torch.Tensor:
+    """Memory for one, aligned as tensors are; page-locked, if a GPU is to copy from it or into it."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=for_gpu)
 
 
 def unpack(message: np.ndarray, device: torch.device) -> tuple[int, tuple[torch.Tensor, ...]]:
@@ -101,7 +105,7 @@ class Pipe:
             probed = self._team.comm.Improbe(source=self._stage, tag=self._tag, status=status)
             if probed is None:
                 return False
-            message = torch.empty(status.Get_count(MPI.BYTE), dtype=torch.uint8).numpy()      # aligned as tensors are
+            message = _message(status.Get_count(MPI.BYTE), self._device.type == "cuda").numpy()
             self._receive = probed.Irecv([message, MPI.BYTE]), message
         return self._receive[0].Test()
 
