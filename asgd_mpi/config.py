@@ -109,7 +109,7 @@ class RuleConfig:
         weight_decay: L2 penalty (default: the network's recipe)
         max_drift: gradients are scaled down, on the worker, so that one push of each worker moves the weights by this share
             of their norm at most; 0 for no limit, by default what suits the rule and the number of workers
-        clip_norm: the gradient of a batch is scaled down to this norm, on the worker; 0 for no limit
+        clip_norm: the gradient of a batch is scaled down to this norm, on the worker (default: no limit)
         warm_start_epochs: one worker alone trains so many epochs before the others join
         splits: of softsync; a step is the mean of workers / splits gradients
         max_staleness: of ringmaster; gradients as stale as this are dropped; 0 for twice the number of workers
@@ -126,7 +126,7 @@ class RuleConfig:
     staleness: Optional[Literal["delay_adaptive", "inverse", "constant"]] = None
     weight_decay: Optional[float] = None
     max_drift: Optional[float] = None
-    clip_norm: float = 0.0
+    clip_norm: Optional[float] = None
     warm_start_epochs: float = 0.0
     splits: int = 1
     max_staleness: int = 0
@@ -419,7 +419,7 @@ def _check(config: Config) -> None:
            "momentum is 0 or more and below 1; at 1 the velocity never decays")
     rule = config.rule
     demand(rule.max_drift is None or rule.max_drift >= 0, "rule.max_drift", rule.max_drift, "give a share, or 0 for no limit")
-    demand(rule.clip_norm >= 0, "rule.clip_norm", rule.clip_norm, "give a norm, or 0 for no limit")
+    demand(rule.clip_norm is None or rule.clip_norm >= 0, "rule.clip_norm", rule.clip_norm, "give a norm, or 0 for no limit")
     demand(rule.warm_start_epochs >= 0, "rule.warm_start_epochs", rule.warm_start_epochs, "give epochs, or 0 for a cold start")
     demand(rule.splits > 0, "rule.splits", rule.splits, "a step is the mean of workers / splits gradients; give 1 or more")
     demand(rule.max_staleness >= 0, "rule.max_staleness", rule.max_staleness, "give versions, or 0 for twice the workers")

@@ -134,7 +134,7 @@ class Replica:
 
     def _clip(self, batches: int = 1) -> float:
         """What brings the gradient, a sum over batches, down to `clip_norm` for each of them, and to `max_drift` in all."""
-        longest = batches * self._rule.clip_norm or math.inf
+        longest = batches * (self._rule.clip_norm or math.inf)
         if math.isfinite(self._longest) and self._rate:
             weights = norm_of(self._vectors.weight_norms())
             longest = min(longest, self._longest * weights / self._rate if weights else math.inf)
