@@ -129,7 +129,9 @@ def test_when_the_last_worker_dies_the_simulation_says_so(digits):
     (["--slow", "3x@9"], "ranks 1 to 8"), (["--slow", "3@x"], "--run.inject slow:3@rankx"),
     (["--inject", "stop@t=3s:rank1"], "a simulation knows slow, kill, raise only"), (["--roole", "sync"], "--rule"),
     (["--rule", "sync", "--exchange.overlap", "true"], "--exchange.overlap true with --rule.name sync"),
-    (["--times-from", "nowhere"], "no run directory nowhere"), (["--resume", "x"], "begins anew")])
+    (["--times-from", "nowhere"], "no run directory nowhere"), (["--resume", "x"], "begins anew"),
+    (["--servers", "2"], "--servers 2: the weights are the same"), (["--stages", "2"], "--stages 2: the weights are the same"),
+    (["--model.batchnorm", "server_ema"], "--model.batchnorm server_ema")])
 def test_what_cannot_be_simulated_is_refused_with_the_reason(digits, capsys, monkeypatch, tmp_path, options, message):
     monkeypatch.chdir(tmp_path)
     assert simulate.main(["--data", str(digits), *options]) == 2
