@@ -56,7 +56,8 @@ class Replica:
         if config.compute.compile:
             flat.module.compile()
         self._alpha = rule.alpha or 0.9 / num_workers
-        self._longest = longest_push(rule, num_workers) / (config.exchange.n_push if self.moves else 1)
+        self._share = longest_push(rule, num_workers) / (config.exchange.n_push if self.moves else 1)
+        self._longest = math.inf
         self._snapshot = self._own = flat.weights
         self._rate, self._samples, self._batches = 0.0, 0, 0
         self._is_finite = True    # the loss of every batch since the last push
@@ -96,6 +97,8 @@ class Replica:
         if self._shares:
             self.flat.weights.copy_(self._own)
         accumulate = not (is_first or self.moves)
+        if not accumulate:
+            self._longest = self._longest_here()       # when a push is finished, others may have been fetched
         loss = self._loss.compute_gradient_(self._gradient, normalise, batch, self._seed, accumulate)
         self._is_finite = math.isfinite(loss) and (is_first or self._is_finite)
         if self.moves:
@@ -134,11 +137,14 @@ class Replica:
 
     def _clip(self, batches: int = 1) -> float:
         """What brings the gradient, a sum over batches, down to `clip_norm` for each of them, and to `max_drift` in all."""
-        longest = batches * (self._rule.clip_norm or math.inf)
-        if math.isfinite(self._longest) and self._rate:
-            weights = norm_of(self._vectors.weight_norms())
-            longest = min(longest, self._longest * weights / self._rate if weights else math.inf)
+        longest = min(batches * (self._rule.clip_norm or math.inf), self._longest)
         if math.isinf(longest):
             return 1.0
         norm = norm_of(self._gradient.norms())
         return longest / norm if norm > longest else 1.0
+
+    def _longest_here(self) -> float:
+        """The norm that `max_drift` leaves to a gradient on the weights that it is computed on."""
+        if math.isinf(self._share) or not self._rate:
+            return math.inf
+        return self._share * norm_of(self._vectors.weight_norms()) / self._rate or math.inf      # from zero, any step is far
