@@ -98,11 +98,11 @@ def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
     momentum = f"momentum {rule.momentum:g} ({rule.momentum_at})" if rule.momentum else "no momentum"
     server, worker = (4e-6 * num_parameters * count for count in rulebook.vectors(rule, num_workers))
     drift = rulebook.max_drift(rule, num_workers)
-    clipped = (f", gradients clipped to a norm of {rule.clip_norm:g}" if rule.clip_norm else "") + (
+    limits = (f", gradients clipped to a norm of {rule.clip_norm:g}" if rule.clip_norm else "") + (
         f", one push of every worker moves the weights by {drift:.0%} of their norm at most" if drift else "")
     wire = f"; {config.exchange.wire} on the wire" if config.exchange.wire != "float32" else ""
     warm = f"; one worker alone for the first {rule.warm_start_epochs:g} epochs" if rule.warm_start_epochs else ""
-    return (f"{rule.name}: {rulebook.RULEBOOK[rule.name].what}, {momentum}{clipped}; it keeps {server:.0f} MB on the server and "
+    return (f"{rule.name}: {rulebook.RULEBOOK[rule.name].what}, {momentum}{limits}; it keeps {server:.0f} MB on the server and "
             f"{worker:.0f} MB on each worker beside the weights\n"
             f"{rulebook.expected_staleness(rule, num_workers, num_workers * (1 + config.exchange.overlap))}, n_sync {n_push}{wire}{warm}")
 

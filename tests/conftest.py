@@ -134,3 +134,14 @@ def digits(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "digits"
     maker.prepare(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of torch: what is computed in parts is then the same to the bit as the whole."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

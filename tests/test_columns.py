@@ -21,15 +21,8 @@ from asgd_mpi.worker.step import Parts, compute_gradient_, looking
 from networks_for_tests import columned
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 MADE = {"columned": lambda: columned(10, 1), "alexnet2": lambda: networks.AlexNet2(10, 1)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class OfItsOwnRank(ColumnAtWork):

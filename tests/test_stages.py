@@ -26,14 +26,7 @@ from asgd_mpi.worker.step import compute_gradient_, validate
 from networks_for_tests import crossed
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The order of the steps.
