@@ -155,8 +155,8 @@ def _config(arguments: list[str], slow: str) -> Config:
     config = configuration.parse(arguments)
     _demand(not config.run.resume and not config.run.dry_run, "resume" if config.run.resume else "dry-run",
             config.run.resume, "a simulation begins anew, and is over soon")
-    for option, number in (("servers", config.exchange.servers), ("stages", config.stages.number)):
-        _demand(number == 1, option, number, "the weights are the same to the bit with any number; a simulation has one, and "
+    for option, count in (("servers", config.exchange.servers), ("stages", config.stages.number)):
+        _demand(count == 1, option, count, "the weights are the same to the bit with any number; a simulation has one, and "
                 "asgd_mpi.plan predicts how fast several are")
     _demand(config.model.batchnorm != "server_ema", "model.batchnorm", "server_ema", "the statistics that a server would average "
             "are not simulated; recalibrate measures them at the end")

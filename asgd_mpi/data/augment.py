@@ -144,7 +144,8 @@ class Shift(Policy):
 
     def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
         top, left = rng.integers(0, 3, size=2).tolist()  # 1 is no shift
-        padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
+        padded = np.zeros((self.size + 2, self.size + 2, image.shape[2]), dtype=np.uint8)  # np.pad takes 20 times as long
+        padded[1:-1, 1:-1] = image
         return padded[top : top + self.size, left : left + self.size], Touch()
 
 
