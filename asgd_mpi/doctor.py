@@ -111,6 +111,8 @@ class Examination:
         found.locking = Locking(**locking[SERVER])
         found.need = Need(**self.step("model: memory", self._need)[SERVER])
         self._examine_window(found.places)
+        if found.sends_gpu_memory:
+            self.step(findings.GPU_MESSAGES, self._send_gpu_memory)
 
     def _examine_window(self, places: Topology) -> None:
         num_bytes = self.options.megabytes << 20
@@ -178,6 +180,12 @@ class Examination:
         free = self.found.ranks[SERVER].shm_free
         if free is not None and free < num_bytes:
             raise ConfigError(f"/dev/shm has {free} bytes free, and the test window needs {num_bytes}")
+
+    def _send_gpu_memory(self) -> None:
+        places, rank = self.found.places, self.world.rank
+        ranks = [worker for worker in places.workers if places.gpu(worker)]
+        if rank in ranks:
+            self.probe.message_round(self.world, ranks, gpus.take(places, rank))
 
     def _need(self) -> dict | None:
         """The fields of Need, from rank 0. Raises ConfigError."""

@@ -16,6 +16,7 @@ OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 SLOW_BYTES_PER_S = 50e6     # below that a link is slower than gigabit Ethernet
 SLOW_LATENCY_S = 5e-3
 ROOM = "window: room"       # the step that looks whether the test window fits
+GPU_MESSAGES = "gpu: messages"    # ... and that which sends some from GPU to GPU
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Rank:
     built_for: str                       # the MPI that mpi4py was compiled against, "Open MPI 5.0.11"
     thread_level: str
     num_cores: int                       # that it is bound to
+    takes_gpu_memory: bool = False       # the library says that messages may lie in it
     gpus: tuple[Gpu, ...] = ()           # that it may use
     shm_free: int | None = None          # bytes of /dev/shm; None if there is none
 
@@ -100,6 +102,13 @@ class Findings:
                         num_servers=self.num_servers)
 
 
+    @property
+    def sends_gpu_memory(self) -> bool:
+        """Whether stages of a replica send each other messages from GPU to GPU."""
+        workers = [self.ranks[rank] for rank in self.places.workers]
+        return any(rank.gpus for rank in workers) and all(rank.takes_gpu_memory for rank in workers)
+
+
 def diagnose(found: Findings) -> list[Row]:
     """One row or more for each check, in the order of the checks."""
     return [row for check in (_library, _world, _threads, _steps, _silent_target, _links, _shared_memory, _gpus, _hdf5)
@@ -171,6 +180,10 @@ def _remedy(step: str, found: Findings) -> str:
         return "The file system does not answer to locks: `export HDF5_USE_FILE_LOCKING=FALSE`."
     if step.startswith("host"):
         return "CUDA or /dev/shm does not answer: see whether `nvidia-smi` and `df /dev/shm` do on that host."
+    if step == GPU_MESSAGES:
+        return ("The MPI library says that it sends GPU memory, and does not here: let stages go by way of the host, `export "
+                "OMPI_MCA_accelerator=null` (Open MPI 5), `OMPI_MCA_opal_cuda_support=0` (Open MPI 4), `MPIR_CVAR_ENABLE_GPU=0` "
+                "(MPICH).")
     if step == ROOM:
         return (f"Enlarge /dev/shm on {found.places.hosts[SERVER]}: `mount -o remount,size=1G /dev/shm`, or `docker run "
                 "--shm-size`.")
@@ -249,6 +262,11 @@ def _gpus(found: Findings) -> Iterator[Row]:
                   f"--compute.workers_per_gpu {max(map(len, shared))}.")
     else:
         yield Row("GPUs", OK, "a GPU for each worker, none for the server")
+    if len(without) < len(workers) and found.sends_gpu_memory:
+        yield Row("CUDA-aware MPI", OK, "yes: stages of a replica send each other what lies in the memory of their GPUs")
+    elif len(without) < len(workers):
+        yield Row("CUDA-aware MPI", NOTE, "no: messages between the stages of a replica (--stages) go by way of page-locked memory "
+                  "of the host; an MPI that was built with CUDA sends them from GPU to GPU")
 
 
 def _hdf5(found: Findings) -> Iterator[Row]:

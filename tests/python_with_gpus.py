@@ -7,6 +7,8 @@ import os
 import runpy
 import sys
 
+AWARE = "ASGD_TEST_CUDA_AWARE"
+
 
 def pretend() -> None:
     from asgd_mpi import signals
@@ -20,6 +22,10 @@ def pretend() -> None:
     tokens = [token for token in os.environ.get(gpus.VARIABLE, "").split(",") if token]
     gpus.visible = lambda: [Gpu(f"{os.uname().nodename}-{token}", "fake") for token in tokens]
     gpus.take = lambda places, rank: torch.device("cpu")
+    if AWARE in os.environ:        # an MPI library that sends from the memory of these GPUs
+        from asgd_mpi.exchange import world
+
+        world.takes_gpu_memory = lambda: True
 
 
 flag, what, *arguments = sys.argv[1:]

@@ -3,11 +3,14 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from asgd_mpi import findings
 from asgd_mpi.doctor import render
+from asgd_mpi.exchange import team, world
 from asgd_mpi.findings import NOTE, PROBLEM, Findings, Link, Locking, Need, Rank
 from asgd_mpi.topology import Gpu
 from benchmarks import hosts
@@ -35,6 +38,9 @@ def with_rank(number: int, **changes) -> list[Rank]:
     return [replace(RANK, **changes) if rank == number else RANK for rank in range(3)]
 
 
+WITH_GPUS = [RANK, replace(RANK, gpus=(H200,)), replace(RANK, gpus=(Gpu("GPU-2", "H200"),))]
+
+
 def test_a_healthy_job_has_no_problem():
     assert not problems(healthy())
     assert "no problem found" in render(findings.diagnose(healthy()), healthy().places)
@@ -56,6 +62,7 @@ def test_a_healthy_job_has_no_problem():
     ({"silent_s": {1: 0.9}}, "silent target", "OMPI_MCA_osc=sm"),
     ({"links": [replace(LINK, send_bytes_per_s=1e6)]}, "link", "ranks than there are cores"),
     ({"links": [replace(LINK, host="b", read_bytes_per_s=1e6)]}, "link", "btl_tcp_if_include"),
+    ({"failed": (findings.GPU_MESSAGES, "wrong bytes")}, findings.GPU_MESSAGES, "OMPI_MCA_accelerator=null"),
     ({"need": Need("large", 10**9, 3, 12 * 10**9, 8 * 10**9)}, "/dev/shm", "remount,size=23842M"),
     ({"ranks": with_rank(1, gpus=(H200,))}, "GPUs", "--gpus-per-node"),
     ({"ranks": [replace(RANK, gpus=(H200,))] * 3}, "GPUs", "--compute.workers_per_gpu 2"),
@@ -73,6 +80,7 @@ def test_each_problem_comes_with_the_one_thing_to_change(changes, topic, remedy)
     ({"silent_s": {1: 0.9}, "ranks": with_rank(1, host="b")}, "silent target"),     # over TCP that is how it is
     ({"locking": Locking("/scratch", "unable to lock file, errno = 38")}, "HDF5 locking"),
     ({"slurm_tasks": 8}, "Slurm"),
+    ({"ranks": WITH_GPUS}, "CUDA-aware MPI"),
 ])
 def test_what_stops_no_training_is_a_note(changes, topic):
     found = replace(healthy(), **changes)
@@ -88,6 +96,24 @@ def test_all_is_well_here(library, ranks, request, tmp_path):
     assert "no problem found" in done.stdout
     assert done.stdout.count("rank 1 on") == (ranks > 1)    # one report, with one link from this host
     assert not list(tmp_path.iterdir())
+
+
+def test_messages_from_gpu_to_gpu_are_tried_where_the_library_offers_them(openmpi, tmp_path):
+    aware = replace(openmpi, env=openmpi.env | {"CUDA_VISIBLE_DEVICES": "0,1,2", "ASGD_TEST_CUDA_AWARE": "1"})
+    done = aware.run(4, str(Path(__file__).parent / "python_with_gpus.py"), "-m", "asgd_mpi.doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{findings.GPU_MESSAGES} " in done.stdout and "CUDA-aware MPI yes" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("answer", [0, 1, None])
+def test_the_library_is_asked_whether_it_sends_gpu_memory(monkeypatch, answer):
+    asked = SimpleNamespace(MPIX_Query_cuda_support=lambda: answer) if answer is not None else SimpleNamespace()
+    monkeypatch.setattr(world.ctypes, "CDLL", lambda path: asked)
+    assert world.takes_gpu_memory() == (answer == 1)
+    monkeypatch.setattr(team, "takes_gpu_memory", world.takes_gpu_memory)
+    gpu = torch.device("cuda", 1)
+    assert team.memory_of_messages(gpu) == ({"device": gpu} if answer == 1 else {"pin_memory": True})
+    assert team.memory_of_messages(torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize(("library", "step", "rank"), [

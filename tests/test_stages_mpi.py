@@ -109,7 +109,7 @@ def test_what_cannot_be_cut_is_told_before_training(digits, tmp_path, options, m
 def test_tensors_travel_with_their_type_and_their_layout():
     tensors = (torch.randn(2, 3, 4, 5), torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last), torch.tensor(1.5),
                torch.randn(3, 2).bfloat16(), torch.arange(7, dtype=torch.uint8), torch.empty(0, 3), torch.randn(4, 3).T)
-    part, arrived = unpack(pack(5, tensors), CPU)
+    part, arrived = unpack(pack(5, tensors, {}), CPU)
     assert part == 5 and all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(tensors, arrived))
     assert arrived[1].is_contiguous(memory_format=torch.channels_last)
 

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from mpi4py import MPI
 
 from asgd_mpi.exchange import wait
-from asgd_mpi.exchange.world import World, cut, library
+from asgd_mpi.exchange.world import World, cut, library, takes_gpu_memory
 from asgd_mpi.topology import SERVER, Topology
 
 TAG = 7
+GPU_BYTES = 1 << 20       # of a message from GPU to GPU
 WORD = 8                  # bytes
 SMALL, LARGE = 50, 5      # repetitions of a message of one word, and of one of the window's size
 SILENCE_S = 1.0           # rank 0 stays out of MPI for so long,
@@ -33,7 +35,7 @@ def facts() -> dict:
     """What this rank knows of its MPI, without a message to anybody."""
     name, version = MPI.get_vendor()
     return {"library": library(), "built_for": f"{name} {'.'.join(map(str, version))}",
-            "thread_level": THREAD_LEVELS[MPI.Query_thread()]}
+            "thread_level": THREAD_LEVELS[MPI.Query_thread()], "takes_gpu_memory": takes_gpu_memory()}
 
 
 def probers(places: Topology) -> list[int]:
@@ -44,6 +46,24 @@ def probers(places: Topology) -> list[int]:
 def talk(world: World) -> None:
     """The first words: a barrier."""
     world.barrier("all ranks to come to the first barrier")
+
+
+def message_round(world: World, ranks: list[int], device: torch.device) -> None:
+    """Each of these ranks sends the next one a message from the memory of its GPU into that of the other.
+
+    Raises ValueError if something else arrives.
+    """
+    at = ranks.index(world.rank)
+    sent, got = (torch.full((GPU_BYTES,), value, dtype=torch.uint8, device=device) for value in (world.rank % 251 + 1, 0))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    requests = [world.comm.Irecv([got, MPI.BYTE], ranks[at - 1], TAG),
+                world.comm.Isend([sent, MPI.BYTE], ranks[(at + 1) % len(ranks)], TAG)]
+    wait.until(lambda: MPI.Request.Testall(requests), world.timeout_s,
+               f"rank {world.rank} waits for {GPU_BYTES} bytes of GPU memory from rank {ranks[at - 1]}")
+    wrong = int((got != ranks[at - 1] % 251 + 1).sum())
+    if wrong:
+        raise ValueError(f"{wrong} of {GPU_BYTES} bytes are not those that rank {ranks[at - 1]} sent from the memory of its GPU")
 
 
 def leave() -> None:

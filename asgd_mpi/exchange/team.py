@@ -4,7 +4,8 @@ A replica stays on one host. Each stage has its part of the vectors for itself. 
 window (Win_allocate_shared) in which the stages put them together where somebody wants the whole: the gradient, unless the
 server reads it elsewhere in memory of this host, and, when a checkpoint is due, weights, velocity and batch-norm statistics.
 Pages of it that nobody has written take no memory. Tensors of a micro-batch travel as messages that say themselves what
-they hold: nonblocking sends, matched probes (MPI 4.1, 3.8.2).
+they hold: nonblocking sends, matched probes (MPI 4.1, 3.8.2). Between GPUs a message lies in their memory, if the MPI library
+says that it may (CUDA-aware MPI), and else in page-locked memory of the host.
 """
 
 from __future__ import annotations
@@ -20,14 +21,21 @@ from mpi4py import MPI
 from asgd_mpi.errors import StageLost
 from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.window import demand_shared_memory
-from asgd_mpi.exchange.world import PROCESS_FAILED, World
+from asgd_mpi.exchange.world import PROCESS_FAILED, World, takes_gpu_memory
 
 ACTIVATIONS, GRADIENTS, COMMANDS, REPLIES, SCORES = range(1, 6)     # tags
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)     # that travel
 ALIGNMENT = 64      # bytes; a tensor begins on such a boundary of its message
 
 
-def pack(part: int, tensors: tuple[torch.Tensor, ...]) -> np.ndarray:
+def memory_of_messages(device: torch.device) -> dict:
+    """Where `torch.empty` is to make messages to or from a stage that computes on `device`, so that none is copied twice."""
+    if device.type != "cuda":
+        return {}
+    return {"device": device} if takes_gpu_memory() else {"pin_memory": True}
+
+
+def pack(part: int, tensors: tuple[torch.Tensor, ...], memory: dict) -> torch.Tensor:
     """One message, uint8: words (their count, the part; of each tensor type, layout, dimensions, sizes), then tensors."""
     words, laid_out = [0, part], []
     for tensor in tensors:
@@ -36,27 +44,22 @@ def pack(part: int, tensors: tuple[torch.Tensor, ...]) -> np.ndarray:
         words += [DTYPES.index(tensor.dtype), int(pixels), tensor.dim(), *laid_out[-1].shape]
     words[0] = len(words)
     starts = np.cumsum([_aligned(8 * len(words)), *(_aligned(tensor.nbytes) for tensor in laid_out)]).tolist()
-    message = _message(starts[-1], any(tensor.is_cuda for tensor in tensors))
+    message = torch.empty(starts[-1], dtype=torch.uint8, **memory)
     message[:8 * len(words)] = torch.tensor(words).view(torch.uint8)
     for start, tensor in zip(starts, laid_out):
         message[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    return message.numpy()
+    return message
 
 
-def _message(num_bytes: int, for_gpu: bool) -> torch.Tensor:
-    """Memory for one, aligned as tensors are; page-locked, if a GPU is to copy from it or into it."""
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=for_gpu)
-
-
-def unpack(message: np.ndarray, device: torch.device) -> tuple[int, tuple[torch.Tensor, ...]]:
-    """The part and the tensors of a message; on the CPU they are views of it."""
-    words = message[:8 * int(message[:8].view(np.int64)[0])].view(np.int64).tolist()
+def unpack(message: torch.Tensor, device: torch.device) -> tuple[int, tuple[torch.Tensor, ...]]:
+    """The part and the tensors of a message; they are views of it if it is on their device."""
+    words = message[:8 * int(message[:8].view(torch.int64))].view(torch.int64).tolist()
     part, rest, start, tensors = words[1], words[2:], _aligned(8 * len(words)), []
     while rest:
         dtype, pixels, num_dimensions = DTYPES[rest[0]], rest[1], rest[2]
         shape, rest = rest[3:3 + num_dimensions], rest[3 + num_dimensions:]
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        tensor = torch.from_numpy(message[start:start + size]).view(dtype).view(shape).to(device)
+        tensor = message[start:start + size].view(dtype).view(shape).to(device)
         tensors.append(tensor.permute(0, 3, 1, 2) if pixels else tensor)
         start += _aligned(size)
     return part, tuple(tensors)
@@ -75,12 +78,14 @@ class Pipe:
 
     def __init__(self, team: Team, stage: int, tag: int, device: torch.device, watch: Callable[[], None]):
         self._team, self._stage, self._tag, self._device, self._watch = team, stage, tag, device, watch
-        self._sends: list[tuple[MPI.Request, np.ndarray]] = []
-        self._receive: tuple[MPI.Request, np.ndarray] | None = None
+        self._memory = memory_of_messages(device)
+        self._sends: list[tuple[MPI.Request, torch.Tensor]] = []
+        self._receive: tuple[MPI.Request, torch.Tensor] | None = None
 
     def put(self, part: int, tensors: tuple[torch.Tensor, ...]) -> None:
         """Start to send a copy."""
-        message = pack(part, tensors)
+        message = pack(part, tensors, self._memory)
+        self._settle(message)
         with suppress(StageLost), self._alive():
             self._sends = [send for send in self._sends if not send[0].Test()]
             self._sends.append((self._team.comm.Isend([message, MPI.BYTE], dest=self._stage, tag=self._tag), message))
@@ -88,6 +93,12 @@ class Pipe:
     def has(self, part: int = 0) -> bool:
         with self._alive():
             return self._has()
+
+    @staticmethod
+    def _settle(message: torch.Tensor) -> None:
+        """MPI knows of no stream: what a GPU has yet to do in this memory must be done."""
+        if message.is_cuda:
+            torch.cuda.current_stream(message.device).synchronize()
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
@@ -105,7 +116,8 @@ class Pipe:
             probed = self._team.comm.Improbe(source=self._stage, tag=self._tag, status=status)
             if probed is None:
                 return False
-            message = _message(status.Get_count(MPI.BYTE), self._device.type == "cuda").numpy()
+            message = torch.empty(status.Get_count(MPI.BYTE), dtype=torch.uint8, **self._memory)
+            self._settle(message)
             self._receive = probed.Irecv([message, MPI.BYTE]), message
         return self._receive[0].Test()
 

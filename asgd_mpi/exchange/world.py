@@ -6,6 +6,7 @@ texts travel as bytes, never as pickles. Constructing a World communicates nothi
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -145,6 +146,15 @@ def tasks_of_scheduler() -> int | None:
     """How many tasks Slurm says it started in this step; None outside Slurm."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_PROCID" in os.environ else None
     return int(tasks) if tasks else None
+
+
+def takes_gpu_memory() -> bool:
+    """Whether the MPI library says that messages may lie in the memory of an NVIDIA GPU (Open MPI, MPICH and what is made of
+    them). It does not if it was built without CUDA, or was told not to (OMPI_MCA_accelerator=null, MPIR_CVAR_ENABLE_GPU=0)."""
+    try:
+        return ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support() == 1
+    except (AttributeError, OSError):
+        return False
 
 
 def library() -> str:

@@ -134,7 +134,7 @@ class StageAtWork:
             taken = (work.images(part),)
         else:
             *taken, state = self._before.activations.take(part)
-            work.generator.set_state(state.cpu())
+            work.generator.set_state(state.cpu().clone())      # of a view torch takes what its storage begins with
             taken = tuple(tensor.requires_grad_(name in self._stage.differentiable)
                           for name, tensor in zip(self._stage.takes, taken))
         with work.autocast():
