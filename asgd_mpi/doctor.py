@@ -189,7 +189,7 @@ class Examination:
 
     def _need(self) -> dict | None:
         """The fields of Need, from rank 0. Raises ConfigError."""
-        from asgd_mpi.exchange.window import Layout
+        from asgd_mpi.exchange.layout import Layout
 
         places, options = self.found.places, self.options
         if not self.world.is_server:

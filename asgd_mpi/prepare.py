@@ -7,7 +7,7 @@ from pathlib import Path
 from asgd_mpi import config as configuration
 from asgd_mpi import inject, resume, topology
 from asgd_mpi.config import Config, ConfigError
-from asgd_mpi.exchange.window import Layout
+from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.model.flat import num_floats
 from asgd_mpi.record import board, checkpoint
 from asgd_mpi.record.rundir import RunDir, write_whole

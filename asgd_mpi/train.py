@@ -23,7 +23,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -37,19 +36,20 @@ import asgd_mpi
 from asgd_mpi import config as configuration
 from asgd_mpi import gpus, inject, launch, report, topology
 from asgd_mpi.config import Config
+from asgd_mpi.crew import Crew
 from asgd_mpi.errors import DeadlineExceeded, ServerLost, StageLost, UserError
 from asgd_mpi.exchange import clock, wait
 from asgd_mpi.exchange.fellows import Desk, Fellows, JointInbox
+from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.exchange.link import Inbox, Outbox
-from asgd_mpi.exchange.team import Team
-from asgd_mpi.exchange.window import Layout, ServerWindow, WorkerWindow
+from asgd_mpi.exchange.window import ServerWindow, WorkerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
 from asgd_mpi.inject import Injector
 from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
 from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, ranklog
 from asgd_mpi.record.board import Board
-from asgd_mpi.record.events import Cut, End, EventLog, Note, Resume, Start
+from asgd_mpi.record.events import End, EventLog, Note, Resume, Start
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.nvml import open_gauge
 from asgd_mpi.record.progress import Progress
@@ -63,11 +63,6 @@ from asgd_mpi.server.rules import Rule, make_rule
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.serve import Server
 from asgd_mpi.server.stability import LossWatch
-from asgd_mpi.stages.columns import ColumnAtWork, columns_of
-from asgd_mpi.stages.cut import adopt_, cut
-from asgd_mpi.stages.pipeline import Role, StageAtWork
-from asgd_mpi.stages.plan import Seconds, StagePlan, measure, predicted_bubble, render
-from asgd_mpi.stages.schedule import bubble, by_segments
 from asgd_mpi.task import Task, open_task
 from asgd_mpi.topology import Topology
 from asgd_mpi.worker.courier import Courier
@@ -164,7 +159,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
         print(window.reads, flush=True)
     crew = None
     if is_cut:
-        crew, module = _Crew(world, task, module, device, places, window), None      # whose members keep their own parts
+        crew, module = Crew(world, task, module, device, places, window), None      # whose members keep their own parts
     part = _Part(world, places, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
@@ -264,7 +259,7 @@ class _Part:
         own = whole.slices[self.places.servers.index(self.world.rank)]
         return make_rule(own.stop - own.start, self.task.config.rule, whole.num_workers), own
 
-    def assist(self, crew: _Crew) -> int:
+    def assist(self, crew: Crew) -> int:
         """A rank of a further stage; returns its own status."""
         failures: list[str] = []
 
@@ -281,7 +276,7 @@ class _Part:
         self._close("failed" if failures else "finished", "; ".join(failures))
         return 0
 
-    def work(self, module: nn.Module | None, device: torch.device, watch: Watch, crew: _Crew | None) -> int:
+    def work(self, module: nn.Module | None, device: torch.device, watch: Watch, crew: Crew | None) -> int:
         """The rank of a worker, or of the first stage of one; returns its own status."""
         config, world = self.task.config, self.world
         exchange = config.exchange
@@ -395,61 +390,6 @@ class _Part:
         return checkpoint.Manifest(
             0, 0, config.model.name, data.num_classes, self.task.channels, config.data.image_size, data.fingerprint,
             list(data.mean), list(data.std), software={"asgd_mpi": asgd_mpi.__version__, "torch": str(torch.__version__)})
-
-
-class _Crew:
-    """The stages of this rank's replica: the plan, and who computes what. All ranks make it together."""
-
-    def __init__(self, world: World, task: Task, module: nn.Module, device: torch.device, places: Topology,
-                 window: ServerWindow | WorkerWindow):
-        config = task.config
-        cut_up = _columns if config.stages.cut == "columns" else _chain
-        self.cut, roles = cut_up(world, task, module, device)
-        is_server = world.rank in places.servers
-        worker, stage = (None, 0) if is_server else (places.worker(world.rank), places.stage(world.rank))
-        payload = window.payload_of(worker) if not is_server and config.exchange.wire == "float32" else None
-        self.team = Team(world, worker, stage, places.num_stages, num_floats(module), num_statistics(module), payload)
-        if not is_server:
-            adopt_([role.module for role in roles], module)
-            self._member = (self.team, window, module, roles[stage], device, config)
-
-    def take(self) -> tuple:
-        """What a Leader or an Assistant is made of; once, so that nobody else holds on to the uncut network."""
-        member, self._member = self._member, ()
-        return member
-
-
-def _chain(world: World, task: Task, module: nn.Module, device: torch.device) -> tuple[Cut | None, list[Role]]:
-    """What the server tells of the cut, and the roles of a replica's ranks.
-
-    What each node takes is measured by the first worker, on its device; the server decides where the network is cut.
-    """
-    asked, plan, measured, told = task.config.stages, task.stage_plan(module), None, None
-    if asked.balance == "time" and world.rank == 1:
-        measured = [vars(each) for each in measure(plan.graph, torch.rand(plan.graph.shape).to(device))]
-    found, decided = world.gather(measured)[1], None
-    if world.is_server:
-        plan = StagePlan(plan.graph, plan.batch, [Seconds(**each) for each in found] if found else None, plan.vectors)
-        decided = {"cuts": task.cuts(plan, asked.balance), "differentiable": plan.graph.differentiable}
-        rows, parts = plan.rows(decided["cuts"]), plan.batch.parts
-        idle = predicted_bubble(rows, plan.batch) if found else bubble(len(rows), parts)
-        print(f"{render(rows)}\n{parts} parts of a batch (--compute.micro_batches): the stages wait for each other "
-              f"{idle:.0%} of the time", flush=True)
-        told = Cut(time.time(), len(rows), parts, asked.schedule, idle, [row.begins for row in rows])
-    decided = world.share(decided)
-    stages = cut(plan.graph, **decided)
-    return told, [Role(stage.module, partial(StageAtWork, stage), plan.batch.schedule) for stage in stages]
-
-
-def _columns(world: World, task: Task, module: nn.Module, device: torch.device) -> tuple[Cut | None, list[Role]]:
-    """As `_chain`."""
-    told = None
-    if world.is_server:
-        rows = task.rows_of_columns(module)
-        print(f"{render(rows)}\nboth columns work on the same images, and exchange maps at the cross-overs", flush=True)
-        told = Cut(time.time(), len(rows), task.config.compute.micro_batches, "columns", 0.0, [row.begins for row in rows])
-    return told, [Role(column.module, partial(ColumnAtWork, column), by_segments(column.num_pairs))
-                  for column in columns_of(module)]
 
 
 def _versions(everyone: list[dict]) -> dict:

@@ -9,7 +9,8 @@ import torch
 
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.link import Arrival
-from asgd_mpi.exchange.window import Layout, Snapshot
+from asgd_mpi.exchange.layout import Layout
+from asgd_mpi.exchange.window import Snapshot
 
 
 class Exchange:

@@ -11,7 +11,7 @@ ORDER = ["errors", "signals", "launch", "local", "inject", "server.pace", "serve
          "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "stages",
          "server.ledger", "server.rules", "server.slices", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "task",
          "report", "evaluate", "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc", "resume",
-         "prepare", "train", "findings", "doctor"]
+         "prepare", "crew", "train", "findings", "doctor"]
 
 
 def place(module: str) -> int | None:

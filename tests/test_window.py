@@ -7,7 +7,8 @@ import pytest
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange.codec import BLOCK
-from asgd_mpi.exchange.window import PAGE, Layout, ServerWindow
+from asgd_mpi.exchange.layout import PAGE, Layout
+from asgd_mpi.exchange.window import ServerWindow
 
 WIRES = ["float32", "bfloat16", "float16"]
 

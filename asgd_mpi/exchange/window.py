@@ -1,13 +1,5 @@
 """The server's memory, as workers see it: numbered, whole snapshots of the weights, and the mail of every worker.
 
-Rank 0, and every further server, for its slice of the weights (P is then the length of the slice), owns, in bytes:
-
-    control   16 words of int64: latest version, its slot; and for each slot of the ring its version and its sample clock
-    mail      N x 16 words: see wire.pack_mail
-    ring      K slots of P float32, each on a page of its own; in a narrower wire format (see codec) followed by what workers
-              read of them
-    statistics  2 words: how often a write of them has begun, and ended; then batch-norm statistics, float32 (rank 0)
-
 The server writes the next snapshot beside the latest one, and only then moves on. A slot's version word is taken away
 before the slot is written and set again after: a worker reads the word after the weights, and knows that it holds
 exactly one version; if the word has changed the read is torn, counted, and done again. With K = 3 a read is torn only
@@ -32,8 +24,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,111 +34,19 @@ from mpi4py import MPI
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange import codec, wait, wire
+from asgd_mpi.exchange.layout import CONTROL_WORDS, LATEST, SLOT, STATISTICS_FROM, WORDS_OF_SLOT, Layout, version_word
 from asgd_mpi.exchange.world import PROCESS_FAILED, World, cut
-from asgd_mpi.server import slices
 from asgd_mpi.server.ledger import Mail
 from asgd_mpi.topology import SERVER, ranks_of_servers
 
 T = TypeVar("T")
 
-PAGE = 4096
-CONTROL_WORDS = 16
-LATEST, SLOT, FIRST_WORD = 0, 1, 2   # positions of the control words
-WORDS_OF_SLOT = 2                    # its version, and the samples that this version has seen
 ABSENT = -1                          # the version word of a slot that is being written
-WORD = 8                             # bytes
-STATISTICS_FROM = 2 * WORD           # behind their words
 QUESTION, ANSWER = 3, 4              # tags of a read by messages
 SHORT = 1 << 16                      # bytes: up to so many are always read one-sided
 SAMPLE, TRIES = 1 << 20, 3           # bytes and repetitions of a measured read,
 CLEARLY = 1.25                       # ... and how much faster one-sided reads must be: they may load the link three times
 SHARED_MEMORY = Path("/dev/shm")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where things lie in a server's memory, in bytes. Raises ConfigError if the ring is too long for its words.
-
-    With several servers this is the layout of the whole; `of` gives that of one server's memory.
-    """
-
-    num_parameters: int       # P
-    ring: int                 # K
-    num_workers: int          # N
-    num_statistics: int = 0   # batch-norm statistics of the network, floats
-    wire: str = "float32"     # format of what travels, one of codec.DTYPES
-    num_servers: int = 1      # S
-
-    def __post_init__(self):
-        room = (CONTROL_WORDS - FIRST_WORD) // WORDS_OF_SLOT
-        if self.ring > room:
-            raise ConfigError(f"--exchange.ring {self.ring}: the window has room for {room} slots.")
-
-    @cached_property
-    def slices(self) -> list[slice]:
-        """The numbers that each server serves."""
-        return slices.cut(self.num_parameters, self.num_servers, self.wire)
-
-    def of(self, number: int) -> Layout:
-        """Of the memory of the server of a slice. Statistics go to the first one."""
-        own = self.slices[number]
-        return replace(self, num_parameters=own.stop - own.start, num_servers=1,
-                       num_statistics=0 if number else self.num_statistics)
-
-    def travels(self, number: int) -> slice:
-        """The bytes of a slice, within a vector as it travels."""
-        start = codec.num_bytes(self.slices[number].start, self.wire)
-        return slice(start, start + self.of(number).vector_bytes)
-
-    def mail(self, worker: int) -> int:
-        return WORD * (CONTROL_WORDS + wire.MAIL_WORDS * worker)
-
-    def slot(self, index: int) -> int:
-        """The weights, (P,) float32."""
-        return _to_page(self.mail(self.num_workers)) + index * (self._whole + self._shown)
-
-    def shown(self, index: int) -> int:
-        """The weights as they travel."""
-        return self.slot(index) + (self._whole if self._shown else 0)
-
-    @property
-    def statistics(self) -> int:
-        return self.slot(self.ring)
-
-    @property
-    def server_bytes(self) -> int:
-        return self.statistics + (_to_page(STATISTICS_FROM + 4 * self.num_statistics) if self.num_statistics else 0)
-
-    @property
-    def vector_bytes(self) -> int:
-        """A vector as it travels."""
-        return codec.num_bytes(self.num_parameters, self.wire)
-
-    @property
-    def payload_bytes(self) -> int:
-        """The longest payload of a packet."""
-        return max(self.vector_bytes, 4 * self.num_statistics)
-
-    @property
-    def worker_bytes(self) -> int:
-        """A worker on a server's host: its gradient."""
-        return _to_page(self.payload_bytes)
-
-    @property
-    def _whole(self) -> int:
-        return _to_page(4 * self.num_parameters)
-
-    @property
-    def _shown(self) -> int:
-        return 0 if self.wire == "float32" else _to_page(self.vector_bytes)
-
-
-def _version_word(slot: int) -> int:
-    return FIRST_WORD + WORDS_OF_SLOT * slot
-
-
-def _to_page(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE) * PAGE
 
 
 class _Window:
@@ -301,10 +200,10 @@ class ServerWindow(_Window):
     def next_snapshot(self, version: int, samples: int) -> Iterator[torch.Tensor]:
         """The slot of the next snapshot, (P,) float32, to be written and shown whole; published on exit as `version`."""
         slot = self._next_slot
-        self._set(_version_word(slot), ABSENT)
+        self._set(version_word(slot), ABSENT)
         yield self._ring[slot]
-        self._set(_version_word(slot) + 1, samples)
-        self._set(_version_word(slot), version)    # the weights are there before their version word,
+        self._set(version_word(slot) + 1, samples)
+        self._set(version_word(slot), version)    # the weights are there before their version word,
         self._control[SLOT] = slot
         self._set(LATEST, version)            # ... and that before anybody is sent to the slot
 
@@ -431,10 +330,10 @@ class WorkerWindow(_Window):
         while True:
             self._until(lambda: self._read_controls([0])[0][LATEST] >= at_least, f"publish version {at_least}")
             slot = int(self._controls[0][SLOT])
-            version, samples = (int(word) for word in self._controls[0][_version_word(slot):][:WORDS_OF_SLOT])
+            version, samples = (int(word) for word in self._controls[0][version_word(slot):][:WORDS_OF_SLOT])
             if version >= at_least:
                 read(slot)
-                if all(control[_version_word(slot)] == version for control in self._read_controls(range(len(self.servers)))):
+                if all(control[version_word(slot)] == version for control in self._read_controls(range(len(self.servers)))):
                     return Snapshot(version, samples, torn_reads)
             torn_reads += 1
 
