@@ -29,9 +29,10 @@ from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from asgd_mpi import config as configuration
+from asgd_mpi.config import RuleConfig
 from asgd_mpi.errors import TrainingDiverged
 from asgd_mpi.record.events import Push, Validation, read_events, read_pushes
-from asgd_mpi.server.rulebook import RULEBOOK
+from asgd_mpi.server.rulebook import RULEBOOK, defaults
 from asgd_mpi.simulation import Times, prepare
 from asgd_mpi.task import complete, open_task
 from benchmarks import launch, machine, training
@@ -42,7 +43,7 @@ TIMES = Times(step_s=0.010, push_s=0.001, apply_s=0.0001, fetch_s=0.001, spread=
 TARGET = {"digits": 0.97, "fashion": 0.86}
 WORKERS, SEEDS = (8, 16, 32, 64), 5
 FASHION = ["--data", "data/fashion-mnist", "--model", "benchmarks.networks:fashion_cnn", "--run.validate_every", "0.5"]
-FASHION_RATE = 0.02    # with momentum 0.9; without, ten times that (see rulebook.defaults)
+FASHION_RATE = 0.02    # with momentum 0.9
 REAL_S = 300.0         # deadline of a real run
 KEEPERS = tuple(f"--rule.momentum_at {place}" for place in ("server", "worker", "dana")) + ("--rule.momentum_at none --rule.momentum 0",)
 DRIFTS = (0, 0.25)
@@ -68,7 +69,7 @@ class Setting:
 
     @property
     def options(self) -> list[str]:
-        rate = FASHION_RATE * (10 if RULEBOOK[self.rule].momenta[0] == "none" else 1)
+        _, rate = defaults(RuleConfig(self.rule), 0.9, FASHION_RATE)
         own = {"fashion": [*FASHION, *training.recipe(rate, 4, momentum=False)], "stock": []}.get(self.part, ["--epochs", "20"])
         sync = ["--n-sync", str(self.n_sync)] if self.n_sync else []
         options = [*own, "--rule", self.rule, "--seed", str(self.seed), *sync, "--run.progress", "none",
@@ -181,9 +182,8 @@ def tables(rows: list[dict]) -> str:
             for n in (1, 8, 16, 32) for drift in DRIFTS]))
     if "fashion" in there:
         parts += [f"Fashion-MNIST, sequential: {cell('fashion', rule='asgd', workers=1)} %.",
-                  machine.table(["rule", "8", "16", "32"], [
-                      [rule, *(cell("fashion", rule=rule, workers=n) for n in (8, 16, 32))] for rule in rules
-                      if cell("fashion", rule=rule, workers=8)])]
+                  machine.table(["rule", *map(str, WORKERS)], [
+                      [rule, *(cell("fashion", rule=rule, workers=n) for n in WORKERS)] for rule in rules])]
     return "\n\n".join(parts)
 
 
