@@ -18,6 +18,7 @@ STARTUP_S = 120.0    # on top of a run's own time
 SLOWEST = 30         # times the ideal: then a run is given up
 BATCH = 16           # images; what a batch holds does not matter here
 DIGITS_IMAGES = 1437
+WITHOUT_VECTORS = ("--rule.momentum_at", "server", "--rule.max_drift", "0")    # of workers: their GPUs would do that
 
 
 def main() -> int:
@@ -61,7 +62,7 @@ def _measure(num_parameters: int, step_ms: float, n_push: str, options: argparse
     epochs = options.seconds * ideal / DIGITS_IMAGES
     arguments = ["--model", "benchmarks.networks:vector", "--epochs", str(epochs), "--batch-size", str(BATCH), "--lr", "0.01",
                  "--data.augment", "none", "--data.threads", "1", "--run.validate_every", str(2 * epochs),
-                 "--exchange.n_push", n_push, *options.train.split()]
+                 "--exchange.n_push", n_push, *WITHOUT_VECTORS, *options.train.split()]
     with training.run(options.workers, arguments, {PARAMETERS: str(num_parameters), STEPS_MS: str(step_ms)},
                       STARTUP_S + SLOWEST * options.seconds, "benchmarks.emulated") as run:
         speed = training.images_per_s(run)
