@@ -152,9 +152,8 @@ def tables(rows: list[dict]) -> str:
         mark = " *" if any(row["diverged"] for row in chosen) else ""
         return f"{statistics.mean(found):.1f}{spread}{mark}"
 
-    def samples(rule: str, n: int) -> str:
-        found = [row["samples_to_target"] for row in rows
-                 if row["part"] == "digits" and row["rule"] == rule and row["workers"] == n]
+    def samples(rule: str, n: int, part: str = "digits") -> str:
+        found = [row["samples_to_target"] for row in rows if row["part"] == part and row["rule"] == rule and row["workers"] == n]
         reached = [count for count in found if count]
         return f"{statistics.median(reached):,.0f}" + (f" ({len(reached)}/{len(found)})" if len(reached) < len(found) else "") \
             if reached else "never" if found else ""
@@ -183,7 +182,10 @@ def tables(rows: list[dict]) -> str:
     if "fashion" in there:
         parts += [f"Fashion-MNIST, sequential: {cell('fashion', rule='asgd', workers=1)} %.",
                   machine.table(["rule", *map(str, WORKERS)], [
-                      [rule, *(cell("fashion", rule=rule, workers=n) for n in WORKERS)] for rule in rules])]
+                      [rule, *(cell("fashion", rule=rule, workers=n) for n in WORKERS)] for rule in rules]),
+                  f"Samples to {TARGET['fashion']:.0%}, median; sequential {samples('asgd', 1, 'fashion')}:",
+                  machine.table(["rule", *map(str, WORKERS)], [
+                      [rule, *(samples(rule, n, "fashion") for n in WORKERS)] for rule in rules])]
     return "\n\n".join(parts)
 
 
