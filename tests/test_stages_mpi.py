@@ -114,6 +114,14 @@ def test_tensors_travel_with_their_type_and_their_layout():
     assert arrived[1].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_what_is_done_in_place_to_a_tensor_that_travelled_does_not_touch_the_others():
+    _, (kept, changed) = unpack(pack(0, (torch.randn(3), torch.randn(3)), {}), CPU)
+    loss = kept.requires_grad_().square().sum()       # keeps the values for the way back
+    changed.add_(1)
+    loss.backward()
+    assert torch.equal(kept.grad, 2 * kept)
+
+
 def test_the_number_of_stages_is_an_option_that_a_resumed_run_may_change():
     config = configuration.parse(["--stages", "3", "--stages.at", "a, b"])
     assert (config.stages.number, config.stages.names) == (3, ["a", "b"])

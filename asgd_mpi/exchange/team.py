@@ -59,7 +59,7 @@ def unpack(message: torch.Tensor, device: torch.device) -> tuple[int, tuple[torc
         dtype, pixels, num_dimensions = DTYPES[rest[0]], rest[1], rest[2]
         shape, rest = rest[3:3 + num_dimensions], rest[3 + num_dimensions:]
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        tensor = message[start:start + size].view(dtype).view(shape).to(device)
+        tensor = message[start:start + size].view(dtype).view(shape).data.to(device)    # to autograd they are not one tensor
         tensors.append(tensor.permute(0, 3, 1, 2) if pixels else tensor)
         start += _aligned(size)
     return part, tuple(tensors)
