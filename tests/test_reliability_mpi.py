@@ -113,7 +113,7 @@ def test_workers_that_are_killed_are_retired_and_the_others_go_on(site, options)
 
 def test_without_fault_tolerance_the_job_ends_within_seconds_and_resumes(site):
     began = time.monotonic()
-    site.train(2, "--inject", "kill@step60:rank1", "--checkpoint.every_s", "0.2", status=137)
+    site.train(2, "--inject", "kill@step20:rank1", "--checkpoint.every_s", "0.1", status=137)
     assert time.monotonic() - began < 60 and not site.run.finished.exists()
     site.train(2, status=0)
     site.check()
