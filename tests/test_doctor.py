@@ -21,6 +21,29 @@ H200 = Gpu("GPU-1", "H200")
 LINK = Link(1, "a", 1e-6, 5e9, 1e-6, 1e10)
 
 
+LOSSY = """
+import torch
+from asgd_mpi.exchange import probe
+from asgd_mpi.exchange.world import World
+
+class Lossy:
+    def __init__(self, comm):
+        self.Irecv, self._comm = comm.Irecv, comm
+
+    def Isend(self, message, *to):
+        message[0][5] = 0
+        return self._comm.Isend(message, *to)
+
+world = World(20.0)
+probe.message_round(world, [0, 1, 2], torch.device("cpu"))
+world.comm = Lossy(world.comm)
+try:
+    probe.message_round(world, [0, 1, 2], torch.device("cpu"))
+except ValueError as error:
+    print(f"told: {error}")
+"""
+
+
 def healthy() -> Findings:
     return Findings([RANK] * 3, 3, launched=3, need=Need("small", 1000, 3, 12_000, 8_000), hdf5="2.0.0",
                     locking=Locking("."), window="unified", silent_s={1: 0.001}, patience_s=0.4, links=[LINK],
@@ -103,6 +126,12 @@ def test_messages_from_gpu_to_gpu_are_tried_where_the_library_offers_them(openmp
     done = aware.run(4, str(Path(__file__).parent / "python_with_gpus.py"), "-m", "asgd_mpi.doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{findings.GPU_MESSAGES} " in done.stdout and "CUDA-aware MPI yes" in " ".join(done.stdout.split())
+
+
+def test_a_message_that_arrives_damaged_is_noticed(openmpi, tmp_path):
+    done = openmpi.run(3, "-c", LOSSY, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"told: 1 of {1 << 20} bytes are not those") == 3
 
 
 @pytest.mark.parametrize("answer", [0, 1, None])

@@ -18,7 +18,7 @@ import torch
 from mpi4py import MPI
 
 from asgd_mpi.exchange import wait
-from asgd_mpi.exchange.world import World, cut, library, takes_gpu_memory
+from asgd_mpi.exchange.world import World, cut, library, settle, takes_gpu_memory
 from asgd_mpi.topology import SERVER, Topology
 
 TAG = 7
@@ -55,8 +55,7 @@ def message_round(world: World, ranks: list[int], device: torch.device) -> None:
     """
     at = ranks.index(world.rank)
     sent, got = (torch.full((GPU_BYTES,), value, dtype=torch.uint8, device=device) for value in (world.rank % 251 + 1, 0))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    settle(got)
     requests = [world.comm.Irecv([got, MPI.BYTE], ranks[at - 1], TAG),
                 world.comm.Isend([sent, MPI.BYTE], ranks[(at + 1) % len(ranks)], TAG)]
     wait.until(lambda: MPI.Request.Testall(requests), world.timeout_s,

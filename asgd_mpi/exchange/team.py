@@ -21,7 +21,7 @@ from mpi4py import MPI
 from asgd_mpi.errors import StageLost
 from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.window import demand_shared_memory
-from asgd_mpi.exchange.world import PROCESS_FAILED, World, takes_gpu_memory
+from asgd_mpi.exchange.world import PROCESS_FAILED, World, settle, takes_gpu_memory
 
 ACTIVATIONS, GRADIENTS, COMMANDS, REPLIES, SCORES = range(1, 6)     # tags
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)     # that travel
@@ -85,7 +85,7 @@ class Pipe:
     def put(self, part: int, tensors: tuple[torch.Tensor, ...]) -> None:
         """Start to send a copy."""
         message = pack(part, tensors, self._memory)
-        self._settle(message)
+        settle(message)
         with suppress(StageLost), self._alive():
             self._sends = [send for send in self._sends if not send[0].Test()]
             self._sends.append((self._team.comm.Isend([message, MPI.BYTE], dest=self._stage, tag=self._tag), message))
@@ -93,12 +93,6 @@ class Pipe:
     def has(self, part: int = 0) -> bool:
         with self._alive():
             return self._has()
-
-    @staticmethod
-    def _settle(message: torch.Tensor) -> None:
-        """MPI knows of no stream: what a GPU has yet to do in this memory must be done."""
-        if message.is_cuda:
-            torch.cuda.current_stream(message.device).synchronize()
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
@@ -117,7 +111,7 @@ class Pipe:
             if probed is None:
                 return False
             message = torch.empty(status.Get_count(MPI.BYTE), dtype=torch.uint8, **self._memory)
-            self._settle(message)
+            settle(message)
             self._receive = probed.Irecv([message, MPI.BYTE]), message
         return self._receive[0].Test()
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from mpi4py import MPI
 
 from asgd_mpi import topology
@@ -155,6 +156,12 @@ def takes_gpu_memory() -> bool:
         return ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support() == 1
     except (AttributeError, OSError):
         return False
+
+
+def settle(message: torch.Tensor) -> None:
+    """Before MPI gets it: what a GPU has yet to do in this memory must be done, since MPI knows of no stream."""
+    if message.is_cuda:
+        torch.cuda.current_stream(message.device).synchronize()
 
 
 def library() -> str:
