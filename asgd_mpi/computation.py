@@ -43,7 +43,7 @@ class Computation:
         self.task = task
         self.flat = FlatModel(task.first_module(), torch.device("cpu"))
         self.first = first or Snapshot(0, 0, self.flat.weights.clone())
-        self.schedule, self.loader = task.schedule(num_workers), task.train_loader()
+        self.schedule, self.loader, self.normalise = task.schedule(num_workers), task.train_loader(), task.normalise
         self.rule = make_rule(self.flat.num_floats, task.config.rule, num_workers)
         self.replicas = [Replica(self.flat, task.config, num_workers, self.schedule, shares=True)
                          for _ in range(num_workers)]
@@ -61,7 +61,7 @@ class Computation:
         if fetched is not None:
             replica.fetched_(*self._on_the_wire(fetched))
         for batch in self._batches(segments):
-            loss += replica.add(batch, self.task.normalise)
+            loss += replica.add(batch, self.normalise)
             skipped += batch.skipped
             num_batches += 1
         if centre is not None:
@@ -90,10 +90,10 @@ class Computation:
         self.flat.weights.copy_(snapshot.weights)
         if batchnorm.layers(self.flat.module):
             last = min(batchnorm.NUM_BATCHES * size, task.train.num_samples)
-            images = (task.normalise(batch.images) for batch in self._batches([(0, 0, last)]))
+            images = (self.normalise(batch.images) for batch in self._batches([(0, 0, last)]))
             batchnorm.recalibrate_(self.flat.module, images)
         loader = task.val_loader()
-        errors = validate(self.flat, task.normalise,
+        errors = validate(self.flat, self.normalise,
                           (loader.batch(0, at, min(at + size, stop)) for at in range(start, stop, size)))
         loader.close()
         return errors

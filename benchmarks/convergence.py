@@ -1,10 +1,10 @@
 """How accurate each update rule is, by number of workers, rate, start and n_sync; sequential SGD is the line to meet.
 
-    python -m benchmarks.convergence --parts stock,digits,rates,momentum,starts,real,fashion --processes 2
+    python -m benchmarks.convergence --parts stock,digits,rates,momentum,starts,real,fashion,fashion_real --processes 2
 
 Each part adds rows to benchmarks/results/convergence.json; those that are there already are not computed again, so that it
-goes on where it was interrupted. `real` starts mpirun, the others run `asgd_mpi.simulate` in process: steps of 10 ms with a
-spread of 30 % and exchanges of 2 ms on a virtual clock. At the end come the tables of docs/convergence.md, and its figure.
+goes on where it was interrupted. `real` and `fashion_real` start mpirun, the others run `asgd_mpi.simulate` in process: steps of 10 ms with a
+spread of 30 % and exchanges of 2 ms on a virtual clock. At the end the tables of docs/convergence.md and its figure are made anew.
 
 stock     what comes without any option: asgd for the 40 epochs of the digits, 1, 8, 16 and 32 workers, 5 seeds
 digits    every rule, 8, 16, 32 and 64 workers, 5 seeds, 20 epochs
@@ -12,13 +12,15 @@ rates     every rule at a tenth and at ten times its rate
 momentum  who keeps the velocity, with and without a limit to what a push moves
 starts    cold and warm start by workers and n_sync, as figures 3 and 4 of Paine et al. 2013 (arXiv:1312.6186)
 real      every rule, 4 workers, mpirun
-fashion   every rule on Fashion-MNIST (make data/fashion-mnist with data_prep.fashion_mnist first), 4 epochs, 5 seeds
+fashion   every rule on Fashion-MNIST (make data/fashion-mnist with data_prep.fashion_mnist first), 4 epochs, 5 seeds;
+          `fashion_real` with 4 workers, mpirun
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +32,7 @@ from tqdm import tqdm
 
 from asgd_mpi import config as configuration
 from asgd_mpi.config import RuleConfig
+from asgd_mpi.data.loader import Batch, Loader
 from asgd_mpi.errors import TrainingDiverged
 from asgd_mpi.record.events import Push, Validation, read_events, read_pushes
 from asgd_mpi.server.rulebook import RULEBOOK, defaults
@@ -38,7 +41,8 @@ from asgd_mpi.task import complete, open_task
 from benchmarks import launch, machine, training
 
 RESULT = machine.RESULTS / "convergence.json"
-FIGURE = Path(__file__).parent.parent / "docs" / "convergence.png"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "convergence.md"
+FIGURE = DOCUMENT.with_suffix(".png")
 TIMES = Times(step_s=0.010, push_s=0.001, apply_s=0.0001, fetch_s=0.001, spread=0.3)
 TARGET = {"digits": 0.97, "fashion": 0.86}
 WORKERS, SEEDS = (8, 16, 32, 64), 5
@@ -47,6 +51,7 @@ FASHION_RATE = 0.02    # with momentum 0.9
 REAL_S = 300.0         # deadline of a real run
 KEEPERS = tuple(f"--rule.momentum_at {place}" for place in ("server", "worker", "dana")) + ("--rule.momentum_at none --rule.momentum 0",)
 DRIFTS = (0, 0.25)
+TABLE = re.compile(r"(?:^\|.*$\n?)+", re.MULTILINE)
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 
 
@@ -65,12 +70,17 @@ class Setting:
 
     @property
     def data(self) -> str:
-        return "fashion" if self.part == "fashion" else "digits"
+        return "fashion" if self.part.startswith("fashion") else "digits"
+
+    @property
+    def is_real(self) -> bool:
+        return self.part.endswith("real")
 
     @property
     def options(self) -> list[str]:
         _, rate = defaults(RuleConfig(self.rule), 0.9, FASHION_RATE)
-        own = {"fashion": [*FASHION, *training.recipe(rate, 4, momentum=False)], "stock": []}.get(self.part, ["--epochs", "20"])
+        own = [*FASHION, *training.recipe(rate, 4, momentum=False)] if self.data == "fashion" else \
+            [] if self.part == "stock" else ["--epochs", "20"]
         sync = ["--n-sync", str(self.n_sync)] if self.n_sync else []
         options = [*own, "--rule", self.rule, "--seed", str(self.seed), *sync, "--run.progress", "none",
                    "--rule.warm_start_epochs", str(self.warm_epochs), *self.more.split()]
@@ -96,21 +106,21 @@ def settings(part: str) -> Iterator[Setting]:
     elif part == "starts":
         yield from (Setting(part, "downpour", n, seed, 0.1, n_sync, warm, "--rule.max_drift 0") for seed in range(2) for n in (1, 4, 8, 16)
                     for n_sync in (1, 10, 100, 300) for warm in (0.0, 4.0) if n > 1 or not warm)
-    elif part == "real":
+    elif part in ("real", "fashion_real"):
         yield from (Setting(part, rule, 4, seed) for seed in range(2) for rule in rules)
     elif part == "fashion":
         yield from (Setting(part, "asgd", n, seed) for seed in range(SEEDS) for n in (1, *WORKERS))
         yield from (Setting(part, rule, n, seed) for seed in range(SEEDS) for n in WORKERS for rule in rules)
     else:
-        raise SystemExit(f"there is no part {part}: choose of stock, digits, rates, momentum, starts, real, fashion")
+        raise SystemExit(f"there is no part {part}: choose of stock, digits, rates, momentum, starts, real, fashion, fashion_real")
 
 
 def train(setting: Setting) -> dict:
     """A row: the setting, the final accuracy, and what it took to reach the target."""
     torch.set_num_threads(1)
-    pushes, scores, diverged = _run(setting) if setting.part == "real" else _simulate(setting)
+    pushes, scores, diverged = _run(setting) if setting.is_real else _simulate(setting)
     accuracy = [1 - score.top1_error for score in scores]
-    began = pushes[0].t if setting.part == "real" and pushes else 0.0
+    began = pushes[0].t if setting.is_real and pushes else 0.0
     reached = next((score for score, found in zip(scores, accuracy) if found >= TARGET[setting.data]), None)
     return asdict(setting) | {
         "accuracy": accuracy[-1] if scores else 0.0, "diverged": diverged,
@@ -118,9 +128,42 @@ def train(setting: Setting) -> dict:
         "seconds": pushes[-1].t - began if pushes else None, "staleness": sum(push.staleness for push in pushes) / len(pushes) if pushes else None}
 
 
+class Remembered:
+    """A loader whose batches are kept for the trainings that follow with the same data and seed: they are the same ones.
+
+    An epoch lies in one piece: small ones that stay would leave holes in the memory that snapshots come from, gigabytes.
+    """
+
+    of: tuple[str, int] | None = None
+    epochs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}     # images, labels, whether they are there
+
+    def __init__(self, loader: Loader, data: str, seed: int):
+        self._loader = loader
+        if Remembered.of != (data, seed):
+            Remembered.of, Remembered.epochs = (data, seed), {}
+
+    def batch(self, epoch: int, start: int, stop: int) -> Batch:
+        if epoch in self.epochs:
+            images, labels, there = (values[start:stop] for values in self.epochs[epoch])
+            if there.all():
+                return Batch(images, labels, self._loader.order.indices(epoch, start, stop), epoch, start, stop, skipped=0)
+        found = self._loader.batch(epoch, start, stop)
+        if epoch not in self.epochs:
+            num = self._loader.shards.num_samples
+            self.epochs[epoch] = (found.images.new_empty(num, *found.images.shape[1:]), found.labels.new_empty(num),
+                                  torch.zeros(num, dtype=torch.bool))
+        for values, new in zip(self.epochs[epoch], (found.images, found.labels, True)):
+            values[start:stop] = new
+        return found
+
+    def close(self) -> None:
+        self._loader.close()
+
+
 def _simulate(setting: Setting) -> tuple[list[Push], list[Validation], bool]:
     task = open_task(complete(configuration.parse(setting.options)))
     game, diverged = prepare(task, setting.workers, TIMES), False
+    game.computation.loader = Remembered(game.computation.loader, setting.data, setting.seed)
     try:
         game.run()
     except TrainingDiverged:
@@ -158,6 +201,11 @@ def tables(rows: list[dict]) -> str:
         return f"{statistics.median(reached):,.0f}" + (f" ({len(reached)}/{len(found)})" if len(reached) < len(found) else "") \
             if reached else "never" if found else ""
 
+    def by_rule(part: str, real: str) -> str:
+        first = [("4, mpirun", lambda rule: cell(real, rule=rule))] if real in there else []
+        columns = first + [(str(n), lambda rule, n=n: cell(part, rule=rule, workers=n)) for n in WORKERS]
+        return machine.table(["rule", *(name for name, _ in columns)], [[rule, *(of(rule) for _, of in columns)] for rule in rules])
+
     rules, there = list(RULEBOOK), {row["part"] for row in rows}
     parts = []
     if "stock" in there:
@@ -166,9 +214,7 @@ def tables(rows: list[dict]) -> str:
     if "digits" in there:
         parts += [
             f"Sequential: {cell('digits', rule='asgd', workers=1)} %; {TARGET['digits']:.0%} after {samples('asgd', 1)} samples.",
-            machine.table(["rule", *(["4, mpirun"] if "real" in there else []), *map(str, WORKERS)], [
-                [rule, *([cell("real", rule=rule)] if "real" in there else []),
-                 *(cell("digits", rule=rule, workers=n) for n in WORKERS)] for rule in rules]),
+            by_rule("digits", "real"),
             f"Samples to {TARGET['digits']:.0%}, median (of the seeds, so many reached it):",
             machine.table(["rule", *map(str, WORKERS)], [[rule, *(samples(rule, n) for n in WORKERS)] for rule in rules])]
     if "rates" in there:
@@ -181,12 +227,19 @@ def tables(rows: list[dict]) -> str:
             for n in (1, 8, 16, 32) for drift in DRIFTS]))
     if "fashion" in there:
         parts += [f"Fashion-MNIST, sequential: {cell('fashion', rule='asgd', workers=1)} %.",
-                  machine.table(["rule", *map(str, WORKERS)], [
-                      [rule, *(cell("fashion", rule=rule, workers=n) for n in WORKERS)] for rule in rules]),
+                  by_rule("fashion", "fashion_real"),
                   f"Samples to {TARGET['fashion']:.0%}, median; sequential {samples('asgd', 1, 'fashion')}:",
                   machine.table(["rule", *map(str, WORKERS)], [
                       [rule, *(samples(rule, n, "fashion") for n in WORKERS)] for rule in rules])]
     return "\n\n".join(parts)
+
+
+def with_tables(document: str, new: str) -> str:
+    """The document with the tables of `new` in the place of its own, in the same order. Raises ValueError."""
+    theirs = TABLE.findall(new)
+    if len(theirs) != len(TABLE.findall(document)):
+        raise ValueError(f"{len(theirs)} tables for {len(TABLE.findall(document))}: rows of some part are missing")
+    return TABLE.sub(lambda _: theirs.pop(0), document)
 
 
 def draw(rows: list[dict]) -> None:
@@ -216,20 +269,24 @@ def main(parts: str = "", processes: int = 1) -> None:
     """Compute the rows of some parts that are not there yet; none: only the tables and the figure.
 
     Args:
-        parts: of stock, digits, rates, momentum, starts, real, fashion; separated by commas
-        processes: trainings at a time; of `real` always one
+        parts: of stock, digits, rates, momentum, starts, real, fashion, fashion_real; separated by commas
+        processes: trainings at a time; of real runs always one
     """
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "made": {}}
     rows = result["rows"]
     done = {Setting(**{name: row[name] for name in Setting.__dataclass_fields__ if name in row}) for row in rows}
     for part in filter(None, parts.split(",")):
         todo = [setting for setting in dict.fromkeys(settings(part)) if setting not in done]
-        with multiprocessing.get_context("spawn").Pool(1 if part == "real" else processes) as pool:
+        with multiprocessing.get_context("spawn").Pool(1 if part.endswith("real") else processes) as pool:
             for row in tqdm(pool.imap_unordered(train, todo), part, total=len(todo)):
                 rows.append(row)
                 result["made"][part] = machine.describe("benchmarks.convergence")
                 RESULT.write_text(json.dumps(result, indent=None).replace('}, {"part"', '},\n {"part"') + "\n")
-    print(tables(rows))
+    print(made := tables(rows))
+    try:
+        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), made + "\n"))
+    except ValueError as error:
+        print(f"{DOCUMENT} is left as it is: {error}")
     if any(row["part"] == "starts" for row in rows):
         draw(rows)
 

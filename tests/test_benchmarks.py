@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from asgd_mpi import config as configuration
 from asgd_mpi.exchange import wait
 from asgd_mpi.record.events import EventLog, Interval, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
-from benchmarks import data_wait, exchange, hosts, launch, training
+from asgd_mpi.task import complete, open_task
+from benchmarks import convergence, data_wait, exchange, gpu, hosts, launch, training
 from benchmarks.peers import protocol
 
 ROOT = Path(__file__).parent.parent
@@ -164,3 +166,52 @@ def test_a_small_cut_network_keeps_emulated_stages_busy_as_long_as_its_bubble_le
     assert not result["speed"]["failures"] and cell["bubble"] == 1 / 5
     assert 0.1 < cell["over_ideal"]["median"] <= 0.85      # a busy machine may be slow, but nobody is faster than the sleep
     assert 0.15 < cell["waited"]["median"] < 0.95
+
+
+def test_new_tables_take_the_place_of_old_ones_and_the_text_stays():
+    document = "# One\n\n| a |\n| --- |\n| 1 |\n\nText | with a bar.\n\n| b |\n| --- |\n| 2 |\n| 3 |\n"
+    new = "| a |\n| --- |\n| 10 |\n| 11 |\n\nheader\n\n| b |\n| --- |\n| 20 |\n"
+    assert convergence.with_tables(document, new) == \
+        "# One\n\n| a |\n| --- |\n| 10 |\n| 11 |\n\nText | with a bar.\n\n| b |\n| --- |\n| 20 |\n"
+    with pytest.raises(ValueError, match="1 tables for 2"):
+        convergence.with_tables(document, "| a |\n| --- |\n| 10 |\n")
+
+
+def test_remembered_batches_are_those_of_the_loader():
+    task = open_task(complete(configuration.parse([])))
+    loader = task.train_loader()
+    remembered = convergence.Remembered(loader, "digits", 0)
+    loaded = [remembered.batch(1, start, start + 16) for start in (0, 16)]
+    loader.batch = None                                    # from here on nothing can be loaded
+    for again, first in zip((convergence.Remembered(loader, "digits", 0).batch(1, start, start + 16) for start in (0, 16)), loaded):
+        assert torch.equal(again.images, first.images) and torch.equal(again.labels, first.labels)
+        assert (again.indices == first.indices).all() and (again.epoch, again.start, again.skipped) == (1, first.start, 0)
+    with pytest.raises(TypeError):
+        remembered.batch(1, 16, 48)                        # half of it is not there
+    with pytest.raises(TypeError):
+        convergence.Remembered(loader, "digits", 1).batch(1, 0, 16)
+    loader.close()
+
+
+def test_copies_behind_kernels_are_counted_once_and_copies_beside_them_are_not():
+    def event(category: str, start: float, seconds: float) -> dict:
+        return {"cat": category, "ts": start, "dur": seconds}
+
+    kernels = [event("kernel", 0, 10), event("kernel", 5, 10), event("kernel", 30, 5)]
+    copies = [event("gpu_memcpy", 12, 6), event("gpu_memcpy", 14, 6), event("gpu_memcpy", 32, 2)]      # 12..20 and 32..34
+    marks = [{"name": "process_name", "ph": "M"}, event("cpu_op", 0, 100)]
+    assert gpu.hidden_share([*marks, *copies, *kernels]) == pytest.approx((3 + 2) / (8 + 2))
+    assert gpu.hidden_share([*marks, *kernels]) is None
+    assert gpu.hidden_share([*marks, *copies]) == 0
+
+
+def test_a_small_comparison_with_a_plain_loop_runs_without_a_gpu(openmpi, tmp_path):
+    trace = tmp_path / "trace.json"
+    result = small("benchmarks.gpu", openmpi, tmp_path / "result.json", "--device", "cpu", "--models", "resnet18", "--workers", "2",
+                   "--batch-size", 2, "--image-size", 32, "--steps", 20, "--trace", trace)
+    plain, shared = result["cells"]
+    assert (plain["workers"], shared["workers"]) == (0, 2) and not result["failures"]
+    assert plain["time_over_plain"]["median"] == 1
+    assert shared["time_over_plain"]["median"] == pytest.approx(shared["batch_ms"]["median"] / plain["batch_ms"]["median"])
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "aten::convolution_backward" in names and result["copies_hidden"] == {"resnet18": None}
