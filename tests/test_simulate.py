@@ -161,7 +161,7 @@ class Parabola(Computation):
     def __init__(self, config, num_workers, lr_at=None):
         self.flat = FlatModel(nn.Linear(1, 1, bias=False), torch.device("cpu"))
         self.flat.weights[0] = 1.0
-        self.task = SimpleNamespace(normalise=None, config=config)
+        self.task, self.normalise = SimpleNamespace(config=config), None
         self.first = Snapshot(0, 0, self.flat.weights.clone())
         self.schedule = lr_at or Schedule(config.schedule, 1, 1, num_workers, config.rule.staleness, num_workers)
         self.rule = make_rule(self.flat.num_floats, config.rule, num_workers)
