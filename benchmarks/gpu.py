@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ from benchmarks.profiled import TRACE
 PLAIN = 0                            # workers of the plain loop
 DEADLINE_S = 900.0                   # of a run
 COPIES, KERNELS = ("gpu_memcpy",), ("kernel",)      # categories of the profiler's events
-Span = tuple[float, float]
 
 
 def main() -> int:
@@ -103,22 +103,17 @@ def _hidden(model: str, options: argparse.Namespace, failures: list[str]) -> flo
 
 def hidden_share(events: Sequence[dict]) -> float | None:
     """Of the seconds in which something is copied to or from the GPU the share in which a kernel runs; None: no copies."""
-    copies, kernels = (_union(events, categories) for categories in (COPIES, KERNELS))
-    seconds = sum(stop - start for start, stop in copies)
-    both = sum(max(0.0, min(stop, end) - max(start, begin)) for start, stop in copies for begin, end in kernels)
-    return both / seconds if seconds else None
+    copies, kernels, either = (_seconds(events, categories) for categories in (COPIES, KERNELS, COPIES + KERNELS))
+    return (copies + kernels - either) / copies if copies else None
 
 
-def _union(events: Sequence[dict], categories: Sequence[str]) -> list[Span]:
-    """When at least one event of these categories is going on: spans in order, none touches another."""
-    spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in categories)
-    found: list[Span] = []
-    for start, stop in spans:
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(stop, found[-1][1])
-        else:
-            found.append((start, stop))
-    return found
+def _seconds(events: Sequence[dict], categories: Sequence[str]) -> float:
+    """How long at least one event of these categories is going on, in the trace's unit."""
+    total, until = 0.0, -math.inf
+    for start, stop in sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in categories):
+        total += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return total
 
 
 def _cell(model: str, workers: int, speeds: dict[tuple[str, int], list[float]], batch_size: int) -> dict:
