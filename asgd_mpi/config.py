@@ -63,7 +63,7 @@ class DataConfig:
         image_size: side of the square that the network sees, in pixels (default: 224, or the size of smaller raw images)
         augment: none, shift, paper (crops, flips and colours of Krizhevsky 2012), reference (torchvision's) (default: recipe)
         threads: threads of each worker that read and decode
-        lease_batches: batches lent to a worker at a time
+        lease_batches: batches lent to a worker at a time; more, if a push of its holds more
         on_bad_image: stop at a damaged image, or leave it out and count it
     """
 

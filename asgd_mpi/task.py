@@ -31,6 +31,7 @@ from asgd_mpi.stages.schedule import SCHEDULES
 EMBEDDED = "digits"
 EMBEDDED_DIR = Path("data/digits")
 JPEG_SIZE = 224  # pixels
+LEASE_PUSHES = 4  # with n_push auto: while one is under way the next is summed up, and either may be longer than the last one
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,12 @@ class Task:
     def plan(self, num_workers: int) -> Plan:
         data, run, samples = self.config.data, self.config.run, self.train.num_samples
         n_push = self.config.exchange.n_push
-        lease_batches = max(data.lease_batches, n_push if n_push != "auto" else 1)   # two are held: enough for a push
+        sums_on = n_push == "auto"                                                  # while a push is under way
+        lease_batches = max(data.lease_batches, 1 if sums_on else n_push)           # two are held: enough for a push
         return Plan(num_workers, samples, self.val.num_samples, round(run.epochs * samples), data.batch_size,
                     lease_batches, run.validate_every, self.config.failure.max_nonfinite,
-                    round(self.config.rule.warm_start_epochs * samples), pacing(self.config.rule, num_workers))
+                    round(self.config.rule.warm_start_epochs * samples), pacing(self.config.rule, num_workers),
+                    LEASE_PUSHES if sums_on else 0)
 
     def schedule(self, num_workers: int) -> Schedule:
         samples, config = self.train.num_samples, self.config

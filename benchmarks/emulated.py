@@ -1,7 +1,8 @@
 """`asgd_mpi.train` with emulated GPUs: a step sleeps ASGD_BENCH_STEPS_MS, and the gradient is there, at no cost.
 
 So the host's processors and memory have the exchange to themselves, as beside GPUs: the gradient (zeros) lies where the
-worker wants it. Everything else is the training itself: same options, same loops.
+worker wants it, and is taken for finite, which a GPU finds out in a tenth of a millisecond (244 MB at 3 TB/s), a core here in
+tens of them. Everything else is the training itself: same options, same loops.
 """
 
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 
 from asgd_mpi import train
+from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.worker import step
 from benchmarks.networks import STEPS_MS
 
@@ -20,6 +22,7 @@ def sleep_(*_: object, **__: object) -> float:
 
 
 if __name__ == "__main__":
-    assert callable(step.compute_gradient_)     # what is replaced must be what the worker calls
+    assert callable(step.compute_gradient_) and callable(FlatModel.is_finite)     # what is replaced is what the worker calls
     step.compute_gradient_ = sleep_
+    FlatModel.is_finite = lambda flat: True
     sys.exit(train.main())

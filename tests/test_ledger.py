@@ -67,9 +67,9 @@ class Game:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=200))
-def test_every_sample_of_every_epoch_is_used_exactly_once_in_any_order_of_arrivals(choices):
-    game = Game(PLAN)
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=200), st.integers(0, 5))
+def test_every_sample_of_every_epoch_is_used_exactly_once_in_any_order_of_arrivals(choices, lease_pushes):
+    game = Game(dataclasses.replace(PLAN, lease_pushes=lease_pushes))
     game.play(choices)
     assert sorted(game.used) == [(e, p) for e in range(3) for p in range(50 if e < 2 else 20)]
 
@@ -151,6 +151,19 @@ def test_a_push_may_cover_several_leases_and_is_answered_with_as_many_new_ones()
     assert [(s.epoch, s.start, s.stop) for s in verdict.segments] == [(x.epoch, x.start, x.stop) for x in first]
     assert [lease.number for lease in dict(ledger.take_news())[0].leases] == [3, 4]
     assert ledger.samples == 24
+
+
+def test_a_lease_holds_several_pushes_like_the_last_one_but_near_the_end_no_more_than_an_even_share():
+    ledger = Ledger(dataclasses.replace(PLAN, num_samples=1000, total_samples=240, lease_pushes=3),
+                    lr_at=lambda samples, staleness: 1.0)
+    starts = {worker: mail.leases[0].start for worker, mail in ledger.take_news()}
+
+    def lengths_after_a_push(worker, count):
+        ledger.judge(Header(Kind.GRADIENT, worker, 1, 0, 1, starts[worker], count))
+        return [lease.stop - lease.start for lease in dict(ledger.take_news())[worker].leases]
+
+    assert lengths_after_a_push(0, 12) == [12, 3 * 12]                     # of 240 samples 72 were lent, now 108
+    assert lengths_after_a_push(1, 24) == [(240 - 108) // 3, 32]           # whole batches of 4: an even share is 29
 
 
 def test_a_header_survives_the_wire():

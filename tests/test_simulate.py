@@ -340,7 +340,8 @@ def test_no_rule_deadlocks_or_loses_a_sample_whoever_is_slow_dies_or_finishes_ea
     total = draw(st.integers(1, 260))
     plan = Plan(num_workers, 100, draw(st.integers(0, 20)), total, 4, draw(st.integers(1, 4)),
                 draw(st.sampled_from([0.5, 1, 9])), max_nonfinite=draw(st.sampled_from([1, 2, 10**9])),
-                warm_start=draw(st.sampled_from([0, 0, 30])), pacing=pacing(rule, num_workers))
+                warm_start=draw(st.sampled_from([0, 0, 30])), pacing=pacing(rule, num_workers),
+                lease_pushes=draw(st.integers(0, 4)))
     failures = [f"slow:{draw(st.sampled_from(['0.1', '1', '7', '30']))}x@rank{rank}" for rank in range(1, num_workers + 1)]
     immortal = draw(st.integers(1, num_workers))
     mortal = [rank for rank in range(1, num_workers + 1) if rank != immortal and draw(st.booleans())]
@@ -367,6 +368,16 @@ def test_no_rule_deadlocks_or_loses_a_sample_whoever_is_slow_dies_or_finishes_ea
     whole = len(pushes) if not given_up else max((i + 1 for i, push in enumerate(pushes) if push.mean_of), default=0)
     assert sum(push.mean_of for push in pushes) == whole         # each is of one step; of a range given up nothing closes it
     assert nonfinite or entry.pacing(rule, num_workers).may_drop or not game.num_dropped
+
+
+def test_with_n_push_auto_nobody_waits_for_a_full_server(digits):
+    task = make_task(digits, "--exchange.n_push", "auto")
+    plan = dataclasses.replace(task.plan(8), num_samples=10**6, num_validation=0, total_samples=16000 * task.config.data.batch_size)
+    game = Simulation(plan, task.config.exchange, NoArithmetic(8, 0.0, 0),
+                      Times(step_s=0.1, push_s=0.01, apply_s=0.06, fetch_s=0.01, spread=0.3))
+    game.run()
+    assert len(game.pushes) < 16000 / 4                    # a push waits for those of seven others: 4 steps and more
+    assert 16000 / 8 * 0.1 / game.now > 0.98               # 0.56 with leases of 4 batches
 
 
 def test_a_push_moves_the_weights_by_a_share_of_their_norm_by_default_where_several_workers_push():

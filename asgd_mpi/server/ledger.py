@@ -118,6 +118,7 @@ class Plan:
     max_nonfinite: int = 3    # of a worker's gradients in a row, until it is retired
     warm_start: int = 0       # samples that are lent to one worker alone
     pacing: Pacing = Pacing()
+    lease_pushes: int = 0     # a lease holds as much as so many pushes like its worker's last one, if that is more
 
 
 class LedgerError(RuntimeError):
@@ -133,6 +134,7 @@ class _Account:
     read: int = 0             # the version that packet was computed on
     lent: int = 0             # leases so far
     cursor: int = 0           # of the first lease: what is delivered of it
+    pushed: int = 0           # samples of the last gradient
     leases: deque[Lease] = field(default_factory=deque)
     dropped: int = 0
     refused: int = 0
@@ -214,7 +216,7 @@ class Ledger:
         else:
             self.version += 1
             self.samples += header.count
-        account.made = self.version
+        account.made, account.pushed = self.version, header.count
         account.nonfinite = 0
         if self._epochs_validated(self.samples) > self._epochs_validated(samples) and not self.trained:
             self._validations_due = 1
@@ -439,12 +441,19 @@ class Ledger:
         elif self._lent < plan.total_samples:
             epoch, start = divmod(self._lent, plan.num_samples)
             left = min(plan.num_samples - start, plan.total_samples - self._lent)
-            stop = start + min(plan.lease_batches * plan.batch_size, left)
+            stop = start + min(self._length_of_lease(worker), left)
             self._lent += stop - start
             self._grant(worker, Work.TRAIN, Segment(epoch, start, stop))
         else:
             return False
         return True
+
+    def _length_of_lease(self, worker: int) -> int:
+        """Samples: near the end of the run no more than an even share of what is left, so that all end together."""
+        plan, size = self.plan, self.plan.batch_size
+        share = (plan.total_samples - self._lent) // plan.num_workers
+        pushes = min(plan.lease_pushes * self._accounts[worker].pushed, share)
+        return max(plan.lease_batches, -(-pushes // size)) * size
 
     def _lend_final_if_due(self) -> None:
         """Share the validation split out among all members: nobody pushes any more, so all read the last version."""
