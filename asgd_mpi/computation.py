@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from asgd_mpi.data.loader import ranges
 from asgd_mpi.exchange import codec
 from asgd_mpi.model import batchnorm
 from asgd_mpi.model.flat import FlatModel
@@ -93,8 +94,7 @@ class Computation:
             images = (self.normalise(batch.images) for batch in self._batches([(0, 0, last)]))
             batchnorm.recalibrate_(self.flat.module, images)
         loader = task.val_loader()
-        errors = validate(self.flat, self.normalise,
-                          (loader.batch(0, at, min(at + size, stop)) for at in range(start, stop, size)))
+        errors = validate(self.flat, self.normalise, loader.batches(ranges(0, start, stop, size)))
         loader.close()
         return errors
 
@@ -109,5 +109,5 @@ class Computation:
         """The batches of a push, cut as the worker cuts them."""
         size = self.task.config.data.batch_size
         for epoch, start, stop in segments:
-            for first in range(start, stop, size):
-                yield self.loader.batch(epoch, first, min(first + size, stop))
+            for one in ranges(epoch, start, stop, size):
+                yield self.loader.batch(*one)

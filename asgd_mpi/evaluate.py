@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from asgd_mpi.data.augment import Normalise, make_policy
-from asgd_mpi.data.loader import Loader
+from asgd_mpi.data.loader import Loader, ranges
 from asgd_mpi.data.order import Sequential
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.data.trials import FolderSet
@@ -74,10 +74,10 @@ def measure(state: dict[str, torch.Tensor], manifest: checkpoint.Manifest, shard
     policy = make_policy("none", manifest.image_size, shards.image_shape)
     loader = Loader(shards, Sequential(shards.num_samples), policy, seed=0, threads=threads, on_bad_image=on_bad_image,
                     on_skip=lambda text: tqdm.write(text, file=sys.stderr))
-    batches = (loader.batch(0, start, min(start + batch_size, shards.num_samples))
-               for start in tqdm(range(0, shards.num_samples, batch_size), unit=" batches"))
+    whole = list(ranges(0, 0, shards.num_samples, batch_size))
     try:
-        return validate(FlatModel(module, device), Normalise(manifest.mean, manifest.std), batches)
+        return validate(FlatModel(module, device), Normalise(manifest.mean, manifest.std),
+                        tqdm(loader.batches(whole), total=len(whole), unit=" batches"))
     finally:
         loader.close()
 

@@ -32,7 +32,7 @@ def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.gpu") | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
     cells = [(model, workers) for model in options.models for workers in (PLAIN, *options.workers)]
-    speeds: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
+    speeds: dict[tuple[str, int], dict[int, float]] = {cell: {} for cell in cells}      # by round
     failures = []
     for round_, (model, workers) in itertools.product(range(options.rounds), cells):
         name = f"round {round_ + 1}, {model}, {f'{workers} workers' if workers else 'plain loop'}"
@@ -42,7 +42,7 @@ def main() -> int:
             failures.append(f"{name}: {failure}")
             print(failures[-1], file=sys.stderr)
             continue
-        speeds[model, workers].append(speed)
+        speeds[model, workers][round_] = speed
         print(f"{name}: {speed:.0f} images/s", flush=True)
     result = [_cell(model, workers, speeds, options.batch_size) for model, workers in cells if speeds[model, workers]]
     hidden = {model: _hidden(model, options, failures) for model in options.models}
@@ -116,12 +116,12 @@ def _seconds(events: Sequence[dict], categories: Sequence[str]) -> float:
     return total
 
 
-def _cell(model: str, workers: int, speeds: dict[tuple[str, int], list[float]], batch_size: int) -> dict:
+def _cell(model: str, workers: int, speeds: dict[tuple[str, int], dict[int, float]], batch_size: int) -> dict:
     """With the time of a step of one GPU, whoever shares it, over the plain loop's of the same round."""
     plain, own = speeds[model, PLAIN], speeds[model, workers]
-    over = [one / other for one, other in zip(plain, own)]
-    return {"model": model, "workers": workers, "images_per_s": machine.summary(own),
-            "batch_ms": machine.summary([1e3 * batch_size / speed for speed in own]),
+    over = [plain[round_] / own[round_] for round_ in own if round_ in plain]       # either may have failed
+    return {"model": model, "workers": workers, "images_per_s": machine.summary(list(own.values())),
+            "batch_ms": machine.summary([1e3 * batch_size / speed for speed in own.values()]),
             "time_over_plain": machine.summary(over) if over else None}
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from asgd_mpi.data.augment import Normalise, make_policy, sample_rng
 from asgd_mpi.data.decode import decode
-from asgd_mpi.data.loader import Loader
+from asgd_mpi.data.loader import Loader, ranges
 from asgd_mpi.data.order import Order
 from asgd_mpi.data.shards import ShardSet
 
@@ -33,22 +33,11 @@ def ours(root: Path, threads: int = 1, normalise: bool = True) -> Contender:
     epochs = iter(range(10**9))
 
     def run() -> int:
-        epoch, starts = next(epochs), range(0, shards.num_samples, BATCH)
-        ranges = [(epoch, start, min(start + BATCH, shards.num_samples)) for start in starts]
-        batches = (loader.batch(*one) for one in ranges) if threads == 0 else _ahead(loader, ranges, threads + 1)
+        epoch = ranges(next(epochs), 0, shards.num_samples, BATCH)
+        batches = loader.batches(epoch) if threads else (loader.batch(*one) for one in epoch)
         return sum(len(to_float(batch.images)) for batch in batches)
 
     return run
-
-
-def _ahead(loader: Loader, ranges: list, depth: int):
-    waiting = []
-    for one in ranges:
-        waiting.append(loader.submit(*one))
-        if len(waiting) > depth:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
 
 
 def decoder_alone(root: Path) -> Contender:

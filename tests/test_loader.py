@@ -1,6 +1,8 @@
 """The loader and the augmentations: the same pixels however the work is cut, and nothing dropped in silence."""
 
 import io
+import threading
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from asgd_mpi.data.augment import (COLOUR, POLICIES, Normalise, Touch, Touches, add_levels, make_policy, resize,
                                    sample_rng, whole_levels)
 from asgd_mpi.data.decode import decode_pillow, decode_simplejpeg
-from asgd_mpi.data.loader import Loader
+from asgd_mpi.data.loader import Loader, ReadAhead, ranges
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import DamagedSample, ShardSet
 from asgd_mpi.errors import ConfigError, DataError
@@ -68,6 +70,35 @@ def test_pixels_do_not_depend_on_threads_or_on_where_the_epoch_is_cut(shards, po
     assert torch.equal(torch.cat([piece.labels for piece in pieces]), whole.labels)
     assert (whole.images.dtype, whole.images.shape) == (torch.uint8, (28, 3, SIZE, SIZE))
     assert whole.labels.dtype == torch.int64
+
+
+def test_only_a_few_batches_are_made_ahead_of_time_and_those_of_a_lease_given_up_are_dropped(shards):
+    begun, loader = [], make(shards, threads=1)
+    ahead = ReadAhead(SimpleNamespace(submit=lambda *one: begun.append(one) or loader.submit(*one)), num_batches=3)
+    ahead.ask(1, ranges(0, 0, 20, 4))
+    ahead.ask(2, ranges(0, 20, 28, 4))
+    assert begun == [(0, 0, 4), (0, 4, 8), (0, 8, 12)]
+    first = ahead.take(1)
+    assert [next(first).start for _ in range(2)] == [0, 4] and len(begun) == 5
+    assert [(batch.start, batch.stop) for batch in ahead.take(2)] == [(20, 24), (24, 28)]      # the rest of lease 1 is not wanted
+    assert list(ahead.take(2)) == [] and len(begun) == 7
+    loader.close()
+
+
+def test_batches_come_in_order_from_all_threads(shards):
+    loader, at_once = make(shards, threads=3), threading.Barrier(3, timeout=20)
+    read, thread_of = loader.batch, {}
+
+    def batch(epoch, start, stop):
+        if start < 12:
+            at_once.wait()                     # breaks if the three are not made at the same time
+        thread_of[start] = threading.get_ident()
+        return read(epoch, start, stop)
+
+    loader.batch = batch
+    assert [(one.start, one.stop) for one in loader.batches(ranges(0, 0, 26, 4))] == [*((at, at + 4) for at in range(0, 24, 4)), (24, 26)]
+    assert len({thread_of[start] for start in (0, 4, 8)}) == 3
+    loader.close()
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

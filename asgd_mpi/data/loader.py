@@ -8,7 +8,8 @@ reading, checking and decoding all release the interpreter's lock.
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,6 +21,14 @@ from asgd_mpi.data.decode import decode
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import DamagedSample, ShardSet
 from asgd_mpi.errors import DataError
+
+
+Range = tuple[int, int, int]  # of one batch: epoch, start, stop
+
+
+def ranges(epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Range]:
+    """Cut positions start..stop-1 of an epoch into batches; the last one may be smaller."""
+    return ((epoch, at, min(at + batch_size, stop)) for at in range(start, stop, batch_size))
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Loader:
         self._num_channels = 3 if shards.image_shape is None else shards.image_shape[2]
         self._reported: set[int] = set()
         self._reported_lock = threading.Lock()
+        self._num_threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
 
     def batch(self, epoch: int, start: int, stop: int) -> Batch:
@@ -96,6 +106,12 @@ class Loader:
         """Start making a batch in a thread; its errors come out of the future's result()."""
         return self._pool.submit(self.batch, epoch, start, stop)
 
+    def batches(self, ranges: Iterable[Range]) -> Iterator[Batch]:
+        """Return the batches in order, made by all threads, a few ahead; raise DataError."""
+        ahead = ReadAhead(self, self._num_threads + 2)
+        ahead.ask(0, ranges)
+        return ahead.take(0)
+
     def close(self) -> None:
         """Drop the batches not yet started and wait for the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -119,3 +135,36 @@ class Loader:
                 return
             self._reported.add(index)
         self.on_skip(f"left out: {error}")
+
+
+class ReadAhead:
+    """What a worker will need, in order; a few batches of it are made ahead of time.
+
+    Only so many: a batch of 256 images of 224 x 224 pixels has 38 MB, and a lease may have hundreds.
+    """
+
+    def __init__(self, loader: Loader, num_batches: int):
+        self._loader = loader
+        self._num_batches = num_batches
+        self._asked: deque[tuple[int, Range]] = deque()  # (lease, range), not begun yet
+        self._under_way: deque[tuple[int, Future[Batch]]] = deque()
+
+    def ask(self, lease: int, ranges: Iterable[Range]) -> None:
+        """Ask for the batches of a lease, behind all that was asked for before."""
+        self._asked.extend((lease, one) for one in ranges)
+        self._begin()
+
+    def take(self, lease: int) -> Iterator[Batch]:
+        """Yield the batches of a lease; what was asked for before them is dropped. Raise DataError."""
+        while self._under_way and self._under_way[0][0] != lease:
+            self._under_way.popleft()[1].cancel()
+            self._begin()
+        while self._under_way and self._under_way[0][0] == lease:
+            batch = self._under_way.popleft()[1].result()
+            self._begin()
+            yield batch
+
+    def _begin(self) -> None:
+        while self._asked and len(self._under_way) < self._num_batches:
+            lease, one = self._asked.popleft()
+            self._under_way.append((lease, self._loader.submit(*one)))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
 import torch
 import xxhash
 
 from asgd_mpi.config import Config
-from asgd_mpi.data.loader import Batch, Loader
+from asgd_mpi.data.loader import Batch, Loader, Range, ReadAhead, ranges
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model import batchnorm
@@ -25,7 +23,7 @@ from asgd_mpi.worker.replica import Replica
 from asgd_mpi.worker.step import Errors, Normalise, validate
 from asgd_mpi.worker.team import Leader
 
-READ_AHEAD = 4  # batches of a validation
+AHEAD = 8     # batches that are read before they are needed
 
 
 class _Sum:
@@ -70,7 +68,7 @@ class Worker:
         self.asked_to_leave, self.at_every_batch = asked_to_leave, at_every_batch
         self._sum: _Sum | None = None
         self._since_fetch = 0                                  # batches
-        self._ahead: dict[int, deque[Future[Batch]]] = {}      # batches under way, by lease
+        self._ahead = ReadAhead(self.train_loader, AHEAD)
         self._last_ahead = 0                                   # the last lease that the loader has heard of
         self._done = 0                                         # the last lease that was worked on
         self._pushed = False                                   # a gradient is under way,
@@ -149,8 +147,6 @@ class Worker:
         self._sum = None
         self.replica.load_({})
         self._made = mail.version
-        granted = {lease.number for lease in mail.leases}
-        self._ahead = {number: futures for number, futures in self._ahead.items() if number in granted}
         self._refresh()
         return True
 
@@ -312,15 +308,15 @@ class Worker:
             if lease.number > self._last_ahead:
                 self._last_ahead = lease.number
                 if lease.work == Work.TRAIN:
-                    self._ahead[lease.number] = deque(
-                        self.train_loader.submit(lease.epoch, start, min(start + self.batch_size, lease.stop))
-                        for start in range(lease.start, lease.stop, self.batch_size))
+                    self._ahead.ask(lease.number, self._cut(lease))
 
     def _batches(self, lease: Lease) -> Iterator[Batch]:
-        futures = self._ahead.pop(lease.number)
-        while futures:
+        batches = self._ahead.take(lease.number)
+        while True:
             with self.meter.phase("data"):
-                batch = futures.popleft().result()
+                batch = next(batches, None)
+            if batch is None:
+                return
             yield batch
 
     def _fill_statistics(self, payload: torch.Tensor) -> int:
@@ -328,23 +324,14 @@ class Worker:
         return 4 * self.network.num_statistics
 
     def _errors(self, lease: Lease) -> Errors:
-        return validate(self.network, self.normalise, self._in_order(lease))
+        return validate(self.network, self.normalise, self.val_loader.batches(self._cut(lease)))
 
-    def _in_order(self, lease: Lease) -> Iterator[Batch]:
-        """The validation images of a lease, read a few batches ahead."""
-        ahead: deque[Future[Batch]] = deque()
-        for start in range(lease.start, lease.stop, self.batch_size):
-            ahead.append(self.val_loader.submit(lease.epoch, start, min(start + self.batch_size, lease.stop)))
-            if len(ahead) > READ_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    def _cut(self, lease: Lease) -> Iterator[Range]:
+        return ranges(lease.epoch, lease.start, lease.stop, self.batch_size)
 
     def _recalibrate(self) -> None:
         """Measure the batch-norm statistics of the fetched snapshot, on the first training images of epoch 0."""
         last = min(batchnorm.NUM_BATCHES * self.batch_size, self.train_loader.shards.num_samples)
-        device = self.network.device
-        batches = (self.train_loader.batch(0, start, min(start + self.batch_size, last))
-                   for start in range(0, last, self.batch_size))
-        images = (self.normalise(batch.on(device)) for batch in batches)
+        batches = (self.train_loader.batch(*one) for one in ranges(0, 0, last, self.batch_size))
+        images = (self.normalise(batch.on(self.network.device)) for batch in batches)
         self.leader.recalibrate_(images) if self.leader else batchnorm.recalibrate_(self.flat.module, images)

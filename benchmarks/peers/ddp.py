@@ -9,9 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 
 import torch
 import torch.distributed as dist
@@ -20,13 +18,12 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from asgd_mpi.config import Config, ScheduleConfig
-from asgd_mpi.data.loader import Batch
+from asgd_mpi.data.loader import Range
 from asgd_mpi.model.networks import DIGITS
 from asgd_mpi.server.schedule import Schedule
 from asgd_mpi.task import Task, complete, open_task
 from benchmarks.networks import sleeping_digits
 
-READ_AHEAD = 4   # batches
 WARM = 0.2       # share of the steps left out of the rate
 
 
@@ -66,11 +63,11 @@ def train(rank: int, workers: int, module: nn.Module, options: argparse.Namespac
     steps = round(options.epochs * per_epoch)
     rate_at = Schedule(ScheduleConfig(DIGITS.schedule, options.rate, DIGITS.warmup_epochs), per_epoch * together,
                        steps * together, workers)
-    timed = min(steps, options.max_steps or steps)
+    timed, loader = min(steps, options.max_steps or steps), task.train_loader()
     clock, warm, reached = 0.0, 0.0, None
     dist.barrier()
     started = time.perf_counter()
-    for step, batch in enumerate(batches(rank, workers, per_epoch, timed, task), start=1):
+    for step, batch in enumerate(loader.batches(shares(rank, workers, per_epoch, timed)), start=1):
         optimizer.param_groups[0]["lr"] = rate_at((step - 1) * together)
         optimizer.zero_grad()
         functional.cross_entropy(module(task.normalise(batch.images)), batch.labels).backward()
@@ -85,21 +82,17 @@ def train(rank: int, workers: int, module: nn.Module, options: argparse.Namespac
             dist.barrier()
             started = time.perf_counter()
     elapsed = time.perf_counter() - started
+    loader.close()
     rate = None if options.accuracy else (timed - int(WARM * timed)) * together / (elapsed - warm)
     return {"images_per_s": rate, "seconds_to_accuracy": reached}
 
 
-def batches(rank: int, workers: int, per_epoch: int, steps: int, task: Task) -> Iterator[Batch]:
-    """This rank's batches, a few of them read ahead."""
-    loader, ahead = task.train_loader(), deque[Future[Batch]]()
-    for step in range(steps + READ_AHEAD):
-        if step < steps:
-            epoch, position = divmod(step, per_epoch)
-            start = (position * workers + rank) * DIGITS.batch_size
-            ahead.append(loader.submit(epoch, start, start + DIGITS.batch_size))
-        if step >= READ_AHEAD:
-            yield ahead.popleft().result()
-    loader.close()
+def shares(rank: int, workers: int, per_epoch: int, steps: int) -> Iterator[Range]:
+    """Where this rank's batches lie."""
+    for step in range(steps):
+        epoch, position = divmod(step, per_epoch)
+        start = (position * workers + rank) * DIGITS.batch_size
+        yield epoch, start, start + DIGITS.batch_size
 
 
 @torch.no_grad()

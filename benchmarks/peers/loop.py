@@ -7,19 +7,15 @@ import argparse
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from asgd_mpi import config as configuration
-from asgd_mpi.data.loader import Batch
+from asgd_mpi.data.loader import ranges
 from asgd_mpi.task import Task, complete, open_task
 
-READ_AHEAD = 4   # batches
 WARM = 0.2       # share of the steps left out of the rate
 
 
@@ -41,31 +37,23 @@ def train(task: Task, device: torch.device, steps: int) -> float:
     layout = {"memory_format": torch.channels_last} if config.compute.channels_last else {}
     module.to(**layout)
     optimizer = torch.optim.SGD(module.parameters(), config.schedule.lr, config.rule.momentum, weight_decay=config.rule.weight_decay)
-    warm, started = int(WARM * steps), 0.0
-    for step, batch in enumerate(batches(task, steps)):
+    warm, started, loader = int(WARM * steps), 0.0, task.train_loader(touch_on_device=True)
+    size = config.data.batch_size
+    for step, batch in enumerate(loader.batches(ranges(0, 0, steps * size, size))):
         if step == warm:
             _settle(device)
             started = time.perf_counter()
         _step(module, optimizer, task.normalise(batch.on(device)).to(**layout), batch.labels.to(device, non_blocking=True))
     _settle(device)
-    return (steps - warm) * config.data.batch_size / (time.perf_counter() - started)
+    elapsed = time.perf_counter() - started
+    loader.close()
+    return (steps - warm) * size / elapsed
 
 
 def _step(module: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
     optimizer.zero_grad()
     functional.cross_entropy(module(images), labels).backward()
     optimizer.step()
-
-
-def batches(task: Task, steps: int) -> Iterator[Batch]:
-    """The first epoch's, a few of them read ahead."""
-    loader, ahead, size = task.train_loader(touch_on_device=True), deque[Future[Batch]](), task.config.data.batch_size
-    for step in range(steps + READ_AHEAD):
-        if step < steps:
-            ahead.append(loader.submit(0, step * size, (step + 1) * size))
-        if step >= READ_AHEAD:
-            yield ahead.popleft().result()
-    loader.close()
 
 
 def _settle(device: torch.device) -> None:
