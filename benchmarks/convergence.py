@@ -11,9 +11,9 @@ digits    every rule, 8, 16, 32 and 64 workers, 5 seeds, 20 epochs
 rates     every rule at a tenth and at ten times its rate
 momentum  who keeps the velocity, with and without a limit to what a push moves
 starts    cold and warm start by workers and n_sync, as figures 3 and 4 of Paine et al. 2013 (arXiv:1312.6186)
-real      every rule, 4 workers, mpirun
+real      every rule, 4 workers, mpirun, 5 seeds
 fashion   every rule on Fashion-MNIST (make data/fashion-mnist with data_prep.fashion_mnist first), 4 epochs, 5 seeds;
-          `fashion_real` with 4 workers, mpirun
+          `fashion_real` with 4 workers, mpirun, 5 seeds
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def settings(part: str) -> Iterator[Setting]:
         yield from (Setting(part, "downpour", n, seed, 0.1, n_sync, warm, "--rule.max_drift 0") for seed in range(2) for n in (1, 4, 8, 16)
                     for n_sync in (1, 10, 100, 300) for warm in (0.0, 4.0) if n > 1 or not warm)
     elif part in ("real", "fashion_real"):
-        yield from (Setting(part, rule, 4, seed) for seed in range(2) for rule in rules)
+        yield from (Setting(part, rule, 4, seed) for seed in range(SEEDS) for rule in rules)
     elif part == "fashion":
         yield from (Setting(part, "asgd", n, seed) for seed in range(SEEDS) for n in (1, *WORKERS))
         yield from (Setting(part, rule, n, seed) for seed in range(SEEDS) for n in WORKERS for rule in rules)

@@ -23,7 +23,7 @@ from asgd_mpi.worker.replica import Replica
 from asgd_mpi.worker.step import Errors, Normalise, validate
 from asgd_mpi.worker.team import Leader
 
-AHEAD = 8     # batches that are read before they are needed
+AHEAD = 8     # batches that are read before they are needed; more, if there are more threads to read them
 
 
 class _Sum:
@@ -68,7 +68,7 @@ class Worker:
         self.asked_to_leave, self.at_every_batch = asked_to_leave, at_every_batch
         self._sum: _Sum | None = None
         self._since_fetch = 0                                  # batches
-        self._ahead = ReadAhead(self.train_loader, AHEAD)
+        self._ahead = ReadAhead(self.train_loader, max(AHEAD, config.data.threads + 2))
         self._last_ahead = 0                                   # the last lease that the loader has heard of
         self._done = 0                                         # the last lease that was worked on
         self._pushed = False                                   # a gradient is under way,
