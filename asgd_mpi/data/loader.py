@@ -106,10 +106,10 @@ class Loader:
         """Start making a batch in a thread; its errors come out of the future's result()."""
         return self._pool.submit(self.batch, epoch, start, stop)
 
-    def batches(self, ranges: Iterable[Range]) -> Iterator[Batch]:
+    def batches(self, wanted: Iterable[Range]) -> Iterator[Batch]:
         """Return the batches in order, made by all threads, a few ahead; raise DataError."""
         ahead = ReadAhead(self, self._num_threads + 2)
-        ahead.ask(0, ranges)
+        ahead.ask(0, wanted)
         return ahead.take(0)
 
     def close(self) -> None:
@@ -149,13 +149,13 @@ class ReadAhead:
         self._asked: deque[tuple[int, Range]] = deque()  # (lease, range), not begun yet
         self._under_way: deque[tuple[int, Future[Batch]]] = deque()
 
-    def ask(self, lease: int, ranges: Iterable[Range]) -> None:
+    def ask(self, lease: int, wanted: Iterable[Range]) -> None:
         """Ask for the batches of a lease, behind all that was asked for before."""
-        self._asked.extend((lease, one) for one in ranges)
+        self._asked.extend((lease, one) for one in wanted)
         self._begin()
 
     def take(self, lease: int) -> Iterator[Batch]:
-        """Yield the batches of a lease; what was asked for before them is dropped. Raise DataError."""
+        """Yield the batches of a lease, which was asked for; what was asked for before it is dropped. Raise DataError."""
         while self._under_way and self._under_way[0][0] != lease:
             self._under_way.popleft()[1].cancel()
             self._begin()
