@@ -3,4 +3,4 @@
 Import nothing heavy here: the report reads run directories without torch or MPI.
 """
 
-__version__ = "0.4.1"
+__version__ = "0.4.2"

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from asgd_mpi.exchange.reader import WorkerWindow
 from asgd_mpi.exchange.team import Team
-from asgd_mpi.exchange.window import ServerWindow, WorkerWindow
+from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.world import World
 from asgd_mpi.model.flat import num_floats, num_statistics
 from asgd_mpi.record.events import Cut

@@ -42,7 +42,8 @@ from asgd_mpi.exchange import clock, wait
 from asgd_mpi.exchange.fellows import Desk, Fellows, JointInbox
 from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.exchange.link import Inbox, Outbox
-from asgd_mpi.exchange.window import ServerWindow, WorkerWindow
+from asgd_mpi.exchange.reader import WorkerWindow
+from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
 from asgd_mpi.inject import Injector
 from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics

@@ -10,7 +10,7 @@ import torch
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.link import Arrival
 from asgd_mpi.exchange.layout import Layout
-from asgd_mpi.exchange.window import Snapshot
+from asgd_mpi.exchange.reader import Snapshot
 
 
 class Exchange:
@@ -52,6 +52,9 @@ class FakeServerWindow:
         weights, shown = self._next
         shown[piece] = weights[piece]
 
+    def promise(self, worker, packet):
+        pass
+
     def show_statistics(self, statistics):
         self._exchange.statistics = statistics.clone()
 
@@ -87,6 +90,9 @@ class FakeWorkerWindow:
             return mail if mail is not None and mail.judged >= packets and until(mail) else None
 
         return _wait(poll, f"mail of worker {self._worker}: {for_what}")
+
+    def follow(self, packet, into, whole=False):
+        return None
 
     def fetch(self, into, at_least, whole=False):
         exchange = self._exchange

@@ -3,9 +3,9 @@
 import sys
 
 from asgd_mpi import train
-from asgd_mpi.exchange import window
+from asgd_mpi.exchange import reader
 
-window.CLEARLY = float("inf")
+reader.CLEARLY = float("inf")
 
 if __name__ == "__main__":
     sys.exit(train.main())

@@ -18,14 +18,14 @@ from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import RunDirError
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.audit import audit
-from asgd_mpi.record.events import End, Fetch, Publish, Validation, read_events, read_pushes
+from asgd_mpi.record.events import End, Fetch, Interval, Publish, Validation, read_events, read_pushes
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.task import open_task
 from asgd_mpi.worker.step import compute_gradient_
 from photos import write_odd_files, write_tree
 
-ONE_HOST, TWO_HOSTS, SHORT_COUNTS = "asgd_mpi.train", "two_hosts", "short_counts"
+ONE_HOST, TWO_HOSTS, SHORT_COUNTS, FOLLOWS = "asgd_mpi.train", "two_hosts", "short_counts", "follows_closely"
 HEAVY_BALL, NESTEROV = ["--rule.momentum_at", "server"], ["--rule.weight_decay", "0"]   # as torch.optim.SGD has them
 OVERLAP, AUTO, N_SYNC, SYNC = ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"], ["--n-sync", "3"], ["--rule", "sync"]
 BFLOAT16, FLOAT16 = ["--exchange.wire", "bfloat16"], ["--exchange.wire", "float16", *OVERLAP]
@@ -39,6 +39,7 @@ RUNS = [("openmpi", ONE_HOST, 1, HEAVY_BALL), ("openmpi", ONE_HOST, 1, NESTEROV)
         ("openmpi", ONE_HOST, 3, SYNC), ("openmpi", ONE_HOST, 3, ["--rule", "easgd"]),
         ("mpich", TWO_HOSTS, 3, ["--rule", "downpour", "--n-sync", "2"]), ("openmpi", TWO_HOSTS, 3, BFLOAT16),
         ("mpich", TWO_HOSTS, 3, FLOAT16), ("openmpi", SHORT_COUNTS, 3, []), ("mpich", SHORT_COUNTS, 3, BFLOAT16),
+        ("openmpi", FOLLOWS, 1, [*HEAVY_BALL, *WIDE]), ("openmpi", FOLLOWS, 3, WIDE), ("mpich", FOLLOWS, 3, [*BFLOAT16, *WIDE]),
         # ... and with several servers
         ("openmpi", ONE_HOST, 1, HEAVY_BALL, 2), ("openmpi", ONE_HOST, 2, DC_ASGD, 3), ("openmpi", ONE_HOST, 2, ["--rule", "easgd"], 2),
         ("openmpi", TWO_HOSTS, 3, AUTO, 3), ("openmpi", SHORT_COUNTS, 3, [*BFLOAT16, *WIDE], 3), ("mpich", TWO_HOSTS, 3, [], 3)]
@@ -47,8 +48,8 @@ RUNS = [("openmpi", ONE_HOST, 1, HEAVY_BALL), ("openmpi", ONE_HOST, 1, NESTEROV)
 class Finished:
     """A finished run and what was recorded of it."""
 
-    def __init__(self, run: RunDir, num_workers: int, options: list[str], num_servers: int, output: str):
-        self.num_ranks = num_workers + num_servers
+    def __init__(self, run: RunDir, module: str, num_workers: int, options: list[str], num_servers: int, output: str):
+        self.num_ranks, self.module = num_workers + num_servers, module
         self.run, self.num_workers, self.options, self.output = run, num_workers, options, output
         self.reads_own_pushes = options not in (OVERLAP, AUTO, FLOAT16)
         self.config = configuration.from_yaml(run.config.read_text())
@@ -72,7 +73,7 @@ def finished(request, digits, tmp_path_factory) -> Finished:
         "--run.dir", "run", "--record.hash_snapshots", "true", "--compute.threads", "1", *options,
         "--servers", str(num_servers), cwd=directory, module=module)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Finished(RunDir.open(directory / "run"), num_workers, options, num_servers, done.stdout)
+    return Finished(RunDir.open(directory / "run"), module, num_workers, options, num_servers, done.stdout)
 
 
 def test_every_push_is_applied_exactly_once_and_every_sample_is_used_exactly_once(finished):
@@ -108,6 +109,11 @@ def test_every_fetched_snapshot_is_one_published_version(finished):
     assert all(published[event.version] == event.hash for _, event in fetched)
 
 
+def test_workers_follow_long_updates_while_they_are_written(finished):
+    followed = sum(event.followed for _, event in finished.of(Interval))
+    assert bool(followed) == (finished.module == FOLLOWS) and followed <= len(finished.pushes)
+
+
 def test_the_log_replayed_in_one_process_gives_the_same_weights_to_the_bit(finished, capsys):
     assert replay.main([str(finished.run.path)]) == 0
     assert f"{len(finished.pushes)} pushes replayed, the weights are the same to the bit" in capsys.readouterr().out
@@ -141,7 +147,7 @@ def test_a_log_with_one_entry_changed_does_not_replay(finished):
 
 def test_one_worker_equals_torch_sgd_in_one_process_to_the_bit(finished):
     """torch.optim.SGD, not fused (foreach=False), on an ordinary module."""
-    if finished.options not in (HEAVY_BALL, NESTEROV) or finished.num_workers != 1:
+    if finished.options[:2] not in (HEAVY_BALL, NESTEROV) or finished.num_workers != 1:
         pytest.skip("an identity of one worker that pushes and fetches at every step")
     torch.set_num_threads(1)
     task, config = finished.task, finished.config

@@ -2,7 +2,9 @@
 
 Rank 0, and every further server, for its slice of the weights (P is then the length of the slice), owns, in bytes:
 
-    control   16 words of int64: latest version, its slot; and for each slot of the ring its version and its sample clock
+    control   32 words of int64: latest version, its slot; and for each slot of the ring its version, its sample clock, the
+              version that is or was written last, and how many of its numbers are there
+    promises  N x 2 words: the packet of a worker that is being applied, and the slot whose next version will hold it
     mail      N x 24 words: see wire.pack_mail
     ring      K slots of P float32, each on a page of its own; in a narrower wire format (see codec) followed by what workers
               read of them
@@ -21,9 +23,12 @@ from asgd_mpi.exchange import codec, wire
 from asgd_mpi.server import slices
 
 PAGE = 4096
-CONTROL_WORDS = 16
+CONTROL_WORDS = 32
+PROMISE_WORDS = 2
+PACKET, PROMISED_SLOT = range(PROMISE_WORDS)
 LATEST, SLOT, FIRST_WORD = 0, 1, 2   # positions of the control words
-WORDS_OF_SLOT = 2                    # its version, and the samples that this version has seen
+WORDS_OF_SLOT = 4
+VERSION, SAMPLES, COMING, WRITTEN = range(WORDS_OF_SLOT)
 WORD = 8                             # bytes
 STATISTICS_FROM = 2 * WORD           # behind their words
 
@@ -63,8 +68,11 @@ class Layout:
         start = codec.num_bytes(self.slices[number].start, self.wire)
         return slice(start, start + self.of(number).vector_bytes)
 
+    def promise(self, worker: int) -> int:
+        return WORD * (CONTROL_WORDS + PROMISE_WORDS * worker)
+
     def mail(self, worker: int) -> int:
-        return WORD * (CONTROL_WORDS + wire.MAIL_WORDS * worker)
+        return self.promise(self.num_workers) + WORD * wire.MAIL_WORDS * worker
 
     def slot(self, index: int) -> int:
         """The weights, (P,) float32."""
@@ -106,8 +114,9 @@ class Layout:
         return 0 if self.wire == "float32" else _to_page(self.vector_bytes)
 
 
-def version_word(slot: int) -> int:
-    return FIRST_WORD + WORDS_OF_SLOT * slot
+def words_of_slot(slot: int) -> slice:
+    first = FIRST_WORD + WORDS_OF_SLOT * slot
+    return slice(first, first + WORDS_OF_SLOT)
 
 
 def _to_page(num_bytes: int) -> int:

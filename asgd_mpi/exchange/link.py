@@ -20,7 +20,8 @@ from mpi4py import MPI
 
 from asgd_mpi.exchange import codec, wait, wire
 from asgd_mpi.exchange.codec import Vector
-from asgd_mpi.exchange.window import ServerWindow, WorkerWindow
+from asgd_mpi.exchange.reader import WorkerWindow
+from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import HEADER_BYTES, Header, Kind
 from asgd_mpi.exchange.world import PROCESS_FAILED, World, cut
 

@@ -72,6 +72,7 @@ class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=
     images: int = 0           # trained (worker) or applied (server)
     pushes: int = 0           # sent (worker) or applied (server)
     fetches: int = 0
+    followed: int = 0         # of them: read while the server wrote the snapshot; their time is that of the push
     torn_reads: int = 0       # a snapshot changed while it was read: read again
     skipped_images: int = 0   # damaged images left out because the user asked for it
     bytes_pushed: int = 0

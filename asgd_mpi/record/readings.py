@@ -19,7 +19,7 @@ from asgd_mpi.record.events import (
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins
 
-COUNTERS = ("images", "pushes", "fetches", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched",
+COUNTERS = ("images", "pushes", "fetches", "followed", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched",
             "refused_pushes", "read_retries")
 LARGEST = 1e15        # of any number in a line: seconds, samples, bytes
 MAX_WORKERS = 1 << 16

@@ -86,6 +86,7 @@ class Summary(msgspec.Struct):
     bytes_fetched: int
     bytes_fetched_per_s: float | None
     fetches: int
+    followed: int             # of the fetches: read while the server wrote the snapshot
     torn_reads: int
     workers: list[Worker]
     ranks: list[Rank]
@@ -168,7 +169,7 @@ def summarize(run: RunDir) -> Summary:
         lr_first=training.first and training.first.lr, lr_last=training.last and training.last.lr,
         bytes_pushed=sent["bytes_pushed"], bytes_pushed_per_s=_ratio(sent["bytes_pushed"], training_s),
         bytes_fetched=sent["bytes_fetched"], bytes_fetched_per_s=_ratio(sent["bytes_fetched"], training_s),
-        fetches=sent["fetches"], torn_reads=sent["torn_reads"],
+        fetches=sent["fetches"], followed=sent["followed"], torn_reads=sent["torn_reads"],
         workers=_workers(metrics, training, checked.num_workers, images, training_s), ranks=ranks,
         staleness=_staleness(training.staleness), epochs=[epoch for _, epoch in sorted(training.epochs.items())],
         validations=validations, checkpoints=sorted(metrics.checkpoints, key=lambda checkpoint: checkpoint.t),

@@ -86,7 +86,8 @@ def _traffic(summary: Summary) -> list[tuple[str, str]]:
     return [
         ("pushed", f"{units.size(summary.bytes_pushed)}, {units.size(summary.bytes_pushed_per_s)}/s"),
         ("fetched", f"{units.size(summary.bytes_fetched)}, {units.size(summary.bytes_fetched_per_s)}/s"),
-        ("fetches", f"{summary.fetches:,}, and {summary.torn_reads:,} torn reads that were done again"),
+        ("fetches", f"{summary.fetches:,}, {summary.followed:,} of them while the update was written, and "
+                    f"{summary.torn_reads:,} torn reads that were done again"),
         ("overlap", f"{units.percent(summary.overlap)} of the time of push and fetch lay behind the computation"),
         ("server busy", f"{units.percent(summary.server_busy)} of its time, {units.short(summary.apply_s)} for one update"),
     ]

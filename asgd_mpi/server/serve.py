@@ -149,6 +149,8 @@ class Server:
         self.at_every_pass()
         with self.meter.phase("apply"), self.window.next_snapshot(
                 self.ledger.version, self.ledger.samples) as weights:                            # publishes on exit
+            for arrival, _ in judged:
+                self.window.promise(arrival.worker, arrival.header.packet)
             advance_(weights, self.window, self.rule, [(arrival.gradient, verdict) for arrival, verdict in judged],
                      self.inbox.poll)
             self._await_fellows(f"apply version {self.ledger.version}")

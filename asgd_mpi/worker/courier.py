@@ -19,7 +19,7 @@ import torch
 
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.link import Outbox
-from asgd_mpi.exchange.window import Snapshot, WorkerWindow
+from asgd_mpi.exchange.reader import Snapshot, WorkerWindow
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record.meter import Meter
@@ -116,7 +116,8 @@ class Courier:
         if trip.snapshot is None:
             return False
         self.version, self.samples = trip.snapshot.version, trip.snapshot.samples
-        self._meter.add(fetches=1, torn_reads=trip.snapshot.torn_reads, bytes_fetched=trip.num_bytes)
+        self._meter.add(fetches=1, followed=int(trip.snapshot.followed), torn_reads=trip.snapshot.torn_reads,
+                        bytes_fetched=trip.num_bytes)
         if self._thread:
             self._flat.swap_weights_()
         return True
@@ -151,27 +152,42 @@ class Courier:
             if header is not None:
                 self._outbox.send(header, fill(self._outbox.payload))
                 self._outbox.wait()
+            followed = self._follow(whole) if header is not None and fetch else None
             until = _may_go_on if header and header.kind in (Kind.GRADIENT, Kind.NONFINITE) else lambda mail: True
             trip = _Trip(self._window.await_mail(self.sent, until, "let it go on"), push_s=time.perf_counter() - started)
             if fetch:
-                trip.snapshot, trip.num_bytes = self._fetch(trip.mail.version, whole)
+                trip.snapshot, trip.num_bytes = self._fetch(trip.mail.version, whole, followed)
         if self._stream:
             self._stream.synchronize()
         trip.fetch_s = time.perf_counter() - started - trip.push_s
         return trip
 
-    def _fetch(self, at_least: int, whole: bool) -> tuple[Snapshot, int]:
-        """Read a snapshot; also returns its bytes."""
+    def _follow(self, whole: bool) -> Snapshot | None:
+        """Read the snapshot that will hold the packet which has left, while it is written, if that can be."""
+        return None if self._leader else self._window.follow(self.sent, self._memory(whole), whole)
+
+    def _fetch(self, at_least: int, whole: bool, followed: Snapshot | None) -> tuple[Snapshot, int]:
+        """Read a snapshot, unless the one that was `followed` is still the latest; also returns its bytes."""
         if self._leader:
             return self._leader.fetch(at_least, whole)
-        weights = self._flat.spare_weights if self._thread or self._aside else self._flat.weights
-        wire = "float32" if whole else self._wire
-        num_bytes, in_place = codec.num_bytes(len(weights), wire), wire == "float32" and self._flat.device.type == "cpu"
-        memory = weights.view(torch.uint8) if in_place else self._staging[:num_bytes]
-        snapshot = self._window.fetch(memory, at_least, whole)
-        if not in_place:
-            codec.copy_(weights, codec.vector_in(memory, len(weights), wire))
-        return snapshot, num_bytes
+        memory = self._memory(whole)
+        snapshot = followed if followed and self._window.is_latest(followed.version) else self._window.fetch(
+            memory, at_least, whole)
+        weights = self._into
+        if memory.data_ptr() != weights.data_ptr():
+            codec.copy_(weights, codec.vector_in(memory, len(weights), "float32" if whole else self._wire))
+        return snapshot, len(memory)
+
+    @property
+    def _into(self) -> torch.Tensor:
+        """Where the next weights are to be, (P,) float32."""
+        return self._flat.spare_weights if self._thread or self._aside else self._flat.weights
+
+    def _memory(self, whole: bool) -> torch.Tensor:
+        """Where they arrive, uint8 on the host."""
+        if self._staging is None or (whole and self._flat.device.type == "cpu"):
+            return self._into.view(torch.uint8)
+        return self._staging[:codec.num_bytes(len(self._into), "float32" if whole else self._wire)]
 
 
 def _may_go_on(mail: Mail) -> bool:

@@ -23,7 +23,7 @@ from asgd_mpi.data.loader import Batch
 from asgd_mpi.errors import ServerLost, StageLost
 from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.team import ACTIVATIONS, COMMANDS, GRADIENTS, REPLIES, SCORES, Pipe, Team
-from asgd_mpi.exchange.window import Snapshot, WorkerWindow
+from asgd_mpi.exchange.reader import Snapshot, WorkerWindow
 from asgd_mpi.model import batchnorm
 from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, num_statistics, places_of, statistics_of, views
 from asgd_mpi.record import checkpoint

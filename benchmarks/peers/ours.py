@@ -15,7 +15,8 @@ from torch import nn
 from asgd_mpi.config import CheckpointConfig, FailureConfig, RuleConfig
 from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.exchange.link import Inbox, Outbox
-from asgd_mpi.exchange.window import ServerWindow, WorkerWindow
+from asgd_mpi.exchange.reader import WorkerWindow
+from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.exchange.world import World
 from asgd_mpi.model.flat import FlatModel, num_floats
