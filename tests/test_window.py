@@ -7,15 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange import reader
 from asgd_mpi.exchange.codec import BLOCK, rounded, vector_in
 from asgd_mpi.exchange.layout import PAGE, Layout
-from asgd_mpi.exchange.reader import WorkerWindow
+from asgd_mpi.exchange.reader import Snapshot, WorkerWindow
 from asgd_mpi.exchange.window import ServerWindow
+from asgd_mpi.exchange.wire import Header, Kind
+from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.ledger import Mail
 from asgd_mpi.server.rules import pieces
+from asgd_mpi.worker.courier import Courier
 
 WIRES = ["float32", "bfloat16", "float16"]
 
@@ -114,3 +118,17 @@ def test_there_is_nothing_to_follow_for_a_packet_that_is_not_applied_or_a_vector
     server.post(0, Mail(judged=3, version=0))
     assert worker.follow(3, torch.zeros(8 * reader.STRIDE, dtype=torch.uint8)) is None
     assert make_pair(reader.STRIDE)[1].follow(1, torch.zeros(4 * reader.STRIDE, dtype=torch.uint8)) is None
+
+
+@pytest.mark.parametrize("latest, fetches", [(5, 0), (6, 1)])
+def test_what_a_worker_followed_is_fetched_anew_if_it_was_held_until_there_was_a_newer_one(latest, fetches):
+    flat = FlatModel(nn.Linear(4, 4), torch.device("cpu"))
+    window = SimpleNamespace(
+        follow=lambda packet, into, whole: Snapshot(5, 50, 0, followed=True), await_mail=lambda *_: Mail(judged=1, version=5),
+        is_latest=lambda version: version == latest, fetch=lambda into, at_least, whole: Snapshot(6, 60, 0))
+    outbox = SimpleNamespace(payload=flat.gradient.view(torch.uint8), sent=1, send=lambda *_: None, wait=lambda: None)
+    counts = {}
+    courier = Courier(window, outbox, flat, SimpleNamespace(add=lambda **more: counts.update(more)), overlap=False)
+    courier.push_gradient(Header(Kind.GRADIENT, 0, 1, 4, 1, 0, 1), fetch=True)
+    assert courier.wait() and courier.version == latest and courier.samples == 10 * latest
+    assert counts["followed"] == 1 - fetches and counts["fetches"] == 1
