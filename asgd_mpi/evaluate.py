@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         state, manifest = checkpoint.load(options.checkpoint)
         images = open_split(data.source, data.path, options.split)
+        for note in images.notes:
+            print(note, file=sys.stderr)
         errors = measure(state, manifest, images, options.batch_size, torch.device(options.device), options.threads,
                          data.on_bad_image)
     except UserError as error:

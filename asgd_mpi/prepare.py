@@ -86,7 +86,8 @@ def _greeting(places: Topology, task: Task, run: RunDir) -> str:
     num_hosts, config = len(set(places.hosts)), task.config
     stages, servers = places.num_stages, places.num_servers
     table = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or max(num_hosts, stages, servers) > 1 else ""
-    return table + (
+    notes = "".join(f"{note}\n" for note in [*task.train.notes, *task.val.notes])
+    return table + notes + (
         f"{places.num_workers} workers {f'of {stages} stages ' if stages > 1 else ''}and {servers} server{'s' * (servers > 1)} on {num_hosts} host(s); "
         f"{config.model.name} on {task.train.num_samples} training and {task.val.num_samples} validation images of {task.train.num_classes} classes from {config.data.path}\n"
         f"{_expectation(config, places.num_workers, num_floats(task.build_module()))}\nthe run directory is {run.path}")

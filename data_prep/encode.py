@@ -1,19 +1,20 @@
 """One image file -> what a shard stores of it.
 
 In: the bytes of a JPEG or PNG file. Out: mode `jpeg`: a grey or RGB JPEG file, with its own bytes wherever possible;
-mode `raw`: RGB pixels, uint8 (S, S, 3). CMYK and PNG files and, with a short side, larger images are encoded again.
+mode `raw`: RGB pixels, uint8 (S, S, 3). CMYK files, other formats and, with a short side, larger images are encoded again.
+What is kept is decoded as a run will decode it, so all that packs trains.
 """
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from asgd_mpi.data.decode import check_end, decode, to_8_bits, why_unreadable
 from data_prep.sources import Photo
 from data_prep.writer import Sample
-
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # Pillow's, for a bad file
 
 
 class BadImage(Exception):
@@ -37,24 +38,23 @@ class Encoding:
         try:
             image = Image.open(io.BytesIO(data))
             if self._keeps(image):
-                self._check(image, data)
+                self._check(data)
                 return Sample(np.frombuffer(data, dtype=np.uint8), label, image.size, photo.name)
-            image = image.convert("RGB") if image.mode not in ("L", "RGB") else image
+            check_end(data)
+            image = to_8_bits(image)
             return self._raw(image, photo, label) if self.mode == "raw" else self._jpeg(image, photo, label)
-        except UNREADABLE as error:
-            reason = str(error).split(" <_io.BytesIO")[0] or type(error).__name__
-            raise BadImage(photo.name, f"{reason} ({len(data)} bytes)") from error
+        except Exception as error:  # Pillow raises what it likes: RuntimeError, struct.error, KeyError, ...
+            raise BadImage(photo.name, f"{why_unreadable(error, data)} ({len(data)} bytes)") from error
 
     def _keeps(self, image: Image.Image) -> bool:
         small = self.short_side is None or min(image.size) <= self.short_side
         is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG file with more pictures after it
         return self.mode == "jpeg" and is_jpeg and image.mode in ("L", "RGB") and small
 
-    def _check(self, image: Image.Image, data: bytes) -> None:
+    def _check(self, data: bytes) -> None:
+        check_end(data)
         if self.check == "full":
-            image.load()
-        elif b"\xff\xd9" not in data[-64:]:
-            raise ValueError("image file is truncated: it has no end mark")
+            decode(np.frombuffer(data, dtype=np.uint8))
 
     def _jpeg(self, image: Image.Image, photo: Photo, label: int) -> Sample:
         if self.short_side is not None and self.short_side < min(image.size):
@@ -77,12 +77,17 @@ def _shrink(image: Image.Image, short_side: int) -> Image.Image:
 
 def histogram(sample: Sample) -> np.ndarray:
     """Return how many pixels of each channel have each value, int64 (3, 256)."""
-    image = Image.fromarray(sample.image) if sample.image.ndim == 3 else Image.open(io.BytesIO(sample.image))
-    return np.array(image.convert("RGB").histogram(), dtype=np.int64).reshape(3, 256)
+    pixels = sample.image if sample.image.ndim == 3 else decode(sample.image)
+    return np.array(Image.fromarray(pixels).histogram(), dtype=np.int64).reshape(3, 256)
 
 
 def mean_and_std(counts: np.ndarray) -> tuple[list[float], list[float]]:
     """Return each channel's mean and deviation, of images in 0..1, from a histogram (3, 256)."""
-    values, total = np.arange(256) / 255, counts.sum(axis=1)
-    mean = counts @ values / total
-    return mean.tolist(), np.sqrt(counts @ values**2 / total - mean**2).tolist()
+    mean, std = [], []
+    for channel in counts.tolist():  # whole numbers: the deviation of a single value is 0, and not what rounding leaves
+        total = sum(channel)
+        first = sum(count * level for level, count in enumerate(channel))
+        second = sum(count * level**2 for level, count in enumerate(channel))
+        mean.append(first / total / 255)
+        std.append(math.sqrt(total * second - first**2) / total / 255)
+    return mean, std

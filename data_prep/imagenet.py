@@ -11,8 +11,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.shards import MANIFEST, Manifest, SplitEntry
-from asgd_mpi.errors import ConfigError
+from asgd_mpi.errors import ConfigError, DataError
 from data_prep import run
 from data_prep.encode import BadImage, Encoding, mean_and_std
 from data_prep.packing import Done, Plan, finish, pack, read_done, start, unfinished
@@ -107,7 +108,13 @@ def _finish_if_done(plan: Plan, found: Source) -> None:
         print(f"{plan.out}: {missing} of {len(done)} shards are still left to other tasks")
         return
     splits = {split: _entry([done[shard] for shard in plan.shards if shard[0] == split]) for split in SPLITS}
-    mean, std = mean_and_std(np.sum([one.histogram for one in done.values()], axis=0))
+    counts = np.sum([one.histogram for one in done.values()], axis=0)
+    if not counts.any():
+        raise DataError(f"not one of the training images that mean and deviation are measured on decodes (--num-measured "
+                        f"{plan.num_measured}); delete {plan.out} and pack again with more of them")  # fmt: skip
+    mean, std = mean_and_std(counts)
+    for note in note_flat_channels(std):
+        print(note)
     side = plan.encoding.raw_size
     raw = plan.encoding.mode == "raw"
     finish(plan, Manifest(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.shards import ShardSet, read_manifest
 from asgd_mpi.errors import ConfigError, DataError
@@ -42,6 +43,8 @@ def inspect(root: Path, sheet: Path = Path("contact_sheet.png"), split: str = "t
         counts = np.bincount(shards.labels(np.arange(shards.num_samples)), minlength=shards.num_classes)
         print(f"{name:8}{entry.num_samples:>10}{len(entry.shards):>8}{num_bytes / 1e6:>12,.1f}"
               f"{num_bytes // entry.num_samples:>14}{f'{counts.min()}..{counts.max()}':>14}{len(entry.skipped):>9}")  # fmt: skip
+    for note in note_flat_channels(manifest.std):
+        print(note)
     shards = ShardSet.open(root, split)
     chosen = np.random.default_rng(seed).permutation(shards.num_samples)[: rows * columns]
     try:

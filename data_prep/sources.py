@@ -15,17 +15,16 @@ import os
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from asgd_mpi.data.tree import is_class, is_image, list_tree, listing, note_files, readable, some
 from asgd_mpi.errors import DataError
 from data_prep.devkit import NAME as DEVKIT
 from data_prep.devkit import Devkit, read_devkit
 
 SPLITS = ("train", "val")
-EXTENSIONS = (".jpeg", ".jpg", ".png")
 ARCHIVE = "ILSVRC2012_img_{}.tar"
 
 
@@ -70,20 +69,20 @@ def find_source(root: Path) -> Source:
 def _find(root: Path, split: str, kit: Devkit | None) -> Iterator[Photo]:
     archive, directory = root / ARCHIVE.format(split), root / split
     if archive.exists():
-        return _train_archive(archive) if split == "train" else _flat(root, _members(archive), kit)
+        return _train_archive(archive) if split == "train" else _flat(root, _images("val", _members(archive)), kit)
     if not directory.is_dir():
         raise DataError(
             f"{root} has neither {archive.name} nor a directory {split}; images are expected in that archive, or in "
             f"{directory}/<synset>/*.JPEG"
         )
-    entries = _listing(directory)
-    if any(entry.is_dir() for entry in entries):
-        return _tree(directory, sorted(entry.name for entry in entries if entry.is_dir()))
+    entries = listing(directory)
+    if any(entry.is_dir() and is_class(entry.name) for entry in entries):
+        return _tree(directory)
     if split == "train":
         raise DataError(f"{directory} has {len(entries)} files and no class directory; images are expected in "
                         f"{directory}/<synset>/*.JPEG")  # fmt: skip
-    files = [(entry.path, 0, entry.stat().st_size, entry.name) for entry in entries]
-    return _flat(root, [file for file in files if _is_image(file[3])], kit)
+    files = [(entry.path, 0, entry.stat().st_size, entry.name) for entry in entries if entry.is_file()]
+    return _flat(root, _images(split, files), kit)
 
 
 def _train_archive(archive: Path) -> Iterator[Photo]:
@@ -92,7 +91,7 @@ def _train_archive(archive: Path) -> Iterator[Photo]:
             print(f"train: {name} in {archive.name} is no archive of a class and stays out", file=sys.stderr)
             continue
         synset = name.removesuffix(".tar")
-        images = [member for member in _members(archive, begin, num_bytes) if _is_image(member[3])]
+        images = _images(f"train/{synset}", _members(archive, begin, num_bytes))
         if not images:
             raise DataError(f"{name} in {archive} has no image; get the archive again")
         yield from (Photo(file, at, size, synset, f"train/{synset}/{image}") for file, at, size, image in images)
@@ -131,25 +130,22 @@ def _flat(root: Path, files: list[tuple[str, int, int, str]], kit: Devkit | None
         yield Photo(file, at, num_bytes, synset, f"val/{synset}/{name}")
 
 
-def _tree(directory: Path, synsets: list[str]) -> Iterator[Photo]:
-    split, empty, others = directory.name, [], []
-    for synset in synsets:
-        entries = _listing(directory / synset)
-        images = [entry for entry in entries if _is_image(entry.name)]
-        others += [f"{synset}/{entry.name}" for entry in entries if not _is_image(entry.name)]
-        if not images:
-            empty.append(synset)
-        for entry in images:
-            with readable(entry.path):
-                num_bytes = entry.stat().st_size
-            yield Photo(entry.path, 0, num_bytes, synset, f"{split}/{synset}/{entry.name}")
-    if empty:
-        raise DataError(
-            f"{len(empty)} of {len(synsets)} classes in {directory} have no image ({some(empty)}); images end in "
-            f"{', '.join(EXTENSIONS)}; unpack the archive again, or delete the empty class directories"
-        )
-    if others:
-        print(f"{split}: {len(others)} files are no images and stay out ({some(sorted(others))})", file=sys.stderr)
+def _tree(directory: Path) -> Iterator[Photo]:
+    found = list_tree(directory)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    for synset, paths in found.images.items():
+        for path in paths:
+            with readable(path):
+                num_bytes = os.stat(path).st_size
+            yield Photo(path, 0, num_bytes, synset, f"{directory.name}/{synset}/{os.path.basename(path)}")
+
+
+def _images(where: str, files: list[tuple[str, int, int, str]]) -> list[tuple[str, int, int, str]]:
+    """Return those of (file, at, bytes, base name) that are images; say which are not."""
+    for note in note_files(where, [name for _, _, _, name in files if not is_image(name)]):
+        print(note, file=sys.stderr)
+    return [entry for entry in files if is_image(entry[3])]
 
 
 def _class_names(synsets: list[str], kit: Devkit | None) -> list[str]:
@@ -161,26 +157,3 @@ def _class_names(synsets: list[str], kit: Devkit | None) -> list[str]:
 
         return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     return synsets
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
-def _listing(directory: Path) -> list[os.DirEntry]:
-    with readable(directory), os.scandir(directory) as entries:
-        return list(entries)
-
-
-@contextmanager
-def readable(path: str | Path) -> Iterator[None]:
-    """Turn the operating system's errors into DataError."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check its permissions and its disk") from error
-
-
-def some(names: list[str]) -> str:
-    """Return the first three names and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

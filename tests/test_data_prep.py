@@ -142,7 +142,7 @@ def test_empty_classes_and_classes_unknown_to_train_are_counted_and_named(tree, 
 def test_files_that_are_no_images_stay_out_and_are_reported(tree, tmp_path, capsys):
     (tree / "train/n00000000/notes.txt").touch()
     prepare(tree, tmp_path / "out")
-    assert "1 files are no images and stay out (n00000000/notes.txt)" in capsys.readouterr().err
+    assert "1 files are no images and stay out: 1 .txt (n00000000/notes.txt)" in capsys.readouterr().err
 
 
 def test_a_link_to_a_file_that_is_gone_is_an_error_even_when_skipping(tree, tmp_path):

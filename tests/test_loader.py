@@ -15,7 +15,7 @@ from PIL import Image
 
 from asgd_mpi.data.augment import (COLOUR, POLICIES, Normalise, Touch, Touches, add_levels, make_policy, resize,
                                    sample_rng, whole_levels)
-from asgd_mpi.data.decode import decode_pillow, decode_simplejpeg
+from asgd_mpi.data.decode import DECODER, decode, decode_pillow
 from asgd_mpi.data.loader import Loader, ReadAhead, ranges
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import DamagedSample, ShardSet
@@ -143,7 +143,7 @@ def test_a_batch_of_only_damaged_samples_is_an_error_even_when_skipping(damaged)
 
 def test_bytes_that_are_intact_but_no_jpeg_are_a_damaged_sample_with_its_name(shards, monkeypatch):
     monkeypatch.setattr(ShardSet, "read", lambda self, index: np.zeros(100, dtype=np.uint8))
-    with pytest.raises(DamagedSample, match=f"{shards.source(0)} .*does not decode as JPEG"):
+    with pytest.raises(DamagedSample, match=f"{shards.source(0)} .*does not decode: "):
         make(shards, Sequential(28)).batch(0, 0, 1)
 
 
@@ -204,7 +204,7 @@ def test_the_random_resized_crop_draws_the_area_and_aspect_of_torchvision():
     assert np.log(aspects).mean() == pytest.approx(np.log(theirs[:, 3] / theirs[:, 2]).mean(), abs=0.02)
 
 
-@pytest.mark.parametrize("decode", [decode_simplejpeg, decode_pillow])
+@pytest.mark.parametrize("decode", [decode, decode_pillow])
 def test_a_grey_jpeg_decodes_to_three_equal_channels(decode):
     data = encoded(photo(np.random.default_rng(0), 40, 30).convert("L"))
     image = decode(np.frombuffer(data, dtype=np.uint8))
@@ -218,15 +218,12 @@ def test_both_decoders_give_the_same_pixels(options):
         image, file = photo(np.random.default_rng(number), 333 + number, 250 - number), io.BytesIO()
         image.save(file, "JPEG", quality=90, **options)
         data = np.frombuffer(file.getvalue(), dtype=np.uint8)
-        assert np.array_equal(decode_simplejpeg(data), decode_pillow(data))
+        assert DECODER == "simplejpeg" and np.array_equal(decode(data), decode_pillow(data))
 
 
-@pytest.mark.parametrize("decode", [decode_simplejpeg, decode_pillow])
-@pytest.mark.parametrize("data", [
-    b"", b"not an image", encoded(photo(np.random.default_rng(0), 9, 9), "PNG"),
-    encoded(photo(np.random.default_rng(0), 9, 9).convert("CMYK")),
-])  # fmt: skip
-def test_what_is_no_grey_or_rgb_jpeg_is_a_value_error_of_either_decoder(decode, data):
+@pytest.mark.parametrize("decode", [decode, decode_pillow])
+@pytest.mark.parametrize("data", [b"", b"not an image", encoded(photo(np.random.default_rng(0), 9, 9))[:20]])
+def test_what_is_no_image_is_a_value_error_of_either_decoder(decode, data):
     with pytest.raises(ValueError):
         decode(np.frombuffer(data, dtype=np.uint8))
 

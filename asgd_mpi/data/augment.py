@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from asgd_mpi.data.channels import flat_channels
 from asgd_mpi.errors import ConfigError
 
 # Krizhevsky's principal components, column by column, each times its eigenvalue: values of images in 0..1 (the usual
@@ -193,7 +194,8 @@ class Normalise:
     """Turn a uint8 batch into float32 with zero mean and unit variance, on the device where the batch is."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
-        """Take mean and std per channel, of images in 0..1."""
+        """Take mean and std per channel, of images in 0..1; a channel without variation is centred and not scaled."""
+        std = [1.0 if number in flat_channels(std) else deviation for number, deviation in enumerate(std)]
         mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
         self._scale = 1 / (255 * std)
         self._bias = -mean / std

@@ -124,7 +124,7 @@ class Loader:
                 image = decode(image)
             except ValueError as error:
                 raise DamagedSample(
-                    f"{self.shards.source(index)} in {self.shards.root} does not decode as JPEG: {error}; prepare the "
+                    f"{self.shards.source(index)} in {self.shards.root} does not decode: {error}; prepare the "
                     f"data set again without it, or leave such samples out (on_bad_image: skip)"
                 ) from error
         return image

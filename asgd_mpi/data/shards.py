@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.patient import PatientFile
 from asgd_mpi.errors import DataError
 
@@ -136,6 +137,7 @@ class ShardSet:
         self.mean = tuple(manifest.mean)
         self.std = tuple(manifest.std)
         self.num_samples = manifest.splits[split].num_samples
+        self.notes = note_flat_channels(self.std) if split == "train" else []  # to be told before a run
         self._shards = shards
         self._first = np.cumsum([0] + [len(shard.label) for shard in shards]).tolist()
         self._label = np.concatenate([shard.label for shard in shards])

@@ -1,8 +1,7 @@
 """Two data sources for those who only want to try: a directory tree read directly, and images made up in memory.
 
-Both have the face of a `ShardSet`, so everything behind it is the same. A tree has no checksums, opens a file for every
-image, and holds what data_prep would have converted: a CMYK or PNG file counts as damaged. The synthetic images cost
-nothing, so a run with them measures everything but the disk and the decoder.
+Both have the face of a `ShardSet`, so everything behind it is the same. A tree has no checksums and opens a file for every
+image. The synthetic images cost nothing, so a run with them measures everything but the disk and the decoder.
 """
 
 from pathlib import Path
@@ -10,29 +9,30 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from asgd_mpi.data.decode import check_end
 from asgd_mpi.data.shards import DamagedSample
+from asgd_mpi.data.tree import Tree, list_tree, some
 from asgd_mpi.errors import DataError
 
-EXTENSIONS = (".jpeg", ".jpg")
-END_MARK = b"\xff\xd9"  # of a JPEG file; some have a few bytes after it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FolderSet:
-    """`root`/<split>/<class>/*.JPEG, in an order shuffled once, as shards would be."""
+    """`root`/<split>/<class>/*.JPEG (or another format, see tree), in an order shuffled once, as shards would be."""
 
-    encoding, image_shape = "jpeg", None
+    encoding, image_shape = "jpeg", None  # "jpeg": whole files, to be decoded
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(self, root: str | Path, split: str):
         """List the split; raises DataError. The classes are those of train, sorted."""
         self.root, self.split = Path(root), split
-        self.class_names = self._classes("train")
-        unknown = sorted(set(self._classes(split)) - set(self.class_names))
+        found = self._list(split)
+        classes = found.images if split == "train" else self._list("train").images
+        self.class_names, self.notes = list(classes), found.notes
+        unknown = sorted(set(found.images) - set(self.class_names))
         if unknown:
-            raise DataError(f"{self.root / split} has {len(unknown)} classes that are not in train, {unknown[0]} first")
-        paths = [(str(path), label) for label, name in enumerate(self.class_names)
-                 for path in sorted((self.root / split / name).glob("*")) if path.suffix.lower() in EXTENSIONS]  # fmt: skip
+            raise DataError(f"{self.root / split} has {len(unknown)} classes that are not in train ({some(unknown)})")
+        paths = [(path, label) for label, name in enumerate(self.class_names) for path in found.images.get(name, [])]
         if not paths:
             raise DataError(f"{self.root / split} has no image in <class>/*.JPEG")
         order = np.random.default_rng(0).permutation(len(paths))
@@ -54,8 +54,10 @@ class FolderSet:
             data = np.fromfile(self._paths[index], dtype=np.uint8)
         except OSError as error:
             raise DataError(f"{self._paths[index]} cannot be read: {error.strerror}; check the file and its disk") from error
-        if END_MARK not in data[-64:].tobytes():
-            raise DamagedSample(f"{self._paths[index]} is no JPEG file or was cut off: {len(data)} bytes, and no end mark")
+        try:
+            check_end(data)
+        except ValueError as error:
+            raise DamagedSample(f"{self._paths[index]} was cut off ({len(data)} bytes): {error}") from error
         return data
 
     def source(self, index: int) -> str:
@@ -64,18 +66,16 @@ class FolderSet:
     def close(self) -> None:
         pass
 
-    def _classes(self, split: str) -> list[str]:
-        try:
-            return sorted(path.name for path in (self.root / split).iterdir() if path.is_dir())
-        except OSError as error:
-            raise DataError(f"{self.root} is no tree of train/<class>/*.JPEG and val/<class>/*.JPEG: "
-                            f"{self.root / split}: {error.strerror}") from error  # fmt: skip
+    def _list(self, split: str) -> Tree:
+        if not (self.root / split).is_dir():
+            raise DataError(f"{self.root} is no tree of train/<class>/*.JPEG and val/<class>/*.JPEG: it has no directory {split}")
+        return list_tree(self.root / split)
 
 
 class SyntheticSet:
     """Made-up images of ImageNet's size: raw squares cut from one block of noise, with a label each."""
 
-    encoding, fingerprint, root = "raw", "synthetic", Path("synthetic")
+    encoding, fingerprint, root, notes = "raw", "synthetic", Path("synthetic"), []
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     NUM_SAMPLES = {"train": 1_281_167, "val": 50_000}
 
