@@ -200,3 +200,13 @@ def test_an_empty_class_a_class_that_is_there_twice_and_a_name_that_is_no_text_a
     (train / unicodedata.normalize("NFD", "é") / "same.png").rename(train / "n00000000" / "caf\udce9.png")
     with pytest.raises(DataError, match="not UTF-8"):
         list_tree(train)
+
+
+def test_the_centre_crop_is_torchvisions_for_every_side_odd_and_even():
+    from torchvision.transforms import CenterCrop
+
+    for side in range(256, 300):
+        image = RNG.integers(0, 255, (256, side, 3), dtype=np.uint8)
+        ours = make_policy("none", 224)(image, RNG)
+        theirs = CenterCrop(224)(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+        assert np.array_equal(ours, theirs), side

@@ -93,7 +93,7 @@ class CentreCrop(Policy):
 
     def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
         image = _resize_short_side(image, self.short_side)
-        top, left = ((side - self.size) // 2 for side in image.shape[:2])
+        top, left = (round((side - self.size) / 2) for side in image.shape[:2])  # half a pixel goes where torchvision's goes
         return image[top : top + self.size, left : left + self.size], Touch()
 
 
