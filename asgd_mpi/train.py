@@ -290,7 +290,7 @@ class _Part:
         elastic = RULEBOOK[config.rule.name].moves == "elastic"
         gradient = outbox.payload.view(torch.float32) if in_place else None
         leader = Leader(self.meter, *crew.take()) if crew else None
-        flat = leader.flat if leader else FlatModel(module, device, gradient, spare=exchange.overlap or elastic)
+        flat = leader.flat if leader else FlatModel(module, device, gradient, exchange.overlap, elastic)
         courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire, leader)
         num_workers = self.window.whole.num_workers
         replica = Replica(flat, config, num_workers, self.task.schedule(num_workers), leader=leader)

@@ -66,7 +66,7 @@ class Cluster:
     def work(self, number):
         exchange = self.task.config.exchange
         elastic = RULEBOOK[self.task.config.rule.name].moves == "elastic"
-        flat = FlatModel(self.task.build_module(), CPU, spare=exchange.overlap or elastic)
+        flat = FlatModel(self.task.build_module(), CPU, spare=exchange.overlap, spare_weights=elastic)
         replica = Replica(flat, self.task.config, self.num_workers, self.task.schedule(self.num_workers))
         log = EventLog(self.run.metrics_of(number + 1))
         loaders = self.task.train_loader(), self.task.val_loader()

@@ -22,10 +22,11 @@ class FlatModel:
     """`module` on `device`, with `weights` and `gradient`: (P,) float32 on the device, seen through its parameters.
 
     gradient: memory for it, at least (P,) float32 on the device, if it has a place already.
-    spare: make a second vector of each, to swap with.
+    spare: make a second vector of each, to swap with; spare_weights: of the weights alone.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False):
+    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False,
+                 spare_weights: bool = False):
         self.module = module.to(device)
         self.device = device
         _demand_float32(self.module)
@@ -34,7 +35,7 @@ class FlatModel:
         self._known: dict[int, list[torch.Tensor]] = {}   # the parameters' views of each of the vectors
         self.weights = torch.zeros(num_floats(module), device=device)
         self.gradient = torch.zeros_like(self.weights) if gradient is None else gradient[:len(self.weights)].zero_()
-        self.spare_weights = torch.zeros_like(self.weights) if spare else None
+        self.spare_weights = torch.zeros_like(self.weights) if spare or spare_weights else None
         self.spare_gradient = torch.zeros_like(self.weights) if spare else None
         for parameter, view in zip(self._parameters, self._views(self.weights)):
             view.copy_(parameter.detach())

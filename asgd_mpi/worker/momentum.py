@@ -23,16 +23,23 @@ class Momentum:
         self.state = {"velocity": torch.zeros_like(gradient)} if is_kept_by_workers(config) else {}
         self._last = {name: velocity.clone() for name, velocity in self.state.items()} if keeps_last else {}
 
-    def push_(self, gradient: torch.Tensor) -> None:
-        """Turn the gradient, (P,) float32, into what is pushed."""
+    def push_(self, gradient: torch.Tensor, piece: slice = slice(None)) -> None:
+        """Turn a piece of the gradient, float32, into that of what is pushed."""
         for name, last in self._last.items():
-            last.copy_(self.state[name])
-        for velocity in self.state.values():
+            last[piece].copy_(self.state[name][piece])
+        for whole in self.state.values():
+            velocity = whole[piece]
             velocity.mul_(self._momentum).add_(gradient)
             if self._looks_ahead:
                 gradient.add_(velocity, alpha=self._momentum)
             else:
                 gradient.copy_(velocity)
+
+    def look_back_(self, weights: torch.Tensor, rate: float, piece: slice) -> None:
+        """Turn a piece of weights that look ahead, as Nesterov's last step at this rate left them, into those that do not."""
+        if self._looks_ahead:
+            for velocity in self.state.values():
+                weights.add_(velocity[piece], alpha=rate * self._momentum)
 
     def undo_(self) -> None:
         """Go back to before the last gradient, which was not applied."""

@@ -35,9 +35,11 @@ class Replica:
     weights instead, at the rate of the snapshot's sample clock:
     descends  x_i <- x_i - lr u after each batch, and the sum of the u is pushed; a fetch sets x_i to the snapshot
               (Downpour, Dean et al. 2012, algorithm 1). Memory: (P,) float32 for the sum.
-    elastic   x_i <- x_i - lr u, for as long as it lives; then d = alpha (x_i - x), x_i <- x_i - d, and d is pushed, where x
-              is the latest snapshot (EASGD, Zhang et al. 2015, algorithm 1). With momentum u is Nesterov's, in the form of
-              torch.optim.SGD, where x_i is the point that looks ahead. Memory: (P,) float32 for x.
+    elastic   x_i <- x_i - lr u, for as long as it lives; with the last batch of a push x_i <- x_i - d - lr u instead, where
+              d = alpha (x_i - x) is pushed, x is the latest snapshot, and gradient and d are both of the x_i before (Zhang,
+              Choromanska, LeCun 2015, algorithm 1). With momentum u is Nesterov's (algorithm 2), in the form of
+              torch.optim.SGD: the own weights are the point that looks ahead, and d is still of x_i. Memory: (P,) float32
+              for x.
     `leader`: of the stages that compute, if the network is cut; `flat` is then that of its own part.
     Weight decay is the server's, but for elastic rules, where it is added to the gradient here. What is pushed is rounded to
     the run's wire format here, whatever host the worker is on; the snapshots that come have been rounded by the server.
@@ -60,6 +62,7 @@ class Replica:
         self._longest = math.inf
         self._snapshot = self._own = flat.weights
         self._rate, self._samples, self._batches = 0.0, 0, 0
+        self._last_rate = 0.0     # of the last step of its own weights
         self._is_finite = True    # the loss of every batch since the last push
         self.base = -1            # the snapshot that its own weights began with, if a fetch does not replace them
 
@@ -94,6 +97,8 @@ class Replica:
     def add(self, batch: Batch, normalise: Normalise) -> float:
         """Compute the gradient of a batch; returns its loss."""
         is_first, self._batches = self._batches == 0, self._batches + 1
+        if self.moves == "elastic" and not is_first:
+            self._move_(False)    # by the gradient before this one: the last one of a push moves with the pull, in `finish`
         if self._shares:
             self.flat.weights.copy_(self._own)
         accumulate = not (is_first or self.moves)
@@ -101,26 +106,25 @@ class Replica:
             self._longest = self._longest_here()       # when a push is finished, others may have been fetched
         loss = self._loss.compute_gradient_(self._gradient, normalise, batch, self._seed, accumulate)
         self._is_finite = math.isfinite(loss) and (is_first or self._is_finite)
-        if self.moves:
+        if self.moves == "descends":
             self._move_(is_first)
         return loss
 
     def finish(self) -> bool:
         """Turn flat.gradient, (P,) float32, into what is pushed; whether it and the losses are finite.
 
-        If not, nothing has been changed, and the next gradient begins anew.
+        If not, the next gradient begins anew; so must, by `load_`, one that moves its own weights, which are spoilt.
         """
         batches, self._batches = self._batches, 0
-        flat, factor = self.flat, None
-        if self.moves == "elastic":
-            torch.sub(self._own, self._snapshot, out=flat.gradient).mul_(self._alpha)
-        elif self.moves == "descends":
+        factor = None
+        if self.moves == "descends":
             self._vectors.take_sum_()
         if not self._is_finite or not self._gradient.is_finite():
             return False
         if self.moves == "elastic":
-            self._own.sub_(flat.gradient)
-            self._rate = self._rate_at(self._samples)
+            self._exchange_()
+            if not self._gradient.is_finite():
+                return False
         elif not self.moves:
             factor = self._clip(batches)
         self._vectors.finish_(factor)
@@ -134,6 +138,12 @@ class Replica:
         if self.moves == "elastic":
             self._vectors.decay_()
         self._vectors.move_(self._clip(), self._rate, is_first)
+        self._last_rate = self._rate
+
+    def _exchange_(self) -> None:
+        self._vectors.decay_()
+        self._vectors.exchange_(self._snapshot, self._alpha, self._clip(), self._rate, self._last_rate)
+        self._last_rate, self._rate = self._rate, self._rate_at(self._samples)
 
     def _clip(self, batches: int = 1) -> float:
         """What brings the gradient, a sum over batches, down to `clip_norm` for each of them, and to `max_drift` in all."""

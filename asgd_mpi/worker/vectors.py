@@ -17,6 +17,7 @@ from asgd_mpi.exchange import codec
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint
 from asgd_mpi.server.rulebook import RULEBOOK, pacing
+from asgd_mpi.server.rules import pieces
 from asgd_mpi.worker.momentum import Momentum
 
 
@@ -57,6 +58,24 @@ class Vectors:
         if self._sum is not None:
             self._sum.copy_(gradient) if is_first else self._sum.add_(gradient)
         self.own.sub_(gradient, alpha=rate)
+
+    def exchange_(self, centre: torch.Tensor, alpha: float, factor: float, rate: float, last_rate: float) -> None:
+        """Make an elastic step; the gradient becomes d, what is pushed.
+
+        d = alpha (x_i - x), x_i <- x_i - d - rate u, where u is of the gradient times `factor`, and both are of the x_i before:
+        algorithms 1 and 2 of Zhang, Choromanska, LeCun 2015. With Nesterov's momentum `own` looks ahead of x_i by the velocity
+        as the last step, at `last_rate`, left it. centre: x, (p,) float32.
+        """
+        for piece in pieces(len(self.own)):
+            gradient, own = self.flat.gradient[piece], self.own[piece]
+            pull = own.clone()
+            self._momentum.look_back_(pull, last_rate, piece)
+            pull.sub_(centre[piece]).mul_(alpha)
+            if factor != 1:
+                gradient.mul_(factor)
+            self._momentum.push_(gradient, piece)
+            own.sub_(pull).sub_(gradient, alpha=rate)
+            gradient.copy_(pull)
 
     def decay_(self) -> None:
         """Add the weight decay to the gradient."""
