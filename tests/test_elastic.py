@@ -68,7 +68,7 @@ def test_workers_of_speeds_that_differ_and_a_rate_that_falls_follow_the_algorith
     game = play(3, 240, n_push=n_push, times=Times(1.0, 0.07, 0.01, 0.05, spread=0.4), failures="slow:3x@rank2", name=name,
                 alpha=0.3, lr_at=lambda samples, staleness=0: 0.2 if samples < 60 else 0.1, momentum=momentum,
                 momentum_at="dana" if momentum else "none")
-    assert len({push.staleness for push in game.pushes}) > 2
+    assert {push.staleness for push in game.pushes} >= {0, 1}             # of the centre, which is fetched just before a push
     centres = follow(game, 0.3, momentum, lambda version: 0.2 if n_push * version < 60 else 0.1)
     assert game.computation.seen == pytest.approx(centres, abs=2e-6)
     assert max(abs(one - other) for one, other in zip(game.computation.seen, follow(game, 0.3, momentum, lambda version: 0.2))) > 1e-3
