@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import re
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
 import jsonargparse
 
+from asgd_mpi import limits
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.server import rulebook
 
@@ -344,9 +346,10 @@ def parse(arguments: list[str], base: Config | None = None) -> Config:
             namespace = parser.parse_args([_long_form(argument) for argument in arguments])
     except jsonargparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), parser)) from None
-    config = parser.instantiate(namespace)
-    config = Config(**{section.name: config[section.name] for section in dataclasses.fields(Config)})
-    _check(config)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config: the file is not UTF-8 ({error.reason} at byte {error.start}); save it as that.") from None
+    config = _expanded(_made(parser, namespace))
+    limits.check(config)
     return config
 
 
@@ -390,85 +393,44 @@ def _long_form(argument: str) -> str:
 
 
 def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """Say which option was meant when one is unknown."""
+    """Say in one line which option was meant when one is unknown, or what it takes when its value is wrong."""
+    text = " ".join(message.split())
+    kinds = {f"{section.name}.{name}": of for section in dataclasses.fields(Config)
+             for name, of in limits.kinds_of(section.default_factory).items()}
+    wrong = re.match(r'Parser key "([\w.]+)":(?:.*?(?:Given|[Gg]ot) value: ?(.*))?', text)
+    if wrong and wrong[1] in kinds:
+        value = (wrong[2] or "").partition(" - Expected")[0].partition(" Given value type")[0] or "''"
+        return f"--{wrong[1]} {value[:80]}: give {limits.in_words(kinds[wrong[1]])}."
+    if text.startswith("Unexpected config:"):
+        return ("--config: the file holds no settings, or a section with nothing below it, such as `data:` alone; give values as "
+                f"in `data: {{batch_size: 32}}`, or leave the section out ({text[19:79]}).")
     known = [option for action in parser._actions for option in action.option_strings]
-    for word in message.replace("=", " ").split():
-        word = word.strip("'\"")
+    for word in text.replace("=", " ").split():
+        word = word.strip("'\":")
         if word.startswith("--") and word not in known:
             near = difflib.get_close_matches(word, sorted({*known, *SHORTHANDS}), n=3, cutoff=0.5)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             return f"unknown option {word}.{hint} `python -m asgd_mpi.train --help` lists all of them."
-    return f"{message.strip()}\n`python -m asgd_mpi.train --help` lists the options and their types."
+    if text.startswith(("Problems parsing config", "Key must be")):
+        return f"--config: {text.rstrip('.')}."
+    return f"{text.rstrip('.')}. `python -m asgd_mpi.train --help` lists the options and their types."
 
 
-def _check(config: Config) -> None:
-    """Refuse values that cannot be meant, each with the reason."""
-    def demand(holds: bool, option: str, value: object, reason: str) -> None:
-        if not holds:
-            raise ConfigError(f"--{option} {value}: {reason}.")
+def _made(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> Config:
+    """The configuration that was read. Raises ConfigError if something else than a section stands for one."""
+    for section in dataclasses.fields(Config):
+        if not isinstance(namespace[section.name], jsonargparse.Namespace):
+            raise ConfigError(f"--config: {section.name} is {namespace[section.name]!r}; it is a section, whose values stand below it.")
+    whole = parser.instantiate(namespace)
+    return Config(**{section.name: whole[section.name] for section in dataclasses.fields(Config)})
 
-    run, data, schedule, exchange = config.run, config.data, config.schedule, config.exchange
-    demand(run.epochs is None or run.epochs > 0, "run.epochs", run.epochs, "there is nothing to train; give more than 0")
-    demand(run.validate_every > 0, "run.validate_every", run.validate_every, "give the epochs between validations, > 0")
-    demand(run.timeout_s > 0, "run.timeout_s", run.timeout_s, "every wait needs a limit above 0 seconds")
-    demand(data.batch_size is None or data.batch_size > 0, "data.batch_size", data.batch_size, "a batch has 1 image or more")
-    demand(data.lease_batches > 0, "data.lease_batches", data.lease_batches, "a lease has 1 batch or more")
-    demand(data.threads > 0, "data.threads", data.threads, "somebody has to read the images; give 1 or more")
-    demand(schedule.lr is None or schedule.lr > 0, "schedule.lr", schedule.lr, "the learning rate must be above 0")
-    demand(config.rule.momentum is None or 0 <= config.rule.momentum < 1, "rule.momentum", config.rule.momentum,
-           "momentum is 0 or more and below 1; at 1 the velocity never decays")
-    rule = config.rule
-    demand(rule.max_drift is None or rule.max_drift >= 0, "rule.max_drift", rule.max_drift, "give a share, or 0 for no limit")
-    demand(rule.clip_norm is None or rule.clip_norm >= 0, "rule.clip_norm", rule.clip_norm, "give a norm, or 0 for no limit")
-    demand(rule.warm_start_epochs >= 0, "rule.warm_start_epochs", rule.warm_start_epochs, "give epochs, or 0 for a cold start")
-    demand(rule.splits > 0, "rule.splits", rule.splits, "a step is the mean of workers / splits gradients; give 1 or more")
-    demand(rule.max_staleness >= 0, "rule.max_staleness", rule.max_staleness, "give versions, or 0 for twice the workers")
-    demand(rule.slack >= 0, "rule.slack", rule.slack, "give steps; 0 lets everybody wait for the slowest at every step")
-    demand(rule.backup >= 0, "rule.backup", rule.backup, "give workers; with 0 a step waits for all of them")
-    demand(0 <= rule.alpha < 1, "rule.alpha", rule.alpha, "the spring pulls by a part of the way, above 0 and below 1")
-    demand(rule.dc_lambda is None or rule.dc_lambda >= 0, "rule.dc_lambda", rule.dc_lambda, "give 0 or more")
-    demand(0 <= rule.dc_decay < 1, "rule.dc_decay", rule.dc_decay, "the decay of a mean is 0 or more and below 1")
-    demand(exchange.ring >= 2, "exchange.ring", exchange.ring,
-           "one slot is read while the next is written, so at least 2 are needed")
-    demand(exchange.servers > 0, "exchange.servers", exchange.servers, "somebody has to serve the weights; give 1 or more")
-    auto = exchange.n_push == "auto"
-    demand(exchange.n_push is None or auto or exchange.n_push > 0, "exchange.n_push", exchange.n_push,
-           "a push holds 1 batch or more; or give auto")
-    demand(exchange.n_fetch is None or exchange.n_fetch > 0, "exchange.n_fetch", exchange.n_fetch, "give 1 batch or more")
-    demand(not (auto and exchange.n_fetch not in (None, 1)), "exchange.n_fetch", exchange.n_fetch,
-           "with n_push auto every push fetches")
-    demand(not (auto and exchange.overlap is False), "exchange.overlap", "false",
-           "n_push auto sums on while a push is under way, so it needs the overlap")
-    demand(auto or not exchange.n_fetch or not exchange.n_push or exchange.n_fetch % exchange.n_push == 0, "exchange.n_fetch", exchange.n_fetch,
-           f"the batches of one push are computed on one snapshot, so give a multiple of n_push ({exchange.n_push})")
-    demand(config.compute.workers_per_gpu > 0, "compute.workers_per_gpu", config.compute.workers_per_gpu,
-           "a GPU has 1 worker or more")
-    demand(config.compute.micro_batches > 0, "compute.micro_batches", config.compute.micro_batches, "a batch has 1 part or more")
-    stages = config.stages
-    demand(stages.number > 0, "stages.number", stages.number, "a replica has 1 stage or more")
-    demand(not stages.names or len(stages.names) == stages.number - 1, "stages.at", stages.at,
-           f"{stages.number} stages begin at {stages.number - 1} names beside the first module; this is {len(stages.names)}")
-    is_chain, of_chain = stages.cut == "chain", "it is for --stages.cut chain; columns are cut as the network draws them"
-    demand(is_chain or stages.number == 2, "stages.cut", stages.cut,
-           f"that takes 2 stages, one for each column, not {stages.number}; give --stages 2")
-    demand(is_chain or not stages.names, "stages.at", stages.at, f"{of_chain}, so leave it out")
-    demand(is_chain or stages.balance == "time", "stages.balance", stages.balance, f"{of_chain}; leave it at time")
-    demand(is_chain or stages.schedule == "1f1b", "stages.schedule", stages.schedule,
-           "it is for --stages.cut chain; columns compute one micro-batch after the other; leave it at 1f1b")
-    demand(stages.number == 1 or not (exchange.overlap or auto), "stages.number", stages.number,
-           "the stages of a replica share one vector of weights, so exchange.overlap and n_push auto are not possible")
-    demand(stages.number == 1 or config.model.batchnorm != "server_ema", "stages.number", stages.number,
-           "model.batchnorm server_ema takes the statistics of a batch from one rank; recalibrate does not need them")
-    demand(stages.number == 1 or not config.compute.compile, "stages.number", stages.number,
-           "compute.compile compiles a network in one piece")
-    demand(schedule.power > 0, "schedule.power", schedule.power, "with 0 the rate is constant; give more than 0")
-    every, failure = config.checkpoint, config.failure
-    demand(every.every_s >= 0, "checkpoint.every_s", every.every_s, "give seconds, or 0 for none by time")
-    demand(every.every_samples >= 0, "checkpoint.every_samples", every.every_samples, "give images, or 0 for none by images")
-    demand(every.keep > 0, "checkpoint.keep", every.keep, "a run that keeps no checkpoint cannot be resumed; give 1 or more")
-    demand(failure.retire_after_s > 0, "failure.retire_after_s", failure.retire_after_s, "give seconds above 0")
-    demand(failure.max_nonfinite > 0, "failure.max_nonfinite", failure.max_nonfinite, "give 1 or more")
-    demand(failure.grace_s > 0, "failure.grace_s", failure.grace_s, "workers need some time to say goodbye; give more than 0")
-    demand(failure.stall_s > 0, "failure.stall_s", failure.stall_s, "give seconds above 0")
-    demand(config.record.spans >= 0, "record.spans", config.record.spans, "give how many to write, 0 for none")
-    demand(config.record.interval_s > 0, "record.interval_s", config.record.interval_s, "give seconds above 0")
+
+def _expanded(config: Config) -> Config:
+    """With ~ and $VARIABLES of paths replaced, as a shell would: it does not see those of a file. Raises ConfigError."""
+    for option in limits.PATHS:
+        section, name = option.split(".")
+        before = getattr(config, section)
+        if isinstance(path := getattr(before, name), str):
+            changed = dataclasses.replace(before, **{name: limits.expand(path, option)})
+            config = dataclasses.replace(config, **{section: changed})
+    return config

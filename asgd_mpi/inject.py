@@ -22,8 +22,9 @@ import torch
 
 from asgd_mpi.errors import ConfigError
 
-ENTRY = re.compile(r"(?P<kind>[a-z]+)(?::(?P<amount>[\d.]+)(?:s|x)?)?"
-                   r"@(?:(?:step(?P<step>\d+)|t=(?P<t>[\d.]+)s?):)?rank(?P<rank>\d+)")
+NUMBER = r"[0-9]{1,9}(?:\.[0-9]{0,9})?"
+ENTRY = re.compile(rf"(?P<kind>[a-z]+)(?::(?P<amount>{NUMBER})(?:s|x)?)?"
+                   rf"@(?:(?:step(?P<step>[0-9]{{1,9}})|t=(?P<t>{NUMBER})s?):)?rank(?P<rank>[0-9]{{1,9}})")
 KINDS = {"slow": 3.0, "raise": 0.0, "nan": 1.0, "kill": 0.0, "term": 0.0, "stop": 10.0, "stall": 60.0}   # default amounts
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
@@ -56,7 +57,10 @@ def _parse(entry: str) -> Failure:
     kind = found["kind"]
     if kind == "slow" and (found["step"] or found["t"]) or kind in ("nan", "stall", "raise") and not found["step"]:
         raise ConfigError(f"--run.inject {entry}: {'slow is from the start on' if kind == 'slow' else kind + ' needs a step'}.")
-    return Failure(kind, int(found["rank"]), float(found["amount"] or KINDS[kind]),
+    amount = float(found["amount"] or KINDS[kind])
+    if kind == "slow" and amount < 1:
+        raise ConfigError(f"--run.inject {entry}: a step can be made slower only; give a factor of 1 or more.")
+    return Failure(kind, int(found["rank"]), amount,
                    int(found["step"]) if found["step"] else None, float(found["t"]) if found["t"] else None)
 
 

@@ -39,7 +39,10 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     if places.size > 1 or not config.run.dry_run:
         topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
     config = complete(config)
-    inject.parse(config.run.inject)
+    for failure in inject.parse(config.run.inject):
+        if places.size > 1 and failure.rank >= places.size:
+            raise ConfigError(f"--run.inject {failure.kind}@rank{failure.rank}: the ranks of this run are 0 to {places.size - 1}, so "
+                              "it would never happen.")
     if config.record.tensorboard:
         board.find_writer()
     task = open_task(config)

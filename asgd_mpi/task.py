@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from asgd_mpi import limits
 from asgd_mpi.config import Config, with_recipe
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.loader import Loader
@@ -128,11 +129,12 @@ class Task:
 
 
 def open_task(config: Config, on_retry: Callable[[str], None] = warnings.warn) -> Task:
-    """Open the data that a complete configuration names. Raises DataError.
+    """Open the data that a complete configuration names. Raises DataError, ConfigError.
 
     `on_retry` gets a message each time a read of a shard has to be repeated, from any thread.
     """
     train, val = (open_split(config.data.source, config.data.path, split, on_retry) for split in ("train", "val"))
+    limits.check_with_data(config, train.num_samples)
     return Task(config, train, val)
 
 

@@ -138,7 +138,7 @@ class Shift(Policy):
     def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None):
         if image_shape is None or image_shape[:2] != (size, size):
             raise ConfigError(
-                f"augmentation shift does not resize, so it needs raw images stored at {size} x {size}, and these are "
+                f"--data.augment shift does not resize, so it needs raw images stored at {size} x {size}, and these are "
                 f"{'JPEG files' if image_shape is None else image_shape}; choose another augmentation or image size"
             )
         self.size = size

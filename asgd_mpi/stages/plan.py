@@ -147,10 +147,10 @@ class StagePlan:
             return (self.memory_bytes(stage, num_stages, start, stop) if balance_of == "memory"
                     else sum(vars(self._seconds(start, stop)).values()))
 
-        cuts = balance(num_stages, len(graph.nodes), places, cost)
+        cuts = balance(num_stages, len(graph.nodes), places, cost) if num_stages <= len(places) + 1 else None
         if cuts is None:
-            raise ConfigError(f"the network can be cut at {len(places)} places, not into {num_stages} stages that have "
-                              "parameters each.")
+            raise ConfigError(f"--stages.number {num_stages}: the network can be cut at {len(places)} places, not into so many "
+                              "stages that have parameters each.")
         return cuts
 
     def cuts_at(self, names: Sequence[str]) -> list[int]:
