@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from asgd_mpi import config as configuration
@@ -16,17 +17,19 @@ from asgd_mpi.task import Task, complete, open_task
 from asgd_mpi.topology import Topology
 
 
-def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> dict:
+def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold: ExitStack) -> dict:
     """Check, and make or reopen the run directory; returns what every rank must know, or the status to leave with.
 
     `ranks`: the host and the visible GPUs of each; `num_tasks`: how many of them a scheduler says it started, if there is one.
+    `hold` gets the lock of the run directory, before the first byte is written there and before what is there is read: another
+    job that trains in it could still change that.
     Raises UserError.
     """
     config = configuration.parse(arguments)
-    run, point = _find_run(config)
+    run, point = _find_run(config, hold)
     changes = []
     if point:
-        old = configuration.from_yaml(run.config_of(max(point.restart - 1, 0)).read_text())
+        old = configuration.from_yaml(run.latest(run.config_of).read_text())
         config = complete(configuration.parse(arguments, base=old))
         changes = resume.demand_same(old, config)
     if config.compute.device == "cpu":
@@ -64,6 +67,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     if point:
         if point.manifest:
             resume.demand_same_data(point.manifest, task.train.fingerprint, task.train.num_classes, config.data.path)
+            resume.demand_samples_left(point, total, task.plan(num_workers).num_samples)
         for line in [*resume.describe(run, point, places.num_workers or None, total), *changes]:
             print(line, flush=True)
         if run.finished.exists() and point.manifest and point.manifest.samples >= total:
@@ -72,11 +76,12 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None) -> d
     if config.run.dry_run:
         return {"status": 0}
     if point:
-        with run.locked():
-            checkpoint.clean(run)
-            run.finished.unlink(missing_ok=True)
+        checkpoint.clean(run)
+        run.finished.unlink(missing_ok=True)
     else:
         run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))
+        hold.enter_context(run.locked())
+        run.demand_new()           # another job may have been faster, and be done by now
     restart, directory = (point.restart, point.directory) if point else (0, None)
     text = configuration.to_yaml(config)
     write_whole(run.config_of(restart), text.encode())
@@ -111,8 +116,8 @@ def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
             f"{rulebook.expected_staleness(rule, num_workers, num_workers * (1 + config.exchange.overlap))}, n_sync {n_push}{wire}{warm}")
 
 
-def _find_run(config: Config) -> tuple[RunDir | None, resume.Point | None]:
-    """The run to go on with, and where; None for a new one. Raises UserError."""
+def _find_run(config: Config, hold: ExitStack) -> tuple[RunDir | None, resume.Point | None]:
+    """The run to go on with, locked unless this is a dry run, and where; None for a new one. Raises UserError."""
     if not config.run.resume:
         return None, None
     path = config.run.resume
@@ -123,4 +128,6 @@ def _find_run(config: Config) -> tuple[RunDir | None, resume.Point | None]:
         if not RunDir(Path(path)).config.exists():
             return None, None
     run = RunDir.open(path)
+    if not config.run.dry_run:
+        hold.enter_context(run.locked())
     return run, resume.find(run)

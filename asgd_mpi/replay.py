@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Optional
 
 import jsonargparse
+import msgspec
 import torch
 from tqdm import tqdm
 
@@ -170,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _replay_and_compare(run: RunDir) -> int:
     flat, point, done = None, None, 0
     sessions = lineage(run)
+    _tell_versions(run, sessions)
     for session, successor in zip(sessions, [*sessions[1:], None]):
         flat, point, last = _replay_session(run, session, successor and successor.begin, point)
         done += last
@@ -181,6 +183,22 @@ def _replay_and_compare(run: RunDir) -> int:
         return 1
     print(f"version {version}: {done} pushes replayed, the weights are the same to the bit")
     return 0
+
+
+def _tell_versions(run: RunDir, sessions: list[Session]) -> None:
+    """Say on stderr which starts ran under other versions: their arithmetic may differ in the last bits."""
+    here = checkpoint.software()
+    for session in sessions:
+        path = run.versions_of(session.restart)
+        try:
+            there = msgspec.json.decode(path.read_bytes(), type=dict)
+        except (OSError, msgspec.MsgspecError):        # a start of before these were kept, or a damaged file: nothing is known
+            continue
+        differ = [f"{name} {there[name]}, this is {version}" for name, version in here.items()
+                  if there.get(name) not in (None, version)]
+        if differ:
+            print(f"note: start {session.restart} ran under {'; '.join(differ)}: a difference in bits may be due to that",
+                  file=sys.stderr)
 
 
 def _replay_until(run: RunDir, version: int, debug: bool) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from asgd_mpi.config import Config
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record import checkpoint, history
-from asgd_mpi.record.checkpoint import Manifest
+from asgd_mpi.record.checkpoint import Manifest, software
 from asgd_mpi.record.events import Push
 from asgd_mpi.record.rundir import RunDir
 
@@ -49,7 +49,7 @@ class Point:
 
 def find(run: RunDir) -> Point:
     """The newest checkpoint that is whole, read to its last byte. Raises RunDirError if all of them are damaged."""
-    restart, damaged = max(run.restarts, default=-1) + 1, []
+    restart, damaged = run.next_restart, []
     for directory, _ in checkpoint.resumable(run):
         try:
             manifest = checkpoint.verify(directory)
@@ -99,10 +99,28 @@ def demand_same_data(manifest: Manifest, fingerprint: str, num_classes: int, pat
                           "--data.path, or begin a new run with --model.weights for these weights.")
 
 
+def demand_samples_left(point: Point, total_samples: int, num_samples: int) -> None:
+    """Raise ConfigError if more has been trained, or lent, than the run is now to have; `num_samples` of an epoch."""
+    lent = point.ledger["lent"]
+    if lent > total_samples:
+        raise ConfigError(
+            f"--run.epochs {total_samples / num_samples:g} is less than has been done: at version {point.version} "
+            f"{point.manifest.samples} images are trained and {lent} are given out, {lent / num_samples:.3g} epochs. What is "
+            f"trained cannot be taken back: ask for {-(-lent // num_samples)} epochs or more, or begin a new run.")
+
+
+def other_software(manifest: Manifest) -> str:
+    """Return which versions differ from those that wrote a checkpoint, and what it means; empty if none does."""
+    here = software()
+    differ = [f"{name} {then} then, {here[name]} now" for name, then in manifest.software.items()
+              if name in here and then != here[name]]
+    return differ and (f"another version than that which wrote the checkpoint ({'; '.join(differ)}): training goes on, but the "
+                       "arithmetic of two versions may differ in the last bits, so that one replay of the whole run may not give "
+                       "the same weights to the bit") or ""
+
+
 def lost_pushes(run: RunDir, point: Point) -> list[Push]:
     """What was applied after the checkpoint, as far as it was written down."""
-    if not run.restarts:
-        return []
     return [push for push in history.pushes(run) if push and push.version >= point.version]
 
 
@@ -117,6 +135,8 @@ def describe(run: RunDir, point: Point, num_workers: int | None, total_samples: 
         manifest, ledger = point.manifest, point.ledger
         yield (f"{run.path} goes on at version {manifest.version}, {manifest.samples} of {total_samples} images "
                f"({100 * manifest.samples / total_samples:.1f} %), from {point.directory} (start {point.restart})")
+        if other := other_software(manifest):
+            yield f"warning: {other}"
         again = sum(stop - start for work, _, start, stop in ledger["todo"] if work == 1)
         yield f"restored: weights, {_what(manifest)}, sample clock; {again} images that were lent are lent again"
         kept = set(manifest.momenta)

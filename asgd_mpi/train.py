@@ -79,9 +79,15 @@ DEGRADED, RESUME_ME = 3, 75   # statuses; 75 is EX_TEMPFAIL of sysexits.h
 def main(arguments: list[str] | None = None) -> int:
     signals.install()
     world = World()
-    setup = _agree(world, sys.argv[1:] if arguments is None else arguments)
-    if "status" in setup:
-        return setup["status"] if world.is_server else 0
+    with ExitStack() as hold:          # the lock of the run directory, on rank 0
+        setup = _agree(world, sys.argv[1:] if arguments is None else arguments, hold)
+        if "status" in setup:
+            return setup["status"] if world.is_server else 0
+        return _take_part(world, setup)
+
+
+def _take_part(world: World, setup: dict) -> int:
+    """Train, as what `setup` makes of this rank; returns its own status."""
     world.renumber(setup["order"])
     run = RunDir.open(setup["run"])
     config = configuration.from_yaml(setup["config"])
@@ -89,11 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         places = Topology.of(setup["ranks"], config.stages.number, config.exchange.servers)
         ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
-        with ExitStack() as stack:
-            if world.is_server:
-                print(setup["greeting"], flush=True)
-                stack.enter_context(run.locked())
-            status = _train(world, config, run, places, setup["restart"], setup["checkpoint"])
+        if world.is_server:
+            print(setup["greeting"], flush=True)
+        status = _train(world, config, run, places, setup["restart"], setup["checkpoint"])
         signals.ignore()
         world.leave(status)
         return status
@@ -102,13 +106,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
-def _agree(world: World, arguments: list[str]) -> dict:
+def _agree(world: World, arguments: list[str], hold: ExitStack) -> dict:
     """Rank 0 reads and checks; every rank learns what to do, or the status to leave with."""
     ranks = world.gather({"host": world.host, "gpus": [] if world.is_server else gpus.visible()})
     setup = None
     if world.is_server:
         try:
-            setup = prepare(arguments, ranks, tasks_of_scheduler())
+            setup = prepare(arguments, ranks, tasks_of_scheduler(), hold)
         except UserError as error:
             if launch.is_first_process():    # not from each of many worlds of one rank
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -166,7 +170,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
     try:
         if world.is_server:
-            write_whole(run.versions, msgspec.json.format(msgspec.json.encode(_versions(everyone))))
+            write_whole(run.versions_of(restart), msgspec.json.format(msgspec.json.encode(_versions(everyone))))
             if crew:
                 log.write(crew.cut)
             return part.serve(plan)
@@ -390,7 +394,7 @@ class _Part:
         data, config = self.task.train, self.task.config
         return checkpoint.Manifest(
             0, 0, config.model.name, data.num_classes, self.task.channels, config.data.image_size, data.fingerprint,
-            list(data.mean), list(data.std), software={"asgd_mpi": asgd_mpi.__version__, "torch": str(torch.__version__)})
+            list(data.mean), list(data.std), software=checkpoint.software())
 
 
 def _versions(everyone: list[dict]) -> dict:

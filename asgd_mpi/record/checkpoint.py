@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -28,11 +29,14 @@ from typing import BinaryIO
 import msgspec
 import torch
 
+import asgd_mpi
 from asgd_mpi.errors import RunDirError
-from asgd_mpi.record.rundir import RunDir, unwritable, write_whole
+from asgd_mpi.record.rundir import RunDir, unwritable, version_and_restart, write_whole
 
 MODEL, SERVER, LEDGER, MANIFEST = "model.pt", "server.pt", "ledger.json", "manifest.json"
 REPLACED, REMOVED = ".replaced-", ".removed-"     # before the name of a checkpoint that is about to go
+LEFT_OVER = re.compile(r"\.saving[0-9]{6,}(\.r[0-9]+)?|\.best[0-9]{9,}\.[0-9]+\.[0-9]+"
+                       r"|\.(replaced-|removed-(\.replaced-)?)v[0-9]{9,}(\.r[0-9]+)?")
 
 
 class Manifest(msgspec.Struct):
@@ -71,6 +75,11 @@ class WorkerState(msgspec.Struct):
     worker: int
     made: int                 # the version that its last push had made
     sha256: str
+
+
+def software() -> dict[str, str]:
+    """Return the versions that the weights depend on, to the bit."""
+    return {"asgd_mpi": asgd_mpi.__version__, "torch": str(torch.__version__)}
 
 
 def step_back() -> None:
@@ -238,8 +247,8 @@ def resumable(run: RunDir) -> Iterator[tuple[Path, Manifest | None]]:
         except RunDirError:
             manifest = None
         if manifest is None or manifest.is_resumable:
-            name = directory.name.removeprefix(REPLACED)[1:].partition(".r")
-            found.append((int(name[2] or 0), int(name[0]) if name[0].isdecimal() else -1, directory, manifest))
+            version, restart = version_and_restart(directory.name.removeprefix(REPLACED))
+            found.append((restart, version, directory, manifest))
     yield from ((directory, manifest) for *_, directory, manifest in sorted(found, key=lambda one: one[:2], reverse=True))
 
 
@@ -247,7 +256,7 @@ def prune(run: RunDir, keep: int, best: int) -> None:
     """Remove all but the latest `keep` resumable checkpoints and those of version `best`."""
     latest = [directory for directory, manifest in resumable(run) if manifest][:keep]
     for directory in _all(run):
-        if directory not in latest and directory.name.removeprefix(REPLACED).partition(".")[0] != f"v{best:09d}":
+        if directory not in latest and version_and_restart(directory.name.removeprefix(REPLACED))[0] != best:
             with suppress(OSError):       # not half of it under its name, if the power fails in between
                 os.replace(directory, removed := directory.with_name(f"{REMOVED}{directory.name}"))
                 shutil.rmtree(removed)
@@ -257,15 +266,16 @@ def clean(run: RunDir) -> None:
     """Remove what an earlier start has left of checkpoints that were being written, replaced or removed."""
     whole = set(_all(run))
     for left in run.checkpoints.glob(".*"):
-        if left not in whole:
+        if left not in whole and LEFT_OVER.fullmatch(left.name):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _all(run: RunDir) -> Iterator[Path]:
     """Every checkpoint; one whose replacement had not got its name yet when the power failed is found under another."""
-    yield from run.checkpoints.glob("v*")
-    for directory in run.checkpoints.glob(f"{REPLACED}v*"):
-        if not directory.with_name(directory.name.removeprefix(REPLACED)).exists():
+    yield from run.checkpoints_by_name
+    for directory in sorted(run.checkpoints.glob(f"{REPLACED}v*")):
+        name = directory.name.removeprefix(REPLACED)
+        if version_and_restart(name) and not directory.with_name(name).exists():
             yield directory
 
 

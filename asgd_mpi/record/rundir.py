@@ -1,20 +1,39 @@
 """The run directory: the one place that knows the names of its files (they are documented in the README).
 
 Files that are written once are written whole: temporary file, flush, fsync, os.replace. Metrics are appended.
+A name that this module would not give is the user's own: it is neither read nor removed, whatever it begins with.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from asgd_mpi.errors import RunDirError
+
+_OF_RESTART = r"(?:\.r([1-9][0-9]{0,5}))?"
+_LOG = re.compile(rf"pushes{_OF_RESTART}\.log")
+_CONFIG = re.compile(rf"config{_OF_RESTART}\.yaml")
+_METRICS = re.compile(rf"rank([0-9]{{3,7}}){_OF_RESTART}\.jsonl")
+_CHECKPOINT = re.compile(rf"v([0-9]{{9,15}}){_OF_RESTART}")
+_STALL = re.compile(r"([0-9]{9,12})\.txt")
+
+
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space (your quota is used up)",
+    errno.EROFS: "have the file system made writable (it is mounted read-only)",
+    errno.EACCES: "see that you may write there",
+}
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -33,7 +52,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def unwritable(path: Path, error: OSError) -> RunDirError:
     """What to say when a file of a run cannot be written."""
-    return RunDirError(f"cannot write {path}: {error.strerror}. A run cannot go on without its records: free some space, "
+    remedy = REMEDIES.get(error.errno, "see what is wrong with that file system")
+    return RunDirError(f"cannot write {path}: {error.strerror}. A run cannot go on without its records: {remedy}, "
                        "or give another directory with --run.dir DIR.")
 
 
@@ -56,22 +76,26 @@ class RunDir:
     @classmethod
     def create(cls, path: str | Path | None, name: str) -> RunDir:
         """Make a new run directory: `path`, or `runs/<date>_<name>`. Raises RunDirError."""
-        path = Path(path) if path else Path("runs") / f"{time.strftime('%Y-%m-%dT%H%M%S')}_{name}"
-        run = cls(path)
-        if run.config.exists():
-            raise RunDirError(
-                f"{path} already holds a run (config.yaml): two runs in one directory would mix their records. Go on with "
-                "that run by --resume, give another directory with --run.dir DIR, or leave it out for a new one under runs/."
-            )
         try:
+            run = cls(Path(path) if path else _make_unique(f"{time.strftime('%Y-%m-%dT%H%M%S')}_{name}"))
+            path = run.path
+            run.demand_new()
             for directory in (run.path, run.metrics, run.checkpoints, run.report):
                 directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunDirError(
-                f"cannot make the run directory {path}: {error.strerror}. "
+                f"cannot make the run directory {path or error.filename}: {error.strerror}. "
                 "Give one that you may write to with --run.dir DIR."
             ) from error
         return run
+
+    def demand_new(self) -> None:
+        """Raise RunDirError if a run has begun here."""
+        if self.config.exists():
+            raise RunDirError(
+                f"{self.path} already holds a run (config.yaml): two runs in one directory would mix their records. Go on with "
+                "that run by --resume, give another directory with --run.dir DIR, or leave it out for a new one under runs/."
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
@@ -92,6 +116,9 @@ class RunDir:
     def config_of(self, restart: int) -> Path:
         return self.path / f"config{_suffix(restart)}.yaml"
 
+    def versions_of(self, restart: int) -> Path:
+        return self.path / f"versions{_suffix(restart)}.json"
+
     def log_of(self, rank: int) -> Path:
         return self.logs / f"rank{rank:03d}.txt"
 
@@ -108,13 +135,36 @@ class RunDir:
     @property
     def restarts(self) -> list[int]:
         """The restarts that have begun a log, in order; 0 is the first start."""
-        return sorted(_restart_of(path) for path in self.path.glob("pushes*.log"))
+        return sorted(restart for restart, in _numbers(_LOG, self.path, Path.is_file))
+
+    @property
+    def next_restart(self) -> int:
+        """The number of a new start: no earlier one has used it for any file, however soon that one ended."""
+        begun = [*self.restarts, *(restart for restart, in _numbers(_CONFIG, self.path, Path.is_file)),
+                 *(restart for _, restart, _ in self.metrics_files)]
+        return max(begun, default=-1) + 1
+
+    def latest(self, path_of: Callable[[int], Path]) -> Path:
+        """The file of the newest start that has one, of `config_of` or `versions_of`."""
+        paths = (path_of(restart) for restart in range(self.next_restart - 1, 0, -1))
+        return next((path for path in paths if path.is_file()), path_of(0))
 
     @property
     def metrics_files(self) -> list[tuple[int, int, Path]]:
         """(rank, restart, file), in order."""
-        found = [(path.name.removeprefix("rank").partition(".")[0], path) for path in self.metrics.glob("rank*.jsonl")]
-        return sorted((int(rank), _restart_of(path), path) for rank, path in found if rank.isdecimal())
+        return sorted((rank, restart, self.metrics_of(rank, restart))
+                      for rank, restart in _numbers(_METRICS, self.metrics, Path.is_file))
+
+    @property
+    def checkpoints_by_name(self) -> list[Path]:
+        """The directories that have the name of a checkpoint, in the order of (restart, version)."""
+        found = _numbers(_CHECKPOINT, self.checkpoints, Path.is_dir)
+        return [self.checkpoint(version, restart) for version, restart in sorted(found, key=lambda one: one[::-1])]
+
+    @property
+    def stall_requests(self) -> list[str]:
+        """The numbers of the stalls that ranks have asked about."""
+        return sorted(f"{number}" for number, in _numbers(_STALL, self.stalls, Path.is_file))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -122,7 +172,12 @@ class RunDir:
 
         The lock ends with its process. A file system that knows no locks is told on stderr, and goes without.
         """
-        with open(self.path / "lock", "a+") as file:
+        path = self.path / "lock"
+        try:
+            file = open(path, "a+")
+        except OSError as error:
+            raise unwritable(path, error) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -142,7 +197,30 @@ def _suffix(restart: int) -> str:
     return f".r{restart}" if restart else ""
 
 
-def _restart_of(path: Path) -> int:
-    """0 for `rank003.jsonl`, 2 for `rank003.r2.jsonl`."""
-    middle = path.name.split(".")[1:-1]
-    return int(middle[0][1:]) if middle and middle[0][:1] == "r" and middle[0][1:].isdecimal() else 0
+def version_and_restart(name: str) -> tuple[int, int] | None:
+    """Return what the name of a checkpoint says; None if it is not one."""
+    found = _CHECKPOINT.fullmatch(name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def _numbers(name: re.Pattern[str], directory: Path, is_ours: Callable[[Path], bool]) -> list[tuple[int, ...]]:
+    """Return the numbers in every name of `directory` that is wholly of this form, 0 for a part that is left out.
+
+    A symbolic link is the user's own: removing what it leads to, or through it, would be no less wrong than another name.
+    """
+    try:
+        names = sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    matches = [found for text in names if (found := name.fullmatch(text))]
+    return [tuple(int(number or 0) for number in found.groups()) for found in matches
+            if is_ours(directory / found.string) and not (directory / found.string).is_symlink()]
+
+
+def _make_unique(name: str) -> Path:
+    """Make `runs/NAME`, or NAME-2, -3 ... if another run has begun in the same second: mkdir decides who was first."""
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path

@@ -270,7 +270,7 @@ def _read_config(run: RunDir, problems: list[str]) -> dict[str, Any]:
 
 def _read_versions(run: RunDir, problems: list[str]) -> dict[str, str]:
     try:
-        return {key: _inline(value) for key, value in json.loads(run.versions.read_bytes()).items()}
+        return {key: _inline(value) for key, value in json.loads(run.latest(run.versions_of).read_bytes()).items()}
     except (OSError, ValueError, AttributeError) as error:
         problems.append(f"versions.json cannot be read ({type(error).__name__}): packages and hosts are unknown.")
         return {}

@@ -26,7 +26,7 @@ class Watch:
                  waiting: Callable[[], tuple[str, float] | None], version: Callable[[], int]):
         self._run, self._rank, self._host, self._meter, self._stall_s = run, rank, host, meter, stall_s
         self._waiting, self._version = waiting, version
-        self._answered: set[str] = set()
+        self._answered = set(run.stall_requests)       # those of earlier starts have their answers
         self._asked_at = 0.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run_on, name="watch", daemon=True)
@@ -47,9 +47,8 @@ class Watch:
         try:
             if quiet_s > self._stall_s:
                 self._ask()
-            for request in self._run.stalls.glob("*.txt") if self._run.stalls.is_dir() else ():
-                number = request.name.split(".")[0]
-                if request.name == f"{number}.txt" and number not in self._answered:
+            for number in self._run.stall_requests:
+                if number not in self._answered:
                     self._answered.add(number)
                     self._answer(number)
         except OSError as error:
