@@ -3,7 +3,7 @@
 Rank 0, and every further server, for its slice of the weights (P is then the length of the slice), owns, in bytes:
 
     control   32 words of int64: latest version, its slot; and for each slot of the ring its version, its sample clock, the
-              version that is or was written last, and how many of its numbers are there
+              version that is or was written last, and how many of its numbers are there; the last word is the server's beat
     promises  N x 2 words: the packet of a worker that is being applied, and the slot whose next version will hold it
     mail      N x 24 words: see wire.pack_mail
     ring      K slots of P float32, each on a page of its own; in a narrower wire format (see codec) followed by what workers
@@ -27,6 +27,7 @@ CONTROL_WORDS = 32
 PROMISE_WORDS = 2
 PACKET, PROMISED_SLOT = range(PROMISE_WORDS)
 LATEST, SLOT, FIRST_WORD = 0, 1, 2   # positions of the control words
+BEAT = CONTROL_WORDS - 1             # counts up for as long as the server's loop turns
 WORDS_OF_SLOT = 4
 VERSION, SAMPLES, COMING, WRITTEN = range(WORDS_OF_SLOT)
 WORD = 8                             # bytes
@@ -48,7 +49,7 @@ class Layout:
     num_servers: int = 1      # S
 
     def __post_init__(self):
-        room = (CONTROL_WORDS - FIRST_WORD) // WORDS_OF_SLOT
+        room = (BEAT - FIRST_WORD) // WORDS_OF_SLOT
         if self.ring > room:
             raise ConfigError(f"--exchange.ring {self.ring}: the window has room for {room} slots.")
 

@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 from asgd_mpi.exchange import codec, wait, wire
 from asgd_mpi.exchange.layout import (
-    COMING, CONTROL_WORDS, LATEST, PACKET, PROMISED_SLOT, SAMPLES, SLOT, STATISTICS_FROM, VERSION, WRITTEN, Layout, words_of_slot)
+    BEAT, COMING, CONTROL_WORDS, LATEST, PACKET, PROMISED_SLOT, SAMPLES, SLOT, STATISTICS_FROM, VERSION, WRITTEN, Layout, words_of_slot)
 from asgd_mpi.exchange.window import ABSENT, ANSWER, QUESTION, Window
 from asgd_mpi.exchange.world import World, cut
 from asgd_mpi.server.ledger import Mail
@@ -108,14 +108,27 @@ class WorkerWindow(Window):
         return wire.unpack_mail(self._mail.tolist())
 
     def await_mail(self, packets: int, until: Callable[[Mail], bool] = lambda mail: True, for_what: str = "") -> Mail:
-        """The first mail that knows of `packets` judged packets, and of which `until` holds."""
-        def poll() -> Mail | None:
+        """Return the first mail that knows of `packets` judged packets, and of which `until` holds.
+
+        A packet is judged within run.timeout_s. What `until` asks for (a lease, the others' step, the end of the run) may take
+        as long as the server lives, as its beat shows.
+        """
+        def read() -> Mail | None:
             if self.near[0] and self._mail[0] < packets:      # a look that costs nothing, the most frequent by far
                 return None
             mail = self.read_mail()
-            return mail if mail is not None and mail.judged >= packets and until(mail) else None
+            return mail if mail is not None and mail.judged >= packets else None
 
-        return self._until(poll, for_what or f"judge its packet {packets}")
+        def read_on() -> Mail | None:
+            mail = read()
+            return mail if mail is not None and until(mail) else None
+
+        mail = self._until(read, f"judge its packet {packets}")
+        return mail if until(mail) else self._until(read_on, for_what, beat=self._beat)
+
+    def _beat(self) -> int:
+        """A number that changes for as long as rank 0 lives."""
+        return int(self._control[BEAT] if self.near[0] else self._read_controls([0])[0][BEAT])
 
     def fetch(self, into: torch.Tensor, at_least: int, whole: bool = False) -> Snapshot:
         """Read the latest snapshot into `into`, uint8 on the host: one version, `at_least` or newer.
@@ -251,8 +264,8 @@ class WorkerWindow(Window):
         return [window.Rget(part, target, target=(offset + start, part.nbytes, MPI.BYTE)) for start, part in cut(into)]
 
     def _until(self, poll: Callable[[], T | None], what: str, longest_s: float = wait.LONGEST_S,
-               servers: Sequence[int] = (SERVER,)) -> T:
+               servers: Sequence[int] = (SERVER,), beat: Callable[[], int] | None = None) -> T:
         worker = self.world.worker % self.whole.num_workers                  # that of a further stage, too: see topology
         who = f"rank {self.world.rank} (worker {worker} on {self.world.host})"
         return wait.until(lambda: poll() or self.world.demand_server(), self.world.timeout_s,
-                          f"{who} waits for rank {', '.join(map(str, servers))} to {what}", longest_s)
+                          f"{who} waits for rank {', '.join(map(str, servers))} to {what}", longest_s, beat)

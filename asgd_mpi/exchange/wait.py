@@ -17,6 +17,7 @@ T = TypeVar("T")
 SPINS = 50           # polls without a pause: what arrives within microseconds is met at once
 SHARE = 0.05         # then a pause of this share of the time waited so far,
 LONGEST_S = 0.001    # and at most this: a waiting rank leaves its core to those who compute,
+LOOKS = 20           # at a beat, within the time that it may stand still
 BUSY_S = 0.00005     # ... unless data may be moving between hosts, a piece at every poll
 
 
@@ -31,23 +32,38 @@ class Waiting:
 now: Waiting | None = None   # for the watchdog
 
 
-def until(poll: Callable[[], T | None], timeout_s: float, who_waits_for_what: str, longest_s: float = LONGEST_S) -> T:
+def until(poll: Callable[[], T | None], timeout_s: float, who_waits_for_what: str, longest_s: float = LONGEST_S,
+          beat: Callable[[], int] | None = None) -> T:
     """Call `poll` until it returns something that is true, and return that; pause for `longest_s` at most.
 
-    Raises DeadlineExceeded after `timeout_s` seconds.
+    Raises DeadlineExceeded after `timeout_s` seconds. beat: a number that changes for as long as the one who is waited for
+    lives; the seconds then count from its last change, so a wait that was ordered may last as long as the run.
     """
     global now
     result = poll()
     if result:
         return result
     now = Waiting(who_waits_for_what, time.monotonic())
-    result = for_a_while(poll, timeout_s, longest_s)
+    result = for_a_while(poll, timeout_s, longest_s) if beat is None else _while_it_lives(poll, timeout_s, longest_s, beat)
     now = None
     if not result:
+        nothing = "nothing came" if beat is None else "no sign of life came"
         raise DeadlineExceeded(
-            f"{who_waits_for_what}: nothing came within {timeout_s:g} s (--run.timeout_s). A rank that is "
+            f"{who_waits_for_what}: {nothing} within {timeout_s:g} s (--run.timeout_s). A rank that is "
             "named may be stuck or dead, or its step may take longer than the limit: see its metrics file, "
             "and raise the limit if it was only slow.")
+    return result
+
+
+def _while_it_lives(poll: Callable[[], T | None], timeout_s: float, longest_s: float, beat: Callable[[], int]) -> T | None:
+    """Like `for_a_while`, but gives up only when `beat` has stood still for `timeout_s` seconds."""
+    seen, since = beat(), time.monotonic()
+    while not (result := for_a_while(poll, timeout_s / LOOKS, longest_s)):
+        latest = beat()
+        if latest != seen:
+            seen, since = latest, time.monotonic()
+        elif time.monotonic() - since > timeout_s:
+            break
     return result
 
 

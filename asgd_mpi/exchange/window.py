@@ -33,7 +33,7 @@ from mpi4py import MPI
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange import codec, wait, wire
 from asgd_mpi.exchange.layout import (
-    COMING, LATEST, PACKET, PROMISE_WORDS, PROMISED_SLOT, SAMPLES, SLOT, STATISTICS_FROM, VERSION, WRITTEN, Layout, words_of_slot)
+    BEAT, COMING, LATEST, PACKET, PROMISE_WORDS, PROMISED_SLOT, SAMPLES, SLOT, STATISTICS_FROM, VERSION, WRITTEN, Layout, words_of_slot)
 from asgd_mpi.exchange.world import PROCESS_FAILED, World, cut
 from asgd_mpi.server.ledger import Mail
 from asgd_mpi.topology import SERVER, ranks_of_servers
@@ -158,7 +158,8 @@ class ServerWindow(Window):
                    "other hosts to measure their links", wait.BUSY_S)
 
     def answer(self) -> None:
-        """Let workers of other hosts read, with messages; to be called often."""
+        """Show that this server lives, and let workers of other hosts read, with messages; to be called often."""
+        self._control[BEAT] += 1
         for worker, request in list(self._asked.items()):
             try:
                 if request.Test():

@@ -51,6 +51,7 @@ class Saver:
         self._completing: list[Future[Checkpoint | None]] = []
         self.patience_s = PATIENCE_S
         self._hurry = threading.Event()
+        self._best: set[tuple[int, int]] = set()      # workers and the versions that they have written as the best
         self._frozen: dict[str, torch.Tensor] = {}    # the rule's state; nobody writes into it while it is written
 
     @property
@@ -127,7 +128,9 @@ class Saver:
 
     def keep_best(self, worker: int, version: int, score: Score, samples: int) -> None:
         """Complete a model that a worker has written because its version is the best one."""
-        self._completing.append(self._thread.submit(self._complete_best, worker, version, score, samples))
+        if (worker, version) not in self._best:      # told twice: what is written once is moved once
+            self._best.add((worker, version))
+            self._completing.append(self._thread.submit(self._complete_best, worker, version, score, samples))
 
     def _complete_best(self, worker: int, version: int, score: Score, samples: int) -> Checkpoint | None:
         """None if it is there already: two workers may have validated the same version."""

@@ -128,8 +128,12 @@ class Courier:
         self.wait()
 
     def await_mail(self, until: Callable[[Mail], bool], for_what: str) -> None:
-        """Wait for mail of which `until` holds."""
-        self.mail = self._run(self._window.await_mail, self.sent, until, for_what).result()
+        """Wait for mail of which `until` holds, for as long as the server lives."""
+        def look(mail: Mail) -> bool:
+            self._meter.add()                 # to wait by order is no stall
+            return until(mail)
+
+        self.mail = self._run(self._window.await_mail, self.sent, look, for_what).result()
 
     def read_statistics(self) -> torch.Tensor:
         """The batch-norm statistics that the server keeps, float32."""

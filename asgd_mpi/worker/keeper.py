@@ -27,6 +27,7 @@ class Keeper:
         self._hurry = threading.Event()
         self._frozen: dict[str, torch.Tensor] = {}
         self._under_way: list[tuple[Kind, int, Future[bool]]] = []
+        self._best = -1                   # the version that was written last for being the best
 
     def save(self, number: int, made: int, state: dict[str, torch.Tensor], is_copy: bool = False) -> None:
         """Begin to write the momentum, whose last push made version `made`, for checkpoint `number`.
@@ -43,7 +44,10 @@ class Keeper:
         self._start(Kind.SAVED, made, checkpoint.save_worker, staging, self._worker, made, self._frozen, self._hurry)
 
     def save_best(self, version: int, model: dict[str, torch.Tensor], is_copy: bool = False) -> None:
-        """Begin to write the state_dict of the validated version."""
+        """Begin to write the state_dict of the validated version, unless it was written when it was validated before."""
+        if version == self._best:
+            return
+        self._best = version
         frozen = model if is_copy else {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
         self._start(Kind.BEST, version, self._write_best, version, frozen)
 
