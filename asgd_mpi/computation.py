@@ -34,6 +34,7 @@ class Computed(NamedTuple):
     loss: float               # mean over its batches
     skipped: int              # damaged images left out
     is_finite: bool
+    scale: float = 1.0        # what it was multiplied by, to keep to max_drift and clip_norm
 
 
 class Computation:
@@ -67,7 +68,7 @@ class Computation:
             num_batches += 1
         if centre is not None:
             replica.fetched_(*self._on_the_wire(centre))
-        return Computed(loss / num_batches, skipped, replica.finish())
+        return Computed(loss / num_batches, skipped, replica.finish(), replica.scale)
 
     def applied(self, latest: Snapshot, verdict: Verdict, positions: int) -> Snapshot:
         """The snapshot that what was computed last makes of the latest one."""

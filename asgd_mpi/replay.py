@@ -87,14 +87,14 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
         begun = push.base if elastic and replica.base == -1 else push.read_version
         goes_on = fetched.get(push.worker) == begun or elastic and replica.base != -1
         _use(threads.get(push.worker + 1))
-        loss = computation.compute_(push.worker, push.segments, None if goes_on else snapshots[begun],
-                                    snapshots[push.read_version] if elastic else None).loss
-        if loss != push.loss:
+        computed = computation.compute_(push.worker, push.segments, None if goes_on else snapshots[begun],
+                                        snapshots[push.read_version] if elastic else None)
+        if computed.loss != push.loss:
             raise RunDirError(f"the push that made version {latest.version + 1} recorded a loss of {push.loss!r}, the "
-                              f"replay computes {loss!r}: the log, the data or the arithmetic (threads, library) differ.")
+                              f"replay computes {computed.loss!r}: the log, the data or the arithmetic (threads, library) differ.")
         fetched[push.worker] = push.read_version
         verdict = Verdict(push.lr, push.version, push.staleness, push.worker, rate=schedule(latest.samples),
-                          mean_of=push.mean_of)
+                          mean_of=push.mean_of, scale=computed.scale)
         _use(threads.get(SERVER))
         latest = snapshots[push.version + 1] = computation.applied(latest, verdict, push.positions)
         handover.see_version(latest, rule)

@@ -305,11 +305,12 @@ class Simulation:
     def _judge(self, me: _Worker, done: _Sum) -> bool:
         """The turn of a push; whether its worker must fetch, since its own weights are spoilt."""
         computation = self.computation
-        loss, skipped, is_finite = computation.compute_(me.number, done.batches, done.fetched, done.centre)
+        loss, skipped, is_finite, scale = computation.compute_(me.number, done.batches, done.fetched, done.centre)
         positions = sum(stop - start for _, start, stop in done.batches)
         header = Header(
             Kind.GRADIENT if is_finite else Kind.NONFINITE, me.number, me.sent, (done.centre or done.snapshot).version,
-            done.lease, done.batches[0][1], positions, skipped, loss, base=computation.replicas[me.number].base)
+            done.lease, done.batches[0][1], positions, skipped, loss, base=computation.replicas[me.number].base,
+            scale=scale)
         self.books[0].add(self.now, apply=self.times.apply_s)
         if self._is_of_nobody(me, header):
             return False

@@ -45,9 +45,10 @@ class Header:
     top5: int = 0             # ... whose first five guesses hold the right one
     base: int = -1            # of a gradient: the snapshot that the worker's own weights began with, if it moves them
     stored_top1: int = -1     # of the final validation: top1 with the batch-norm statistics that the worker had; -1: not tried
+    scale: float = 1.0        # of a gradient: what max_drift and clip_norm have multiplied it by, above 0 and at most 1
 
 
-_HEADER = struct.Struct("<9qd4q")
+_HEADER = struct.Struct("<9qd4qd")
 HEADER_BYTES = 128
 
 
@@ -55,7 +56,7 @@ def pack_header(header: Header) -> bytes:
     """HEADER_BYTES bytes."""
     words = _HEADER.pack(MAGIC, header.kind, header.worker, header.packet, header.read_version, header.lease,
                          header.start, header.count, header.skipped, header.loss, header.top1, header.top5, header.base,
-                         header.stored_top1)
+                         header.stored_top1, header.scale)
     return words.ljust(HEADER_BYTES, b"\0")
 
 

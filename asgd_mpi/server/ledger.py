@@ -89,6 +89,7 @@ class Verdict:
     rate: float = 0.0               # that a gradient without staleness would have
     mean_of: int = 1                # gradients that the step made with it is the mean of; 0: it waits for more
     dropped: bool = False           # it was too late
+    scale: float = 1.0              # what its worker has multiplied it by
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ class Ledger:
         if not dropped:
             mean_of = self._pace.take(header.worker, self.version, self._active, self.trained)
         self._keep_pace()
-        return Verdict(lr, version, version - header.read_version, header.worker, segments, rate, mean_of, dropped)
+        return Verdict(lr, version, version - header.read_version, header.worker, segments, rate, mean_of, dropped,
+                       header.scale)
 
     def tally(self, header: Header) -> Score | None:
         """Take a validated range into account; the score, once it is whole. Raises LedgerError."""
@@ -386,6 +388,7 @@ class Ledger:
         demand(header.lease == account.leases[0].number, f"the worker works on lease {account.leases[0].number}")
         demand(header.start == account.cursor, f"position {account.cursor} of the lease is due")
         demand(header.count > 0, "a packet covers 1 position or more")
+        demand(0 < header.scale <= 1, "a gradient is scaled by more than 0 and at most 1")
 
         segments, left, at = [], header.count, account.cursor
         for position, lease in enumerate(account.leases):

@@ -66,9 +66,9 @@ RULEBOOK = {
     "ssp": Entry("a worker waits that is more than slack steps ahead", "Ho et al. 2013, stale synchronous parallel",
                  may_overlap=False, pacing=lambda rule, num_workers: Pacing(slack=rule.slack)),
     "dc_asgd_c": Entry("delay compensation, constant", "Zheng et al. 2017, arXiv:1609.08326, equation 10", server="dc",
-                       momenta=("none", "server", "server_nag")),
+                       momenta=("none", "server", "server_nag"), may_overlap=False),
     "dc_asgd_a": Entry("delay compensation, adaptive", "Zheng et al. 2017, arXiv:1609.08326, equations 10 and 14", server="dc",
-                       momenta=("none", "server", "server_nag")),
+                       momenta=("none", "server", "server_nag"), may_overlap=False),
     "easgd": Entry("workers descend on their own, tied to the centre by a spring", "Zhang, Choromanska, LeCun 2015, "
                    "arXiv:1412.6651, algorithm 1", server="elastic", moves="elastic", momenta=("none",), staleness="constant",
                    n_push=10, may_overlap=False, max_drift=0.0),
@@ -123,7 +123,7 @@ def vectors(rule: RuleConfig, num_workers: int) -> tuple[int, int]:
     """How many (P,) float32 vectors the rule keeps: on the server, and on each worker."""
     entry, momentum = RULEBOOK[rule.name], bool(rule.momentum)
     server = int(momentum and rule.momentum_at.startswith("server")) + {
-        "adagrad": 1, "mean": 1, "dc": num_workers + (rule.name == "dc_asgd_a")}.get(entry.server, 0)
+        "adagrad": 1, "mean": 1, "dc": num_workers * (2 if rule.name == "dc_asgd_a" else 1)}.get(entry.server, 0)
     worker = is_kept_by_workers(rule) * (2 if entry.pacing(rule, num_workers).may_drop else 1) + {
         "descends": 1, "elastic": 1}.get(entry.moves, 0)
     return server, worker
@@ -145,6 +145,13 @@ def check(config: Config, num_workers: int) -> None:
                "elastic": "what is pushed is a difference of weights, not a gradient"}.get(
                    entry.server, "a worker that moves its own weights must know the whole step" if entry.moves else "it is set to none")
         demand(False, "rule.momentum_at", at, f"{why}; choose of {', '.join(places)}" if places else f"{why}; leave the momentum out")
+    if entry.server == "dc":
+        demand(exchange.n_push == 1, "exchange.n_push", exchange.n_push,
+               "the compensation squares the gradient of one batch, and a sum over several has another square; leave n_push at 1")
+        demand(not exchange.overlap and exchange.n_fetch == 1, *(
+            ("exchange.overlap", "true") if exchange.overlap else ("exchange.n_fetch", exchange.n_fetch)),
+            "the compensation is for the way from the weights that a gradient was computed on, and the server keeps those that "
+            "a worker fetched after its last push; leave overlap and n_fetch out")
     demand(entry.may_overlap or not exchange.overlap, "exchange.overlap", "true",
            "a worker would compute while it is to wait, or on weights that it is about to move" + (
                "; n_push auto needs the overlap" if exchange.n_push == "auto" else ""))

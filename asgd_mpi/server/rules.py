@@ -93,6 +93,8 @@ class Adagrad(Rule):
 class DelayCompensated(Rule):
     """Corrects a gradient by the way that the weights have moved since: g + lambda g g (x - x_i), element by element.
 
+    g is the gradient itself, of one batch and without weight decay; if a worker has scaled it down, what corrects it is scaled
+    down as much: s (g + lambda g g (x - x_i)), where s g is pushed.
     x_i are the weights right after worker i's last push: what it fetches then, or a version that others have moved by a
     little since. Adaptive: MS_i <- mm MS_i + (1 - mm) g g and lambda = lambda0 / sqrt(MS_i + 1e-7). Memory: x_i, and with
     `a` MS_i, each (P,) float32 for each worker; a checkpoint keeps MS_i alone.
@@ -110,12 +112,12 @@ class DelayCompensated(Rule):
 
     def apply_(self, weights: torch.Tensor, pushed: torch.Tensor, verdict: Verdict, piece: slice) -> None:
         weights, gradient, backup = weights[piece], pushed[piece], self._backups[verdict.worker][piece]
-        square = gradient * gradient
+        square = (gradient / verdict.scale).square_()
         correction = square * (weights - backup)
         if self._squares:
             mean = self._squares[verdict.worker][piece].mul_(self._decay).add_(square, alpha=1 - self._decay)
             correction.div_((mean + 1e-7).sqrt_())
-        self._descend_(weights, gradient + self._lambda * correction, verdict.lr, piece)
+        self._descend_(weights, gradient + verdict.scale * self._lambda * correction, verdict.lr, piece)
         backup.copy_(weights)
 
 

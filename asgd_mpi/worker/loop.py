@@ -173,7 +173,8 @@ class Worker:
             self.courier.wait()
         header = self._header(
             Kind.GRADIENT if is_finite else Kind.NONFINITE, read_version=version, lease=done.lease, start=done.start,
-            count=done.count, skipped=done.skipped, loss=done.loss / done.batches, base=self.replica.base)
+            count=done.count, skipped=done.skipped, loss=done.loss / done.batches, base=self.replica.base,
+            scale=self.replica.scale)
         if is_finite:
             self.courier.push_gradient(header, fetch)
             self._pushed = True

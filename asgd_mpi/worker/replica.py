@@ -64,6 +64,7 @@ class Replica:
         self._rate, self._samples, self._batches = 0.0, 0, 0
         self._last_rate = 0.0     # of the last step of its own weights
         self._is_finite = True    # the loss of every batch since the last push
+        self.scale = 1.0          # what the last push was multiplied by, to keep to clip_norm and max_drift
         self.base = -1            # the snapshot that its own weights began with, if a fetch does not replace them
 
     @property
@@ -126,7 +127,7 @@ class Replica:
             if not self._gradient.is_finite():
                 return False
         elif not self.moves:
-            factor = self._clip(batches)
+            factor = self.scale = self._clip(batches)
         self._vectors.finish_(factor)
         return True
 
