@@ -6,13 +6,11 @@
 Out: raw uint8 (28, 28, 1) shards, 60 000 train and 10 000 val images (its test split).
 """
 
-import gzip
 from pathlib import Path
-
-import numpy as np
 
 from asgd_mpi.errors import UserError
 from data_prep import arrays, run
+from data_prep.idx import read_idx
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -38,23 +36,6 @@ def prepare(out: Path, source: Path = DEBIAN, limit: int = 0) -> None:
         names = [f"{stem}/{row}" for row in range(len(images))]
         splits[split] = images[:count, ..., None], labels[:count], names[:count]
     arrays.write(out, splits, CLASSES, SHARD_SIZE)
-
-
-def read_idx(source: Path, name: str) -> np.ndarray:
-    """An IDX file of unsigned bytes: 0, 0, 8, number of dimensions, their lengths (big-endian), data. Raises UserError."""
-    path = next((path for path in (source / name, source / f"{name}.gz") if path.exists()), None)
-    if path is None:
-        raise UserError(f"there is no {name} (or {name}.gz) in {source}: install Debian's dataset-fashion-mnist, or give "
-                        "--source DIR with the four IDX files of Fashion-MNIST.")
-    try:
-        data = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
-        dimensions = data[3]
-        shape = np.frombuffer(data, ">u4", dimensions, offset=4)
-        if data[:3] != b"\0\0\x08":
-            raise ValueError("it does not begin as an IDX file of bytes does")
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (ValueError, IndexError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): fetch it again.") from error
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ place and never unpacked. For each split, the first of these that there is:
     train/<synset>/*.JPEG, val/<synset>/*.JPEG
     val/*.JPEG                 flat, as the archive unpacks; needs the development kit
 
+`val` may be called `test`, as small sets have it.
+
 Invariant: archives and a tree of the same images give the same photos in the same order, with the same names.
 """
 
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from asgd_mpi.data.tree import is_class, is_image, list_tree, listing, note_files, readable, some
+from asgd_mpi.data.tree import directory_of, is_class, is_image, list_tree, listing, note_files, readable, some
 from asgd_mpi.errors import DataError
 from data_prep.devkit import NAME as DEVKIT
 from data_prep.devkit import Devkit, read_devkit
@@ -67,7 +69,7 @@ def find_source(root: Path) -> Source:
 
 
 def _find(root: Path, split: str, kit: Devkit | None) -> Iterator[Photo]:
-    archive, directory = root / ARCHIVE.format(split), root / split
+    archive, directory = root / ARCHIVE.format(split), directory_of(root, split)
     if archive.exists():
         return _train_archive(archive) if split == "train" else _flat(root, _images("val", _members(archive)), kit)
     if not directory.is_dir():

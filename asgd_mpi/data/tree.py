@@ -25,6 +25,12 @@ class Tree:
     notes: list[str]  # what was left out
 
 
+def directory_of(root: Path, split: str) -> Path:
+    """Return where a split of a tree lies: `val` may be called test, as small sets have it."""
+    directory = root / split
+    return root / "test" if split == "val" and not directory.is_dir() and (root / "test").is_dir() else directory
+
+
 def is_image(name: str) -> bool:
     """Return whether a file is taken for an image: by its extension, unless it is hidden."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")

@@ -11,7 +11,7 @@ import xxhash
 
 from asgd_mpi.data.decode import check_end
 from asgd_mpi.data.shards import DamagedSample
-from asgd_mpi.data.tree import Tree, list_tree, some
+from asgd_mpi.data.tree import Tree, directory_of, list_tree, some
 from asgd_mpi.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,9 +67,10 @@ class FolderSet:
         pass
 
     def _list(self, split: str) -> Tree:
-        if not (self.root / split).is_dir():
+        directory = directory_of(self.root, split)
+        if not directory.is_dir():
             raise DataError(f"{self.root} is no tree of train/<class>/*.JPEG and val/<class>/*.JPEG: it has no directory {split}")
-        return list_tree(self.root / split)
+        return list_tree(directory)
 
 
 class SyntheticSet:
