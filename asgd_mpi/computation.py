@@ -43,7 +43,7 @@ class Computation:
 
     def __init__(self, task: Task, num_workers: int, first: Snapshot | None = None):
         self.task = task
-        self.flat = FlatModel(task.first_module(), torch.device("cpu"))
+        self.flat = FlatModel(task.first_module(), torch.device("cpu"), carried=task.carried(task.build_module()))
         self.first = first or Snapshot(0, 0, self.flat.weights.clone())
         self.schedule, self.loader, self.normalise = task.schedule(num_workers), task.train_loader(), task.normalise
         self.rule = make_rule(self.flat.num_floats, task.config.rule, num_workers)
@@ -86,14 +86,18 @@ class Computation:
         """What a worker computed last has been dropped."""
         self.replicas[worker].undo_()
 
-    def validate_(self, snapshot: Snapshot, start: int, stop: int) -> Errors:
-        """The errors of a snapshot on positions [start, stop) of the validation split; `flat` holds it then."""
+    def validate_(self, snapshot: Snapshot, start: int, stop: int, worker: int = 0) -> Errors:
+        """The errors of a snapshot on positions [start, stop) of the validation split; `flat` holds it then.
+
+        worker: whose carried buffers it is validated with.
+        """
         task, size = self.task, self.task.config.data.batch_size
         self.flat.weights.copy_(snapshot.weights)
-        if batchnorm.layers(self.flat.module):
-            last = min(batchnorm.NUM_BATCHES * size, task.train.num_samples)
+        self.replicas[worker].show_carried_()
+        if self.flat.measured:
+            last = batchnorm.positions(task.train.num_samples, size)
             images = (self.normalise(batch.images) for batch in self._batches([(0, 0, last)]))
-            batchnorm.recalibrate_(self.flat.module, images)
+            batchnorm.recalibrate_(self.flat.module, images, self.flat.measured)
         loader = task.val_loader()
         errors = validate(self.flat, self.normalise, loader.batches(ranges(0, start, stop, size)))
         loader.close()

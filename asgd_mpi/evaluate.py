@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
@@ -68,6 +69,7 @@ def measure(state: dict[str, torch.Tensor], manifest: checkpoint.Manifest, shard
     if shards.num_classes != manifest.num_classes:
         raise DataError(f"the checkpoint was trained on {manifest.num_classes} classes, but {shards.root} has "
                         f"{shards.num_classes}: its scores would mean other things. Give the data set it was trained on.")
+    _demand_same_classes(manifest.class_names, shards)
     if channels != manifest.channels:
         raise DataError(f"the checkpoint takes images of {manifest.channels} channels, but {shards.root} has {channels}. "
                         "Give the data set it was trained on.")
@@ -82,6 +84,22 @@ def measure(state: dict[str, torch.Tensor], manifest: checkpoint.Manifest, shard
                         tqdm(loader.batches(whole), total=len(whole), unit=" batches"))
     finally:
         loader.close()
+
+
+def _demand_same_classes(trained_on: Sequence[str], shards: ShardSet | FolderSet) -> None:
+    """Raise DataError, with names beside names, unless class i is the same in both; older checkpoints do not know theirs.
+
+    One name may be written in two ways, as file systems do: composed characters, or letters and accents apart.
+    """
+    pairs = list(zip(trained_on, shards.class_names))
+    others = [(label, one, other) for label, (one, other) in enumerate(pairs)
+              if unicodedata.normalize("NFC", one) != unicodedata.normalize("NFC", other)]
+    if others:
+        beside = "; ".join(f"class {label} was {one!r}, is {other!r}" for label, one, other in others[:3])
+        again = ": the same names, in another order" if set(trained_on) == set(shards.class_names) else ""
+        raise DataError(f"{len(others)} of the {len(pairs)} classes of {shards.root} are not those that the checkpoint was trained "
+                        f"on{again}: {beside}{'; ...' * (len(others) > 3)}. Its scores would be compared with the labels of other "
+                        "things. Give the data set it was trained on, or name the classes as there.")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from asgd_mpi import config as configuration
 from asgd_mpi import inject, resume, topology
 from asgd_mpi.config import Config, ConfigError
 from asgd_mpi.exchange.layout import Layout
+from asgd_mpi.model import buffers
 from asgd_mpi.model.flat import num_floats
 from asgd_mpi.record import board, checkpoint
 from asgd_mpi.record.rundir import RunDir, write_whole
@@ -49,7 +50,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     if config.record.tensorboard:
         board.find_writer()
     task = open_task(config)
-    module = task.first_module()
+    module = task.first_module(lambda text: print(text, flush=True))
     if num_stages > 1:
         if config.stages.cut == "columns":
             task.rows_of_columns(module)
@@ -63,11 +64,15 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     rulebook.check(config, num_workers)
     Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers)
     slices.cut(num_floats(module), num_servers, config.exchange.wire)
+    carried = task.carried(module)
+    if carried:
+        print(buffers.told(carried), flush=True)
     total = task.plan(num_workers).total_samples
     if point:
         if point.manifest:
             resume.demand_same_data(point.manifest, task.train.fingerprint, task.train.num_classes, config.data.path)
             resume.demand_samples_left(point, total, task.plan(num_workers).num_samples)
+            resume.demand_same_trained(point, module, carried)
         for line in [*resume.describe(run, point, places.num_workers or None, total), *changes]:
             print(line, flush=True)
         if run.finished.exists() and point.manifest and point.manifest.samples >= total:
@@ -86,7 +91,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     text = configuration.to_yaml(config)
     write_whole(run.config_of(restart), text.encode())
     return {"config": text, "run": str(run.path), "ranks": [ranks[rank] for rank in order], "order": order,
-            "restart": restart, "checkpoint": str(directory) if directory else None, "greeting": _greeting(places, task, run)}
+            "restart": restart, "checkpoint": str(directory) if directory else None, "carried": carried, "greeting": _greeting(places, task, run)}
 
 
 def _greeting(places: Topology, task: Task, run: RunDir) -> str:

@@ -6,12 +6,17 @@ No MPI. `find` reads the run directory, `demand_same` compares settings, `descri
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from asgd_mpi.config import Config
 from asgd_mpi.errors import ConfigError, RunDirError
+from asgd_mpi.model.buffers import few
+from asgd_mpi.model.flat import num_floats
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.checkpoint import Manifest, software
 from asgd_mpi.record.events import Push
@@ -117,6 +122,24 @@ def other_software(manifest: Manifest) -> str:
     return differ and (f"another version than that which wrote the checkpoint ({'; '.join(differ)}): training goes on, but the "
                        "arithmetic of two versions may differ in the last bits, so that one replay of the whole run may not give "
                        "the same weights to the bit") or ""
+
+
+def demand_same_trained(point: Point, module: nn.Module, carried: Collection[str]) -> None:
+    """Raises ConfigError unless the checkpoint has vectors of what `module` trains, and the frozen parameters that it has.
+
+    carried: the names of what the forward pass moves.
+    """
+    again = f"Begin a new run with --model.weights {point.directory}."
+    for name in sorted(point.manifest.files.keys() - {checkpoint.MODEL, checkpoint.LEDGER}):
+        for key, vector in checkpoint.read_tensors(point.directory / name, is_mapped=True).items():
+            if key not in carried and len(vector) != num_floats(module):
+                raise ConfigError(f"{point.directory / name} holds {len(vector)} numbers of {key}, but the network trains "
+                                  f"{num_floats(module)}: other parameters are frozen (requires_grad=False) than before. {again}")
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad and name not in carried}
+    state = checkpoint.read_tensors(point.directory / checkpoint.MODEL, is_mapped=True) if frozen else {}
+    if others := [name for name, p in frozen.items() if name not in state or not torch.equal(state[name], p)]:
+        raise ConfigError(f"{point.directory} holds other values of {few(others)}, which the network keeps frozen (requires_grad=False): "
+                          f"--model.weights, the seed or the network's code, which give them, have changed. {again}")
 
 
 def lost_pushes(run: RunDir, point: Point) -> list[Push]:

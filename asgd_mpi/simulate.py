@@ -85,7 +85,7 @@ def _save(run: RunDir, task: Task, simulation: Simulation, pushes: EventLog) -> 
 
     data, computation = task.train, simulation.computation
     about = Manifest(0, 0, task.config.model.name, data.num_classes, task.channels, task.config.data.image_size,
-                     data.fingerprint, list(data.mean), list(data.std))
+                     data.fingerprint, list(data.mean), list(data.std), class_names=list(data.class_names))
     saver = Saver(run, 0, about, computation.flat, computation.rule, task.config.checkpoint.keep, pushes.sync)
     saver.begin(1, freeze_, simulation.ledger, None, None, set())
     saver.finish(simulation.latest.version, task.config.run.timeout_s)

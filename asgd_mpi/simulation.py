@@ -353,7 +353,7 @@ class Simulation:
 
     def _tally(self, me: _Worker, lease: Lease) -> bool:
         snapshot = me.snapshot
-        errors = self.computation.validate_(snapshot, lease.start, lease.stop)
+        errors = self.computation.validate_(snapshot, lease.start, lease.stop, me.number)
         header = Header(
             Kind.VALIDATION, me.number, me.sent, snapshot.version, lease.number, lease.start, lease.stop - lease.start,
             errors.skipped, errors.loss, errors.top1, errors.top5)

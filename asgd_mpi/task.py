@@ -20,7 +20,11 @@ from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import MANIFEST, ShardSet
 from asgd_mpi.data.trials import FolderSet, SyntheticSet
+from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
+from asgd_mpi.model.buffers import few, moved_by_training_
+from asgd_mpi.model.flat import demand_trained
+from asgd_mpi.model.weights import load_weights_
 from asgd_mpi.server.ledger import Plan
 from asgd_mpi.server.rulebook import pacing, vectors
 from asgd_mpi.server.schedule import Schedule
@@ -54,20 +58,40 @@ class Task:
     def build_module(self) -> nn.Module:
         """The network with its first weights, a function of the seed. Raises ConfigError."""
         torch.manual_seed(self.config.run.seed)
-        return self._laid_out(networks.build(
-            self.config.model.name, self.train.num_classes, self.channels, self.config.data.image_size))
+        module = networks.build(self.config.model.name, self.train.num_classes, self.channels, self.config.data.image_size)
+        demand_trained(module)
+        return self._laid_out(module)
 
     def outline(self) -> nn.Module:
         """The network without memory for its parameters, to be cut into stages; with it, if its code needs it."""
         module = networks.outline(self.config.model.name, self.train.num_classes, self.channels)
         return self._laid_out(module) if module else self.build_module()
 
-    def first_module(self) -> nn.Module:
-        """The network with the weights that training begins with: random, or from a file. Raises ConfigError."""
+    def first_module(self, note: Callable[[str], None] = lambda text: None) -> nn.Module:
+        """The network with the weights that training begins with: random, or from a file. Raises ConfigError.
+
+        `note` is told what was done to what a file holds.
+        """
         module, model = self.build_module(), self.config.model
         if model.weights:
-            networks.load_weights_(module, model.weights, model.partial_weights)
+            load_weights_(module, model.weights, model.partial_weights, note)
         return module
+
+    def carried(self, module: nn.Module) -> list[str]:
+        """The names of what the network's forward pass moves in training (see model.buffers). Raises ConfigError.
+
+        `module` is trained for it: nobody may need it afterwards.
+        """
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(2, *self._shape_of_part[1:], generator=generator)
+        moved = moved_by_training_(module, images)
+        if moved and self.config.stages.number > 1:
+            raise ConfigError(f"--stages.number {self.config.stages.number}: the network's forward pass moves {few(moved)}, which "
+                              "every worker keeps, and a network that is cut cannot. Leave --stages out.")
+        if moved and self.config.model.batchnorm == "server_ema":
+            raise ConfigError(f"--model.batchnorm server_ema: the network's forward pass moves {few(moved)}, of which there is no "
+                              "mean. Take recalibrate.")
+        return moved
 
     def train_loader(self, on_skip=print, touch_on_device: bool = False) -> Loader:
         order = Order(self.train.num_samples, self.config.run.seed)

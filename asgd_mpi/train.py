@@ -46,6 +46,7 @@ from asgd_mpi.exchange.reader import WorkerWindow
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
 from asgd_mpi.inject import Injector
+from asgd_mpi.model import buffers
 from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
 from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, ranklog
@@ -97,7 +98,7 @@ def _take_part(world: World, setup: dict) -> int:
         ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
         if world.is_server:
             print(setup["greeting"], flush=True)
-        status = _train(world, config, run, places, setup["restart"], setup["checkpoint"])
+        status = _train(world, config, run, places, setup["restart"], setup["checkpoint"], setup["carried"])
         signals.ignore()
         world.leave(status)
         return status
@@ -124,7 +125,8 @@ def _agree(world: World, arguments: list[str], hold: ExitStack) -> dict:
     return world.share(setup)
 
 
-def _train(world: World, config: Config, run: RunDir, places: Topology, restart: int, directory: str | None) -> int:
+def _train(world: World, config: Config, run: RunDir, places: Topology, restart: int, directory: str | None,
+           carried: list[str]) -> int:
     is_shown = world.is_server and config.record.tensorboard
     log = EventLog(run.metrics_of(world.rank, restart), Board(run.tensorboard).add if is_shown else None)
     meter = Meter(log, config.record.interval_s, config.record.spans)
@@ -143,7 +145,9 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     if gpu := places.gpu(world.rank):
         meter.gauge = open_gauge(gpu.id)
     is_cut = config.stages.number > 1
-    module = task.outline() if is_cut and not is_server else task.build_module()
+    module = task.first_module() if world.is_server else task.outline() if is_cut and not is_server else task.build_module()
+    for tensor in buffers.constants_(module):          # so they need not come of the same file, or the same arithmetic
+        world.share_tensor_(tensor)
     if is_server and slices.is_fine(num_floats(module), exchange.servers):
         threads = 1
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
@@ -157,15 +161,17 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
                     not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads,
                     clock_offset_s=offset.seconds, clock_error_s=offset.error))
     log.flush()                    # the replay of a killed run needs it
-    layout = Layout(num_floats(module), exchange.ring, plan.num_workers, num_statistics(module), exchange.wire, exchange.servers)
+    layout = Layout(num_floats(module), exchange.ring, plan.num_workers, num_statistics(module, carried), exchange.wire,
+                    exchange.servers)
     window = ServerWindow(world, layout, places.servers.index(world.rank)) if is_server else WorkerWindow(world, layout)
     window.open()
     if not is_server and window.reads and places.position_on_host(world.rank) == 0:
         print(window.reads, flush=True)
     crew = None
     if is_cut:
-        crew, module = Crew(world, task, module, device, places, window), None      # whose members keep their own parts
-    part = _Part(world, places, task, run, restart, Path(directory) if directory else None, window, meter, log, note)
+        crew = Crew(world, task, module, device, places, window)
+        module = module if world.is_server else None                                # members keep their own parts
+    part = _Part(world, places, task, run, restart, Path(directory) if directory else None, window, meter, log, note, carried)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
     try:
@@ -173,7 +179,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
             write_whole(run.versions_of(restart), msgspec.json.format(msgspec.json.encode(_versions(everyone))))
             if crew:
                 log.write(crew.cut)
-            return part.serve(plan)
+            return part.serve(plan, module)
         if is_server:
             return part.serve_slice()
         if role == "stage":
@@ -193,23 +199,22 @@ class _Part:
     """What one rank does in a run: `serve` or `work`. `directory`: the checkpoint to go on from."""
 
     def __init__(self, world: World, places: Topology, task: Task, run: RunDir, restart: int, directory: Path | None,
-                 window: ServerWindow | WorkerWindow, meter: Meter, log: EventLog, note: Callable[[str], None]):
+                 window: ServerWindow | WorkerWindow, meter: Meter, log: EventLog, note: Callable[[str], None], carried: list[str]):
         self.world, self.places = world, places
         self.task, self.run, self.restart, self.directory = task, run, restart, directory
-        self.window, self.meter, self.log, self.note = window, meter, log, note
+        self.window, self.meter, self.log, self.note, self.carried = window, meter, log, note, carried
         self.manifest = checkpoint.read_manifest(directory) if directory else None
         self.injector = Injector(inject.parse(task.config.run.inject), world.rank)
         self.version = lambda: 0       # for the watchdog
 
-    def serve(self, plan: Plan) -> int:
-        """Rank 0; returns the status of the job."""
+    def serve(self, plan: Plan, module: nn.Module) -> int:
+        """Rank 0, with the network's first weights; returns the status of the job."""
         task, config = self.task, self.task.config
-        flat = FlatModel(task.first_module(), torch.device("cpu"))
+        flat = FlatModel(module, torch.device("cpu"), carried=self.carried)
         rule, own = self._make_rule()
         ledger = Ledger(plan, task.schedule(plan.num_workers), self._restore(flat, rule, own))
-        statistics = None
-        if flat.statistics:
-            statistics = torch.zeros(flat.num_statistics)
+        statistics = torch.zeros(flat.num_statistics) if flat.num_statistics else None
+        if statistics is not None:
             flat.save_statistics(statistics)
         first = flat.weights[own].clone()
         pushes = self._begin_log(ledger)
@@ -217,11 +222,12 @@ class _Part:
         saver = Saver(self.run, self.restart, self._about(), flat, rule, config.checkpoint.keep, pushes.sync)
         fellows = Fellows(self.world, self.window, self.places.hosts) if config.exchange.servers > 1 else None
         inbox = JointInbox(self.world, self.window, fellows) if fellows else Inbox(self.world, self.window)
+        moves = bool(RULEBOOK[config.rule.name].moves)
         server = Server(
             self.window, inbox, ledger, rule, self.meter, self.log, pushes, progress,
             self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots,
-            config.exchange.wire, statistics, config.model.batchnorm == "server_ema", workers_keep_state(config.rule),
-            bool(RULEBOOK[config.rule.name].moves),
+            config.exchange.wire, statistics, config.model.batchnorm == "server_ema" and statistics is not None,
+            workers_keep_state(config.rule) or bool(self.carried) and not moves, moves,
             LossWatch(config.rule.momentum, config.rule.momentum_at), signals.asked_to_leave, self.injector.step, fellows)
         self.version = lambda: ledger.version
         server.publish_first(first)
@@ -294,7 +300,7 @@ class _Part:
         elastic = RULEBOOK[config.rule.name].moves == "elastic"
         gradient = outbox.payload.view(torch.float32) if in_place else None
         leader = Leader(self.meter, *crew.take()) if crew else None
-        flat = leader.flat if leader else FlatModel(module, device, gradient, exchange.overlap, elastic)
+        flat = leader.flat if leader else FlatModel(module, device, gradient, exchange.overlap, elastic, self.carried)
         courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire, leader)
         num_workers = self.window.whole.num_workers
         replica = Replica(flat, config, num_workers, self.task.schedule(num_workers), leader=leader)
@@ -394,7 +400,8 @@ class _Part:
         data, config = self.task.train, self.task.config
         return checkpoint.Manifest(
             0, 0, config.model.name, data.num_classes, self.task.channels, config.data.image_size, data.fingerprint,
-            list(data.mean), list(data.std), software=checkpoint.software())
+            list(data.mean), list(data.std), software=checkpoint.software(),
+            class_names=list(data.class_names))
 
 
 def _versions(everyone: list[dict]) -> dict:

@@ -85,6 +85,61 @@ def columned(num_classes: int, channels: int) -> nn.Module:
     return Columned(num_classes, channels)
 
 
+class Masked(nn.Module):
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.register_buffer("mask", torch.zeros(num_classes).index_fill(0, torch.tensor([num_classes - 1]), -torch.inf))
+
+    def forward(self, scores):
+        return scores + torch.clamp(self.mask, min=-1.0)
+
+
+class Keeping(nn.Module):
+    """Holds much that is not trained: frozen layers, a frozen batch norm, buffers of other types, a mask of -inf."""
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, 3, padding=1).requires_grad_(False)
+        self.kept = nn.BatchNorm2d(8)                 # in evaluation, always
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(128, num_classes), Masked(num_classes))
+        self.register_buffer("precise", torch.tensor([1 / 3, 1e-300], dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(2 ** 40 + 1))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.kept.eval()
+        return self
+
+    def forward(self, images):
+        return self.head(self.body(self.kept(self.stem(images))))
+
+
+def keeping(num_classes: int, channels: int) -> nn.Module:
+    return Keeping(num_classes, channels)
+
+
+class Counting(nn.Module):
+    """Reads in training what it has moved: a mean of all images, in float64, and how many it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, images):
+        if self.training:
+            self.mean.lerp_(images.detach().mean().double(), 0.1)
+            self.seen = self.seen + len(images)
+        return images - self.mean.float()
+
+
+def moving(num_classes: int, channels: int) -> nn.Module:
+    """Its forward pass moves buffers: spectral norm's, and Counting's; and batch norm's, which are measured anew."""
+    return nn.Sequential(Counting(), nn.Conv2d(channels, 6, 3), nn.BatchNorm2d(6), nn.Flatten(),
+                         nn.utils.parametrizations.spectral_norm(nn.Linear(6 * 36, 32)), nn.ReLU(), nn.Linear(32, num_classes))
+
+
 def restless(num_classes: int, channels: int) -> nn.Module:
     """Takes a random time for each step, so that pushes come in an order of their own."""
     clock = random.SystemRandom()

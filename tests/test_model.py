@@ -6,7 +6,8 @@ from torch import nn
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import batchnorm, networks
-from asgd_mpi.model.flat import ALIGNMENT, FlatModel
+from asgd_mpi.model.flat import ALIGNMENT, FlatModel, demand_trained
+from asgd_mpi.model.weights import load_weights_
 
 CPU = torch.device("cpu")
 
@@ -82,8 +83,8 @@ def test_the_gaps_between_parameters_stay_zero():
 def test_a_network_of_other_precision_or_without_parameters_is_refused():
     with pytest.raises(ConfigError, match="torch.float64"):
         FlatModel(nn.Linear(2, 2).double(), CPU)
-    with pytest.raises(ConfigError, match="nothing to train"):
-        FlatModel(nn.ReLU(), CPU)
+    with pytest.raises(ConfigError, match="no parameters: there is nothing to train"):
+        demand_trained(nn.ReLU())
 
 
 def test_recalibrated_statistics_are_those_of_the_images():
@@ -110,13 +111,13 @@ def test_weights_of_torchvision_begin_a_run_and_what_does_not_fit_is_named(tmp_p
     other = networks.build("resnet18", num_classes=1000, channels=3, image_size=64)
     torch.save(other.state_dict(), tmp_path / "resnet18.pth")
     same = networks.build("resnet18", num_classes=1000, channels=3, image_size=64)
-    assert networks.load_weights_(same, str(tmp_path / "resnet18.pth")) == []
+    assert load_weights_(same, str(tmp_path / "resnet18.pth")) == []
     assert all(torch.equal(one, two) for one, two in zip(same.state_dict().values(), other.state_dict().values()))
     ten = networks.build("resnet18", num_classes=10, channels=3, image_size=64)
     with pytest.raises(ConfigError, match=r"2 have another shape, such as fc.weight \(1000, 512\) in place of \(10, 512\).*partial"):
-        networks.load_weights_(ten, str(tmp_path / "resnet18.pth"))
-    assert networks.load_weights_(ten, str(tmp_path / "resnet18.pth"), partial=True) == ["fc.weight", "fc.bias"]
+        load_weights_(ten, str(tmp_path / "resnet18.pth"))
+    assert load_weights_(ten, str(tmp_path / "resnet18.pth"), partial=True) == ["fc.weight", "fc.bias"]
     assert torch.equal(ten.conv1.weight, other.conv1.weight)
     with pytest.raises(ConfigError, match="nothing of it fits"):
-        networks.load_weights_(networks.build("digits_cnn", num_classes=10, channels=1, image_size=8),
+        load_weights_(networks.build("digits_cnn", num_classes=10, channels=1, image_size=8),
                                str(tmp_path / "resnet18.pth"), partial=True)

@@ -105,6 +105,14 @@ class World:
         self._complete(self.comm.Ibcast(buffer, root=0), "rank 0 to share a message")
         return json.loads(buffer.tobytes())
 
+    def share_tensor_(self, tensor: torch.Tensor) -> None:
+        """Set a tensor on the host, of a size that all ranks know, to rank 0's: the same bits on every rank."""
+        whole = tensor.detach().contiguous()
+        for _, part in cut(whole.flatten().view(torch.uint8).numpy()):
+            self._complete(self.comm.Ibcast([part, MPI.BYTE], root=0), "rank 0 to share what is not trained")
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
+
     def gather(self, value: object) -> list:
         """Every rank's `value`, in rank order, on every rank; anything that JSON can hold."""
         data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy()

@@ -1,6 +1,7 @@
 """A network whose parameters and gradients are views of two flat vectors: what is fetched and pushed is one vector.
 
-P is the length of the flat vectors. Every parameter starts on a 64-byte boundary, so that kernels see the alignment
+P is the length of the flat vectors. They hold the parameters that are trained; one that is frozen (requires_grad=False) stays
+where and what it is, and neither travels nor is decayed, given momentum or counted in a norm. Every parameter starts on a 64-byte boundary, so that kernels see the alignment
 they would see without us (and give the same bits); the gaps are zero, have a zero gradient, and stay zero.
 """
 
@@ -8,29 +9,34 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.model import batchnorm
 
 ALIGNMENT = 16  # floats = 64 bytes
 
 
 class FlatModel:
-    """`module` on `device`, with `weights` and `gradient`: (P,) float32 on the device, seen through its parameters.
+    """`module` on `device`, with `weights` and `gradient`: (P,) float32 on the device, seen through its trained parameters.
 
     gradient: memory for it, at least (P,) float32 on the device, if it has a place already.
     spare: make a second vector of each, to swap with; spare_weights: of the weights alone.
+    carried: the names of what the forward pass moves beside batch norm's statistics (see `buffers`).
     """
 
     def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False,
-                 spare_weights: bool = False):
+                 spare_weights: bool = False, carried: Sequence[str] = ()):
         self.module = module.to(device)
         self.device = device
         _demand_float32(self.module)
-        self._parameters = list(self.module.parameters())
+        self._parameters = trained(self.module)
+        self.measured = batchnorm.measured(self.module)   # layers
+        self._carried = {name: _owner(self.module, name) for name in carried}
+        self._counts = batchnorm.counts(self.module, self.measured)
         self._aside: torch.Tensor | None = None           # see set_aside_
         self._known: dict[int, list[torch.Tensor]] = {}   # the parameters' views of each of the vectors
         self.weights = torch.zeros(num_floats(module), device=device)
@@ -62,13 +68,13 @@ class FlatModel:
 
     def is_finite(self) -> bool:
         """Whether all of the gradient is."""
-        return bool(torch.stack(self.gradient.aminmax()).isfinite().all())     # sync: what is pushed depends on it
+        return not len(self.gradient) or bool(torch.stack(self.gradient.aminmax()).isfinite().all())     # sync: what is pushed depends on it
 
     def norms(self, vector: torch.Tensor | None = None) -> list[float]:
         """Of each parameter's part of a vector, (P,) float32: of the gradient, if none is given."""
         vector = self.gradient if vector is None else vector
         parts = [vector[start:start + p.numel()] for start, p in zip(_starts(self.module), self._parameters)]
-        return torch.stack(torch._foreach_norm(parts)).tolist()                # sync: it may be scaled down
+        return torch.stack(torch._foreach_norm(parts)).tolist() if parts else []      # sync: it may be scaled down
 
     def set_aside_(self) -> None:
         """Keep a copy of the gradient for `take_back_`, which adds it."""
@@ -87,44 +93,83 @@ class FlatModel:
         return len(self.weights)
 
     @property
+    def carried(self) -> dict[str, torch.Tensor]:
+        """By name, what the forward pass moves beside batch norm's statistics: of any type, on the device."""
+        return {name: getattr(owner, attribute).detach() for name, (owner, attribute) in self._carried.items()}
+
+    def set_carried_(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in self.carried.items():
+            tensor.copy_(tensors[name])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """As the module's, but the counts of batches that a worker's batch norm has seen: as they were at first."""
+        return {**self.module.state_dict(), **self._counts}
+
+    @property
     def statistics(self) -> list[torch.Tensor]:
-        """The float buffers of the network: batch-norm statistics. They are no gradients and travel apart."""
-        return [buffer for buffer in self.module.buffers() if buffer.is_floating_point()]
+        """Batch norm's, which are no gradients and travel apart, float32."""
+        return batchnorm.statistics(self.measured)
 
     @property
     def num_statistics(self) -> int:
-        return num_statistics(self.module)
+        """The length of what `save_statistics` writes, in floats."""
+        return sum(tensor.numel() for tensor in self.statistics) + sum(map(_words, self.carried.values()))
 
     def save_statistics(self, into: torch.Tensor) -> None:
-        """Copy the statistics into the first `num_statistics` floats of `into`."""
-        if self.statistics:
-            into[:self.num_statistics].copy_(torch.cat([buffer.reshape(-1) for buffer in self.statistics]))
+        """Copy the statistics, and then the bytes of what is carried, into the first `num_statistics` floats of `into`."""
+        start = 0
+        for tensor in self.statistics:
+            into[start:start + tensor.numel()].copy_(tensor.reshape(-1))
+            start += tensor.numel()
+        for tensor in self.carried.values():
+            contents = bytes_of(tensor)
+            into[start:start + _words(tensor)].view(torch.uint8)[:len(contents)].copy_(contents)
+            start += _words(tensor)
 
     def load_statistics_(self, source: torch.Tensor) -> None:
-        """Set the statistics from the first `num_statistics` floats of `source`."""
+        """Set the statistics, and what is carried, from the first `num_statistics` floats of `source`."""
         start = 0
-        for buffer in self.statistics:
-            buffer.copy_(source[start:start + buffer.numel()].view(buffer.shape))
-            start += buffer.numel()
+        for tensor in self.statistics:
+            tensor.copy_(source[start:start + tensor.numel()].view(tensor.shape))
+            start += tensor.numel()
+        for tensor in self.carried.values():
+            contents = source[start:start + _words(tensor)].view(torch.uint8)[:tensor.nbytes]
+            tensor.copy_(contents.clone().view(tensor.dtype).view(tensor.shape))
+            start += _words(tensor)
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that the flat vectors hold, in order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def demand_trained(module: nn.Module) -> None:
+    """Raise ConfigError if nothing of a network is trained."""
+    frozen = [name for name, _ in module.named_parameters()]
+    if not frozen:
+        raise ConfigError("the network has no parameters: there is nothing to train.")
+    if not trained(module):
+        raise ConfigError(f"all {len(frozen)} parameters of the network are frozen (requires_grad=False), from {frozen[0]} to "
+                          f"{frozen[-1]}: there is nothing to train. Leave requires_grad on for those that are to be trained.")
 
 
 def num_floats(module: nn.Module) -> int:
     """P: the length of the flat vectors of a module."""
-    return sum(_padded(parameter) for parameter in module.parameters())
+    return sum(_padded(parameter) for parameter in trained(module))
 
 
 def views(module: nn.Module, vector: torch.Tensor) -> list[torch.Tensor]:
-    """The parameters of a module in a vector that is laid out as its own."""
+    """The trained parameters of a module in a vector that is laid out as its own."""
     return [vector[start:start + p.numel()].as_strided(p.shape, _stride(p))
-            for start, p in zip(_starts(module), module.parameters())]
+            for start, p in zip(_starts(module), trained(module))]
 
 
-def materialise_(module: nn.Module) -> None:
+def materialise_(module: nn.Module, frozen_only: bool = False) -> None:
     """Give parameters on the meta device memory, whose contents are anything. They are new ones; shared ones stay shared."""
     known: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:
+            if parameter is not None and parameter.is_meta and not (frozen_only and parameter.requires_grad):
                 memory = torch.empty_like(parameter, device="cpu")
                 known.setdefault(id(parameter), nn.Parameter(memory, parameter.requires_grad))
                 part._parameters[name] = known[id(parameter)]
@@ -136,30 +181,49 @@ def norm_of(norms: Iterable[float]) -> float:
 
 
 def places_of(module: nn.Module, part: nn.Module) -> list[tuple[slice, slice]]:
-    """Where the parameters of a part of a module lie in the flat vectors of both: (in the module's, in the part's).
+    """Where the trained parameters of a part of a module lie in the flat vectors of both: (in the module's, in the part's).
 
     Neighbours in both are one slice. The layout of a module does not depend on how it is cut.
     """
-    whole = dict(zip(map(id, module.parameters()), _starts(module)))
+    whole = dict(zip(map(id, trained(module)), _starts(module)))
     places: list[tuple[slice, slice]] = []
-    for parameter, own in zip(part.parameters(), _starts(part)):
+    for parameter, own in zip(trained(part), _starts(part)):
         start, size = whole[id(parameter)], _padded(parameter)
         before = places.pop() if places and places[-1][0].stop == start else (slice(start, start), slice(own, own))
         places.append((slice(before[0].start, start + size), slice(before[1].start, own + size)))
     return places
 
 
-def statistics_of(module: nn.Module, part: nn.Module) -> list[tuple[slice, torch.Tensor]]:
-    """The statistics of a part of a module, and where each lies in what `save_statistics` of the module writes."""
-    own = {id(buffer) for buffer in part.buffers()}
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-    starts = itertools.accumulate((buffer.numel() for buffer in buffers), initial=0)
-    return [(slice(start, start + buffer.numel()), buffer) for start, buffer in zip(starts, buffers) if id(buffer) in own]
+def statistics_of(layers: Sequence[nn.Module], part: nn.Module) -> list[tuple[slice, torch.Tensor]]:
+    """The statistics of a part of a module, and where each lies in what `save_statistics` of the module writes.
+
+    layers: all that are measured.
+    """
+    own, found = {id(tensor) for tensor in part.buffers()}, batchnorm.statistics(layers)
+    starts = itertools.accumulate((tensor.numel() for tensor in found), initial=0)
+    return [(slice(start, start + tensor.numel()), tensor) for start, tensor in zip(starts, found) if id(tensor) in own]
 
 
-def num_statistics(module: nn.Module) -> int:
-    """How many floats the buffers of a module hold."""
-    return sum(buffer.numel() for buffer in module.buffers() if buffer.is_floating_point())
+def num_statistics(module: nn.Module, carried: Sequence[str] = ()) -> int:
+    """How many floats the batch-norm statistics of a module are, and what it is to carry."""
+    tensors = (getattr(*_owner(module, name)) for name in carried)
+    return sum(tensor.numel() for tensor in batchnorm.statistics(batchnorm.measured(module))) + sum(map(_words, tensors))
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's contents, uint8: a view of it, if it lies in one piece."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _words(tensor: torch.Tensor) -> int:
+    """How many floats have room for the bytes of a tensor."""
+    return -(-tensor.nbytes // 4)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The part of a module that a tensor belongs to, and its name there."""
+    path, _, attribute = name.rpartition(".")
+    return module.get_submodule(path), attribute
 
 
 def _stride(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -169,8 +233,8 @@ def _stride(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def _starts(module: nn.Module) -> Iterator[int]:
-    """Where each parameter begins in the flat vectors."""
-    return itertools.accumulate((_padded(parameter) for parameter in module.parameters()), initial=0)
+    """Where each trained parameter begins in the flat vectors."""
+    return itertools.accumulate((_padded(parameter) for parameter in trained(module)), initial=0)
 
 
 def _padded(parameter: torch.Tensor) -> int:
@@ -178,9 +242,7 @@ def _padded(parameter: torch.Tensor) -> int:
 
 
 def _demand_float32(module: nn.Module) -> None:
-    other = {str(p.dtype) for p in module.parameters()} - {"torch.float32"}
+    other = {str(p.dtype) for p in trained(module)} - {"torch.float32"}
     if other:
-        raise ConfigError(f"the network has parameters of {', '.join(sorted(other))}: the master weights are float32. "
+        raise ConfigError(f"the network has parameters of {', '.join(sorted(other))} to train: the master weights are float32. "
                           "Build it in float32.")
-    if not list(module.parameters()):
-        raise ConfigError("the network has no parameters: there is nothing to train.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from torch import nn
 from asgd_mpi.config import Recipe
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model.columns import TwoColumns
-from asgd_mpi.record import checkpoint
 
 IMAGENET_RESNET = Recipe(epochs=90, batch_size=32, augment="reference", momentum=0.9, weight_decay=1e-4,
                          schedule="step", lr=0.0125, warmup_epochs=5)  # torchvision: 0.1 for 256 images
@@ -212,31 +210,3 @@ def _find(name: str):
     if "channels" in inspect.signature(function).parameters:
         return lambda num_classes, channels: function(num_classes=num_classes, channels=channels)
     return lambda num_classes, channels: function(num_classes=num_classes)
-
-
-def load_weights_(module: nn.Module, path: str, partial: bool = False) -> list[str]:
-    """Take parameters and buffers from a state_dict file or a checkpoint directory; returns the names left as they were.
-
-    `partial`: take those that fit by name and shape. Raises ConfigError naming what does not fit, RunDirError for a
-    file that cannot be read.
-    """
-    if Path(path).is_dir():
-        state, _ = checkpoint.load(path)
-    else:
-        state = checkpoint.read_tensors(Path(path))
-        state = state.get("state_dict", state)       # as some training scripts wrap it
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own]
-    misshapen = [f"{name} {tuple(state[name].shape)} in place of {tuple(own[name].shape)}" for name in own
-                 if name in state and state[name].shape != own[name].shape]
-    if (missing or unknown or misshapen) and not partial:
-        raise ConfigError(
-            f"--model.weights {path} does not fit the network: {len(missing)} names are missing, {len(unknown)} are not the "
-            f"network's, {len(misshapen)} have another shape, such as {', '.join([*misshapen, *missing, *unknown][:3])}. "
-            "Give weights of the same network, or --model.partial_weights true to take what fits and begin the rest at random.")
-    fitting = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
-    if not fitting:
-        raise ConfigError(f"--model.weights {path}: nothing of it fits the network, neither by name nor by shape.")
-    module.load_state_dict(fitting, strict=False)
-    return [name for name in own if name not in fitting]

@@ -58,6 +58,7 @@ class Manifest(msgspec.Struct):
     momenta: dict[str, int] = {}          # worker -> version that the last push in its momentum had made
     statistics_of: int | None = None      # version that the batch-norm statistics were measured on
     software: dict[str, str] = {}
+    class_names: list[str] = []           # in the order of the scores; none, if it was written before they were kept
     sha256: str = ""          # of all the above; in format 1 of model.pt, the only file
 
     @property
@@ -66,7 +67,10 @@ class Manifest(msgspec.Struct):
 
     def seal(self) -> str:
         """The sha256 of what it says, but for that itself."""
-        return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(self, sha256=""))).hexdigest()
+        said = msgspec.structs.asdict(msgspec.structs.replace(self, sha256=""))
+        if not self.class_names:          # older ones say nothing of them
+            del said["class_names"]
+        return hashlib.sha256(msgspec.json.encode(said)).hexdigest()
 
 
 class WorkerState(msgspec.Struct):

@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model.columns import TwoColumns
+from asgd_mpi.model.flat import trained
 from asgd_mpi.stages.graph import on_meta
 from asgd_mpi.stages.pipeline import Link, LocalChannel, TwoWays, Work, run_in_turn_
 from asgd_mpi.stages.plan import Row
@@ -193,7 +194,7 @@ class _Weighed(ColumnAtWork):
 def rows(module: nn.Module, shape: tuple[int, ...], vectors: int) -> list[Row]:
     """What each column holds and sends, for images (b, C, S, S). Raises ConfigError if they cannot be computed apart.
 
-    vectors: copies of a column's parameters that a rank keeps: weights, gradient, and those of the update rule.
+    vectors: copies of a column's trained parameters that a rank keeps: weights, gradient, and those of the update rule.
     """
     outline = on_meta(module)
     names = {part: name for name, part in outline.named_modules()}
@@ -214,6 +215,6 @@ def _row(column: Column, at_work: _Weighed, names: dict[nn.Module, str], vectors
     parameters = list(column.module.parameters())
     constant = {parameter.untyped_storage()._cdata for parameter in (*parameters, *column.module.buffers())}
     held = sum(storage.nbytes() for key, storage in at_work.saved.items() if key not in constant)
-    number = sum(parameter.numel() for parameter in parameters)
-    return Row(names[leaves[0]], names[leaves[-1]], len(leaves), number, held, 4 * vectors * number + held,
+    number, num_trained = (sum(parameter.numel() for parameter in each) for each in (parameters, trained(column.module)))
+    return Row(names[leaves[0]], names[leaves[-1]], len(leaves), number, held, 4 * (number + (vectors - 1) * num_trained) + held,
                at_work.sent_bytes, seconds=None)

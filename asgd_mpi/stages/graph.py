@@ -80,7 +80,7 @@ class Graph:
     nodes        the n calls, in order; sizes[value]: bytes of a tensor
     saved[k]     {storage: bytes} of what backward needs of node k; a storage that several nodes save has one key
     tensors[k]   {id: tensor}: the parameters and buffers that node k uses
-    parameters[k]  how many numbers node k brings that no node before it has used
+    parameters[k]  how many numbers node k brings that no node before it has used; trained[k]: those that are not frozen
     """
 
     def __init__(self, traced: fx.GraphModule, shape: tuple[int, ...]):
@@ -94,9 +94,10 @@ class Graph:
         for place, tensors in enumerate(self.tensors):
             for key in tensors:
                 self._span[key] = (self._span.get(key, (place,))[0], place)
-        self.parameters = [sum(tensor.numel() for key, tensor in tensors.items()
-                               if isinstance(tensor, nn.Parameter) and self._span[key][0] == place)
-                           for place, tensors in enumerate(self.tensors)]
+        brought = [[tensor for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and self._span[key][0] == place]
+                   for place, tensors in enumerate(self.tensors)]
+        self.parameters = [sum(tensor.numel() for tensor in new) for new in brought]
+        self.trained = [sum(tensor.numel() for tensor in new if tensor.requires_grad) for new in brought]
         self._names = {id(tensor): name for name, tensor in (*traced.named_parameters(), *traced.named_buffers())}
 
     @cached_property

@@ -150,7 +150,9 @@ class StageAtWork:
     def _backward(self, part: int) -> None:
         taken, given = self._held.pop(part)
         roots = [tensor for tensor in given if tensor.requires_grad]
-        torch.autograd.backward(roots, None if self._after is None else self._after.gradients.take(part))
+        gradients = None if self._after is None else self._after.gradients.take(part)
+        if roots:                          # none, if all that is computed up to here is frozen
+            torch.autograd.backward(roots, gradients)
         if self._before is not None:
             self._before.gradients.put(part, tuple(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
                                                    for tensor in taken if tensor.requires_grad))

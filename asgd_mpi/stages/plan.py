@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -125,7 +124,7 @@ class StagePlan:
     """The costs of the parts of a network, and the cuts that they suggest.
 
     seconds: of each node for one micro-batch (`measure`), if the balance is to be that of time.
-    vectors: copies of a stage's parameters that a rank keeps: weights, gradient, and those of the update rule.
+    vectors: copies of a stage's trained parameters that a rank keeps: weights, gradient, and those of the update rule.
     """
 
     def __init__(self, graph: Graph, batch: Batch, seconds: Sequence[Seconds] | None = None, vectors: int = 3):
@@ -133,6 +132,8 @@ class StagePlan:
         self._scale = batch.images / graph.shape[0]
         self._until = list(accumulate(seconds, initial=Seconds(0.0, 0.0))) if seconds else None
         self._parameters_until = list(accumulate(graph.parameters, initial=0))
+        self._trained_until = list(accumulate(graph.trained, initial=0))
+        self._parts_held: dict[tuple[int, int], int] = {}     # by stage and number of stages
         self._saved: dict[int, list[int]] = {}            # from a node on: what backward needs until each further one
 
     def cuts_by(self, balance_of: str, num_stages: int) -> list[int]:
@@ -161,7 +162,9 @@ class StagePlan:
 
     def memory_bytes(self, stage: int, num_stages: int, start: int, stop: int) -> int:
         """What a stage keeps: its parameters, and the activations that it holds at a time."""
-        return 4 * self.vectors * self._parameters(start, stop) + self._held_bytes(stage, num_stages, start, stop)
+        num_trained = self._trained_until[stop] - self._trained_until[start]
+        num_kept = self._parameters(start, stop) + (self.vectors - 1) * num_trained
+        return 4 * num_kept + self._held_bytes(stage, num_stages, start, stop)
 
     def rows(self, cuts: Sequence[int]) -> list[Row]:
         bounds = [0, *cuts, len(self.graph.nodes)]
@@ -188,11 +191,10 @@ class StagePlan:
             for saved in self.graph.saved[start:]:
                 self._saved[start].append(self._saved[start][-1] + sum(saved[key] for key in saved.keys() - found))
                 found |= saved.keys()
-        return round(self._scale * self._parts_held(stage, num_stages) * self._saved[start][stop - start])
-
-    @cache
-    def _parts_held(self, stage: int, num_stages: int) -> int:
-        return held(self.batch.schedule(stage, num_stages, self.batch.parts))
+        key = stage, num_stages
+        if key not in self._parts_held:
+            self._parts_held[key] = held(self.batch.schedule(stage, num_stages, self.batch.parts))
+        return round(self._scale * self._parts_held[key] * self._saved[start][stop - start])
 
 
 def predicted_bubble(rows: Sequence[Row], batch: Batch) -> float:

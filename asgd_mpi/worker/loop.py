@@ -61,7 +61,7 @@ class Worker:
         self.train_loader, self.val_loader = loaders
         self.batch_size = config.data.batch_size
         self.exchange = config.exchange
-        self.statistics = config.model.batchnorm if batchnorm.layers(self.network.module) else "none"   # how they come about
+        self.statistics = config.model.batchnorm if self.network.measured else "none"   # how they come about
         self.meter = meter
         self.keeper = keeper
         self.log = log                                         # of every fetched snapshot's hash, if asked for
@@ -112,7 +112,7 @@ class Worker:
         membership = self._dropped
         for batch in self._batches(lease):
             if self._sum is None and self.statistics == "server_ema":
-                batchnorm.begin_anew_(self.flat.module)
+                batchnorm.begin_anew_(self.flat.measured)
             with self.meter.phase("compute"):                                  # -> flat.gradient (P,)
                 loss = self.replica.add(batch, self.normalise)
                 self.at_every_batch(self.flat.gradient)
@@ -240,6 +240,7 @@ class Worker:
 
     def _validate(self, lease: Lease) -> None:
         self._refresh(whole=True)                              # what a checkpoint of this version holds
+        self.replica.show_carried_()
         with self.meter.phase("validate"), self._on_the_snapshot():
             stored = self._errors(lease).top1 if self.statistics == "recalibrate" and lease.work == Work.FINAL else -1
             if self.statistics == "recalibrate":
@@ -255,7 +256,7 @@ class Worker:
         self._take()
         if lease.work == Work.VALIDATE and self.courier.mail.best == self.courier.version:
             with self._gathering() as is_copy:
-                self.keeper.save_best(self.courier.version, self.network.module.state_dict(), is_copy)
+                self.keeper.save_best(self.courier.version, self.network.state_dict(), is_copy)
         self._lost_membership()
         self._refresh()
         self.meter.tick()
@@ -332,7 +333,7 @@ class Worker:
 
     def _recalibrate(self) -> None:
         """Measure the batch-norm statistics of the fetched snapshot, on the first training images of epoch 0."""
-        last = min(batchnorm.NUM_BATCHES * self.batch_size, self.train_loader.shards.num_samples)
+        last = batchnorm.positions(self.train_loader.shards.num_samples, self.batch_size)
         batches = (self.train_loader.batch(*one) for one in ranges(0, 0, last, self.batch_size))
         images = (self.normalise(batch.on(self.network.device)) for batch in batches)
-        self.leader.recalibrate_(images) if self.leader else batchnorm.recalibrate_(self.flat.module, images)
+        self.leader.recalibrate_(images) if self.leader else batchnorm.recalibrate_(self.flat.module, images, self.flat.measured)

@@ -18,7 +18,9 @@ import torch
 from asgd_mpi.config import Config
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.model.flat import FlatModel, norm_of
+from asgd_mpi.record import checkpoint
 from asgd_mpi.server.rulebook import RULEBOOK, is_kept_by_workers, longest_push
+from asgd_mpi.worker.carried import Carried
 from asgd_mpi.worker.step import Normalise, ScaledLoss
 from asgd_mpi.worker.vectors import SpreadVectors, Vectors
 
@@ -54,7 +56,8 @@ class Replica:
         self._loss = ScaledLoss(config.compute, leader.compute_gradient_ if leader else None)
         self._vectors: Vectors | SpreadVectors = leader.spread if leader else Vectors(flat, config, num_workers)
         self._gradient: FlatModel | SpreadVectors = leader.spread if leader else flat
-        self.keeps_state = is_kept_by_workers(rule) and not self.moves         # for a checkpoint
+        self._carried = Carried(flat)
+        self.keeps_state = not self.moves and bool(is_kept_by_workers(rule) or self._carried.state)     # for a checkpoint
         if config.compute.compile:
             flat.module.compile()
         self._alpha = rule.alpha or 0.9 / num_workers
@@ -69,17 +72,20 @@ class Replica:
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps of it, (P,) float32 each; nothing if it moves its own weights: then it begins anew."""
-        return self._vectors.state if self.keeps_state else {}
+        """What a checkpoint keeps of it, (P,) float32 each, and what is carried, by name; nothing if it moves its own weights: then it begins anew."""
+        return {**self._vectors.state, **self._carried.state} if self.keeps_state else {}
 
     def load_(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from another one's `state`; begin anew, with an empty one."""
         self._vectors.load_(state)
+        self._carried.load_(state)
         self._batches, self.base = 0, -1
 
     def restore_(self, path: Path) -> None:
         """Go on from a `state` in a file. Raises RunDirError."""
         self._vectors.restore_(str(path))
+        if self._carried.state:
+            self._carried.load_(checkpoint.read_tensors(path))
 
     def fetched_(self, version: int, samples: int, snapshot: torch.Tensor) -> None:
         """A snapshot has come, (P,) float32; unless the rule is elastic or the network shared, it is flat.weights."""
@@ -102,6 +108,8 @@ class Replica:
             self._move_(False)    # by the gradient before this one: the last one of a push moves with the pull, in `finish`
         if self._shares:
             self.flat.weights.copy_(self._own)
+        if is_first:
+            self._carried.begin_()
         accumulate = not (is_first or self.moves)
         if not accumulate:
             self._longest = self._longest_here()       # when a push is finished, others may have been fetched
@@ -129,11 +137,17 @@ class Replica:
         elif not self.moves:
             factor = self.scale = self._clip(batches)
         self._vectors.finish_(factor)
+        self._carried.finish_()
         return True
+
+    def show_carried_(self) -> None:
+        """Let the network hold what this worker's last push has left of what it carries: to validate."""
+        self._carried.begin_()
 
     def undo_(self) -> None:
         """What was pushed last has been dropped: its images will be trained again, so the velocity must not hold them."""
         self._vectors.undo_()
+        self._carried.undo_()
 
     def _move_(self, is_first: bool) -> None:
         if self.moves == "elastic":

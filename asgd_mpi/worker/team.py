@@ -25,7 +25,7 @@ from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.team import ACTIVATIONS, COMMANDS, GRADIENTS, REPLIES, SCORES, Pipe, Team
 from asgd_mpi.exchange.reader import Snapshot, WorkerWindow
 from asgd_mpi.model import batchnorm
-from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, num_statistics, places_of, statistics_of, views
+from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, num_statistics, places_of, statistics_of, trained, views
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.stages.pipeline import Link, Role
@@ -57,7 +57,7 @@ class _StageVectors(Vectors):
 
     def restore_(self, path: str) -> None:
         state = checkpoint.read_tensors(Path(path), is_mapped=True)
-        self.load_({name: torch.cat([vector[whole] for whole, _ in self._places]) for name, vector in state.items()})
+        self.load_({name: torch.cat([vector[:0], *(vector[whole] for whole, _ in self._places)]) for name, vector in state.items()})
 
 
 def put_(whole: torch.Tensor, part: torch.Tensor, places: Places) -> None:
@@ -76,7 +76,9 @@ class _Member:
                  config: Config):
         self.meter, self.team, self.window, self.role, self.device = meter, team, window, role, device
         self.compute = config.compute
-        self._places, self._statistics = places_of(module, role.module), statistics_of(module, role.module)
+        self._places, self._measured = places_of(module, role.module), batchnorm.measured(module)
+        with batchnorm.as_training(module):                # as its own train() has it, which its parts do not know
+            self._modes = {part: part.training for part in role.module.modules()}
         materialise_(role.module)
         self.flat = FlatModel(role.module, device, self._own_gradient())
         on_host = device.type == "cpu"
@@ -88,7 +90,7 @@ class _Member:
 
     def _own_gradient(self) -> torch.Tensor | None:
         """Computed where it is wanted, if it lies in one piece there."""
-        if self.device.type != "cpu" or len(self._places) > 1:
+        if self.device.type != "cpu" or len(self._places) != 1:
             return None
         return self.team.gradient[self._places[0][0]]
 
@@ -134,9 +136,10 @@ class _Member:
         """train, eval, or recalibrate: batch norm measures its statistics anew, until the next mode is set."""
         self._measuring.close()
         if mode == "recalibrate":
-            self._measuring.enter_context(batchnorm.measuring(self.role.module))
+            self._measuring.enter_context(batchnorm.measuring(self.role.module, [
+                layer for layer in self._measured if layer in self._modes]))
         else:
-            self.role.module.train(mode == "train")
+            batchnorm.set_modes_({part: mode == "train" and in_training for part, in_training in self._modes.items()})
 
     def read(self, slot: int, whole: bool) -> int:
         """This stage's part of the snapshot in a slot of the server's ring; returns the bytes."""
@@ -152,7 +155,7 @@ class _Member:
     def show(self, what: str) -> None:
         """Put this stage's part of the weights, the velocity or the statistics to those of the others."""
         if what == "statistics":
-            for place, buffer in self._statistics:
+            for place, buffer in statistics_of(self._measured, self.role.module):
                 self.team.statistics[place].copy_(buffer.reshape(-1))
         else:
             part = self.flat.weights if what == "weights" else self.vectors.state[what]
@@ -177,6 +180,7 @@ class Leader(_Member):
     def __init__(self, meter: Meter, team: Team, window: WorkerWindow, module: nn.Module, *about: object):
         super().__init__(meter, team, window, module, *about)
         self._whole, self.module, self.gradient = module, self, team.gradient
+        self.measured, self._counts = self._measured, batchnorm.counts(module, self._measured)
         self.num_floats, self.num_statistics = num_floats(module), num_statistics(module)
         self.spread = SpreadVectors(self._each, lambda: {name: self.gathered(name) for name in self.vectors.state})
         others = range(1, team.num_stages)
@@ -184,7 +188,7 @@ class Leader(_Member):
         self._replies = {stage: Pipe(team, stage, REPLIES, CPU, self.watch) for stage in others}
         self._scores = Pipe(team, others[-1], SCORES, self.device, self.watch)
         self._heard: dict[int, dict] = {}
-        for place, buffer in statistics_of(module, module):
+        for place, buffer in statistics_of(self.measured, module):
             team.statistics[place].copy_(buffer.reshape(-1))
 
     def fetch(self, at_least: int, whole: bool) -> tuple[Snapshot, int]:
@@ -238,9 +242,6 @@ class Leader(_Member):
         self._set("train")
         self.gathered("statistics")
 
-    def modules(self) -> Iterable[nn.Module]:
-        return self._whole.modules()
-
     def save_statistics(self, into: torch.Tensor) -> None:
         """As FlatModel does, those of the last `train`."""
         into[:self.num_statistics].copy_(self.team.statistics)
@@ -248,11 +249,11 @@ class Leader(_Member):
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Of the uncut network, with the statistics of the last `train`; the parameters until they are gathered again."""
         module, weights = self._whole, self.gathered("weights")
-        found = {id(p): view for p, view in zip(module.parameters(), views(module, weights))}
-        found |= {id(b): self.team.statistics[place].view(b.shape) for place, b in statistics_of(module, module)}
+        found = {id(p): view for p, view in zip(trained(module), views(module, weights))}
+        found |= {id(b): self.team.statistics[place].view(b.shape) for place, b in statistics_of(self.measured, module)}
         own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
-        return {name: found[id(own[name])] if id(own[name]) in found else tensor.clone()
-                for name, tensor in module.state_dict().items()}
+        return {**{name: found[id(own[name])] if id(own[name]) in found else tensor.clone()
+                   for name, tensor in module.state_dict().items()}, **self._counts}
 
     def recalibrate_(self, batches: Iterable[torch.Tensor]) -> None:
         """As `batchnorm.recalibrate_`."""
