@@ -38,6 +38,7 @@ class RunConfig:
         progress: a live bar, plain lines for a log file, nothing, or auto (a bar on a terminal)
         resume: run directory to go on with; auto for that of --run.dir, if it holds a run, and a new run otherwise
         override: settings that may differ from those of the resumed run, such as schedule.lr,run.epochs
+        accept_gaps: go on from a checkpoint though its pushes are no longer all on record; audit and replay then fail for good
         dry_run: say what would be done, or restored and lost by --resume, and end
         inject: failures to rehearse, such as slow:3x@rank4,raise@step200:rank2,kill@t=30s:rank1 (docs/reliability.md)
     """
@@ -50,6 +51,7 @@ class RunConfig:
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
     resume: str = ""
     override: str = ""
+    accept_gaps: bool = False
     dry_run: bool = False
     inject: str = ""
 
@@ -331,7 +333,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 def parse(arguments: list[str], base: Config | None = None) -> Config:
     """Read a command line (with `--config FILE` anywhere in it); what it does not give is taken from `base`.
 
-    What is said of one start only (--resume, --override, --dry-run, --inject) is not taken.
+    What is said of one start only (--resume, --override, --run.accept_gaps, --dry-run, --inject) is not taken.
 
     Raises ConfigError; SystemExit(0) for --help.
     """
@@ -339,7 +341,7 @@ def parse(arguments: list[str], base: Config | None = None) -> Config:
     try:
         with redirect_stderr(io.StringIO()):
             if base:
-                once = {name: getattr(RunConfig(), name) for name in ("resume", "override", "dry_run", "inject")}
+                once = {name: getattr(RunConfig(), name) for name in ("resume", "override", "accept_gaps", "dry_run", "inject")}
                 base = dataclasses.replace(base, run=dataclasses.replace(base.run, **once))
                 parser.set_defaults({f"{section}.{name}": value for section, values in dataclasses.asdict(base).items()
                                      for name, value in values.items()})

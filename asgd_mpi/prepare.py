@@ -135,4 +135,4 @@ def _find_run(config: Config, hold: ExitStack) -> tuple[RunDir | None, resume.Po
     run = RunDir.open(path)
     if not config.run.dry_run:
         hold.enter_context(run.locked())
-    return run, resume.find(run)
+    return run, resume.find(run, demand_record=not config.run.accept_gaps)

@@ -23,7 +23,7 @@ from asgd_mpi.record.events import Push
 from asgd_mpi.record.rundir import RunDir
 
 # What may differ without a word: it changes neither the weights that come out nor what they mean.
-FREE = ("run.dir", "run.resume", "run.override", "run.dry_run", "run.inject", "run.timeout_s", "run.progress", "data.path",
+FREE = ("run.dir", "run.resume", "run.override", "run.accept_gaps", "run.dry_run", "run.inject", "run.timeout_s", "run.progress", "data.path",
         "data.threads", "data.on_bad_image", "exchange.ring", "exchange.servers", "compute.device", "compute.threads", "compute.workers_per_gpu", "stages.", "record.", "checkpoint.", "failure.")
 NEVER = {"model.name": "its weights do not fit another network. Begin a new run with --model.weights for what fits",
          "data.source": "the order of the images would be another one",
@@ -52,19 +52,30 @@ class Point:
         return self.manifest.restart if self.manifest else max(0, self.restart - 1)
 
 
-def find(run: RunDir) -> Point:
-    """The newest checkpoint that is whole, read to its last byte. Raises RunDirError if all of them are damaged."""
-    restart, damaged = run.next_restart, []
+def find(run: RunDir, demand_record: bool = False) -> Point:
+    """The newest checkpoint that is whole, read to its last byte, and with `demand_record` all its pushes are on record.
+
+    Raises RunDirError if there are checkpoints, and none of them will do.
+    """
+    restart, damaged, has_gaps = run.next_restart, [], False
     for directory, _ in checkpoint.resumable(run):
         try:
             manifest = checkpoint.verify(directory)
             checkpoint.read_ledger(directory)
-            return Point(restart, directory, manifest, tuple(damaged))
+            gap = history.gap(run, manifest.restart, manifest.version, manifest.momenta.values()) if demand_record else ""
+            if gap:
+                has_gaps = True
+                damaged.append(f"{directory} is whole, but the record of how it was made is not ({gap}): neither a replay nor "
+                               "an audit could show it")
+            else:
+                return Point(restart, directory, manifest, tuple(damaged))
         except RunDirError as error:
             damaged.append(str(error))
     if damaged:
-        raise RunDirError("\n".join([f"{run.path} holds no whole checkpoint:", *damaged,
-                                     "Begin again in another run directory."]))
+        remedy = ("Go on without that record by --run.accept_gaps true: audit and replay of this run then fail for good. Or "
+                  "begin a new run from the weights, --model.weights FILE." if has_gaps else
+                  "Begin again in another run directory.")
+        raise RunDirError("\n".join([f"{run.path} holds no whole checkpoint:", *damaged, remedy]))
     return Point(restart, None, None)
 
 

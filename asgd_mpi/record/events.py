@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,20 +260,22 @@ Turn = Union[Resume, Member]
 class EventLog:
     """Appends events to one file; a line is written whole, or the reader leaves it out and counts it.
 
-    `also` gets every event, too. Raises RunDirError when the file cannot be written.
+    `also` gets every event, too. Raises RunDirError when the file cannot be written, and from then on always: what was
+    refused once may have left a hole, however well the disk takes the next line.
     """
 
     def __init__(self, path: Path, also: Callable[[msgspec.Struct], None] | None = None):
         self._path, self.also = path, also
         self._encode = msgspec.json.Encoder().encode
         self._flushed_at = time.monotonic()
+        self._failed: OSError | None = None
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=1 << 16)
 
     def write(self, event: msgspec.Struct) -> None:
         with self._explained():
-            self._file.write(self._encode(event) + b"\n")
+            self._file.write(sealed(self._encode(event)) + b"\n")
             if self.also:
                 self.also(event)
             now = time.monotonic()
@@ -291,15 +294,36 @@ class EventLog:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with self._explained():
-            self._file.close()
+        if self._failed is None:
+            with self._explained():
+                self._file.close()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
+            if self._failed:
+                raise self._failed
             yield
         except OSError as error:
+            self._failed = error
             raise unwritable(self._path, error) from error
+
+
+_SEALS = {b"]": b',"crc32:%08x"]', b"}": b',"crc32":"%08x"}'}      # of arrays and of objects
+
+
+def sealed(line: bytes) -> bytes:
+    """Return a JSON array or object with the CRC-32 of it as its last element: what has changed since is damaged."""
+    return line[:-1] + _SEALS[line[-1:]] % zlib.crc32(line)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Return whether a line is as it was sealed; one without a seal, of an older version, is taken as it is."""
+    line = line.rstrip(b"\n")
+    at = line.rfind(b',"crc32')
+    if at < max(0, len(line) - 20):
+        return True
+    return line[-1:] in _SEALS and sealed(line[:at] + line[-1:]) == line
 
 
 def read_events(path: Path) -> Iterator[Event | None]:
@@ -321,6 +345,9 @@ def read_pushes(path: Path) -> Iterator[Push | None]:
 def _read_lines(path: Path, decode: Callable[[bytes], msgspec.Struct]) -> Iterator[msgspec.Struct | None]:
     with open(path, "rb") as lines:
         for line in lines:
+            if not _is_whole(line):
+                yield None
+                continue
             try:
                 yield decode(line)
             except (msgspec.MsgspecError, UnicodeDecodeError):

@@ -39,8 +39,8 @@ class Account:
     text: str
 
 
-def account(summary: Summary) -> Account:
-    """Check one run."""
+def account(summary: Summary, gap: str = "") -> Account:
+    """Check one run; `gap`: where its log has a hole (`history.gap`)."""
     is_over = summary.status == "finished"
     epochs = _epochs(summary)
     violations = list(summary.audit.violations)
@@ -54,6 +54,8 @@ def account(summary: Summary) -> Account:
         violations.append(f"the run finished, and {missing:,} samples that were due were never used")
     if is_over and unreadable:
         violations.append(f"{unreadable} unreadable line{'s' * (unreadable > 1)} in pushes.log of a finished run")
+    elif is_over and gap:
+        violations.append(gap)
     claims = CLAIMS if is_over else CLAIMS[:-1]
     return Account(summary.name, epochs, claims, violations, is_over, _text(summary, epochs, claims, violations, is_over))
 

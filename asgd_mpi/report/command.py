@@ -17,6 +17,7 @@ import jsonargparse
 import msgspec
 
 from asgd_mpi.errors import ConfigError, RunDirError, UserError
+from asgd_mpi.record import history
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.advice import advise
@@ -85,7 +86,7 @@ def _trace(runs: list[RunDir], path: Path) -> int:
 
 def _audit(runs: list[RunDir]) -> int:
     """Print the account of each run; returns 1 if one of them is violated."""
-    accounts = [account(summarize(run)) for run in runs]
+    accounts = [account(summarize(run), history.gap(run)) for run in runs]
     print("\n".join(one.text for one in accounts), end="")
     return int(any(one.violations for one in accounts))
 
