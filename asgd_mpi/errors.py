@@ -39,6 +39,10 @@ class ServerLost(UserError):
     """The server's process has ended; the workers cannot go on."""
 
 
+class RanksLost(UserError):
+    """Processes have ended while all ranks were still getting ready; there is nothing to go on with."""
+
+
 class StageLost(UserError):
     """Another stage of this replica has failed, or its process has ended; the replica cannot go on."""
 

@@ -61,6 +61,11 @@ class Allocation:
         return [f"srun --mpi=pmix{size}", f"srun --mpi=pmi2{size}", mpirun]
 
 
+def rank_by_launcher(env: Mapping[str, str] = environ) -> int:
+    """Return this process's number as its launcher has it, before MPI runs; 0 without a launcher."""
+    return next((int(env[name]) for name in VARIABLES if env.get(name, "").isdecimal()), 0)
+
+
 def is_first_process(env: Mapping[str, str] = environ) -> bool:
     """Whether the launcher takes this for its first process: of separate worlds of one rank, one should speak."""
     return all(env.get(name, "0") == "0" for name in VARIABLES)

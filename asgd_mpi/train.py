@@ -38,13 +38,13 @@ from asgd_mpi import gpus, inject, launch, report, topology
 from asgd_mpi.config import Config
 from asgd_mpi.crew import Crew
 from asgd_mpi.errors import DeadlineExceeded, ServerLost, StageLost, UserError
-from asgd_mpi.exchange import clock, wait
+from asgd_mpi.exchange import clock, mpi, wait
 from asgd_mpi.exchange.fellows import Desk, Fellows, JointInbox
 from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.exchange.link import Inbox, Outbox
 from asgd_mpi.exchange.reader import WorkerWindow
 from asgd_mpi.exchange.window import ServerWindow
-from asgd_mpi.exchange.world import World, library, tasks_of_scheduler
+from asgd_mpi.exchange.world import FORWARDING_S, World, library, tasks_of_scheduler
 from asgd_mpi.inject import Injector
 from asgd_mpi.model import buffers
 from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
@@ -73,23 +73,26 @@ from asgd_mpi.worker.loop import Worker
 from asgd_mpi.worker.replica import Replica
 from asgd_mpi.worker.team import Assistant, Leader
 
-FORWARDING_S = 0.5  # the launcher forwards output at leisure, and drops what it still holds when the job is aborted
 DEGRADED, RESUME_ME = 3, 75   # statuses; 75 is EX_TEMPFAIL of sysexits.h
 
 
 def main(arguments: list[str] | None = None) -> int:
     signals.install()
-    world = World()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    world = World(mpi.start_limit_s(arguments))
     with ExitStack() as hold:          # the lock of the run directory, on rank 0
-        setup = _agree(world, sys.argv[1:] if arguments is None else arguments, hold)
-        if "status" in setup:
-            return setup["status"] if world.is_server else 0
+        try:
+            setup = _agree(world, arguments, hold)
+            if "status" in setup:
+                return setup["status"] if world.is_server else 0
+            world.renumber(setup["order"])
+        except UserError as error:     # some rank did not come
+            _fail(world, None, error)
         return _take_part(world, setup)
 
 
 def _take_part(world: World, setup: dict) -> int:
     """Train, as what `setup` makes of this rank; returns its own status."""
-    world.renumber(setup["order"])
     run = RunDir.open(setup["run"])
     config = configuration.from_yaml(setup["config"])
     world.timeout_s = config.run.timeout_s
@@ -100,7 +103,7 @@ def _take_part(world: World, setup: dict) -> int:
             print(setup["greeting"], flush=True)
         status = _train(world, config, run, places, setup["restart"], setup["checkpoint"], setup["carried"])
         signals.ignore()
-        world.leave(status)
+        world.leave(status, config.failure.grace_s, status or DEGRADED)
         return status
     except BaseException as error:  # noqa: B036 - whatever ends one rank here must end all of them
         _fail(world, run, error)
@@ -122,6 +125,7 @@ def _agree(world: World, arguments: list[str], hold: ExitStack) -> dict:
             setup = {"status": leave.code or 0}
         except BaseException as error:  # noqa: B036
             _fail(world, None, error)
+    world.timeout_s = max(world.timeout_s, mpi.START_S)       # rank 0 may have much to read
     return world.share(setup)
 
 
@@ -333,8 +337,9 @@ class _Part:
         """Close the books; the report, and the marker of success."""
         self._close("left" if server.left_because else "finished", server.left_because)
         try:
-            summary = report.summarize(self.run)
-            report.write(self.run, summary, report.render(summary))
+            with self.world.keeping_others():
+                summary = report.summarize(self.run)
+                report.write(self.run, summary, report.render(summary))
             print(f"report: {self.run.report / 'report.html'}", flush=True)
         except Exception:                  # the training is not lost with its report
             print(f"the report could not be made; `python -m asgd_mpi.report {self.run.path}` tries again:\n"
@@ -356,10 +361,7 @@ class _Part:
                 "status": status, "version": score.version, "top1_error": score.top1_error, "top5_error": score.top5_error,
                 "restart": self.restart, "retired": [loss.rank for loss in server.losses if loss.for_good]})))
         if absent := set(server.ledger.present) - server.inbox.dead:
-            print(f"rank {', '.join(str(worker + 1) for worker in sorted(absent))} does not answer: the job is ended with it",
-                  file=sys.stderr, flush=True)
-            time.sleep(FORWARDING_S)
-            self.world.abort(status or DEGRADED)
+            self.world.end_without({worker + 1 for worker in absent}, status or DEGRADED)
         return status
 
     def _close(self, status: str, reason: str) -> None:

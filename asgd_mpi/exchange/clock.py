@@ -12,10 +12,10 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-from mpi4py import MPI
 
 from asgd_mpi import topology
 from asgd_mpi.exchange import wait
+from asgd_mpi.exchange.mpi import MPI
 from asgd_mpi.exchange.world import World
 
 NUM_PINGS = 16

@@ -19,12 +19,12 @@ from typing import Literal
 import msgspec
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from asgd_mpi.errors import ServerLost
 from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.codec import Vector
 from asgd_mpi.exchange.link import Arrival, Inbox
+from asgd_mpi.exchange.mpi import MPI
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import Kind
 from asgd_mpi.exchange.world import PROCESS_FAILED, World, cut

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from asgd_mpi.exchange import codec, wait, wire
 from asgd_mpi.exchange.codec import Vector
+from asgd_mpi.exchange.mpi import MPI
 from asgd_mpi.exchange.reader import WorkerWindow
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import HEADER_BYTES, Header, Kind

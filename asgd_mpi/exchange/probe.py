@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from asgd_mpi.exchange import wait
+from asgd_mpi.exchange.mpi import MPI
 from asgd_mpi.exchange.world import World, cut, library, settle, takes_gpu_memory
 from asgd_mpi.topology import SERVER, Topology
 

@@ -14,11 +14,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from asgd_mpi.exchange import codec, wait, wire
 from asgd_mpi.exchange.layout import (
     BEAT, COMING, CONTROL_WORDS, LATEST, PACKET, PROMISED_SLOT, SAMPLES, SLOT, STATISTICS_FROM, VERSION, WRITTEN, Layout, words_of_slot)
+from asgd_mpi.exchange.mpi import MPI
 from asgd_mpi.exchange.window import ABSENT, ANSWER, QUESTION, Window
 from asgd_mpi.exchange.world import World, cut
 from asgd_mpi.server.ledger import Mail

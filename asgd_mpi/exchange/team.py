@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from asgd_mpi.errors import StageLost
 from asgd_mpi.exchange import wait
+from asgd_mpi.exchange.mpi import MPI
 from asgd_mpi.exchange.window import demand_shared_memory
 from asgd_mpi.exchange.world import PROCESS_FAILED, World, settle, takes_gpu_memory
 
@@ -152,15 +152,17 @@ class Team:
     def __init__(self, world: World, worker: int | None, stage: int, num_stages: int, num_floats: int, num_statistics: int,
                  payload: torch.Tensor | None = None):
         self.world, self.worker, self.stage, self.num_stages = world, worker, stage, num_stages
-        self.comm = world.comm.Split(MPI.UNDEFINED if worker is None else worker, stage)
+        with world.meeting("all ranks to form replicas"):
+            self.comm = world.comm.Split(MPI.UNDEFINED if worker is None else worker, stage)
         if worker is None:
             return
         counts = (num_floats, num_floats, num_statistics, num_floats if payload is None else 0)
         sizes = [4 * -(-count // ALIGNMENT) * ALIGNMENT for count in counts]
         if stage == 0:
             demand_shared_memory(world.host, sum(sizes), f"the weights and the velocity of worker {worker}")
-        self._window = MPI.Win.Allocate_shared(sum(sizes) if stage == 0 else 0, 1, MPI.INFO_NULL, self.comm)
-        self._window.Lock_all(MPI.MODE_NOCHECK)
+        with world.meeting("the stages of its replica to share memory"):
+            self._window = MPI.Win.Allocate_shared(sum(sizes) if stage == 0 else 0, 1, MPI.INFO_NULL, self.comm)
+            self._window.Lock_all(MPI.MODE_NOCHECK)
         memory = np.frombuffer(self._window.Shared_query(0)[0], np.uint8)
         starts = np.cumsum([0, *sizes])
         self.weights, self.velocity, self.statistics, self.gradient = (

@@ -5,8 +5,12 @@ Polling is also progress: an MPI library moves data only while somebody is insid
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -79,3 +83,24 @@ def for_a_while(poll: Callable[[], T | None], seconds: float, longest_s: float =
                 break
             time.sleep(min(longest_s, SHARE * waited))
     return result
+
+
+@contextmanager
+def at_most(limit_s: float, message: str, status: int = 2) -> Iterator[None]:
+    """Within, the MPI library may block: after `limit_s` seconds print `message`, and end this process with `status`.
+
+    For the few calls that wait for other ranks and cannot be polled; they must leave the interpreter free, as mpi4py's
+    collectives do.
+    """
+    is_over = threading.Event()
+
+    def watch() -> None:
+        if not is_over.wait(limit_s):
+            print(message, file=sys.stderr, flush=True)
+            os._exit(status)
+
+    threading.Thread(target=watch, name="limit", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()

@@ -28,12 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.exchange import codec, wait, wire
 from asgd_mpi.exchange.layout import (
     BEAT, COMING, LATEST, PACKET, PROMISE_WORDS, PROMISED_SLOT, SAMPLES, SLOT, STATISTICS_FROM, VERSION, WRITTEN, Layout, words_of_slot)
+from asgd_mpi.exchange.mpi import MPI
 from asgd_mpi.exchange.world import PROCESS_FAILED, World, cut
 from asgd_mpi.server.ledger import Mail
 from asgd_mpi.topology import SERVER, ranks_of_servers
@@ -62,15 +62,18 @@ class Window:
             self._check_shared_memory(sum(SERVER < rank <= self.whole.num_workers for rank in ranks),
                                       sum(self.whole.of(self.servers.index(rank)).server_bytes for rank in near))
         info = MPI.Info.Create({"alloc_shared_noncontig": "true"})   # each segment on pages of its own
-        shared = MPI.Win.Allocate_shared(self._own_bytes(bool(near)), 1, info, node)
+        with self.world.meeting("all ranks of its host to share memory"):
+            shared = MPI.Win.Allocate_shared(self._own_bytes(bool(near)), 1, info, node)
         self._windows.append(shared)
         self._attach({rank: _bytes(shared.Shared_query(i)[0]) for i, rank in enumerate(ranks)} if near else {})
         if node.size < self.world.size:
-            self._windows.append(MPI.Win.Create(shared.tomemory() if self.world.rank in self.servers else None, 1,
-                                                comm=self.world.comm))
+            with self.world.meeting("all ranks to show their memory"):
+                self._windows.append(MPI.Win.Create(shared.tomemory() if self.world.rank in self.servers else None, 1,
+                                                    comm=self.world.comm))
         self._targets = [(shared, ranks.index(rank)) if rank in near else (self._windows[-1], rank) for rank in self.servers]
         for window in self._windows:
-            window.Lock_all(MPI.MODE_NOCHECK)
+            with self.world.meeting("all ranks to begin to read"):
+                window.Lock_all(MPI.MODE_NOCHECK)
         self.world.barrier("all ranks to open the window")  # the first access needs the server inside MPI once
         if node.size < self.world.size:
             self._meet([number for number, rank in enumerate(self.servers) if rank not in near])
