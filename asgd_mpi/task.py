@@ -26,7 +26,7 @@ from asgd_mpi.model.buffers import few, moved_by_training_
 from asgd_mpi.model.flat import demand_trained
 from asgd_mpi.model.weights import load_weights_
 from asgd_mpi.server.ledger import Plan
-from asgd_mpi.server.rulebook import pacing, vectors
+from asgd_mpi.server.rulebook import RULEBOOK, pacing, vectors
 from asgd_mpi.server.schedule import Schedule
 from asgd_mpi.stages import columns
 from asgd_mpi.stages.graph import Graph, trace
@@ -123,7 +123,7 @@ class Task:
         return Plan(num_workers, samples, self.val.num_samples, round(run.epochs * samples), data.batch_size,
                     lease_batches, run.validate_every, self.config.failure.max_nonfinite,
                     round(self.config.rule.warm_start_epochs * samples), pacing(self.config.rule, num_workers),
-                    LEASE_PUSHES if sums_on else 0)
+                    LEASE_PUSHES if sums_on else 0, RULEBOOK[self.config.rule.name].moves == "elastic")
 
     def schedule(self, num_workers: int) -> Schedule:
         samples, config = self.train.num_samples, self.config

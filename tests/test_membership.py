@@ -43,7 +43,8 @@ class Cast:
                           min(4, lease.stop - position))
         version = self.ledger.version if lease.work == Work.FINAL else self.read[worker]
         count = lease.stop - lease.start
-        return Header(Kind.VALIDATION, worker, self.sent[worker], version, lease.number, position, count, loss=1.0, top1=count)
+        return Header(Kind.VALIDATION, worker, self.sent[worker], version, lease.number, position, count, loss=1.0, top1=count,
+                      top5=count)
 
     def step(self, worker, kind=None):
         """One packet of a worker, as the server would treat it."""

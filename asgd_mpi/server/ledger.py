@@ -11,12 +11,14 @@ every epoch is used exactly once, whoever is retired on the way and however ofte
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from asgd_mpi.server import claims
 from asgd_mpi.server.pace import Pace, Pacing
 
 if TYPE_CHECKING:
@@ -120,6 +122,7 @@ class Plan:
     warm_start: int = 0       # samples that are lent to one worker alone
     pacing: Pacing = Pacing()
     lease_pushes: int = 0     # a lease holds as much as so many pushes like its worker's last one, if that is more
+    moves_own: bool = False   # workers keep weights of their own from one push to the next (an elastic rule)
 
 
 class LedgerError(RuntimeError):
@@ -133,6 +136,7 @@ class _Account:
     judged: int = 0
     made: int = 0             # the version after its last judged packet
     read: int = 0             # the version that packet was computed on
+    begun: int = 0            # the version at which it began, or began anew: it has read none before
     lent: int = 0             # leases so far
     cursor: int = 0           # of the first lease: what is delivered of it
     pushed: int = 0           # samples of the last gradient
@@ -206,6 +210,7 @@ class Ledger:
 
     def judge(self, header: Header) -> Verdict:
         """Take a gradient into account. Raises LedgerError if it cannot be one of this run's."""
+        self._demand_possible(header, "" if math.isfinite(header.loss) else "its loss is not finite")
         segments = self._settle(header, {Work.TRAIN})
         version, samples, account = self.version, self.samples, self._accounts[header.worker]
         rate = self._lr_at(samples, 0)
@@ -242,7 +247,7 @@ class Ledger:
         else:
             self._partial.append(header)
             score = _score(self._partial, final=True) if self.finished else None
-        if score and (self.best is None or score.top1_error < self.best.top1_error):
+        if score and math.isfinite(score.loss) and (self.best is None or score.top1_error < self.best.top1_error):
             self.best = score
         return score
 
@@ -261,7 +266,7 @@ class Ledger:
                 given_up.append(segment)
         self.given_up += given_up
         account = self._accounts[header.worker]
-        account.made = self.version
+        account.made = account.begun = self.version         # own weights would be spoilt: it begins anew
         account.nonfinite += 1
         self._relend(header.worker)
         self._pace.pass_(header.worker)
@@ -271,8 +276,9 @@ class Ledger:
         return given_up
 
     def acknowledge(self, header: Header) -> None:
-        """Take a packet without a payload into account."""
-        account = self._accounts[header.worker]
+        """Take a packet that covers no range into account. Raises LedgerError."""
+        account = self._demand_turn(header)
+        self._demand_possible(header, claims.of_note(header))
         account.judged = header.packet
         account.made = self.version
         self._news.add(header.worker)
@@ -293,11 +299,17 @@ class Ledger:
         return sum(segment.stop - segment.start for _, segment in held)
 
     def readmit(self, header: Header) -> bool:
-        """Drop a packet of a retired worker, and make it a member again unless it is retired for good; whether it is."""
-        account = self._accounts[header.worker]
-        self.acknowledge(header)
+        """Drop a packet of a retired worker, and make it a member again unless it is retired for good; whether it is.
+
+        Raises LedgerError.
+        """
+        account = self._demand_turn(header)
+        account.judged = header.packet
+        account.made = self.version
+        self._news.add(header.worker)
         account.dropped += 1
-        account.read = self.version if account.may_return else account.read
+        if account.may_return:
+            account.read = account.begun = self.version
         account.is_member = account.may_return
         self._lend_to_all()
         self._keep_pace()
@@ -371,24 +383,25 @@ class Ledger:
                 f"the saved ledger does not add up: {self.samples} samples applied, {claimed - self.samples} to do again, "
                 f"{self._lent} lent in all, {self.plan.total_samples} in this run")
         for account in self._accounts:
-            account.read = account.made = self.version
+            account.read = account.made = account.begun = self.version
 
     def _settle(self, header: Header, works: set[Work]) -> tuple[Segment, ...]:
         """Check a packet against what its worker was lent and move the worker's cursor; returns what it covers."""
         def demand(holds: bool, claim: str) -> None:
-            if not holds:
-                raise LedgerError(f"version {self.version}: {claim}; packet {header}; outstanding: {self.outstanding()}")
+            self._demand_possible(header, "" if holds else claim)
 
-        demand(0 <= header.worker < self.plan.num_workers, "there is no such worker")
-        account = self._accounts[header.worker]
-        demand(header.packet == account.judged + 1, f"packet {account.judged + 1} of this worker is due")
-        demand(account.read <= header.read_version <= self.version,
-               f"the worker may have read a version from {account.read} to {self.version}")
+        account = self._demand_turn(header, covers_range=True)
         demand(bool(account.leases), "the worker holds no lease")
-        demand(header.lease == account.leases[0].number, f"the worker works on lease {account.leases[0].number}")
+        lease = account.leases[0]
+        demand(header.lease == lease.number, f"the worker works on lease {lease.number}")
         demand(header.start == account.cursor, f"position {account.cursor} of the lease is due")
-        demand(header.count > 0, "a packet covers 1 position or more")
-        demand(0 < header.scale <= 1, "a gradient is scaled by more than 0 and at most 1")
+        if Work.TRAIN in works:
+            self._demand_possible(header, claims.of_gradient(header, self.plan.moves_own))
+            demand(not self.plan.moves_own or header.base >= account.begun, f"the worker began at version {account.begun}")
+        else:
+            self._demand_possible(header, claims.of_validation(header, lease.work == Work.FINAL))
+            demand(header.count == lease.stop - lease.start, f"all of [{lease.start}, {lease.stop}) is to be validated")
+            demand(lease.work != Work.FINAL or header.read_version == self.version, "the last version is to be validated")
 
         segments, left, at = [], header.count, account.cursor
         for position, lease in enumerate(account.leases):
@@ -406,6 +419,22 @@ class Ledger:
             account.leases.popleft()
         self._news.add(header.worker)
         return tuple(segments)
+
+    def _demand_turn(self, header: Header, covers_range: bool = False) -> _Account:
+        """Return the account of the sender, whose next packet this is. Raises LedgerError."""
+        if not 0 <= header.worker < self.plan.num_workers:
+            self._demand_possible(header, "there is no such worker")
+        account = self._accounts[header.worker]
+        due, oldest = account.judged + 1, account.read if covers_range else 0
+        self._demand_possible(header, "" if header.packet == due else f"packet {due} of this worker is due")
+        self._demand_possible(header, "" if oldest <= header.read_version <= self.version else
+                              f"the worker may have read a version from {oldest} to {self.version}")
+        return account
+
+    def _demand_possible(self, header: Header, contradiction: str) -> None:
+        """Raise LedgerError if there is a contradiction."""
+        if contradiction:
+            raise LedgerError(f"version {self.version}: {contradiction}; packet {header}; outstanding: {self.outstanding()}")
 
     def _relend(self, worker: int) -> None:
         """Replace the leases that the worker has done with."""

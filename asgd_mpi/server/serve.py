@@ -161,11 +161,10 @@ class Server:
     def _judge(self, arrival: Arrival) -> Verdict | None:
         """The verdict on a gradient; None if it is not to be applied, which is then recorded."""
         header = arrival.header
-        if header.worker not in self.ledger.members:
-            self._drop(header)
-            return None
         try:
-            if math.isfinite(header.loss):
+            if header.worker not in self.ledger.members:
+                self._drop(header)
+            elif math.isfinite(header.loss):
                 verdict = self.ledger.judge(header)
                 if not verdict.dropped:
                     return verdict
@@ -318,7 +317,8 @@ class Server:
         """Refuse a packet that makes no sense, and trust its sender no more."""
         self.ledger.reject(worker)
         self._record_refusal(worker, fault)
-        self._retire(worker, f"it sent a packet that makes no sense: {fault}", for_good=True)
+        if not any(loss.rank == worker + 1 and loss.for_good for loss in self.losses):
+            self._retire(worker, f"it sent a packet that makes no sense: {fault}", for_good=True)
 
     def _retire(self, worker: int, reason: str, for_good: bool, is_gone: bool = False) -> None:
         held = self.ledger.retire(worker, for_good, is_gone)
