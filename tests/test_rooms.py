@@ -9,7 +9,7 @@ ORDER = ["errors", "signals", "launch", "local", "inject", "server.pace", "serve
          "forecast", "record.rundir", "record.ranklog", "record.events", "record.history", "record.audit", "record.timeline",
          "record.readings", "record.pipelines", "record.summary", "record.nvml", "record.board",
          "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "stages",
-         "server.claims", "server.ledger", "server.rules", "server.slices", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "task",
+         "server.claims", "server.ledger", "server.rules", "server.finite", "server.slices", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "task",
          "report", "evaluate", "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc", "resume",
          "prepare", "crew", "train", "findings", "doctor"]
 

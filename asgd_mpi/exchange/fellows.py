@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import Literal
 
@@ -42,6 +43,7 @@ class Word(IntEnum):
     GONE = 2       # a worker's process has ended: worker, 0
     DONE = 3       # a command: its number, 0
     SIGNAL = 4     # it was asked to end by a signal: 0, 0
+    DAMAGED = 5    # what came in place of its slice of a gradient: worker, 0
 
 
 class Applied(msgspec.Struct):
@@ -73,6 +75,7 @@ class Fellows:
         self._done = dict.fromkeys(self.ranks, 0)              # ... as far as a fellow has come
         self._got = {rank: {} for rank in self.ranks}          # worker -> the last packet that has come there
         self.lost_workers: set[int] = set()
+        self.damaged: dict[int, int] = {}                      # worker -> the fellow that its slice came to damaged
         self.left_because = ""
         self._words = {rank: np.zeros(3, np.int64) for rank in self.ranks}
         self._heard = {rank: self._listen(rank) for rank in self.ranks}
@@ -145,6 +148,8 @@ class Fellows:
                 self._got[rank][one] = other
             case Word.GONE:
                 self.lost_workers.add(one)
+            case Word.DAMAGED:
+                self.damaged[one] = rank
             case Word.DONE:
                 self._done[rank] = one
             case Word.SIGNAL:
@@ -178,7 +183,10 @@ class JointInbox(Inbox):
             self._arrived.remove(arrival)
             self._waiting[arrival.worker] = arrival
         for worker, arrival in list(self._waiting.items()):
-            if not self._fellows.lacking(worker, arrival.header.packet):
+            if worker in self._fellows.damaged:
+                fault = f"its slice came damaged to rank {self._fellows.damaged.pop(worker)}: {arrival.header}"
+                self._arrived.append(replace(self._waiting.pop(worker), header=None, fault=fault))
+            elif not self._fellows.lacking(worker, arrival.header.packet):
                 self._arrived.append(self._waiting.pop(worker))
         return bool(self._arrived)
 
@@ -207,8 +215,10 @@ class Desk:
             if self._inbox.poll():
                 for arrival in self._inbox.take(0):
                     self._held[arrival.worker] = arrival
-                    if arrival.header:                        # otherwise rank 0 has seen the same
+                    if arrival.header:
                         self._say(Word.GOT, arrival.worker, arrival.header.packet)
+                    else:
+                        self._say(Word.DAMAGED, arrival.worker)
             for worker in self._inbox.dead - self._gone:
                 self._gone.add(worker)
                 self._say(Word.GONE, worker)

@@ -5,6 +5,9 @@ server reads the gradient in place. From other hosts header and payload travel a
 too long for one: every packet then has as many, of which the last ones may be empty, since the server expects them before
 it knows what comes. A payload belongs to the worker until it is sent, and to the server until the packet is judged.
 
+A server looks at the length of a message before it receives it: one that is longer than its room is received aside and its
+packet refused, as one that is shorter than what belongs to its kind. No MPI library has to cut a message off.
+
 Of several servers each gets the header of a gradient, with its slice of it where it is on another host than the worker, as
 a message of its own behind the header; all other packets go to rank 0 alone.
 """
@@ -89,6 +92,40 @@ class Outbox:
                        f"{self.sent}", wait.BUSY_S)
 
 
+class _Receipt:
+    """The messages of a worker's next packet, as they come into the memory of `packet`."""
+
+    def __init__(self, world: World, worker: int, packet: _Packet):
+        self._comm, self._source = world.comm, worker + 1
+        self._rooms = deque(packet.messages())
+        self._under_way: tuple[MPI.Request, np.ndarray] | None = None
+        self.num_bytes = 0                    # that have come
+        self.fits = True                      # ... each where it belongs
+
+    def is_whole(self) -> bool:
+        """Go on; whether all messages are here."""
+        while self._under_way or self._rooms:
+            if not self._under_way and not self._begin():
+                return False
+            if not self._under_way[0].Test():
+                return False
+            self._under_way = None
+        return True
+
+    def _begin(self) -> bool:
+        """Begin to receive the next message, if it is there."""
+        status = MPI.Status()
+        message = self._comm.Improbe(source=self._source, tag=TAG, status=status)
+        if message is None:
+            return False
+        room, length = self._rooms.popleft(), status.Get_count(MPI.BYTE)
+        self.fits = self.fits and length <= len(room)
+        into = room[:length] if length <= len(room) else np.empty(length, np.uint8)
+        self._under_way = message.Irecv([into, MPI.BYTE]), into
+        self.num_bytes += length
+        return True
+
+
 @dataclass(frozen=True)
 class Arrival:
     """A received packet. Its payload is valid until the arrival is released, and one of the two."""
@@ -101,7 +138,7 @@ class Arrival:
 
 
 class Inbox:
-    """A server's side: the receives of one packet are open for each worker at any time."""
+    """A server's side: one packet of each worker is waited for at any time."""
 
     def __init__(self, world: World, window: ServerWindow):
         self.world, self._window = world, window
@@ -111,7 +148,7 @@ class Inbox:
         self._packets = [_Packet(size, window.payloads.get(worker),
                                  torch.zeros(size, dtype=torch.uint8) if is_apart and worker not in window.payloads else None)
                          for worker in workers]
-        self._requests = {worker: self._receive(worker) for worker in workers}
+        self._receipts = {worker: _Receipt(world, worker, self._packets[worker]) for worker in workers}   # under way
         self._arrived: deque[Arrival] = deque()
         self.dead: set[int] = set()           # workers whose process the MPI library reports as failed
         serves_other_hosts = len(window.payloads) < layout.num_workers
@@ -127,45 +164,49 @@ class Inbox:
     def poll(self) -> bool:
         """Let MPI make progress, and other hosts read; whether a packet is there."""
         self._window.answer()
-        for worker, requests in list(self._requests.items()):
+        for worker, receipt in list(self._receipts.items()):
             try:
-                if not _are_done(requests):
+                if not receipt.is_whole():
                     continue
-                self._arrived.append(self._open(worker))
+                self._arrived.append(self._open(worker, receipt))
             except MPI.Exception as error:    # under mpirun --with-ft ulfm
                 if error.Get_error_class() not in PROCESS_FAILED:
                     raise
                 self.dead.add(worker)
                 self.world.has_lost_ranks = True
-            del self._requests[worker]
+            del self._receipts[worker]
         return bool(self._arrived)
 
     def release(self, arrival: Arrival) -> None:
         """The payload has been used: the worker's next packet may overwrite it."""
         if arrival.worker not in self.dead:
-            self._requests[arrival.worker] = self._receive(arrival.worker)
+            self._receipts[arrival.worker] = _Receipt(self.world, arrival.worker, self._packets[arrival.worker])
 
     def close(self) -> None:
-        for requests in self._requests.values():
-            for request in requests:
-                request.Cancel()
-                request.Free()
+        self._receipts.clear()
 
-    def _open(self, worker: int) -> Arrival:
+    def _open(self, worker: int, receipt: _Receipt) -> Arrival:
         packet, layout = self._packets[worker], self._layout
         payload = (codec.vector_in(packet.payload, layout.num_parameters, layout.wire),
                    codec.vector_in(packet.payload, layout.num_statistics, "float32"))
         try:
+            if receipt.num_bytes < HEADER_BYTES:
+                raise ValueError(f"a packet of {receipt.num_bytes} bytes, where its header alone has {HEADER_BYTES}")
             header = wire.unpack_header(packet.bytes[:HEADER_BYTES].tobytes())
             if header.worker != worker:
                 raise ValueError(f"rank {worker + 1} sent a packet in the name of worker {header.worker}: {header}")
+            found, due = receipt.num_bytes - HEADER_BYTES, 0 if packet.is_shared else self._due_bytes(header.kind)
+            if found != due or not receipt.fits:
+                raise ValueError(f"a payload of {found} bytes, where {due} were due: {header}")
         except ValueError as error:
             return Arrival(worker, None, *payload, str(error))
         return Arrival(worker, header, *payload)
 
-    def _receive(self, worker: int) -> list[MPI.Request]:
-        return [self.world.comm.Irecv([message, MPI.BYTE], source=worker + 1, tag=TAG)
-                for message in self._packets[worker].messages()]
+    def _due_bytes(self, kind: Kind) -> int:
+        """Of the payload of a packet in a message."""
+        layout, vector_bytes = self._layout, self._window.whole.vector_bytes
+        return {Kind.GRADIENT: min(vector_bytes, layout.payload_bytes), Kind.VALIDATION: 4 * layout.num_statistics,
+                Kind.STATISTICS: 4 * layout.num_statistics}.get(kind, 0)
 
 
 def _are_done(requests: list[MPI.Request]) -> bool:

@@ -115,12 +115,13 @@ class Lines:
 
 def _is_possible(item: Event | Push) -> bool:
     """Whether the numbers of a line can be those of a run: a flipped bit may leave a line that reads well."""
-    numbers = [value for value in msgspec.structs.astuple(item) if isinstance(value, (int, float))]
+    numbers = [value for name, value in msgspec.structs.asdict(item).items()
+               if isinstance(value, (int, float)) and not (isinstance(item, Push) and name == "loss")]
     if not all(-LARGEST < value < LARGEST for value in numbers):
         return False
     match item:
         case Push():
-            return 0 <= item.worker < MAX_WORKERS and 0 <= item.skipped <= item.positions
+            return math.isfinite(item.loss) and 0 <= item.worker < MAX_WORKERS and 0 <= item.skipped <= item.positions
         case Start():
             return 0 < item.num_workers <= MAX_WORKERS
         case Interval():

@@ -16,6 +16,7 @@ import torch
 from asgd_mpi.exchange.fellows import WEIGHTS, Command, Desk
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.record.meter import Meter
+from asgd_mpi.server.finite import Lookout
 from asgd_mpi.server.rules import Rule, advance_, pieces
 
 LOOK_S = 0.1     # between two ticks of the meter
@@ -31,6 +32,9 @@ class Fellow:
     meter: Meter
     first: torch.Tensor
     at_every_pass: Callable[[], None] = lambda: None     # failures that are rehearsed
+
+    def __post_init__(self):
+        self._lookout = Lookout(len(self.first))
 
     def run(self) -> None:
         """Obey until the end. Raises ServerLost."""
@@ -69,6 +73,6 @@ class Fellow:
         if judged:
             self.at_every_pass()
             with self.meter.phase("apply"), self.window.next_snapshot(command.version, command.samples) as weights:
-                advance_(weights, self.window, self.rule, judged, self.desk.poll)
+                advance_(weights, self.window, self.rule, judged, self.desk.poll, self._lookout.look)
         for worker in [*command.refused, *(verdict.worker for _, verdict in judged)]:
             self.desk.release(worker)

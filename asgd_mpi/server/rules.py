@@ -140,12 +140,16 @@ def make_rule(num_parameters: int, config: RuleConfig, num_workers: int) -> Rule
 
 
 def advance_(weights: torch.Tensor, window: ServerWindow, rule: Rule, judged: list[tuple[Vector, Verdict]],
-             poll: Callable[[], object]) -> None:
-    """Write the latest snapshot into `weights`, (P,) float32, and apply the gradients one after the other: in one pass."""
+             poll: Callable[[], object], look: Callable[[torch.Tensor], object] = lambda piece: None) -> None:
+    """Write the latest snapshot into `weights`, (P,) float32, and apply the gradients one after the other: in one pass.
+
+    `look` sees each piece of the new weights while it is in the cache.
+    """
     for number, piece in enumerate(pieces(len(weights)), start=1):
         weights[piece].copy_(window.latest[piece])
         for gradient, verdict in judged:
             rule.apply_(weights, gradient, verdict, piece)
         window.show(piece)
+        look(weights[piece])
         if number % POLL_EVERY == 0:
             poll()                                                                    # fetches over a network need that

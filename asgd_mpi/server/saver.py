@@ -21,6 +21,7 @@ from asgd_mpi.record import checkpoint
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, SERVER, Manifest
 from asgd_mpi.record.events import Checkpoint
 from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.server import finite
 from asgd_mpi.server.ledger import Ledger, Score
 from asgd_mpi.server.rules import Rule
 
@@ -83,7 +84,7 @@ class Saver:
             top1_error=score.top1_error if is_of_this else None, top5_error=score.top5_error if is_of_this else None)
         self._frozen = self._frozen or {name: torch.empty(self.num_floats) for name in self._rule.state}
         freeze_(self._flat.weights, self._frozen)
-        todo = self._thread.submit(_write, staging, self._flat.module.state_dict(), self._frozen, ledger.state(), self._hurry)
+        todo = self._thread.submit(_write, staging, self._flat, self._frozen, ledger.state(), self._hurry)
         self._pending = _Pending(staging, manifest, time.time(), set(waits_for), todo)
 
     def announce(self, number: int) -> None:
@@ -96,7 +97,7 @@ class Saver:
             self._pending.waits_for.discard(worker)
 
     def poll(self, best: int) -> list[Checkpoint]:
-        """Go on with what is being written; the checkpoints that have become whole. Raises RunDirError."""
+        """Go on with what is being written; the checkpoints that have become whole. Raises RunDirError, TrainingDiverged."""
         pending = self._pending
         if pending and pending.written.done() and (not pending.waits_for or time.time() - pending.started > self.patience_s):
             self._completing.append(self._thread.submit(self._complete, pending, best))
@@ -159,8 +160,11 @@ def best_staging(run: RunDir, version: int, restart: int, worker: int) -> Path:
     return run.staging(version, restart).with_name(f".best{version:09d}.{restart}.{worker}")
 
 
-def _write(staging: Path, model: dict, state: dict, ledger: dict, hurry: threading.Event) -> dict[str, str]:
-    files = {MODEL: checkpoint.write_tensors(staging / MODEL, model, hurry)}
+def _write(staging: Path, flat: FlatModel, state: dict, ledger: dict, hurry: threading.Event) -> dict[str, str]:
+    """Write the server's part; returns file -> sha256. Raises RunDirError; TrainingDiverged if it is not finite."""
+    for name, vector in {"weights": flat.weights, **state}.items():
+        finite.demand(vector, f"the {name}")
+    files = {MODEL: checkpoint.write_tensors(staging / MODEL, flat.module.state_dict(), hurry)}
     if state:
         files[SERVER] = checkpoint.write_tensors(staging / SERVER, state, hurry)
     write_whole(staging / LEDGER, msgspec.json.format(msgspec.json.encode(ledger)))

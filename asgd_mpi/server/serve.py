@@ -25,6 +25,7 @@ from asgd_mpi.model import batchnorm
 from asgd_mpi.record.events import Checkpoint, EventLog, Member, Note, Publish, Push, Refusal, Retirement, Validation
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
+from asgd_mpi.server import finite
 from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict, Work
 from asgd_mpi.server.rules import Rule, advance_, pieces
 from asgd_mpi.server.saver import Saver
@@ -74,6 +75,7 @@ class Server:
         """Publish the (P,) float32 `weights` as the version that the ledger begins with, and the first leases."""
         self._tell(Command("publish", self.ledger.version, self.ledger.samples))
         with self.window.next_snapshot(self.ledger.version, self.ledger.samples) as fresh:
+            self._lookout = finite.Lookout(len(fresh))
             for piece in pieces(len(fresh)):
                 fresh[piece].copy_(weights[piece])
                 self.window.show(piece)
@@ -90,7 +92,9 @@ class Server:
         self._part()
 
     def save(self) -> None:
-        """Write a checkpoint of the run as it is now, and wait for it."""
+        """Write a checkpoint of the run as it is now, and wait for it; none in the midst of a pass, or of weights that overflowed."""
+        if self.window.version != self.ledger.version or not finite.is_finite(self.window.latest):
+            return
         self._finish_saving()
         if not self.saver.is_busy:
             self._begin_to_save(self.ledger.save + 1, set())
@@ -152,7 +156,7 @@ class Server:
             for arrival, _ in judged:
                 self.window.promise(arrival.worker, arrival.header.packet)
             advance_(weights, self.window, self.rule, [(arrival.gradient, verdict) for arrival, verdict in judged],
-                     self.inbox.poll)
+                     self.inbox.poll, self._lookout.look)
             self._await_fellows(f"apply version {self.ledger.version}")
         self._hash()
         for arrival, verdict in judged:
@@ -301,7 +305,8 @@ class Server:
         self.pushes.write(Member(time.time(), self.ledger.version, worker))
 
     def _refuse(self, header: Header) -> None:
-        """Refuse a gradient that is not finite."""
+        """Refuse a gradient that is not finite. Raises TrainingDiverged if the weights are not: then no other would be."""
+        finite.demand(self.window.latest, f"version {self.ledger.version}: the weights")
         given_up = sum(segment.stop - segment.start for segment in self.ledger.refuse(header))
         self._record_refusal(header.worker, f"not finite: loss {header.loss}", given_up)
         if self.workers_move:

@@ -1,0 +1,40 @@
+"""Two hosts as in `two_hosts`, where ranks 1 and 3 send a payload of another length than its kind has.
+
+Each does so with its 10th payload: rank 1 sends 1000 bytes too many, rank 3 as many too few.
+"""
+
+import sys
+
+import numpy as np
+from mpi4py import MPI
+
+import two_hosts  # noqa: F401 - ranks 1 and 3 are on another host than rank 0
+from asgd_mpi import train
+from asgd_mpi.exchange import link, world
+
+MORE = {1: 1000, 3: -1000}
+payloads = 0
+
+
+class Comm(MPI.Intracomm):
+    def Isend(self, buf, dest, tag=0):
+        global payloads
+        num_bytes = memoryview(buf[0]).nbytes
+        payloads += tag == link.TAG and num_bytes > 1000
+        if tag == link.TAG and num_bytes > 1000 and payloads == 10 and self.rank in MORE:
+            self.sent = np.zeros(num_bytes + MORE[self.rank], np.uint8)
+            room = min(num_bytes, len(self.sent))
+            self.sent[:room] = np.frombuffer(buf[0], np.uint8)[:room]
+            buf = [self.sent, MPI.BYTE]
+        return super().Isend(buf, dest, tag)
+
+
+def start(self, timeout_s=600.0, start=world.World.__init__):
+    start(self, timeout_s)
+    self.comm = Comm(self.comm)
+
+
+world.World.__init__ = start
+
+if __name__ == "__main__":
+    sys.exit(train.main())
