@@ -110,7 +110,8 @@ class RuleConfig:
         momentum_at: who keeps the velocity; dana (each worker, looking ahead), worker, server or server_nag (the least
             stable ones), none (default: the rule's own, dana for asgd)
         staleness: weight of a gradient by its staleness; delay_adaptive, inverse or constant (default: delay_adaptive)
-        weight_decay: L2 penalty (default: the network's recipe)
+        weight_decay: L2 penalty; so many times the weights is added to each gradient, as by torch.optim.SGD, wherever the
+            momentum is (default: the network's recipe)
         max_drift: gradients are scaled down, on the worker, so that one push of each worker moves the weights by this share
             of their norm at most; 0 for no limit, by default what suits the rule and the number of workers
         clip_norm: the gradient of a batch is scaled down to this norm, on the worker (default: no limit)

@@ -26,12 +26,12 @@ from asgd_mpi.worker.step import compute_gradient_
 from photos import write_odd_files, write_tree
 
 ONE_HOST, TWO_HOSTS, SHORT_COUNTS, FOLLOWS = "asgd_mpi.train", "two_hosts", "short_counts", "follows_closely"
-HEAVY_BALL, NESTEROV = ["--rule.momentum_at", "server"], ["--rule.weight_decay", "0"]   # as torch.optim.SGD has them
+HEAVY_BALL, STOCK = ["--rule.momentum_at", "server"], ["--rule", "asgd"]       # torch.optim.SGD, and with nesterov
 OVERLAP, AUTO, N_SYNC, SYNC = ["--exchange.overlap", "true"], ["--exchange.n_push", "auto"], ["--n-sync", "3"], ["--rule", "sync"]
 BFLOAT16, FLOAT16 = ["--exchange.wire", "bfloat16"], ["--exchange.wire", "float16", *OVERLAP]
 DC_ASGD = ["--rule", "dc_asgd_a", "--rule.momentum_at", "server", "--rule.momentum", "0.5"]
 WIDE = ["--model", "networks_for_tests:wide", "--run.epochs", "1.25"]
-RUNS = [("openmpi", ONE_HOST, 1, HEAVY_BALL), ("openmpi", ONE_HOST, 1, NESTEROV), ("openmpi", ONE_HOST, 2, HEAVY_BALL),
+RUNS = [("openmpi", ONE_HOST, 1, HEAVY_BALL), ("openmpi", ONE_HOST, 1, STOCK), ("openmpi", ONE_HOST, 2, HEAVY_BALL),
         ("openmpi", ONE_HOST, 3, []), ("openmpi", ONE_HOST, 1, N_SYNC), ("openmpi", ONE_HOST, 3, N_SYNC),
         ("openmpi", ONE_HOST, 3, OVERLAP),
         ("openmpi", ONE_HOST, 3, AUTO), ("openmpi", TWO_HOSTS, 3, []), ("openmpi", TWO_HOSTS, 3, AUTO),
@@ -147,13 +147,13 @@ def test_a_log_with_one_entry_changed_does_not_replay(finished):
 
 def test_one_worker_equals_torch_sgd_in_one_process_to_the_bit(finished):
     """torch.optim.SGD, not fused (foreach=False), on an ordinary module."""
-    if finished.options[:2] not in (HEAVY_BALL, NESTEROV) or finished.num_workers != 1:
+    if finished.options[:2] not in (HEAVY_BALL, STOCK) or finished.num_workers != 1:
         pytest.skip("an identity of one worker that pushes and fetches at every step")
     torch.set_num_threads(1)
     task, config = finished.task, finished.config
     module = task.build_module()
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0, momentum=config.rule.momentum,
-                                weight_decay=config.rule.weight_decay, nesterov=finished.options == NESTEROV, foreach=False)
+                                weight_decay=config.rule.weight_decay, nesterov=finished.options == STOCK, foreach=False)
     schedule, loader, samples = task.schedule(1), task.train_loader(), 0
     plain = Plain(module)
     for push in finished.pushes:

@@ -93,6 +93,14 @@ def is_kept_by_workers(rule: RuleConfig) -> bool:
     return bool(rule.momentum) and rule.momentum_at in ("dana", "worker")
 
 
+def decays_at_workers(rule: RuleConfig) -> bool:
+    """Whether weight decay is part of the gradient that a worker computes: wd x_i for each batch, ahead of its momentum.
+
+    So it is torch.optim.SGD's wherever the velocity is kept. Not where the server squares the gradient to compensate its delay.
+    """
+    return RULEBOOK[rule.name].server != "dc"
+
+
 def workers_keep_state(rule: RuleConfig) -> bool:
     """Whether a checkpoint holds something of every worker's own; one that moves its own weights begins anew."""
     return is_kept_by_workers(rule) and not RULEBOOK[rule.name].moves

@@ -14,7 +14,7 @@ import torch
 
 from asgd_mpi.config import RuleConfig
 from asgd_mpi.server.ledger import Verdict
-from asgd_mpi.server.rulebook import RULEBOOK
+from asgd_mpi.server.rulebook import RULEBOOK, decays_at_workers
 
 if TYPE_CHECKING:
     from asgd_mpi.exchange.codec import Vector
@@ -30,18 +30,18 @@ def pieces(num_floats: int) -> Iterator[slice]:
 
 
 class Rule:
-    """Applies each gradient on arrival: x <- x - lr (u + wd x), where u is what a worker pushes.
+    """Applies each gradient on arrival: x <- x - lr u, where u is what a worker pushes, which holds the weight decay.
 
-    With the momentum at the server (heavy ball), v <- m v + (u + wd x) and x <- x - lr v; `server_nag` (Nesterov's) takes
-    u + wd x + m v in place of v. State: v, (P,) float32. With one worker, to the bit torch.optim.SGD that is not fused; so
+    With the momentum at the server (heavy ball), v <- m v + u and x <- x - lr v; `server_nag` (Nesterov's) takes u + m v in
+    place of v. State: v, (P,) float32; otherwise none. With one worker, to the bit torch.optim.SGD that is not fused; so
     long as pieces hold a multiple of 16 floats, as those of FlatModel do: the fused kernel rounds the rest of a vector in
-    another way. Otherwise no state; weight decay acts on the server's fresh weights, apart from the momentum.
+    another way. Where u must be the gradient itself (rulebook.decays_at_workers), u + wd x takes its place here.
     """
 
     def __init__(self, num_parameters: int, config: RuleConfig, num_workers: int = 1):
         self.momentum = config.momentum if config.momentum_at in ("server", "server_nag") else 0.0
         self.nesterov = bool(self.momentum) and config.momentum_at == "server_nag"
-        self.weight_decay = config.weight_decay
+        self.weight_decay = 0.0 if decays_at_workers(config) else config.weight_decay
         self._velocity = [torch.zeros(num_parameters)] if self.momentum else []
         self.state = {"velocity": velocity for velocity in self._velocity}   # what a checkpoint keeps, (P,) float32 each
 
@@ -77,15 +77,14 @@ class Mean(Rule):
 
 
 class Adagrad(Rule):
-    """h <- h + g g; x <- x - lr g / (sqrt(h) + 1e-10), g with weight decay: torch.optim.Adagrad. State: h, (P,) float32."""
+    """h <- h + g g; x <- x - lr g / (sqrt(h) + 1e-10): torch.optim.Adagrad. State: h, (P,) float32."""
 
     def __init__(self, num_parameters: int, config: RuleConfig, num_workers: int = 1):
         super().__init__(num_parameters, config)
         self._squares = self.state["squares"] = torch.zeros(num_parameters)
 
     def apply_(self, weights: torch.Tensor, pushed: torch.Tensor, verdict: Verdict, piece: slice) -> None:
-        weights, squares = weights[piece], self._squares[piece]
-        gradient = pushed[piece].add(weights, alpha=self.weight_decay)
+        weights, squares, gradient = weights[piece], self._squares[piece], pushed[piece]
         squares.addcmul_(gradient, gradient)
         weights.addcdiv_(gradient, squares.sqrt().add_(1e-10), value=-verdict.lr)
 
@@ -124,7 +123,7 @@ class DelayCompensated(Rule):
 class Elastic(Rule):
     """x <- x + d, where a worker pushes d = alpha (x_i - x) and has moved its own x_i by -d (easgd, eamsgd).
 
-    x + the sum of all x_i is kept. No state. Weight decay is the workers'.
+    x + the sum of all x_i is kept. No state.
     """
 
     def apply_(self, weights: torch.Tensor, pushed: torch.Tensor, verdict: Verdict, piece: slice) -> None:

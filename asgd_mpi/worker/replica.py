@@ -43,8 +43,9 @@ class Replica:
               torch.optim.SGD: the own weights are the point that looks ahead, and d is still of x_i. Memory: (P,) float32
               for x.
     `leader`: of the stages that compute, if the network is cut; `flat` is then that of its own part.
-    Weight decay is the server's, but for elastic rules, where it is added to the gradient here. What is pushed is rounded to
-    the run's wire format here, whatever host the worker is on; the snapshots that come have been rounded by the server.
+    Weight decay is part of each batch's gradient, wd times the weights that it was computed on (rulebook.decays_at_workers).
+    What is pushed is rounded to the run's wire format here, whatever host the worker is on; the snapshots that come have been
+    rounded by the server.
     `shares`: several replicas take turns on one network, and each keeps its own weights.
     """
 
@@ -98,8 +99,6 @@ class Replica:
         else:
             self._own = snapshot.clone() if self._shares else self.flat.weights.copy_(snapshot)
             self.base = version
-        if isinstance(self._vectors, Vectors):
-            self._vectors.own = self._own
 
     def add(self, batch: Batch, normalise: Normalise) -> float:
         """Compute the gradient of a batch; returns its loss."""
@@ -111,8 +110,10 @@ class Replica:
         if is_first:
             self._carried.begin_()
         accumulate = not (is_first or self.moves)
-        if not accumulate:
-            self._longest = self._longest_here()       # when a push is finished, others may have been fetched
+        if not accumulate:                             # when a push is finished, other weights may have been fetched
+            if isinstance(self._vectors, Vectors):
+                self._vectors.own = self._own
+            self._longest = self._longest_here()
         loss = self._loss.compute_gradient_(self._gradient, normalise, batch, self._seed, accumulate)
         self._is_finite = math.isfinite(loss) and (is_first or self._is_finite)
         if self.moves == "descends":
@@ -125,7 +126,7 @@ class Replica:
         If not, the next gradient begins anew; so must, by `load_`, one that moves its own weights, which are spoilt.
         """
         batches, self._batches = self._batches, 0
-        factor = None
+        factor = 1.0
         if self.moves == "descends":
             self._vectors.take_sum_()
         if not self._is_finite or not self._gradient.is_finite():
@@ -136,7 +137,7 @@ class Replica:
                 return False
         elif not self.moves:
             factor = self.scale = self._clip(batches)
-        self._vectors.finish_(factor)
+        self._vectors.finish_(factor, 0 if self.moves else batches)
         self._carried.finish_()
         return True
 
@@ -150,13 +151,10 @@ class Replica:
         self._carried.undo_()
 
     def _move_(self, is_first: bool) -> None:
-        if self.moves == "elastic":
-            self._vectors.decay_()
         self._vectors.move_(self._clip(), self._rate, is_first)
         self._last_rate = self._rate
 
     def _exchange_(self) -> None:
-        self._vectors.decay_()
         self._vectors.exchange_(self._snapshot, self._alpha, self._clip(), self._rate, self._last_rate)
         self._last_rate, self._rate = self._rate, self._rate_at(self._samples)
 

@@ -16,7 +16,7 @@ from asgd_mpi.config import Config
 from asgd_mpi.exchange import codec
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint
-from asgd_mpi.server.rulebook import RULEBOOK, pacing
+from asgd_mpi.server.rulebook import RULEBOOK, decays_at_workers, pacing
 from asgd_mpi.server.rules import pieces
 from asgd_mpi.worker.momentum import Momentum
 
@@ -24,12 +24,15 @@ from asgd_mpi.worker.momentum import Momentum
 class Vectors:
     """The momentum and, for a rule that descends, the sum of one worker, p float32 each, beside its `flat`, of p floats.
 
-    own: the weights that a rule moves, (p,); with those of `flat` it begins.
+    own: the weights that the gradient is computed on, and that a rule may move, (p,); with those of `flat` it begins.
+    The gradient times a factor, plus the weight decay, goes through the momentum: in the order of the usual loop around
+    torch.optim.SGD, where a gradient is clipped before the step adds the decay.
     """
 
     def __init__(self, flat: FlatModel, config: Config, num_workers: int):
         rule = config.rule
-        self.flat, self.own, self._wire, self._decay = flat, flat.weights, config.exchange.wire, rule.weight_decay
+        self.flat, self.own, self._wire = flat, flat.weights, config.exchange.wire
+        self._decay = rule.weight_decay if decays_at_workers(rule) else 0.0
         self._moves = RULEBOOK[rule.name].moves
         self._momentum = Momentum(rule, flat.weights, keeps_last=pacing(rule, num_workers).may_drop)
         self._sum = torch.zeros_like(flat.weights) if self._moves == "descends" else None
@@ -71,23 +74,17 @@ class Vectors:
             pull = own.clone()
             self._momentum.look_back_(pull, last_rate, piece)
             pull.sub_(centre[piece]).mul_(alpha)
-            if factor != 1:
-                gradient.mul_(factor)
-            self._momentum.push_(gradient, piece)
+            self._push_(factor, piece=piece)
             own.sub_(pull).sub_(gradient, alpha=rate)
             gradient.copy_(pull)
-
-    def decay_(self) -> None:
-        """Add the weight decay to the gradient."""
-        self.flat.gradient.add_(self.own, alpha=self._decay)
 
     def take_sum_(self) -> None:
         self.flat.gradient.copy_(self._sum)
 
-    def finish_(self, factor: float | None) -> None:
-        """Turn the gradient times `factor` into what is pushed; None: it is that already."""
-        if factor is not None:
-            self._push_(factor)
+    def finish_(self, factor: float, batches: int) -> None:
+        """Turn the gradient, a sum over `batches`, times `factor` into what is pushed; no batches: it is that already."""
+        if batches:
+            self._push_(factor, batches)
         self.deliver_()
 
     def weight_norms(self) -> list[float]:
@@ -98,10 +95,14 @@ class Vectors:
         """Leave what is pushed where the courier takes it from."""
         codec.round_(self.flat.gradient, self._wire)
 
-    def _push_(self, factor: float) -> None:
+    def _push_(self, factor: float, batches: int = 1, piece: slice = slice(None)) -> None:
+        """Turn a piece of the gradient, a sum over `batches`, times `factor` into what moves the weights."""
+        gradient = self.flat.gradient[piece]
         if factor != 1:
-            self.flat.gradient.mul_(factor)
-        self._momentum.push_(self.flat.gradient)
+            gradient.mul_(factor)
+        if self._decay:
+            gradient.add_(self.own[piece], alpha=batches * self._decay)
+        self._momentum.push_(gradient, piece)
 
 
 class SpreadVectors:
@@ -135,8 +136,8 @@ class SpreadVectors:
     def take_sum_(self) -> None:
         self._each("vectors", "take_sum_")
 
-    def finish_(self, factor: float | None) -> None:
-        self._each("vectors", "finish_", factor)
+    def finish_(self, factor: float, batches: int) -> None:
+        self._each("vectors", "finish_", factor, batches)
 
     def is_finite(self) -> bool:
         return all(self._each("flat", "is_finite"))
