@@ -96,8 +96,8 @@ def describe(simulation: Simulation) -> list[str]:
     """The course of the training and its sums, as lines of text."""
     pushes = [push for push in simulation.pushes if isinstance(push, Push)]
     lines = ["   time (s)   epoch   version   accuracy      loss"]
-    lines += [f"{score.t:11.3f} {score.epoch:7.2f} {score.version:9,} {percent(1 - score.top1_error, 2):>10} "
-              f"{number(score.loss, 4):>9}" for score in simulation.scores]
+    lines += [f"{score.when:11.3f} {score.epoch:7.2f} {score.version:9,} {percent(1 - score.top1_error, 2):>10} "
+              f"{number(score.loss, 4):>9}" for score in sorted(simulation.scores, key=lambda score: score.version)]
     last, made = simulation.scores[-1], len(pushes)
     staleness = sum(push.staleness for push in pushes) / made
     dropped = simulation.num_dropped / (made + simulation.num_dropped)

@@ -29,6 +29,7 @@ from asgd_mpi.record.events import PHASES, Interval, Member, Push, Refusal, Reti
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.server import rulebook
 from asgd_mpi.server.ledger import Ledger, Lease, Mail, Orders, Plan, Score, Work
+from asgd_mpi.server.versions import Versions
 from asgd_mpi.task import Task
 
 VALIDATION = 1 / 3        # of a step: no backward pass
@@ -129,6 +130,7 @@ class Simulation:
         self.pushes: list[Push | Member] = []
         self.books = [Book(interval_s) for _ in range(plan.num_workers + 1)]
         self.scores: list[Validation] = []
+        self._versions = Versions(self.ledger, 0.0)
         self.num_dropped = 0              # pushes that came too late, or were not finite
         self.latest = computation.first
         self._num_bytes = codec.num_bytes(len(self.latest.weights), exchange.wire)
@@ -323,6 +325,7 @@ class Simulation:
             return False
         self.latest = computation.applied(self.latest, verdict, positions)
         self.pushes.append(Push.of(self.now, header, verdict))
+        self._versions.add(positions, self.now)
         self.books[0].add(self.now, pushes=1, images=positions, skipped_images=skipped)
         self.progress.push(positions, loss, verdict.staleness)
         return False
@@ -364,9 +367,10 @@ class Simulation:
     def _announce(self, score: Score | None) -> None:
         if score is None:
             return
-        self.scores.append(Validation.of(self.now, score, self.ledger.samples, self.plan.num_samples))
-        self.books[0].events.append(self.scores[-1])
-        self.progress.validated(score.top1_error)
+        event = Validation.of(self.now, score, self._versions.of(score.version), self.plan.num_samples)
+        self.scores.append(event)
+        self.books[0].events.append(event)
+        self.progress.validated(score.top1_error, event.epoch)
 
     def _drop(self, me: _Worker, reason: str, given_up: int = 0) -> None:
         self.num_dropped += 1

@@ -119,12 +119,13 @@ def train(setting: Setting) -> dict:
     """A row: the setting, the final accuracy, and what it took to reach the target."""
     torch.set_num_threads(1)
     pushes, scores, diverged = _run(setting) if setting.is_real else _simulate(setting)
+    scores = sorted(scores, key=lambda score: score.version)
     accuracy = [1 - score.top1_error for score in scores]
     began = pushes[0].t if setting.is_real and pushes else 0.0
     reached = next((score for score, found in zip(scores, accuracy) if found >= TARGET[setting.data]), None)
     return asdict(setting) | {
         "accuracy": accuracy[-1] if scores else 0.0, "diverged": diverged,
-        "samples_to_target": reached and reached.samples, "seconds_to_target": reached and reached.t - began,
+        "samples_to_target": reached and reached.samples, "seconds_to_target": reached and reached.when - began,
         "seconds": pushes[-1].t - began if pushes else None, "staleness": sum(push.staleness for push in pushes) / len(pushes) if pushes else None}
 
 

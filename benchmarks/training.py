@@ -57,11 +57,11 @@ def apply_share(run_dir: RunDir) -> float:
 
 
 def seconds_to(run_dir: RunDir, accuracy: float) -> float | None:
-    """From when all ranks were ready to the first validation with at least that top-1 accuracy; None if there is none."""
+    """From when all ranks were ready until the first version was made that has that top-1 accuracy; None if there is none."""
     events = [event for path in sorted(run_dir.metrics.iterdir()) for event in read_events(path)]
     ready = max(event.t for event in events if isinstance(event, Start))
-    return next((event.t - ready for event in events
-                 if isinstance(event, Validation) and event.top1_error <= 1 - accuracy), None)
+    scores = sorted((event for event in events if isinstance(event, Validation)), key=lambda score: score.version)
+    return next((score.when - ready for score in scores if score.top1_error <= 1 - accuracy), None)
 
 
 def middle_times(run_dir: RunDir) -> tuple[float, float]:

@@ -19,7 +19,7 @@ def make_summary(path, num_workers, images_per_s, errors, **changes):
     """A run of `num_workers` whose k-th validation, at k seconds and k * 100 samples per worker, has the k-th error."""
     summary = summarize(make_run(path / f"run{num_workers}", make_pushes(), validations=len(errors)))
     for number, (score, error) in enumerate(zip(summary.validations, errors), start=1):
-        score.t, score.samples, score.epoch, score.top1_error = T0 + number, 100 * number * num_workers, float(number), error
+        score.made, score.samples, score.epoch, score.top1_error = T0 + number, 100 * number * num_workers, float(number), error
     return msgspec.structs.replace(summary, num_workers=num_workers, images_per_s=images_per_s, **changes)
 
 

@@ -305,7 +305,7 @@ def test_a_plateau_is_named_with_what_it_cost(tmp_path):
     summary = summarize(make_run(tmp_path / "run", make_pushes(), validations=9))
     summary.duration_s = 8.0
     for number, score in enumerate(summary.validations):
-        score.top1_error, score.t = max(0.1, 0.5 - 0.1 * number), T0 + number
+        score.top1_error, score.made = max(0.1, 0.5 - 0.1 * number), T0 + number
     found = [text for text in advise(summary, price(summary, 3600.0)) if text.startswith("No better since epoch 5.0")]
     assert found and "10.00 % top-1 error" in found[0] and "the last 50 % of the run (4.0 s, 12.00 of the 24.00" in found[0]
     for number, score in enumerate(summary.validations):

@@ -1,5 +1,6 @@
 """What a run does when its ranks fail, hang or are told to leave, and what comes back when it is resumed: real runs."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import torch
 from asgd_mpi import replay, resume
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.audit import audit
-from asgd_mpi.record.events import Refusal, Retirement, read_events
+from asgd_mpi.record.events import Refusal, Retirement, Validation, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from conftest import finish, ranks_of
@@ -97,6 +98,10 @@ def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers
     assert site.check(epochs=8)["restart"] == 1
     summary = summarize(site.run)
     assert summary.status == "finished" and [start.num_workers for start in summary.restarts] == [3, 2]
+    samples = [0, *itertools.accumulate(push.positions for push in history.pushes(site.run))]
+    told = site.events(Validation)
+    assert [event.samples for event in summary.validations] == [samples[event.version] for event in summary.validations]
+    assert len(told) == len(summary.validations) and all(event.samples == samples[event.version] for event in told)
     done = site.train(2, status=0, epochs=8)
     assert "nothing is left to do" in done.stdout
 

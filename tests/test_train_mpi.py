@@ -194,6 +194,9 @@ def test_the_report_agrees_with_the_record(finished):
     assert (summary.status, summary.problems) == ("finished", [])
     assert summary.images == summary.images_trained == round(finished.epochs * 1437)
     assert summary.epochs_done == pytest.approx(finished.epochs, rel=1e-3)
+    for validation in [*summary.validations, *(event for _, event in finished.of(Validation))]:
+        before = finished.pushes[:validation.version]
+        assert (validation.samples, validation.made) == (sum(push.positions for push in before), before[-1].t)
     assert summary.bytes_pushed >= 4 * len(finished.pushes) and not summary.audit.violations
     assert "report: run/report/report.html" in finished.output and (finished.run.report / "report.json").exists()
     assert [event.status for _, event in finished.of(End)] == ["finished"] * finished.num_ranks

@@ -101,5 +101,5 @@ def test_the_time_between_two_starts_is_nobodys_training_time(tmp_path):
     pause = 1000.0
     again = msgspec.structs.replace(first, restart=1, started=first.started + 2.5 + pause, ended=first.ended + pause)
     summary.restarts = [msgspec.structs.replace(first, ended=first.started + 2.5), again]
-    summary.validations[2].t += pause
+    summary.validations[2].made += pause
     assert compare([summary], 0.9).entries[0].reached.seconds == pytest.approx(3.0)

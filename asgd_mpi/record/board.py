@@ -56,7 +56,7 @@ class Board:
                     "exchange/server busy": (event.apply + event.checkpoint) / seconds})
                 self._fresh()
             case Validation():
-                self._write(event.t, event.samples, {
+                self._write(event.when, event.samples, {
                     "validation/top-1 accuracy": 1 - event.top1_error, "validation/top-5 accuracy": 1 - event.top5_error,
                     **({"validation/loss": event.loss} if event.loss is not None else {})})
             case End() if self._writer:

@@ -25,6 +25,7 @@ from asgd_mpi.record.rundir import unwritable
 if TYPE_CHECKING:
     from asgd_mpi.exchange.wire import Header
     from asgd_mpi.server.ledger import Score, Verdict
+    from asgd_mpi.server.versions import Made
 
 FORMAT = 1
 PHASES = ("data", "compute", "push", "fetch", "validate", "apply", "checkpoint", "idle")  # where a rank's time goes
@@ -112,19 +113,25 @@ class Validation(msgspec.Struct, tag_field="event", tag="validation"):
 
     t: float
     version: int
-    samples: int              # trained so far
-    epoch: float
+    samples: int              # that had made this version; in logs before `made` was written: when the score arrived
+    epoch: float              # ... the same in epochs
     num_images: int
     top1_error: float         # 0..1
     top5_error: float
     loss: float | None        # None if it is not finite
     final: bool = False
     stored_top1_error: float | None = None   # with the batch-norm statistics that the workers had, if that was tried
+    made: float | None = None                # when this version was published; `t`: when its score had arrived
 
     @classmethod
-    def of(cls, t: float, score: Score, samples: int, samples_per_epoch: int) -> Validation:
-        return cls(t, score.version, samples, samples / samples_per_epoch, score.num_images, score.top1_error, score.top5_error,
-                   score.loss if math.isfinite(score.loss) else None, score.final, score.stored_top1_error)
+    def of(cls, t: float, score: Score, made: Made, samples_per_epoch: int) -> Validation:
+        return cls(t, score.version, made.samples, made.samples / samples_per_epoch, score.num_images, score.top1_error,
+                   score.top5_error, score.loss if math.isfinite(score.loss) else None, score.final, score.stored_top1_error, made.t)
+
+    @property
+    def when(self) -> float:
+        """The time to draw it at: that of its version, as far as it is known."""
+        return self.t if self.made is None else self.made
 
 
 class Checkpoint(msgspec.Struct, tag_field="event", tag="checkpoint"):

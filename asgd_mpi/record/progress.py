@@ -49,8 +49,9 @@ class Progress:
         if self._lines and time.monotonic() >= self._next_line:
             self._line()
 
-    def validated(self, top1_error: float) -> None:
-        self._error = f", accuracy {100 * (1 - top1_error):.2f} %"
+    def validated(self, top1_error: float, epoch: float) -> None:
+        """The score of a version has arrived, which had been made at `epoch`."""
+        self._error = f", accuracy {100 * (1 - top1_error):.2f} % at epoch {epoch:.1f}"
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""

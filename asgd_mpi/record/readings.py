@@ -142,7 +142,7 @@ class Metrics:
         self.reads_own_pushes = True
         self.started = math.inf
         self.last_t = -math.inf
-        self.validations: list[Validation] = []
+        self.validations: list[tuple[int, Validation]] = []            # with the start of the run
         self.checkpoints: list[Checkpoint] = []
         self.cut: Cut | None = None                                    # of the latest start
         self.notes: list[RankNote] = []
@@ -170,6 +170,8 @@ class Metrics:
             self._add(rank, event)
             if isinstance(event, Gpu):
                 self._measure(rank, restart, event)
+            elif isinstance(event, Validation):
+                self.validations.append((restart, event))
             if not number:
                 self._see_start(restart, event)
 
@@ -217,8 +219,6 @@ class Metrics:
                 self.reads_own_pushes = self.reads_own_pushes and event.reads_own_pushes
                 self.num_samples = max(self.num_samples, event.num_samples)
                 self.total_samples = max(self.total_samples, event.total_samples)
-            case Validation():
-                self.validations.append(event)
             case Checkpoint():
                 self.checkpoints.append(event)
             case Cut():
@@ -249,9 +249,10 @@ class Training:
         self.by_worker: dict[int, Counter[str]] = defaultdict(Counter)  # 0-based -> pushes, images, staleness
         self.epochs: dict[int, Epoch] = {}
 
-    def watch(self, pushes: Iterable[Push]) -> Iterator[Push]:
+    def watch(self, pushes: Iterable[Push], also: Callable[[Push], None]) -> Iterator[Push]:
         """Add up the pushes on their way to somebody else."""
         for push in pushes:
+            also(push)
             images = push.positions - push.skipped
             self._bins.add_push(push)
             self.first, self.last = self.first or push, push

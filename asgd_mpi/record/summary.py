@@ -27,6 +27,7 @@ from asgd_mpi.record.readings import (
     COUNTERS, Epoch, GpuUse, Lines, Metrics, Rank, RankNote, Restart, Status, Training, gaps_s)
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins, Timeline
+from asgd_mpi.record.validations import Validations
 
 CONFIG_KEYS = ("model.name", "data.path", "data.batch_size", "run.epochs", "run.seed", "rule.name", "rule.momentum",
                "rule.warm_start_epochs", "schedule.lr", "exchange.n_push", "exchange.n_fetch", "exchange.overlap",
@@ -100,7 +101,7 @@ class Summary(msgspec.Struct):
     refusals: dict[str, int]                   # reason -> pushes that were not applied
     given_up: int                              # images left out since their gradient was never finite
     restarts: list[Restart]                    # every start of the run
-    forgotten_pushes: int                      # applied after a checkpoint that the run then went on from
+    forgotten_pushes: int                      # applied after a checkpoint that the run then went on from,
     num_parameters: int
     apply_s: float | None                      # the server's time for one update, mean
     server_busy: float | None                  # 0..1: apply and checkpoint, of the server's covered time
@@ -108,6 +109,7 @@ class Summary(msgspec.Struct):
     audit: Audit
     num_samples: int = 0                       # of an epoch; 0 if no Start says so
     total_samples: int = 0                     # of the run
+    forgotten_validations: int = 0             # ... of versions that were forgotten with them
     read_retries: int = 0                      # reads of shards that failed and were repeated
     gpus: list[GpuUse] = []                    # those of which NVML told something
     pipelines: Pipelines | None = None         # if networks are cut into stages
@@ -142,8 +144,9 @@ def summarize(run: RunDir) -> Summary:
         metrics.read(number, restart, lines.read(read_events, path))
     num_workers = metrics.num_workers or max(metrics.ranks, default=0)
     forgotten: list[Push] = []
+    scores = Validations(metrics.validations, history.lineage(run), metrics.num_samples)
     pushes = (push for push in history.pushes(run, lines.read, forgotten) if push)
-    checked = audit(training.watch(pushes), metrics.num_samples, metrics.total_samples,
+    checked = audit(training.watch(pushes, scores.see), metrics.num_samples, metrics.total_samples,
                     num_workers, metrics.reads_own_pushes)
 
     ranks = [metrics.ranks[number] for number in sorted(metrics.ranks)]
@@ -156,12 +159,11 @@ def summarize(run: RunDir) -> Summary:
     training_s = training_s and max(0.0, training_s - gaps_s(starts, stopped))
     images = training.images if training.last else sent["images"]
     server = metrics.ranks.get(0, Rank(0, "server"))
-    validations = sorted(metrics.validations, key=lambda validation: validation.t)
     settings, versions = _read_config(run, lines.problems), _read_versions(run, lines.problems)
     status, reason = _status(run, ranks)
     return Summary(
         name=run.path.resolve().name, config=settings, versions=versions, status=status, reason=reason,
-        problems=_problems(run, metrics, checked.num_workers) + lines.problems, unreadable_lines=lines.unreadable,
+        problems=_problems(run, metrics, checked.num_workers) + lines.problems + scores.problems, unreadable_lines=lines.unreadable,
         num_workers=checked.num_workers, started=started, duration_s=_elapsed(started, last_t), training_s=training_s,
         images=images, images_per_s=_ratio(images, training_s), images_trained=sent["images"],
         skipped_images=training.skipped if training.last else sent["skipped_images"],
@@ -172,11 +174,11 @@ def summarize(run: RunDir) -> Summary:
         fetches=sent["fetches"], followed=sent["followed"], torn_reads=sent["torn_reads"],
         workers=_workers(metrics, training, checked.num_workers, images, training_s), ranks=ranks,
         staleness=_staleness(training.staleness), epochs=[epoch for _, epoch in sorted(training.epochs.items())],
-        validations=validations, checkpoints=sorted(metrics.checkpoints, key=lambda checkpoint: checkpoint.t),
+        validations=scores.all(started), checkpoints=sorted(metrics.checkpoints, key=lambda checkpoint: checkpoint.t),
         notes=sorted(metrics.notes, key=lambda note: note.t), notes_left_out=metrics.notes_left_out,
         retirements=metrics.retirements, refusals=dict(metrics.refusals),
         given_up=metrics.given_up, restarts=starts,
-        forgotten_pushes=len(forgotten),
+        forgotten_pushes=len(forgotten), forgotten_validations=scores.forgotten,
         num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
         timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,

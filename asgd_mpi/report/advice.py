@@ -193,8 +193,9 @@ def _plateau(summary: Summary, cost: Cost | None) -> str | None:
     best = min(scores[:last], key=lambda score: score.top1_error)
     if min(score.top1_error for score in scores[last:]) < best.top1_error - PLATEAU:
         return None
-    rest = max(0.0, 1 - (best.t - summary.started) / summary.duration_s)
+    whole = summary.seconds_at(summary.started + summary.duration_s)
+    rest = max(0.0, 1 - summary.seconds_at(best.when) / whole)
     price = f", {cost.total * rest:,.2f} of the {cost.total:,.2f} it cost" if cost else ""
     return (f"No better since epoch {best.epoch:.1f} ({percent(best.top1_error, 2)} top-1 error): the last "
-            f"{percent(rest, 0)} of the run ({seconds(rest * summary.duration_s)}{price}) gained nothing. Stop earlier, or "
+            f"{percent(rest, 0)} of the run ({seconds(rest * whole)}{price}) gained nothing. Stop earlier, or "
             "lower the learning rate sooner.")

@@ -22,9 +22,9 @@ VARIED = ("rule.name", "rule.warm_start_epochs", "exchange.n_push", "exchange.n_
 
 
 class Reached(msgspec.Struct):
-    """The first validation at the target accuracy or better."""
+    """The first version with the target accuracy or better, of those that were validated."""
 
-    seconds: float                             # since the first Start
+    seconds: float                             # since the first Start, until that version was made
     samples: int
     epoch: float
     images_per_s: float                        # samples / seconds, validations and start included
@@ -143,7 +143,7 @@ def _entry(summary: Summary, base: float | None, target: float | None, price_per
     cost = None if price_per_gpu_hour is None else costs.price(summary, price_per_gpu_hour)
     speedup = summary.images_per_s / base if summary.images_per_s and base else None
     score = first_at(summary.validations, target) if target is not None else None
-    elapsed = score and summary.seconds_at(score.t)
+    elapsed = score and summary.seconds_at(score.when)
     reached = None
     if elapsed and elapsed > 0:
         reached = Reached(elapsed, score.samples, score.epoch, score.samples / elapsed,

@@ -95,11 +95,11 @@ def _curves(comparison: Comparison, summaries: Sequence[Summary]) -> Figure | No
     shown = _with_curve(comparison, summaries)[:MAX_CURVES]
     if not shown:
         return None
-    scale, unit = clock(max(summary.seconds_at(summary.validations[-1].t) for _, summary in shown))
+    scale, unit = clock(max(summary.seconds_at(summary.validations[-1].when) for _, summary in shown))
     figure, (by_time, by_samples) = canvas(1, 2, sharey=True)
     for colour, (entry, summary) in zip(COLOURS, shown):
         accuracy = [100 * (1 - score.top1_error) for score in summary.validations]
-        by_time.plot([summary.seconds_at(score.t) / scale for score in summary.validations], accuracy, color=colour,
+        by_time.plot([summary.seconds_at(score.when) / scale for score in summary.validations], accuracy, color=colour,
                      linestyle=STYLES[is_sync(entry)], label=_label(entry, comparison))
         by_samples.plot([score.samples for score in summary.validations], accuracy, color=colour,
                         linestyle=STYLES[is_sync(entry)])
@@ -139,11 +139,11 @@ def _grid(comparison: Comparison, summaries: Sequence[Summary]) -> Figure | None
         return None
     starts = sorted({entry.warm_start_epochs > 0 for entry, _ in shown})
     figure, panels = canvas(2, len(starts), height=5.2, sharex="row", sharey="row", squeeze=False)
-    scale, unit = clock(max(summary.seconds_at(summary.validations[-1].t) for _, summary in shown))
+    scale, unit = clock(max(summary.seconds_at(summary.validations[-1].when) for _, summary in shown))
     for warm, error, time in zip(starts, *panels):
         part = [(entry, summary) for entry, summary in shown if (entry.warm_start_epochs > 0) == warm]
         for entry, summary in part:
-            error.plot([summary.seconds_at(score.t) / scale for score in summary.validations],
+            error.plot([summary.seconds_at(score.when) / scale for score in summary.validations],
                        [100 * score.top1_error for score in summary.validations], linewidth=1.1,
                        color=COLOURS[counts.index(entry.num_workers) % len(COLOURS)],
                        linestyle=STYLES[pushes.index(entry.n_push) % len(STYLES)])

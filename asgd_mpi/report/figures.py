@@ -197,14 +197,14 @@ def _accuracy(summary: Summary) -> Figure | None:
     scores = summary.validations
     if not scores or summary.started is None:
         return None
-    scale, unit = clock(scores[-1].t - summary.started)
+    scale, unit = clock(summary.seconds_at(scores[-1].when))
     figure, (by_time, by_epoch) = canvas(1, 2, sharey=True)
-    for axes, x in ((by_time, [(score.t - summary.started) / scale for score in scores]),
+    for axes, x in ((by_time, [summary.seconds_at(score.when) / scale for score in scores]),
                     (by_epoch, [score.epoch for score in scores])):
         axes.plot(x, [100 * (1 - score.top1_error) for score in scores], "o-", markersize=2.5, color=GREEN, label="top-1")
         axes.plot(x, [100 * (1 - score.top5_error) for score in scores], "-", linewidth=1, color=GREY, label="top-5")
         axes.set_xlim(left=0)
-    by_time.set(xlabel=f"time ({unit})", ylabel="accuracy (%)")
+    by_time.set(xlabel=f"training time ({unit})", ylabel="accuracy (%)")
     by_time.legend(loc="lower right")
     by_epoch.set(xlabel="epochs")
     last = scores[-1]
@@ -259,7 +259,8 @@ KINDS = (
          "apply and checkpoint are the server's work.", _split),
     Kind("staleness", "Staleness", "Versions applied between the fetch that a gradient was computed on and its own "
          "application. With equally fast workers the mean is just under workers - 1.", _staleness),
-    Kind("accuracy", "Accuracy", "On the validation split: against time, and against epochs and samples applied.",
+    Kind("accuracy", "Accuracy", "On the validation split: against the time when the version was made, and against the epochs and "
+         "samples that had made it.",
          _accuracy),
     Kind("rate", "Learning rate and training loss", "As the server applied them: the rate follows the samples applied.",
          _rate),

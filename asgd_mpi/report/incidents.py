@@ -36,4 +36,7 @@ def incidents(summary: Summary) -> list[Incident]:
     if summary.forgotten_pushes:
         rows.append(Incident("", "0", f"{summary.forgotten_pushes:,} pushes were applied after a checkpoint that the run then "
                              "went on from: their images were trained again"))
+    if summary.forgotten_validations:
+        rows.append(Incident("", "0", f"{summary.forgotten_validations:,} validations of versions that were forgotten with them "
+                             "are left out here"))
     return rows

@@ -208,6 +208,12 @@ class Ledger:
         """The workers that hold a lease."""
         return [worker for worker, account in enumerate(self._accounts) if account.leases]
 
+    @property
+    def oldest_validated(self) -> int:
+        """The oldest version that a validation which is lent may be of; the present one if none is."""
+        return min((account.read for account in self._accounts
+                    if any(lease.work != Work.TRAIN for lease in account.leases)), default=self.version)
+
     def judge(self, header: Header) -> Verdict:
         """Take a gradient into account. Raises LedgerError if it cannot be one of this run's."""
         self._demand_possible(header, "" if math.isfinite(header.loss) else "its loss is not finite")

@@ -30,6 +30,7 @@ from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict, Work
 from asgd_mpi.server.rules import Rule, advance_, pieces
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.stability import LossWatch
+from asgd_mpi.server.versions import Made, Versions
 
 LOOK_S = 0.1     # between two looks around
 
@@ -70,6 +71,8 @@ class Server:
         self._heard = [now] * self.ledger.plan.num_workers  # when each worker was last heard of
         self._looked = self._saved_at = now
         self._saved_samples = self.ledger.samples
+        self._versions = Versions(self.ledger, time.time())
+        self._best_made: Made | None = None
 
     def publish_first(self, weights: torch.Tensor) -> None:
         """Publish the (P,) float32 `weights` as the version that the ledger begins with, and the first leases."""
@@ -209,8 +212,8 @@ class Server:
                 self.saver.saved(header.worker)
             case Kind.BEST:
                 best = self.ledger.best
-                if best and best.version == header.read_version:
-                    self.saver.keep_best(header.worker, header.read_version, best, self.ledger.samples)
+                if best and self._best_made and best.version == header.read_version:
+                    self.saver.keep_best(header.worker, header.read_version, best, self._best_made.samples)
             case Kind.SIGNAL:
                 self.left_because = self.left_because or f"rank {header.worker + 1} was asked to end by a signal"
             case Kind.FAILED:
@@ -342,11 +345,12 @@ class Server:
         self.progress.say(text)
 
     def _score(self, arrival: Arrival) -> None:
+        made = self._versions.of(arrival.header.read_version)
         score = self.ledger.tally(arrival.header)
         if self.statistics is not None and not self.averages_statistics:
             self.statistics.copy_(arrival.statistics)
         if score is not None:
-            self._announce(score)
+            self._announce(score, made)
 
     def _average(self, arrival: Arrival) -> None:
         """Take the statistics of a push into the running mean; what is not finite would stay in it for ever."""
@@ -355,9 +359,11 @@ class Server:
         else:
             self._record_refusal(arrival.worker, "batch-norm statistics that are not finite")
 
-    def _announce(self, score: Score) -> None:
-        self.log.write(Validation.of(time.time(), score, self.ledger.samples, self.ledger.plan.num_samples))
-        self.progress.validated(score.top1_error)
+    def _announce(self, score: Score, made: Made) -> None:
+        self.log.write(event := Validation.of(time.time(), score, made, self.ledger.plan.num_samples))
+        self.progress.validated(score.top1_error, event.epoch)
+        if score is self.ledger.best:
+            self._best_made = made
         self.latest_score = score
         if score.final:
             self.final_score = score
@@ -369,7 +375,9 @@ class Server:
             self.window.post(worker, mail)
 
     def _record(self, header: Header, verdict: Verdict) -> None:
-        self.pushes.write(Push.of(time.time(), header, verdict))
+        now = time.time()
+        self.pushes.write(Push.of(now, header, verdict))
+        self._versions.add(header.count, now)
         self.meter.add(images=header.count, pushes=1, skipped_images=header.skipped)
         self.progress.push(header.count, header.loss, verdict.staleness)
         if self.loss_watch.add(header.loss, verdict.staleness):
