@@ -25,7 +25,7 @@ from typing import Literal
 import h5py
 import jsonargparse
 
-from asgd_mpi import findings, gpus, launch, topology
+from asgd_mpi import findings, gpus, launch, segments, topology
 from asgd_mpi.config import WIRES
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.findings import PROBLEM, Findings, Link, Locking, Need, Rank, Row
@@ -242,7 +242,8 @@ def _wrapped(text: str, indent: str) -> str:
 def _machine_facts() -> dict:
     """Fields of Rank that CUDA and the file system know."""
     shm = Path("/dev/shm")
-    return {"gpus": gpus.visible(), "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
+    removed = segments.remove_dead()
+    return {"shm_removed": len(removed), "shm_removed_bytes": sum(segment.num_bytes for segment in removed), "gpus": gpus.visible(), "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
 
 
 def _launched() -> int | None:

@@ -31,6 +31,8 @@ class Rank:
     takes_gpu_memory: bool = False       # the library says that messages may lie in it
     gpus: tuple[Gpu, ...] = ()           # that it may use
     shm_free: int | None = None          # bytes of /dev/shm; None if there is none
+    shm_removed: int = 0                 # files there of dead MPI jobs, that this rank has removed,
+    shm_removed_bytes: int = 0           # ... and what they took
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,11 @@ def _links(found: Findings) -> Iterator[Row]:
 
 
 def _shared_memory(found: Findings) -> Iterator[Row]:
+    for host in dict.fromkeys(rank.host for rank in found.ranks):
+        here = [rank for rank in found.ranks if rank.host == host]
+        if count := sum(rank.shm_removed for rank in here):
+            yield Row("/dev/shm", NOTE, f"{count} file{'s' * (count > 1)} of dead MPI jobs of this user removed on {host} "
+                      f"({_size(sum(rank.shm_removed_bytes for rank in here))}): a launcher that is killed leaves them")
     free, need, host = found.ranks[SERVER].shm_free, found.need, found.places.hosts[SERVER]
     if need is None:
         return

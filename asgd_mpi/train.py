@@ -34,7 +34,7 @@ from torch import nn
 
 import asgd_mpi
 from asgd_mpi import config as configuration
-from asgd_mpi import gpus, inject, launch, report, topology
+from asgd_mpi import gpus, inject, launch, report, segments, topology
 from asgd_mpi.config import Config
 from asgd_mpi.crew import Crew
 from asgd_mpi.errors import DeadlineExceeded, ServerLost, StageLost, UserError
@@ -101,6 +101,8 @@ def _take_part(world: World, setup: dict) -> int:
         ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
         if world.is_server:
             print(setup["greeting"], flush=True)
+        if places.hosts.index(world.host) == world.rank and (removed := segments.remove_dead()):
+            print(f"{world.host}: {segments.describe(removed)}", flush=True)
         status = _train(world, config, run, places, setup["restart"], setup["checkpoint"], setup["carried"])
         signals.ignore()
         world.leave(status, config.failure.grace_s, status or DEGRADED)

@@ -46,6 +46,7 @@ is_ready() { :; }
 
 # again WHY: have Slurm start this job anew, with the same command.
 again() {
+  remove_segments
   echo "$1: job $SLURM_JOB_ID goes back into the queue"
   scontrol requeue "$SLURM_JOB_ID" && exit 0
   echo "Slurm does not requeue it: the same sbatch command goes on where this job stopped" >&2
@@ -62,7 +63,26 @@ all_nodes_answer() {
   done
 }
 
+# remove_segments: what ranks that were killed have left in /dev/shm of the nodes; what living jobs use stays. Runs when this
+# script ends, for at most half a minute, unless the training ended by itself.
+remove_segments() {
+  local group nodes
+  trap - EXIT
+  [ "${status:-1}" != 0 ] && [ "${status:-1}" != 75 ] || return 0
+  for group in $(seq 0 $((${SLURM_HET_SIZE:-1} - 1))); do
+    nodes=SLURM_JOB_NUM_NODES${SLURM_HET_SIZE:+_HET_GROUP_$group}
+    timeout 30 srun ${SLURM_HET_SIZE:+--het-group=$group} --mpi=none --overlap --gpus-per-node=0 --cpus-per-task=1 \
+      --nodes="${!nodes}" --ntasks="${!nodes}" --ntasks-per-node=1 $PYTHON -m asgd_mpi.segments 2> /dev/null || true
+  done
+}
+
 changed_since_start() { [ -n "$(find "$@" -maxdepth 0 -newermt "@$started" 2> /dev/null)" ]; }
+
+# saved_since_start: a checkpoint, not a copy of one under a name of the user's.
+saved_since_start() {
+  [ -n "$(find "$run/checkpoints" -maxdepth 1 -regextype posix-extended -regex '.*/v[0-9]{9,}(\.r[0-9]+)?' \
+    -newermt "@$started" 2> /dev/null)" ]
+}
 
 # train OPTION...: start or resume a training in --run.dir (or runs/JOB; with an array the tasks are seeds, in DIR-seedN), and
 # end the job as the training did. Success is DIR/finished.json, which rank 0 writes last; the launcher's status proves nothing.
@@ -74,6 +94,7 @@ train() {
   is_ready() { changed_since_start "$run/log/rank000.txt"; }         # a signal would end a rank that still starts
   case $($LAUNCH --version 2>&1) in *HYDRA*) signal=TERM ;; esac     # MPICH's mpirun dies of USR2, and passes TERM on
 
+  trap remove_segments EXIT
   follow $signal $LAUNCH $PYTHON -m asgd_mpi.train --data.threads "$threads" \
     ${SLURM_ARRAY_TASK_ID:+--run.seed "$SLURM_ARRAY_TASK_ID"} "$@" --run.dir "$run" --resume auto
 
@@ -81,7 +102,7 @@ train() {
   [ -z "$ended" ] || { echo "ended by Slurm before the training was finished: $run"; exit 1; }
   [ "$status" != 75 ] || again "checkpoint written"
   if [ -n "$stopped" ]; then
-    changed_since_start "$run"/checkpoints/v* && again "the time is up, and the last checkpoint is some minutes old"
+    saved_since_start && again "the time is up, and the last checkpoint is some minutes old"
     echo "the time was up before there was a checkpoint: --time has to be much longer than the seconds of --signal" >&2
     exit 1
   fi
@@ -91,7 +112,7 @@ train() {
     exit 1
   fi
   changed_since_start "$run"/error.rank*.txt && { echo "failed with status $status: $run/error.rank*.txt" >&2; exit 1; }
-  changed_since_start "$run"/checkpoints/v* && again "the launcher ended with status $status, after a checkpoint"
+  saved_since_start && again "the launcher ended with status $status, after a checkpoint"
   echo "failed: the launcher ended with status $status, with neither a checkpoint nor an error in $run" >&2
   exit 1
 }

@@ -43,8 +43,9 @@ class Launcher:
         return subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True, start_new_session=True)
 
-    def start_training(self, ranks: int, *options: str, cwd: Path, launcher_options: tuple[str, ...] = ()) -> subprocess.Popen:
-        return self.start_as_given([self.mpirun, *launcher_options, "-np", str(ranks), sys.executable, "-m", "asgd_mpi.train",
+    def start_training(self, ranks: int, *options: str, cwd: Path, launcher_options: tuple[str, ...] = (),
+                       module: str = "asgd_mpi.train") -> subprocess.Popen:
+        return self.start_as_given([self.mpirun, *launcher_options, "-np", str(ranks), sys.executable, "-m", module,
                                     *QUIET, *options], cwd)
 
     def train(self, ranks: int, *options: str, cwd: Path, timeout_s: float = TIMEOUT_S,

@@ -6,7 +6,7 @@ import pytest
 
 from chaos.rehearse import rehearse
 
-RUNS = int(os.environ.get("ASGD_CHAOS_RUNS", "3"))
+RUNS = int(os.environ.get("ASGD_CHAOS_RUNS", "2"))
 
 
 @pytest.mark.parametrize("seed", range(1000, 1000 + RUNS))

@@ -1,0 +1,41 @@
+"""`asgd_mpi.train` on a disk that refuses writes of logs for a while (EIO), as `python -m chaos.failing_disk`.
+
+ASGD_DISK_FAILS: the number of the first write of `pushes.log` that is refused, and of how many from there on.
+"""
+
+import itertools
+import os
+import sys
+
+from asgd_mpi import train
+from asgd_mpi.record import events
+
+first, count = map(int, os.environ["ASGD_DISK_FAILS"].split(","))
+calls = itertools.count()
+
+
+class Failing:
+    """A log file; what is refused is lost, as a page is that cannot be written back."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, content):
+        if first <= next(calls) < first + count:
+            raise OSError(5, os.strerror(5))
+        return self._file.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+class FailingLog(events.EventLog):
+    def __init__(self, path, also=None):
+        super().__init__(path, also)
+        if path.name.startswith("pushes"):
+            self._file = Failing(self._file)
+
+
+if __name__ == "__main__":
+    train.EventLog = FailingLog
+    sys.exit(train.main())
