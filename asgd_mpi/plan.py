@@ -31,6 +31,7 @@ from asgd_mpi.report.units import number, percent, short
 
 DEFAULT_WORKERS = "1,2,4,8,16,32,64,128"
 MAX_WORKERS, MAX_SERVERS = 4096, 64
+WAITING = ("sync", "sync_backup", "ssp")   # rules whose workers wait for others, which `forecast` does not model
 PROBE_S, PROBE_STEP_S = 20.0, 0.02     # of each of the two runs; short steps, to meet the server's limit
 
 
@@ -164,9 +165,9 @@ def observe(run: RunDir) -> Observation:
         raise RunDirError(f"{run.path} holds no worker's intervals with pushes, or none of the server's: nothing to "
                           "calibrate with. Take a run that trained for a few seconds.")
     n_push, rule = summary.config.get("exchange.n_push", 1), summary.config.get("rule.name", "asgd")
-    if n_push == "auto" or summary.config.get("exchange.overlap") or rule == "sync":
+    if n_push == "auto" or summary.config.get("exchange.overlap") or rule in WAITING:
         raise RunDirError(f"{run.path} hides what a push costs behind the computation, or behind other workers (overlap, "
-                          "n_push auto, rule sync): calibrate with a run that does not; the plan may then have --overlap.")
+                          f"n_push auto, rules {', '.join(WAITING)}): calibrate with a run that does not; the plan may then have --overlap.")
     if summary.config.get("exchange.servers", 1) > 1:
         raise RunDirError(f"{run.path} had several servers, which wait for each other: calibrate with a run that had one; the plan "
                           "may then have --servers.")

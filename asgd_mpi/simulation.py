@@ -25,7 +25,7 @@ from asgd_mpi.config import ExchangeConfig
 from asgd_mpi.errors import TOO_FAST, ConfigError, TrainingDiverged, WorkersLost
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.record.events import PHASES, Interval, Member, Push, Refusal, Retirement, Validation
+from asgd_mpi.record.events import GIVEN_UP, PHASES, Interval, Member, Push, Refusal, Retirement, Validation
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.server import rulebook
 from asgd_mpi.server.ledger import Ledger, Lease, Mail, Orders, Plan, Score, Work
@@ -87,6 +87,9 @@ class _Worker:
     sum: _Sum | None = None
     trip: _Trip | None = None
     is_dead: bool = False
+    process: Process | None = None        # its loop,
+    alarm: int = -1                       # ... the number of the event that ends its sleep,
+    is_computing: bool = False            # ... and whether it may be woken before that
 
     @property
     def next_lease(self) -> Lease | None:
@@ -139,12 +142,14 @@ class Simulation:
         self._heap: list[tuple[float, int, _Worker | None, Process]] = []
         self._order = itertools.count()   # of events at the same time
         self._asleep: dict[int, list[Process]] = {}
+        self._void: set[int] = set()      # events that do not take place: their worker was woken before
         slow = {failure.rank: failure.amount for failure in failures if failure.kind == "slow"}
         dies = {failure.rank: failure.step for failure in failures if failure.kind != "slow" and failure.step}
         self.workers = [_Worker(number, self._mail[number], _steps(times, slow.get(number + 1, 1.0), f"{seed}:{number}"),
                                 dies.get(number + 1, 0)) for number in range(plan.num_workers)]
         for worker in self.workers:
-            self._spawn(worker, self._work(worker))
+            worker.process = self._work(worker)
+            self._spawn(worker, worker.process)
         for failure in failures:
             if failure.kind != "slow" and not failure.step:
                 self._spawn(None, self._die(self.workers[failure.rank - 1], failure.t or 0.0))
@@ -154,7 +159,11 @@ class Simulation:
         while not self.ledger.finished:
             if not self._heap:
                 raise RuntimeError(f"nothing happens any more at {self.now} s: {self.ledger.outstanding()}")
-            self.now, _, worker, process = heapq.heappop(self._heap)
+            now, number, worker, process = heapq.heappop(self._heap)
+            if number in self._void:
+                self._void.discard(number)
+                continue
+            self.now = now
             if worker is None or not worker.is_dead:
                 self._go_on(worker, process)
         for book in self.books:
@@ -178,7 +187,10 @@ class Simulation:
         if pause is None:
             self._asleep.setdefault(worker.number, []).append(process)
         else:
-            heapq.heappush(self._heap, (self.now + pause, next(self._order), worker, process))
+            number = next(self._order)
+            if worker is not None and process is worker.process:
+                worker.alarm = number
+            heapq.heappush(self._heap, (self.now + pause, number, worker, process))
 
     def _wake(self, number: int) -> None:
         for process in self._asleep.pop(number, []):
@@ -207,19 +219,35 @@ class Simulation:
 
     def _train(self, me: _Worker, lease: Lease) -> Process:
         for start in range(lease.start, lease.stop, self.plan.batch_size):
-            stop, seconds = min(start + self.plan.batch_size, lease.stop), me.step_s()
-            yield seconds
-            self.books[me.number + 1].add(self.now, compute=seconds, images=stop - start)
-            me.steps += 1
-            if me.steps == me.dies_at_step:
-                return self._lose(me)
+            stop, seconds, began = min(start + self.plan.batch_size, lease.stop), me.step_s(), self.now
+            me.is_computing = True
+            yield seconds                                    # or less: see _post
+            me.is_computing = False
             if me.sum is None:
                 me.sum, me.is_fresh = _Sum(lease.number, me.snapshot, me.snapshot if me.is_fresh else None), False
             me.sum.batches.append((lease.epoch, start, stop))
-            if self._is_due(me):
-                yield from self._push(me)
+            is_overtaken = self._is_overtaken(me, me.sum.snapshot)
+            self.books[me.number + 1].add(self.now, compute=self.now - began, images=0 if is_overtaken else stop - start)
+            if is_overtaken:
+                yield from self._give_up(me)
+            else:
+                me.steps += 1
+                if me.steps == me.dies_at_step:
+                    return self._lose(me)
+                if self._is_due(me):
+                    yield from self._push(me)
             if me.mail.orders != Orders.GO_ON:
                 return
+
+    def _is_overtaken(self, me: _Worker, snapshot: Snapshot) -> bool:
+        """Whether a gradient on this snapshot cannot count any more."""
+        return bool(self.plan.pacing.backup) and snapshot.version < self._mail[me.number].oldest
+
+    def _give_up(self, me: _Worker) -> Process:
+        done, me.sum = me.sum, None
+        yield from self._start(me, lambda: self._give_back(me, done))
+        me.since_fetch = 0
+        yield from self._take(me)
 
     def _is_due(self, me: _Worker) -> bool:
         if self.exchange.n_push == "auto":
@@ -330,6 +358,14 @@ class Simulation:
         self.progress.push(positions, loss, verdict.staleness)
         return False
 
+    def _give_back(self, me: _Worker, done: _Sum) -> bool:
+        header = Header(Kind.GIVEN_UP, me.number, me.sent, done.snapshot.version, done.lease, done.batches[0][1],
+                        sum(stop - start for _, start, stop in done.batches))
+        if not self._is_of_nobody(me, header):
+            self.ledger.give_back(header)
+            self._drop(me, GIVEN_UP)
+        return False
+
     def _is_of_nobody(self, me: _Worker, header: Header) -> bool:
         """Whether a packet was on its way when its worker was retired; it is then dropped."""
         if me.number in self.ledger.members:
@@ -399,6 +435,11 @@ class Simulation:
         for number, mail in self.ledger.take_news():
             self._mail[number] = mail
             self._wake(number)
+        for worker in self.workers if self.plan.pacing.backup else ():
+            if worker.is_computing and not worker.is_dead and self._is_overtaken(worker, (worker.sum or worker).snapshot):
+                worker.is_computing = False
+                self._void.add(worker.alarm)
+                self._spawn(worker, worker.process)
 
 
 def _steps(times: Times, factor: float, seed: str) -> Callable[[], float]:

@@ -91,6 +91,9 @@ class FakeWorkerWindow:
 
         return _wait(poll, f"mail of worker {self._worker}: {for_what}")
 
+    def read_mail(self):
+        return self._exchange.mail.get(self._worker)
+
     def follow(self, packet, into, whole=False):
         return None
 

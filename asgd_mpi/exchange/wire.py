@@ -20,6 +20,7 @@ class Kind(IntEnum):
     STATISTICS = 10  # payload: those of the batches of the gradient that follows
     # without a payload:
     NONFINITE = 3    # the gradient of this range is not finite
+    GIVEN_UP = 11    # the worker has left this range unfinished: its gradient could not count any more
     SAVED = 4        # the worker has written its own state for the checkpoint that was asked for
     BEST = 8         # the worker has written the model of `read_version`, which it has validated
     SIGNAL = 5       # the worker has been asked to end by a signal
@@ -69,13 +70,13 @@ def unpack_header(packet: bytes | memoryview) -> Header:
 
 
 MAIL_WORDS = 24
-_MAIL_FIELDS = 8   # before the leases
+_MAIL_FIELDS = 9   # before the leases
 _LEASE_WORDS = 5
 
 
 def pack_mail(mail: Mail) -> list[int]:
     """MAIL_WORDS words; the last one is a check over the others, so that half-written mail is told from mail."""
-    words = [mail.judged, mail.version, mail.orders, mail.dropped, mail.save, mail.best, mail.refused, mail.hold]
+    words = [mail.judged, mail.version, mail.orders, mail.dropped, mail.save, mail.best, mail.refused, mail.hold, mail.oldest]
     for lease in mail.leases:
         words += [lease.number, lease.work, lease.epoch, lease.start, lease.stop]
     words += [0] * (MAIL_WORDS - 1 - len(words))
@@ -86,13 +87,13 @@ def unpack_mail(words: list[int]) -> Mail | None:
     """The mail in MAIL_WORDS words; None if it was being written while it was read."""
     if words[-1] != _check(words[:-1]):
         return None
-    judged, version, orders, dropped, save, best, refused, hold = words[:_MAIL_FIELDS]
+    judged, version, orders, dropped, save, best, refused, hold, oldest = words[:_MAIL_FIELDS]
     leases = []
     for at in range(_MAIL_FIELDS, MAIL_WORDS - _LEASE_WORDS, _LEASE_WORDS):
         number, work, epoch, first, last = words[at:at + _LEASE_WORDS]
         if number:
             leases.append(Lease(number, Work(work), epoch, first, last))
-    return Mail(judged, version, Orders(orders), dropped, save, best, refused, bool(hold), tuple(leases))
+    return Mail(judged, version, Orders(orders), dropped, save, best, refused, bool(hold), tuple(leases), oldest)
 
 
 def _check(words: list[int]) -> int:

@@ -79,7 +79,7 @@ class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=
     skipped_images: int = 0   # damaged images left out because the user asked for it
     bytes_pushed: int = 0
     bytes_fetched: int = 0
-    refused_pushes: int = 0   # on the server: not finite, from a retired worker, or malformed
+    refused_pushes: int = 0   # on the server: see Refusal
     read_retries: int = 0     # reads of a shard that failed and were repeated
 
 
@@ -178,13 +178,16 @@ class Retirement(msgspec.Struct, tag_field="event", tag="retirement"):
 
 
 class Refusal(msgspec.Struct, tag_field="event", tag="refusal"):
-    """A push that was not applied: not finite, from a retired worker, or malformed."""
+    """A push that was not applied: not finite, too late, left unfinished, from a retired worker, or malformed."""
 
     t: float
     rank: int
     version: int
     reason: str
     given_up: int = 0         # positions that were tried too often and are left out of the epoch
+
+
+GIVEN_UP = "left unfinished: the step was made without it"     # the reason of a Refusal
 
 
 class Gpu(msgspec.Struct, tag_field="event", tag="gpu", omit_defaults=True):

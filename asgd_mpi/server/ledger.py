@@ -68,6 +68,7 @@ class Mail:
     refused: int = 0          # gradients of this worker that were too late: their images are lent again
     hold: bool = False        # wait for the others before the next step
     leases: tuple[Lease, ...] = ()
+    oldest: int = 0           # the oldest version whose gradients can still count: others are not worth finishing
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,8 @@ class Ledger:
             self._lend_to_all()
         if not dropped:
             mean_of = self._pace.take(header.worker, self.version, self._active, self.trained)
+        if mean_of and self.plan.pacing.backup:
+            self._news.update(self.members)                 # who is late begins the next step
         self._keep_pace()
         return Verdict(lr, version, version - header.read_version, header.worker, segments, rate, mean_of, dropped,
                        header.scale)
@@ -280,6 +283,18 @@ class Ledger:
         if account.nonfinite >= self.plan.max_nonfinite:
             self.retire(header.worker, for_good=True)
         return given_up
+
+    def give_back(self, header: Header) -> None:
+        """Take note that a worker has left a range unfinished, since its gradient could not count: it is lent again.
+
+        Raises LedgerError.
+        """
+        if not self._pace.is_late(self.version, header.read_version):
+            raise LedgerError(f"version {self.version}: a gradient was left that could still count; packet {header}")
+        self._returned.extend((Work.TRAIN, segment) for segment in self._settle(header, {Work.TRAIN}))
+        self._accounts[header.worker].made = self.version
+        self._relend(header.worker)
+        self._keep_pace()
 
     def acknowledge(self, header: Header) -> None:
         """Take a packet that covers no range into account. Raises LedgerError."""
@@ -350,7 +365,7 @@ class Ledger:
                       else Orders.GO_ON if account.is_member else Orders.REPORT if account.may_return else Orders.REST)
             yield worker, Mail(account.judged, account.made, orders, account.dropped, self.save,
                                self.best.version if self.best else 0, account.refused, worker in self._pace.held,
-                               tuple(account.leases))
+                               tuple(account.leases), self._pace.oldest)
 
     def outstanding(self) -> str:
         """Who holds what, for a message: `worker 0 (rank 1): lease 3, epoch 1 [64, 128), 0 of 64 delivered`."""

@@ -46,9 +46,14 @@ class Pace:
         """Whether nobody ever waits."""
         return bool(self.pacing.mean_of) and math.isinf(self.pacing.slack)
 
+    @property
+    def oldest(self) -> int:
+        """The oldest version whose gradients a round still counts; of other rules every one, for as long as they say."""
+        return 0 if self.pacing.mean_of else self._began
+
     def is_late(self, version: int, read_version: int) -> bool:
         """Whether a gradient is to be dropped."""
-        return version - read_version >= self.pacing.max_staleness or not self.pacing.mean_of and read_version < self._began
+        return version - read_version >= self.pacing.max_staleness or read_version < self.oldest
 
     def take(self, worker: int, version: int, active: Callable[[], Iterable[int]], is_last: bool) -> int:
         """Count a gradient, which made `version`; how many a step is made of now, 0 if it waits for more."""

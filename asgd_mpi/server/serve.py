@@ -22,7 +22,7 @@ from asgd_mpi.exchange.link import Arrival, Inbox
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model import batchnorm
-from asgd_mpi.record.events import Checkpoint, EventLog, Member, Note, Publish, Push, Refusal, Retirement, Validation
+from asgd_mpi.record.events import GIVEN_UP, Checkpoint, EventLog, Member, Note, Publish, Push, Refusal, Retirement, Validation
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.server import finite
@@ -188,7 +188,7 @@ class Server:
         try:
             if header is None:
                 self._expel(worker, arrival.fault)
-            elif header.kind in (Kind.VALIDATION, Kind.NONFINITE, Kind.HERE) and worker not in self.ledger.members:
+            elif header.kind in (Kind.VALIDATION, Kind.NONFINITE, Kind.GIVEN_UP, Kind.HERE) and worker not in self.ledger.members:
                 self._drop(header)
             elif header.kind == Kind.VALIDATION:
                 self._score(arrival)
@@ -199,6 +199,9 @@ class Server:
                 self._average(arrival)
             elif header.kind == Kind.NONFINITE:
                 self._refuse(header)
+            elif header.kind == Kind.GIVEN_UP:
+                self.ledger.give_back(header)
+                self._record_refusal(worker, GIVEN_UP)
             else:
                 self.ledger.acknowledge(header)
                 self._listen(header)

@@ -158,18 +158,24 @@ class StageAtWork:
                                                    for tensor in taken if tensor.requires_grad))
 
 
-def run_(stages: Sequence[Stage], work: Work, num_parts: int, schedule: Schedule = one_f_one_b) -> list[torch.Tensor]:
-    """Add the gradients of the parts to those of the parameters, in this process; returns their losses."""
+def run_(stages: Sequence[Stage], work: Work, num_parts: int, schedule: Schedule = one_f_one_b,
+         look: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
+    """Add the gradients of the parts to those of the parameters, in this process; returns their losses.
+
+    look: called before each forward and each backward pass of a part; may raise.
+    """
     links = [None, *(Link(LocalChannel(), LocalChannel()) for _ in stages[1:]), None]
     at_work = [StageAtWork(stage, before, after, work) for stage, before, after in zip(stages, links, links[1:])]
-    return run_in_turn_(at_work, schedule, num_parts)
+    return run_in_turn_(at_work, schedule, num_parts, look)
 
 
-def run_in_turn_(at_work: Sequence[AtWork], schedule: Schedule, num_parts: int) -> list[torch.Tensor]:
+def run_in_turn_(at_work: Sequence[AtWork], schedule: Schedule, num_parts: int,
+                 look: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
     """As `run_`, whoever computes what."""
     todo = [schedule(number, len(at_work), num_parts)[::-1] for number in range(len(at_work))]
     while any(todo):
         for one, steps in zip(at_work, todo):
             while steps and one.can(steps[-1]):
+                look()
                 one.do(steps.pop())
     return [at_work[-1].losses[part] for part in range(num_parts)]

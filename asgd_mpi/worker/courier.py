@@ -135,6 +135,11 @@ class Courier:
 
         self.mail = self._run(self._window.await_mail, self.sent, look, for_what).result()
 
+    def is_overtaken(self) -> bool:
+        """Whether a gradient on the weights that were fetched last cannot count any more. Not with overlap."""
+        mail = self._window.read_mail()
+        return mail is not None and self.version < mail.oldest
+
     def read_statistics(self) -> torch.Tensor:
         """The batch-norm statistics that the server keeps, float32."""
         return self._run(self._window.read_statistics).result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from asgd_mpi.model import batchnorm
 from asgd_mpi.record.events import EventLog, Fetch
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.server.ledger import Lease, Mail, Orders, Work
+from asgd_mpi.server.rulebook import pacing
 from asgd_mpi.worker.courier import Courier
 from asgd_mpi.worker.keeper import Keeper
 from asgd_mpi.worker.replica import Replica
@@ -24,6 +26,10 @@ from asgd_mpi.worker.step import Errors, Normalise, validate
 from asgd_mpi.worker.team import Leader
 
 AHEAD = 8     # batches that are read before they are needed; more, if there are more threads to read them
+
+
+class _Overtaken(Exception):
+    """The step was made without the gradient that is being computed."""
 
 
 class _Sum:
@@ -76,6 +82,9 @@ class Worker:
         self._dropped = self._refused = 0                      # packets, as far as this worker knows
         self._saved = 0                                        # the last checkpoint that the momentum was saved for
         self._told_of_signal = False
+        self._may_be_overtaken = bool(pacing(config.rule, num_workers=1).backup)
+        if self._may_be_overtaken:
+            replica.watch(self._demand_use)
 
     def run(self) -> None:
         """Work until the run is finished or left."""
@@ -114,16 +123,44 @@ class Worker:
             if self._sum is None and self.statistics == "server_ema":
                 batchnorm.begin_anew_(self.flat.measured)
             with self.meter.phase("compute"):                                  # -> flat.gradient (P,)
-                loss = self.replica.add(batch, self.normalise)
-                self.at_every_batch(self.flat.gradient)
+                loss = self._compute(batch)
             self._sum = self._sum or _Sum(lease, batch)
-            self._sum.add(batch, loss)
-            self.meter.add(images=batch.stop - batch.start, skipped_images=batch.skipped)
-            if self._is_due(self._sum):
-                self._push()
+            self._sum.add(batch, math.nan if loss is None else loss)
+            if loss is None:
+                self._give_up()
+            else:
+                self.meter.add(images=batch.stop - batch.start, skipped_images=batch.skipped)
+                if self._is_due(self._sum):
+                    self._push()
             self.meter.tick()
             if self._is_interrupted() or self._dropped != membership:
                 return
+
+    def _compute(self, batch: Batch) -> float | None:
+        """The loss of a batch; None if the step has been made without it, so that it was not finished."""
+        try:
+            loss = self.replica.add(batch, self.normalise)
+            self.at_every_batch(self.flat.gradient)
+            self._demand_use()
+        except _Overtaken:
+            return None
+        return loss
+
+    def _demand_use(self) -> None:
+        """Raises _Overtaken if the gradient that is being computed cannot count any more."""
+        if self._may_be_overtaken and self.courier.is_overtaken():
+            raise _Overtaken
+
+    def _give_up(self) -> None:
+        """Give back what was to be pushed, and begin the next step."""
+        done, self._sum = self._sum, None
+        self.replica.give_up()
+        self.courier.start(
+            self._header(Kind.GIVEN_UP, read_version=self.courier.version, lease=done.lease, start=done.start, count=done.count),
+            lambda payload: 0)
+        self._since_fetch = 0
+        self._take()
+        self._lost_membership()
 
     def _is_due(self, done: _Sum) -> bool:
         """Whether to push now; n_push auto sums on while the courier is under way."""

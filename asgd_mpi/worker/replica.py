@@ -120,6 +120,14 @@ class Replica:
             self._move_(is_first)
         return loss
 
+    def watch(self, look: Callable[[], None]) -> None:
+        """Call this between two passes of a batch; if it raises, `add` does, and `give_up` is to follow."""
+        self._loss.watch(look)
+
+    def give_up(self) -> None:
+        """Forget the batches since the last push."""
+        self._batches = 0
+
     def finish(self) -> bool:
         """Turn flat.gradient, (P,) float32, into what is pushed; whether it and the losses are finite.
 

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,17 +33,23 @@ Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> floa
 
 def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
                       compute: ComputeConfig = ComputeConfig(), scale: float = 1.0, stages: Sequence[Stage] | None = None,
-                      schedule: Schedule = one_f_one_b) -> float:
+                      schedule: Schedule = one_f_one_b, look: Callable[[], None] | None = None) -> float:
     """Set `flat.gradient` to the gradient of the mean loss over the batch times `scale`, or add it; returns the loss.
 
-    stages: those that the network is cut into; the gradient is the same, to the bit.
+    stages: those that the network is cut into; the gradient is the same, to the bit. look: called before each forward and each
+    backward pass of a part, when a GPU is done with those before it; may raise, and the gradient is then of no use.
     """
+    def look_when_done() -> None:
+        if flat.device.type == "cuda":
+            torch.cuda.current_stream(flat.device).synchronize()    # sync: kernels are only asked for, often long before
+        look()
+
     if not accumulate:
         flat.gradient.zero_()
     images = prepared(batch, normalise, flat.device, compute)
     parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale)
     losses = pipeline.run_(stages or whole(flat.module), parts.work(images, flat.device, compute), parts.count(compute),
-                           schedule)
+                           schedule, look_when_done if look else lambda: None)
     return sum(losses).item() / scale  # sync: the push carries it
 
 
@@ -108,6 +115,11 @@ class ScaledLoss:
         self._compute, self._gradient_of = compute, gradient_of or compute_gradient_
         self._scale = self.FIRST if compute.precision == "float16" else 1.0
         self._good = 0                # batches since it was changed
+
+    def watch(self, look: Callable[[], None]) -> None:
+        """Call this between two passes of a batch; not if stages compute, which finish what they have begun."""
+        if self._gradient_of is compute_gradient_:
+            self._gradient_of = partial(compute_gradient_, look=look)
 
     def compute_gradient_(self, flat: FlatModel | SpreadVectors, normalise: Normalise, batch: Batch, seed: int,
                           accumulate: bool) -> float:
