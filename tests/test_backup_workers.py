@@ -4,8 +4,11 @@ import random
 
 import pytest
 
+from asgd_mpi import replay
 from asgd_mpi.record.audit import audit
-from asgd_mpi.record.events import GIVEN_UP, Refusal
+from asgd_mpi.record.events import GIVEN_UP, Refusal, read_events
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
 from asgd_mpi.server.ledger import LedgerError
 from asgd_mpi.exchange.wire import Header, Kind
 from test_pace import cast, moves
@@ -64,3 +67,19 @@ def test_only_a_gradient_that_cannot_count_may_be_left():
     one.ledger.give_back(left)
     mail = dict(one.ledger.take_news())[2]
     assert (mail.judged, mail.version, mail.refused, mail.hold) == (1, 2, 0, False)
+
+
+def test_a_late_worker_under_mpi_begins_the_next_step_without_finishing_its_batch(openmpi, digits, tmp_path):
+    """A batch of 20 parts would take rank 3 a second; it looks at its mail before each pass."""
+    done = openmpi.train(4, "--data", str(digits), "--rule", "sync_backup", "--model", "networks_for_tests:slow_on_rank_3",
+                         "--compute.micro_batches", "20", "--batch-size", "40", "--epochs", "0.5", "--data.lease_batches", "1",
+                         "--run.dir", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir.open(tmp_path / "run")
+    summary = summarize(run)
+    assert not summary.problems and not summary.audit.violations and [epoch.missing for epoch in summary.audit.epochs] == [0]
+    left = [event for event in read_events(run.metrics_of(0)) if isinstance(event, Refusal) and event.rank == 3]
+    assert len(left) >= 2 and {event.reason for event in left} == {GIVEN_UP}
+    gaps = [later.t - sooner.t for sooner, later in zip(left, left[1:])]
+    assert min(gaps) < 0.5
+    assert replay.main([str(run.path)]) == 0

@@ -291,9 +291,11 @@ class Ledger:
         """
         if not self._pace.is_late(self.version, header.read_version):
             raise LedgerError(f"version {self.version}: a gradient was left that could still count; packet {header}")
-        self._returned.extend((Work.TRAIN, segment) for segment in self._settle(header, {Work.TRAIN}))
+        segments = self._settle(header, {Work.TRAIN})
         self._accounts[header.worker].made = self.version
-        self._relend(header.worker)
+        self._relend(header.worker)                         # something else, if there is anything: it may be the slowest
+        self._returned.extend((Work.TRAIN, segment) for segment in segments)
+        self._lend_to_all()
         self._keep_pace()
 
     def acknowledge(self, header: Header) -> None:
