@@ -148,7 +148,8 @@ class ScheduleConfig:
 
     Args:
         name: constant, step (times gamma every step_epochs), cosine or poly (both to 0 at the end) (default: recipe)
-        lr: learning rate of one gradient (default: the network's recipe)
+        lr: learning rate of one gradient (default: the network's recipe); a step of sync and sync_backup takes so many times
+            that as it is the mean of gradients
         warmup_epochs: epochs over which the rate rises linearly from lr / workers (default: the network's recipe)
         step_epochs: epochs between two steps of `step`
         gamma: factor of a step of `step`

@@ -48,12 +48,12 @@ class Trial:
     def options(self, config: Config, one_worker_lr: float) -> list[str]:
         """What sets it apart from `config`.
 
-        A synchronous step takes the mean of all workers' gradients: its rate is that of one worker times their number (the
-        linear scaling rule; Goyal et al. 2017, arXiv:1706.02677), with the warm-up of the configuration.
+        A synchronous step takes the mean of all workers' gradients, and the rule multiplies the rate of one worker by their number
+        (rulebook.linear_scale), with the warm-up of the configuration.
         """
         if self.is_sync:
             waits = ["--exchange.overlap", "false", *(["--exchange.n_push", "1"] if config.exchange.n_push == "auto" else [])]
-            return ["--rule.name", SYNC, "--schedule.lr", repr(one_worker_lr * self.num_workers), *waits]
+            return ["--rule.name", SYNC, "--schedule.lr", repr(one_worker_lr), *waits]
         return ["--rule.name", "asgd"] if config.rule.name == SYNC else []
 
 
@@ -117,7 +117,7 @@ def _run(options: jsonargparse.Namespace, passed_on: list[str]) -> int:
     lr = 0.0 if not any(left.values()) else _one_worker_lr(config)
     arguments = {trial: [*shared, *trial.options(config, lr)] for trial in wanted}
     if options.sync_lr is not None:
-        arguments = {trial: [*own, "--schedule.lr", repr(options.sync_lr)] if trial.is_sync else own
+        arguments = {trial: [*own, "--schedule.lr", repr(options.sync_lr / trial.num_workers)] if trial.is_sync else own
                      for trial, own in arguments.items()}
     failed = _train_all(left, arguments, out, budget_s, options.launcher)
     if signals.asked_to_leave():

@@ -26,7 +26,7 @@ from asgd_mpi.model.buffers import few, moved_by_training_
 from asgd_mpi.model.flat import demand_trained
 from asgd_mpi.model.weights import load_weights_
 from asgd_mpi.server.ledger import Plan
-from asgd_mpi.server.rulebook import RULEBOOK, pacing, vectors
+from asgd_mpi.server.rulebook import RULEBOOK, in_flight, linear_scale, pacing, vectors
 from asgd_mpi.server.schedule import Schedule
 from asgd_mpi.stages import columns
 from asgd_mpi.stages.graph import Graph, trace
@@ -128,7 +128,7 @@ class Task:
     def schedule(self, num_workers: int) -> Schedule:
         samples, config = self.train.num_samples, self.config
         return Schedule(config.schedule, samples, round(config.run.epochs * samples), num_workers, config.rule.staleness,
-                        in_flight=num_workers * (1 + config.exchange.overlap))
+                        in_flight(config.rule, num_workers, config.exchange.overlap), linear_scale(config.rule, num_workers))
 
     @property
     def _shape_of_part(self) -> tuple[int, ...]:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from asgd_mpi import poc, supervise
-from asgd_mpi.config import Config, ExchangeConfig
+from asgd_mpi.config import Config, ExchangeConfig, RuleConfig
 from asgd_mpi.exchange import wait
 from asgd_mpi.launch import Allocation
 from asgd_mpi.poc import Trial, left_s, trials
+from asgd_mpi.server.rulebook import linear_scale
 from asgd_mpi.record.rundir import RunDir
 
 TESTS = Path(__file__).parent
@@ -41,8 +42,9 @@ def test_one_worker_is_always_tried_and_every_other_number_with_both_rules():
     assert [trial.name for trial in trials([4, 2, 2])] == ["async-1", "sync-2", "async-2", "sync-4", "async-4"]
 
 
-def test_the_rate_of_a_synchronous_run_is_that_of_one_worker_times_the_workers():
-    assert Trial(True, 4).options(Config(), 0.02)[:4] == ["--rule.name", "sync", "--schedule.lr", "0.08"]
+def test_a_synchronous_run_gets_the_rate_of_one_worker_which_its_rule_multiplies_by_the_workers():
+    assert Trial(True, 4).options(Config(), 0.02)[:4] == ["--rule.name", "sync", "--schedule.lr", "0.02"]
+    assert linear_scale(RuleConfig(name="sync"), 4) == 4
     assert Trial(False, 4).options(Config(), 0.02) == []
 
 

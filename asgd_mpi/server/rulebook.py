@@ -127,6 +127,24 @@ def longest_push(rule: RuleConfig, num_workers: int) -> float:
     return drift * (1 - rule.momentum) * (pacing(rule, num_workers).mean_of or num_workers) / num_workers if drift else math.inf
 
 
+def in_flight(rule: RuleConfig, num_workers: int, overlaps: bool) -> float:
+    """Return how many steps of the weights are under way at a time, in the unit of Pacing.staleness; at least 1.
+
+    Every worker has a gradient under way, two if it overlaps; a step that is the mean of m gradients takes m of them.
+    """
+    return max(1.0, num_workers * (1 + overlaps) / (pacing(rule, num_workers).mean_of or num_workers))
+
+
+def linear_scale(rule: RuleConfig, num_workers: int) -> int:
+    """Return how many times schedule.lr, the rate of one worker's batch, a step is worth: 1, or the gradients of its mean.
+
+    Where a step waits for one gradient of every worker its batch is that many times as large, and the rate grows with it, after
+    a warm-up from the rate itself (linear scaling: Goyal et al. 2017, arXiv:1706.02677, section 2).
+    """
+    pacing_ = pacing(rule, num_workers)
+    return 1 if pacing_.mean_of else max(1, num_workers - pacing_.backup)
+
+
 def vectors(rule: RuleConfig, num_workers: int) -> tuple[int, int]:
     """How many (P,) float32 vectors the rule keeps: on the server, and on each worker."""
     entry, momentum = RULEBOOK[rule.name], bool(rule.momentum)
@@ -194,7 +212,9 @@ def expected_staleness(rule: RuleConfig, num_workers: int, in_flight: int) -> st
     """What a user is to expect, in a line."""
     pacing_ = pacing(rule, num_workers)
     if not pacing_.mean_of:
-        return f"{num_workers} workers, {rule.name}: a step is the mean of {num_workers - pacing_.backup} gradients"
+        scale = linear_scale(rule, num_workers)
+        times = f", at {scale} times the rate of one (linear scaling, Goyal et al. 2017), reached in the warm-up" if scale > 1 else ""
+        return f"{num_workers} workers, {rule.name}: a step is the mean of {scale} gradients{times}"
     bound = [f"at most {pacing_.max_staleness - 1:g}"] if math.isfinite(pacing_.max_staleness) else []
     together = [f"{pacing_.mean_of} gradients a step"] if pacing_.mean_of > 1 else []
     return f"{num_workers} workers: expect a staleness of about {in_flight - 1}" + "".join(f", {text}" for text in bound + together)

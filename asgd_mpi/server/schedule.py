@@ -30,18 +30,20 @@ class Schedule:
     total_samples: int
     num_workers: int
     staleness: str = "constant"   # a name of WEIGHTS
-    in_flight: int = 1            # gradients that are under way at any time
+    in_flight: float = 1          # steps that are under way at any time: in the unit that staleness counts
+    scale: int = 1                # gradients of a step whose rate grows with them (rulebook.linear_scale)
 
     def __call__(self, samples: int, staleness: int = 0) -> float:
         """The rate of a gradient of that staleness, applied after `samples` samples."""
-        return self.config.lr * self._warmup(samples) * self._decay(samples) * WEIGHTS[self.staleness](
+        return self.config.lr * self.scale * self._warmup(samples) * self._decay(samples) * WEIGHTS[self.staleness](
             staleness, self.in_flight)
 
     def _warmup(self, samples: int) -> float:
         ramp = self.config.warmup_epochs * self.samples_per_epoch
         if samples >= ramp:
             return 1.0
-        first = 1 / self.num_workers  # n workers at lr / n move the weights as fast as one worker at lr
+        # n workers at lr / n move the weights as fast as one worker at lr, which is also where a scaled rate begins
+        first = 1 / (self.scale if self.scale > 1 else self.num_workers)
         return first + (1 - first) * samples / ramp
 
     def _decay(self, samples: int) -> float:

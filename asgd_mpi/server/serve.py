@@ -383,7 +383,8 @@ class Server:
         self._versions.add(header.count, now)
         self.meter.add(images=header.count, pushes=1, skipped_images=header.skipped)
         self.progress.push(header.count, header.loss, verdict.staleness)
-        if self.loss_watch.add(header.loss, verdict.staleness):
+        steps = self.ledger.plan.pacing.staleness(verdict.version, header.read_version)
+        if self.loss_watch.add(header.loss, steps):
             self._say(self.loss_watch.warning(verdict.lr))
 
     def _hash(self) -> None:

@@ -2,7 +2,7 @@
 
 The limit is that of the field's model: a quadratic of curvature c, workers that take turns. A step x <- x - lr c x' on the
 snapshot x' contracts up to a largest lr c; with momentum 0 and staleness s it is 2 sin(pi / (2 (2 s + 1))), with momentum it is
-the edge at which the turn of all workers, a linear map, has a spectral radius of 1. The curvature of a network is not known,
+the edge at which the turn of all workers, a linear map, has an eigenvalue on the unit circle. The curvature of a network is not known,
 so the limit says how many times lower a rate must be than one worker's, not which one; whether the rate of a run is too high
 is read off its loss. Pure: no MPI, no torch.
 """
@@ -15,8 +15,9 @@ from functools import cache
 import numpy as np
 
 SOURCE = "edge of stability under delay: Giladi et al. 2020, arXiv:1909.12340"
-MOST = 32             # workers for which the edge is computed; beyond it goes with 1 / workers
-HALVINGS = 24         # of the interval that holds the edge
+STEPS = 32            # angles between two crossings, or more
+MOST_ANGLES = 1_000_000
+HALVINGS = 50         # of the interval that holds an edge
 REMEMBER = 0.02       # weight of the newest push in the running mean of the loss
 PATIENCE = 100        # pushes until the running mean is trusted
 LOST = 0.5            # share of what the loss had fallen by that may be lost again
@@ -25,29 +26,34 @@ GROWN = 1.3           # times its first value that a loss may have, if it never 
 
 @cache
 def limit(num_workers: int, momentum: float, momentum_at: str) -> float:
-    """The largest lr x curvature at which so many workers, taking turns, converge: a staleness of num_workers - 1."""
-    if num_workers > MOST:
-        return limit(MOST, momentum, momentum_at) * MOST / num_workers
-    low, high = 0.0, 4.0
+    """Return the largest lr x curvature at which so many workers, taking turns, converge: a staleness of num_workers - 1.
+
+    The edge is the least rate > 0 at which a root of the characteristic equation lies on the unit circle: there `_rate_of` is
+    real. All angles are looked at, which takes some ms for a hundred workers.
+    """
+    length = round(1 / (1 - momentum)) if momentum_at != "none" else 1       # the longer a velocity, the sharper the response
+    angles = np.linspace(0, math.pi, 1 + min(MOST_ANGLES, STEPS * length * num_workers))[1:]
+    signs = np.sign(_rate_of(np.exp(1j * angles), num_workers, momentum, momentum_at).imag)
+    crossed = np.flatnonzero(signs[:-1] * signs[1:] < 0)
+    low, high, sign = angles[crossed], angles[crossed + 1], signs[crossed]
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        turn = _turn(num_workers, middle, momentum, momentum_at)
-        low, high = (middle, high) if max(abs(np.linalg.eigvals(turn))) < 1 else (low, middle)
-    return low
+        is_before = _rate_of(np.exp(1j * middle), num_workers, momentum, momentum_at).imag * sign > 0
+        low, high = np.where(is_before, middle, low), np.where(is_before, high, middle)
+    edges = _rate_of(np.append(np.exp(1j * high), -1), num_workers, momentum, momentum_at).real
+    return float(min(edges[edges > 0]))
 
 
-def _turn(n: int, rate: float, momentum: float, momentum_at: str) -> np.ndarray:
-    """What one push of every worker makes of (weights, their snapshots, velocities), as a matrix; curvature 1."""
-    is_shared = momentum_at.startswith("server")
-    state = np.eye(1 + n + (1 if is_shared else n))
-    for worker in range(n):
-        gradient = state[1 + worker].copy()
-        velocity = 1 + n + (0 if is_shared else worker)
-        state[velocity] = momentum * state[velocity] + gradient
-        looks_ahead = momentum_at in ("dana", "server_nag")
-        state[0] -= rate * (gradient + momentum * state[velocity] if looks_ahead else state[velocity])
-        state[1 + worker] = state[0]
-    return state
+def _rate_of(z: np.ndarray, n: int, momentum: float, momentum_at: str) -> np.ndarray:
+    """Return the rate at which pushes of n workers in turn have a solution z ** k, k the number of the push; curvature 1.
+
+    x z = x - rate u, where u is of a gradient of n - 1 pushes ago, for a worker fetches with its push. A velocity was last
+    touched by its worker's own last push, n pushes ago, or by everybody's last one.
+    """
+    at = momentum if momentum_at != "none" else 0.0
+    velocity = 1 / (1 - at * z ** (-n if momentum_at in ("worker", "dana") else -1))
+    moved = 1 + at * velocity if momentum_at in ("dana", "server_nag") else velocity
+    return -(z - 1) * z ** (n - 1) / moved
 
 
 class LossWatch:
