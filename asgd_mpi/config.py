@@ -23,6 +23,20 @@ from asgd_mpi.server import rulebook
 
 RULES = tuple(rulebook.RULEBOOK)
 WIRES = ("float32", "bfloat16", "float16")
+BY_WORKERS = "# of this number of workers, others would have another one: "     # first line of a record
+
+
+def free(default):
+    """A field that changes neither the weights that come out nor what they mean: it may differ when a run is resumed.
+
+    Every other field defines the run: it may differ only where the user says so, and runs that differ in it are told.
+    """
+    return field(default=default, metadata={"free": True})
+
+
+def fixed(default, why: str):
+    """A field that a resumed run cannot change, for this reason."""
+    return field(default=default, metadata={"fixed": why})
 
 
 @dataclass
@@ -43,17 +57,17 @@ class RunConfig:
         inject: failures to rehearse, such as slow:3x@rank4,raise@step200:rank2,kill@t=30s:rank1 (docs/reliability.md)
     """
 
-    dir: str = ""
+    dir: str = free("")
     seed: int = 0
     epochs: Optional[float] = None
     validate_every: float = 1.0
-    timeout_s: float = 600.0
-    progress: Literal["auto", "bar", "lines", "none"] = "auto"
-    resume: str = ""
-    override: str = ""
-    accept_gaps: bool = False
-    dry_run: bool = False
-    inject: str = ""
+    timeout_s: float = free(600.0)
+    progress: Literal["auto", "bar", "lines", "none"] = free("auto")
+    resume: str = free("")
+    override: str = free("")
+    accept_gaps: bool = free(False)
+    dry_run: bool = free(False)
+    inject: str = free("")
 
 
 @dataclass
@@ -71,14 +85,14 @@ class DataConfig:
         on_bad_image: stop at a damaged image, or leave it out and count it
     """
 
-    path: str = "digits"
-    source: Literal["shards", "folder", "synthetic"] = "shards"
+    path: str = free("digits")
+    source: Literal["shards", "folder", "synthetic"] = fixed("shards", "the order of the images would be another one")
     batch_size: Optional[int] = None
     image_size: Optional[int] = None
     augment: Optional[Literal["none", "shift", "paper", "reference"]] = None
-    threads: int = 2
+    threads: int = free(2)
     lease_batches: int = 4
-    on_bad_image: Literal["fail", "skip"] = "fail"
+    on_bad_image: Literal["fail", "skip"] = free("fail")
 
 
 @dataclass
@@ -94,7 +108,7 @@ class ModelConfig:
             worker that validates
     """
 
-    name: str = "digits_cnn"
+    name: str = fixed("digits_cnn", "its weights do not fit another network. Begin a new run with --model.weights for what fits")
     weights: str = ""
     partial_weights: bool = False
     batchnorm: Literal["recalibrate", "server_ema", "local"] = "recalibrate"
@@ -180,12 +194,12 @@ class ExchangeConfig:
             slice of every gradient, in the order that rank 0 decides. Rank 0 and the last ranks serve, the others compute
     """
 
-    ring: int = 3
+    ring: int = free(3)
     n_push: Union[int, Literal["auto"], None] = None
     n_fetch: Optional[int] = None
     overlap: Optional[bool] = None
     wire: Literal[WIRES] = "float32"
-    servers: int = 1
+    servers: int = free(1)
 
 
 @dataclass
@@ -202,12 +216,12 @@ class ComputeConfig:
         compile: let torch.compile compile the network
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 0
-    workers_per_gpu: int = 1
+    device: Literal["auto", "cpu", "cuda"] = free("auto")
+    threads: int = free(0)
+    workers_per_gpu: int = free(1)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     micro_batches: int = 1
-    channels_last: bool = False
+    channels_last: bool = fixed(False, "the momentum that was saved is laid out in the other way")
     compile: bool = False
 
 
@@ -225,11 +239,11 @@ class StagesConfig:
             The parts of a batch are those of compute.micro_batches; 4 for each stage keep them busy
     """
 
-    number: int = 1
-    cut: Literal["chain", "columns"] = "chain"
-    balance: Literal["time", "memory"] = "time"
-    at: str = ""
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    number: int = free(1)
+    cut: Literal["chain", "columns"] = free("chain")
+    balance: Literal["time", "memory"] = free("time")
+    at: str = free("")
+    schedule: Literal["1f1b", "gpipe"] = free("1f1b")
 
     @property
     def names(self) -> list[str]:
@@ -247,10 +261,10 @@ class RecordConfig:
         hash_snapshots: write a hash of every published and fetched snapshot (a check of the exchange; slow)
     """
 
-    interval_s: float = 1.0
-    spans: int = 0
-    tensorboard: bool = False
-    hash_snapshots: bool = False
+    interval_s: float = free(1.0)
+    spans: int = free(0)
+    tensorboard: bool = free(False)
+    hash_snapshots: bool = free(False)
 
 
 @dataclass
@@ -263,9 +277,9 @@ class CheckpointConfig:
         keep: checkpoints that are kept beside the best version
     """
 
-    every_s: float = 600.0
-    every_samples: int = 0
-    keep: int = 3
+    every_s: float = free(600.0)
+    every_samples: int = free(0)
+    keep: int = free(3)
 
 
 @dataclass
@@ -279,10 +293,10 @@ class FailureConfig:
         stall_s: without progress for so long, the stacks of all ranks are written to stalls/ of the run directory
     """
 
-    retire_after_s: float = 300.0
-    max_nonfinite: int = 3
-    grace_s: float = 30.0
-    stall_s: float = 120.0
+    retire_after_s: float = free(300.0)
+    max_nonfinite: int = free(3)
+    grace_s: float = free(30.0)
+    stall_s: float = free(120.0)
 
 
 @dataclass
@@ -354,6 +368,40 @@ def parse(arguments: list[str], base: Config | None = None) -> Config:
         raise ConfigError(f"--config: the file is not UTF-8 ({error.reason} at byte {error.start}); save it as that.") from None
     config = _expanded(_made(parser, namespace))
     limits.check(config)
+    return config
+
+
+def settings(config: Config) -> dict[str, object]:
+    """All settings by their dotted names."""
+    return {f"{section}.{name}": value for section, values in dataclasses.asdict(config).items()
+            for name, value in values.items()}
+
+
+def options(kind: str) -> dict[str, str]:
+    """The dotted names of the options of a kind, `free` or `fixed` (with the reason) or `defines` (any that is not free)."""
+    every = {f"{section.name}.{one.name}": one.metadata for section in dataclasses.fields(Config)
+             for one in dataclasses.fields(section.default_factory)}
+    return {name: metadata.get("fixed", "") for name, metadata in every.items()
+            if (kind == "defines" and "free" not in metadata) or kind in metadata}
+
+
+def in_force(config: Config, num_workers: int) -> Config:
+    """With the values that a run of so many workers has where a complete configuration leaves them open: no field is None."""
+    rule = dataclasses.replace(config.rule, max_drift=rulebook.max_drift(config.rule, num_workers),
+                               clip_norm=config.rule.clip_norm or 0.0)
+    return dataclasses.replace(config, rule=rule)
+
+
+def record(config: Config, num_workers: int) -> str:
+    """What a run writes down: the values in force, and which of them follow from the number of workers. See `asked`."""
+    return (f"{BY_WORKERS}rule.max_drift\n" if config.rule.max_drift is None else "") + to_yaml(in_force(config, num_workers))
+
+
+def asked(text: str) -> Config:
+    """Read what `record` wrote, with what followed from the number of workers left open. Raises ConfigError."""
+    config = from_yaml(text)
+    if text.startswith(BY_WORKERS):
+        config = dataclasses.replace(config, rule=dataclasses.replace(config.rule, max_drift=None))
     return config
 
 

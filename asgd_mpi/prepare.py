@@ -30,7 +30,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     run, point = _find_run(config, hold)
     changes = []
     if point:
-        old = configuration.from_yaml(run.latest(run.config_of).read_text())
+        old = configuration.asked(run.latest(run.config_of).read_text())
         config = complete(configuration.parse(arguments, base=old))
         changes = resume.demand_same(old, config)
     if config.compute.device == "cpu":
@@ -88,7 +88,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
         hold.enter_context(run.locked())
         run.demand_new()           # another job may have been faster, and be done by now
     restart, directory = (point.restart, point.directory) if point else (0, None)
-    text = configuration.to_yaml(config)
+    text = configuration.record(config, num_workers)
     write_whole(run.config_of(restart), text.encode())
     return {"config": text, "run": str(run.path), "ranks": [ranks[rank] for rank in order], "order": order,
             "restart": restart, "checkpoint": str(directory) if directory else None, "carried": carried, "greeting": _greeting(places, task, run)}

@@ -5,7 +5,6 @@ No MPI. `find` reads the run directory, `demand_same` compares settings, `descri
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asgd_mpi.config import Config
+from asgd_mpi.config import Config, options, settings
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.model.buffers import few
 from asgd_mpi.model.flat import num_floats
@@ -21,13 +20,6 @@ from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.checkpoint import Manifest, software
 from asgd_mpi.record.events import Push
 from asgd_mpi.record.rundir import RunDir
-
-# What may differ without a word: it changes neither the weights that come out nor what they mean.
-FREE = ("run.dir", "run.resume", "run.override", "run.accept_gaps", "run.dry_run", "run.inject", "run.timeout_s", "run.progress", "data.path",
-        "data.threads", "data.on_bad_image", "exchange.ring", "exchange.servers", "compute.device", "compute.threads", "compute.workers_per_gpu", "stages.", "record.", "checkpoint.", "failure.")
-NEVER = {"model.name": "its weights do not fit another network. Begin a new run with --model.weights for what fits",
-         "data.source": "the order of the images would be another one",
-         "compute.channels_last": "the momentum that was saved is laid out in the other way"}
 
 
 @dataclass(frozen=True)
@@ -79,28 +71,23 @@ def find(run: RunDir, demand_record: bool = False) -> Point:
     return Point(restart, None, None)
 
 
-def settings(config: Config) -> dict[str, object]:
-    """All settings by their dotted names."""
-    return {f"{section}.{name}": value for section, values in dataclasses.asdict(config).items()
-            for name, value in values.items()}
-
-
 def demand_same(old: Config, new: Config) -> list[str]:
     """What differs and may; raises ConfigError naming both values of what may not."""
     before, after = settings(old), settings(new)
+    free, fixed = options("free"), options("fixed")
     override = [name.strip() for name in new.run.override.split(",") if name.strip()]
     unknown = [name for name in override if name not in after]
     if unknown:
         raise ConfigError(f"--run.override {','.join(unknown)}: there is no such setting; give names such as schedule.lr.")
-    changed = [name for name in after if before.get(name) != after[name] and not name.startswith(FREE)]
-    refused = [name for name in changed if name in NEVER or name not in override]
+    changed = [name for name in after if before.get(name) != after[name] and name not in free]
+    refused = [name for name in changed if name in fixed or name not in override]
     if refused:
         raise ConfigError("\n".join([
             "the run to be resumed was started with other settings:",
-            *(f"  --{name} was {before.get(name)!r}, is {after[name]!r}" + (f": {NEVER[name]}" if name in NEVER else "")
+            *(f"  --{name} was {before.get(name)!r}, is {after[name]!r}" + (f": {fixed[name]}" if name in fixed else "")
               for name in refused),
             "Leave them out to go on as before; name those that are meant: --override " + (
-                ",".join(name for name in refused if name not in NEVER) or "cannot help here") + "."]))
+                ",".join(name for name in refused if name not in fixed) or "cannot help here") + "."]))
     return [f"{name}: {before.get(name)!r} -> {after[name]!r}" for name in changed]
 
 

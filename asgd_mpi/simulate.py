@@ -47,7 +47,7 @@ def write_run(run: RunDir, task: Task, simulation: Simulation) -> None:
     """Write the log, the metrics, the last version and the marker of success, as a run does; time begins at 0."""
     config, plan_, exchange = task.config, simulation.plan, task.config.exchange
     computation, score = simulation.computation, simulation.scores[-1]
-    write_whole(run.config, configuration.to_yaml(config).encode())
+    write_whole(run.config, configuration.record(config, plan_.num_workers).encode())
     write_whole(run.versions, msgspec.json.encode({"torch": str(torch.__version__), "mpi": "none: simulated"}))
     with _log(run.pushes) as pushes:
         for push in simulation.pushes:
@@ -158,8 +158,8 @@ def _config(arguments: list[str], slow: str) -> Config:
     for option, count in (("servers", config.exchange.servers), ("stages", config.stages.number)):
         _demand(count == 1, option, count, "the weights are the same to the bit with any number; a simulation has one, and "
                 "asgd_mpi.plan predicts how fast several are")
-    _demand(config.model.batchnorm != "server_ema", "model.batchnorm", "server_ema", "the statistics that a server would average "
-            "are not simulated; recalibrate measures them at the end")
+    _demand(config.model.batchnorm == "recalibrate", "model.batchnorm", config.model.batchnorm, "a simulation measures the statistics anew "
+            "before it validates, and has no others; leave it at recalibrate")
     stragglers = [f"slow:{entry.strip().replace('@', '@rank')}" for entry in slow.split(",") if entry.strip()]
     return replace(config, run=replace(config.run, inject=",".join([*filter(None, [config.run.inject]), *stragglers])))
 

@@ -82,7 +82,7 @@ def test_a_target_that_a_run_misses_is_said(summaries):
 
 
 def test_other_settings_that_differ_are_named(summaries):
-    summaries[0].config = summaries[0].config | {"run.seed": 4}
+    summaries[0].settings = summaries[0].settings | {"run.seed": 4}
     assert compare(summaries).differences == {"run.seed": ["3", "4"]}
     assert "run.seed: 3, 4" in Reader(page(compare(summaries), summaries)).text
 

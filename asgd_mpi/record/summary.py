@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from asgd_mpi.server import rulebook
 from asgd_mpi.record.audit import Audit, audit
 from asgd_mpi.record import history
 from asgd_mpi.record.events import Checkpoint, Push, Retirement, Validation, read_events
@@ -109,6 +110,7 @@ class Summary(msgspec.Struct):
     audit: Audit
     num_samples: int = 0                       # of an epoch; 0 if no Start says so
     total_samples: int = 0                     # of the run
+    settings: dict[str, Any] = {}              # every option that the run wrote down, of the latest start
     forgotten_validations: int = 0             # ... of versions that were forgotten with them
     read_retries: int = 0                      # reads of shards that failed and were repeated
     gpus: list[GpuUse] = []                    # those of which NVML told something
@@ -159,10 +161,10 @@ def summarize(run: RunDir) -> Summary:
     training_s = training_s and max(0.0, training_s - gaps_s(starts, stopped))
     images = training.images if training.last else sent["images"]
     server = metrics.ranks.get(0, Rank(0, "server"))
-    settings, versions = _read_config(run, lines.problems), _read_versions(run, lines.problems)
+    settings, versions = _read_config(run, checked.num_workers, lines.problems), _read_versions(run, lines.problems)
     status, reason = _status(run, ranks)
     return Summary(
-        name=run.path.resolve().name, config=settings, versions=versions, status=status, reason=reason,
+        name=run.path.resolve().name, config={key: settings[key] for key in CONFIG_KEYS if settings.get(key) is not None}, settings=settings, versions=versions, status=status, reason=reason,
         problems=_problems(run, metrics, checked.num_workers) + lines.problems + scores.problems, unreadable_lines=lines.unreadable,
         num_workers=checked.num_workers, started=started, duration_s=_elapsed(started, last_t), training_s=training_s,
         images=images, images_per_s=_ratio(images, training_s), images_trained=sent["images"],
@@ -260,14 +262,20 @@ def _some(names: list[Any], limit: int = 10) -> str:
     return ", ".join(map(str, names[:limit])) + more
 
 
-def _read_config(run: RunDir, problems: list[str]) -> dict[str, Any]:
+def _read_config(run: RunDir, num_workers: int, problems: list[str]) -> dict[str, Any]:
+    """Every setting by its dotted name; what old records leave open as it was in force."""
+    path = run.latest(run.config_of)
     try:
-        sections = yaml.safe_load(run.config.read_bytes()) or {}
-        found = {key: sections.get(key.split(".")[0], {}).get(key.split(".")[1]) for key in CONFIG_KEYS}
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        problems.append(f"config.yaml cannot be read ({type(error).__name__}): the settings are unknown.")
+        sections = yaml.safe_load(path.read_bytes()) or {}
+        found = {f"{section}.{name}": value for section, values in sections.items() for name, value in (values or {}).items()}
+    except (OSError, UnicodeError, ValueError, yaml.YAMLError, AttributeError) as error:
+        problems.append(f"{path.name} cannot be read ({type(error).__name__}): the settings are unknown.")
         return {}
-    return {key: value for key, value in found.items() if value is not None}
+    if found.get("rule.max_drift", 0) is None and found.get("rule.name") in rulebook.RULEBOOK:
+        found["rule.max_drift"] = rulebook.RULEBOOK[found["rule.name"]].max_drift if num_workers > 1 else 0.0
+    if found.get("rule.clip_norm", 0) is None:
+        found["rule.clip_norm"] = 0.0
+    return found
 
 
 def _read_versions(run: RunDir, problems: list[str]) -> dict[str, str]:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from asgd_mpi.config import Config, options, settings
 from asgd_mpi.record.events import Validation
-from asgd_mpi.record.summary import Summary
+from asgd_mpi.record.summary import CONFIG_KEYS, Summary
 from asgd_mpi.report import cost as costs
 from asgd_mpi.report.units import count, number, percent, seconds
 from asgd_mpi.report.verdict import MARGIN, SYNC, Verdict, is_sync, judge
@@ -148,18 +149,20 @@ def _entry(summary: Summary, base: float | None, target: float | None, price_per
     if elapsed and elapsed > 0:
         reached = Reached(elapsed, score.samples, score.epoch, score.samples / elapsed,
                           cost and cost.num_gpus * cost.price_per_gpu_hour * elapsed / 3600)
-    settings = summary.config
-    return Entry(summary.name, summary.status, summary.num_workers, settings.get("rule.name", "asgd"),
-                 settings.get("exchange.n_push", 1), settings.get("rule.warm_start_epochs", 0.0), len(summary.validations),
+    shown = summary.config
+    return Entry(summary.name, summary.status, summary.num_workers, shown.get("rule.name", "asgd"),
+                 shown.get("exchange.n_push", 1), shown.get("rule.warm_start_epochs", 0.0), len(summary.validations),
                  summary.training_s, summary.images_per_s, speedup, speedup and speedup / summary.num_workers,
                  summary.staleness and summary.staleness.mean, summary.server_busy, _best_accuracy(summary), reached,
                  cost and cost.total)
 
 
 def _differences(summaries: list[Summary]) -> dict[str, list[str]]:
-    """The settings that the runs do not share, beside VARIED: whoever compares must know."""
-    keys = {key: None for summary in summaries for key in summary.config}
-    values = {key: [str(summary.config.get(key, "n/a")) for summary in summaries] for key in keys if key not in VARIED}
+    """The settings that the runs do not share, beside VARIED, of those that define a run or are shown: whoever compares must know."""
+    keys = [key for key in dict.fromkeys([*CONFIG_KEYS, *options("defines")]) if key not in VARIED]
+    defaults = settings(Config())              # of an option that the record of an older version does not have
+    values = {key: [str(summary.settings.get(key, defaults.get(key)) if summary.settings else "n/a") for summary in summaries]
+              for key in keys}
     return {key: list(dict.fromkeys(found)) for key, found in values.items() if len(set(found)) > 1}
 
 

@@ -21,6 +21,7 @@ import msgspec
 
 from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, Note, Push, Span, Start, Validation,
                                     read_events, read_pushes)
+from asgd_mpi.record.history import lineage
 from asgd_mpi.record.readings import COUNTERS, Lines
 from asgd_mpi.record.rundir import RunDir, unwritable
 
@@ -37,7 +38,7 @@ def write_trace(run: RunDir, path: Path) -> list[str]:
              if (found := re.match(r"rank(\d+)", file.name))}
     starts = [event for file in files for event in _starts(file)]
     zero = min((event.t + event.clock_offset_s for event in starts), default=None)
-    every = _stride(files), _stride([run.pushes])
+    every = _stride(files), _stride([run.pushes_of(restart) for restart in run.restarts])
     try:
         with open(path, "wb") as out:
             out.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
@@ -91,10 +92,14 @@ def _events(run: RunDir, lines: Lines, files: dict[Path, int], zero: float | Non
                 if number % every_interval:
                     continue
             yield from _laid(event, rank, lambda t: round(1e6 * (t + offset - zero), 1))
-    for number, push in enumerate(lines.read(read_pushes, run.pushes), start=1):
-        zero = push.t if zero is None else zero
-        if number % every_push == 0:
-            yield _mark("push", 0, PUSHES, round(1e6 * (push.t + server_offset - zero), 1), _push_facts(push))
+    kept, number = {session.restart: session.kept for session in lineage(run)}, 0
+    for restart in run.restarts or [0]:
+        until = kept.get(restart, 0)
+        for push in lines.read(read_pushes, run.pushes_of(restart)):
+            zero, number = push.t if zero is None else zero, number + 1
+            if number % every_push == 0:
+                facts = _push_facts(push) | {"start": restart} | ({"forgotten": True} if until is not None and push.version >= until else {})
+                yield _mark("push", 0, PUSHES, round(1e6 * (push.t + server_offset - zero), 1), facts)
 
 
 def _names(start: Start, rank: int) -> Iterator[dict]:
