@@ -21,6 +21,10 @@ class RunDirError(UserError):
     """A run directory that cannot be written or read: no permission, full disk, missing or damaged files."""
 
 
+class DiskRefuses(RunDirError):
+    """A file of the run cannot be written: a full disk, a read-only one, or one that fails. All ranks meet the same."""
+
+
 class TrainingDiverged(UserError):
     """The loss or the weights are no longer finite."""
 

@@ -37,7 +37,7 @@ from asgd_mpi import config as configuration
 from asgd_mpi import gpus, inject, launch, report, segments, topology
 from asgd_mpi.config import Config
 from asgd_mpi.crew import Crew
-from asgd_mpi.errors import DeadlineExceeded, ServerLost, StageLost, UserError
+from asgd_mpi.errors import DeadlineExceeded, DiskRefuses, ServerLost, StageLost, UserError
 from asgd_mpi.exchange import clock, mpi, wait
 from asgd_mpi.exchange.fellows import Desk, Fellows, JointInbox
 from asgd_mpi.exchange.layout import Layout
@@ -73,6 +73,7 @@ from asgd_mpi.worker.loop import Worker
 from asgd_mpi.worker.replica import Replica
 from asgd_mpi.worker.team import Assistant, Leader
 
+DISK_PATIENCE_S = 4.0
 DEGRADED, RESUME_ME = 3, 75   # statuses; 75 is EX_TEMPFAIL of sysexits.h
 
 
@@ -322,6 +323,7 @@ class _Part:
         except (ServerLost, DeadlineExceeded):
             raise
         except Exception as error:
+            _let_server_speak(world, error)
             failure = _tell(world, self.run, error)
             watch.close()                  # it rests from now on, and that is no stall
             if leader:
@@ -426,8 +428,15 @@ def _tell(world: World, run: RunDir | None, error: BaseException) -> str:
         try:
             run.error_of(world.rank).write_text(text + "\n")
         except OSError as second:
-            print(f"{who}: the error could not be written to the run directory: {second}", file=sys.stderr, flush=True)
+            if not isinstance(error, DiskRefuses):     # else it is said already
+                print(f"{who}: the error could not be written to the run directory: {second}", file=sys.stderr, flush=True)
     return _in_short(error)
+
+
+def _let_server_speak(world: World, error: BaseException) -> None:
+    """Wait, if the disk refuses a rank's files: rank 0 writes more often, and ends the job with one message for all."""
+    if isinstance(error, DiskRefuses) and not world.is_server:
+        time.sleep(DISK_PATIENCE_S)
 
 
 def _in_short(error: BaseException) -> str:
@@ -436,6 +445,7 @@ def _in_short(error: BaseException) -> str:
 
 def _fail(world: World, run: RunDir | None, error: BaseException) -> None:
     """Say what ended this rank, and end the job."""
+    _let_server_speak(world, error)
     _tell(world, run, error)
     time.sleep(FORWARDING_S)
     world.abort(2 if isinstance(error, UserError) else 1)

@@ -1,5 +1,7 @@
 """Whatever happens to the lines of a log, it is named, and a resume goes on from what the log still shows."""
 
+import errno
+import io
 import itertools
 import random
 
@@ -7,8 +9,8 @@ import pytest
 import torch
 
 from asgd_mpi import report, resume
-from asgd_mpi.errors import RunDirError
-from asgd_mpi.record import checkpoint, history
+from asgd_mpi.errors import DiskRefuses, RunDirError
+from asgd_mpi.record import checkpoint, history, ranklog
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, Manifest
 from asgd_mpi.record.events import End, EventLog, Member, Push, Resume, Start, read_log
@@ -192,3 +194,35 @@ def test_a_log_that_was_refused_a_line_takes_no_other_and_no_checkpoint_counts_o
         with pytest.raises(RunDirError, match="Input/output error.*see what is wrong with that file system"):
             act()
     log.close()
+
+
+class Full:
+    """A file on a full disk."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def test_a_full_disk_is_told_as_such_though_torch_raises_an_error_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "open", lambda *how: Full(open(*how)), raising=False)
+    with pytest.raises(DiskRefuses, match="cannot write .*model.pt: No space left on device.*free some space"):
+        checkpoint.write_tensors(tmp_path / "model.pt", {"x": torch.zeros(100_000)})
+
+
+def test_what_is_printed_goes_on_to_the_terminal_when_the_disk_is_full(tmp_path):
+    terminal = io.StringIO()
+    lines = ranklog.Lines(terminal, Full(open(tmp_path / "rank000.txt", "w")))
+    print("step 1", file=lines)
+    assert terminal.getvalue() == "step 1\n"

@@ -130,8 +130,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], hurry: threading
             torch.save(tensors, writer)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise unwritable(path, error) from error
+    except (OSError, RuntimeError) as error:       # torch makes an error of its own of what a file raises
+        refused = error
+        while refused and not isinstance(refused, OSError):
+            refused = refused.__context__
+        if refused is None:
+            raise
+        raise unwritable(path, refused) from error
     return writer.digest.hexdigest()
 
 

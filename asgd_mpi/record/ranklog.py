@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -51,7 +52,8 @@ class Lines:
                     self._stream.write(lines)
                     self._stream.flush()
                 now = _now()
-                self._file.write("".join(f"{now} {line.rpartition(chr(13))[2]}\n" for line in lines[:-1].split("\n")))
+                with suppress(OSError):             # a full disk: what is printed still goes where it went
+                    self._file.write("".join(f"{now} {line.rpartition(chr(13))[2]}\n" for line in lines[:-1].split("\n")))
         return len(text)
 
     def flush(self) -> None:

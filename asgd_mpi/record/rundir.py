@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from asgd_mpi.errors import RunDirError
+from asgd_mpi.errors import DiskRefuses, RunDirError
 
 _OF_RESTART = r"(?:\.r([1-9][0-9]{0,5}))?"
 _LOG = re.compile(rf"pushes{_OF_RESTART}\.log")
@@ -53,7 +53,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def unwritable(path: Path, error: OSError) -> RunDirError:
     """What to say when a file of a run cannot be written."""
     remedy = REMEDIES.get(error.errno, "see what is wrong with that file system")
-    return RunDirError(f"cannot write {path}: {error.strerror}. A run cannot go on without its records: {remedy}, "
+    return DiskRefuses(f"cannot write {path}: {error.strerror}. A run cannot go on without its records: {remedy}, "
                        "or give another directory with --run.dir DIR.")
 
 
