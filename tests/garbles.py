@@ -10,7 +10,7 @@ from asgd_mpi.exchange import wire
 if __name__ == "__main__":
     pack, packets = wire.pack_header, 0
     other = {"bytes": None, "worker": {"worker": 7}, "lease": {"lease": 999}, "count": {"count": 10**9},
-             "future": {"read_version": 10**9}}[os.environ["GARBLE"]]
+             "future": {"read_version": 10**9}, "goodbye": {"kind": wire.Kind.GOODBYE}}[os.environ["GARBLE"]]
 
     def garble(header):
         global packets

@@ -154,7 +154,7 @@ def test_a_worker_that_is_stopped_is_retired_and_comes_back_as_a_new_member(site
     assert any("retired worker" in event.reason for event in refusals)
 
 
-@pytest.mark.parametrize("what", ["bytes", "worker", "lease", "future"])
+@pytest.mark.parametrize("what", ["bytes", "worker", "lease", "future", "goodbye"])
 def test_a_push_that_makes_no_sense_is_refused_and_its_sender_retired(site, what, monkeypatch):
     monkeypatch.setenv("GARBLE", what)
     done = site.launcher.train(3, "--data", str(site.digits), "--epochs", str(EPOCHS), "--run.dir", "run", *BRIEF, cwd=site.directory,

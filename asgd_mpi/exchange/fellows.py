@@ -11,6 +11,7 @@ waits for; a fellow whose process has ended raises ServerLost.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ import msgspec
 import numpy as np
 import torch
 
-from asgd_mpi.errors import ServerLost
+from asgd_mpi.errors import DeadlineExceeded, ServerLost
 from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.codec import Vector
 from asgd_mpi.exchange.link import Arrival, Inbox
@@ -33,6 +34,7 @@ from asgd_mpi.server.ledger import Verdict
 from asgd_mpi.topology import SERVER
 
 COMMAND, WORD, SLICE = 5, 6, 8     # tags
+STAYS = 10                         # words that rank 0 lives, within the time that a fellow waits for one
 WEIGHTS = "weights"                # the name of the latest snapshot among `Command.names`; others are those of the rule's state
 
 
@@ -56,7 +58,7 @@ class Applied(msgspec.Struct):
 class Command(msgspec.Struct, omit_defaults=True):
     """What a fellow is to do, in the order in which rank 0 does it."""
 
-    kind: Literal["publish", "apply", "begin", "give", "end", "leave"]
+    kind: Literal["publish", "apply", "begin", "give", "stay", "end", "leave"]      # stay: nothing is to be done, and rank 0 lives
     version: int = 0                # publish, apply: of the next snapshot,
     samples: int = 0                # ... and its sample clock
     applied: list[Applied] = []     # apply: one after the other; with none nothing is published
@@ -72,6 +74,7 @@ class Fellows:
         self._world, self._slices, self._hosts = world, dict(zip(window.servers, window.whole.slices)), hosts
         self.ranks = window.servers[1:]
         self._number = 0                                       # commands so far
+        self._told_at = time.monotonic()                       # the last one
         self._done = dict.fromkeys(self.ranks, 0)              # ... as far as a fellow has come
         self._got = {rank: {} for rank in self.ranks}          # worker -> the last packet that has come there
         self.lost_workers: set[int] = set()
@@ -91,6 +94,8 @@ class Fellows:
             except MPI.Exception as error:      # under mpirun --with-ft ulfm
                 self._raise_lost(error, rank)
         self._sent = [sent for sent in self._sent if not sent[0].Test()]
+        if time.monotonic() - self._told_at > self._world.timeout_s / STAYS:
+            self.tell(Command("stay"))
 
     def lacking(self, worker: int, packet: int) -> list[int]:
         """The fellows that have not got their slice of this packet."""
@@ -100,6 +105,7 @@ class Fellows:
         """Send a command to all of them; they may still be busy with others."""
         data = msgspec.json.encode(command)
         self._number += 1
+        self._told_at = time.monotonic()
         for rank in self.ranks:
             try:
                 self._sent.append((self._world.comm.Isend([data, MPI.BYTE], dest=rank, tag=COMMAND), data))
@@ -203,11 +209,19 @@ class Desk:
         self._sent: list[tuple[MPI.Request, np.ndarray]] = []
         self._gone: set[int] = set()
         self._number, self._told_of_signal = 0, False
+        self._heard_at = time.monotonic()                     # rank 0
 
     def take(self, seconds: float) -> Command | None:
-        """The next command, if one comes within so many seconds. Raises ServerLost."""
+        """The next command, if one comes within so many seconds. Raises ServerLost, DeadlineExceeded."""
         wait.for_a_while(self.poll, seconds, self._inbox.longest_s)
-        return self._commands.popleft() if self._commands else None
+        if self._commands:
+            self._heard_at = time.monotonic()
+            return self._commands.popleft()
+        if time.monotonic() - self._heard_at > self._world.timeout_s:
+            raise DeadlineExceeded(
+                f"rank {self._world.rank} on {self._world.host}, which serves a slice, waits for rank 0 to say what to do: no "
+                f"sign of life came within {self._world.timeout_s:g} s (--run.timeout_s). Rank 0 may be stuck or dead.")
+        return None
 
     def poll(self) -> bool:
         """Let MPI make progress, and other hosts read; whether a command is there."""

@@ -37,7 +37,7 @@ class Fellow:
         self._lookout = Lookout(len(self.first))
 
     def run(self) -> None:
-        """Obey until the end. Raises ServerLost."""
+        """Obey until the end. Raises ServerLost, DeadlineExceeded."""
         while (command := self.desk.take(LOOK_S)) is None or command.kind != "leave":
             if command:
                 self._obey(command)

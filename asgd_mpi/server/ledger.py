@@ -344,8 +344,13 @@ class Ledger:
         self._accounts[worker].dropped += 1
         self._news.add(worker)
 
-    def goodbye(self, worker: int) -> None:
-        self._accounts[worker].is_gone = True
+    def goodbye(self, header: Header) -> None:
+        """Let a worker go. Raises LedgerError if nobody has sent it home: it is still waited for, and goes on working."""
+        if not (self.finished or self._is_leaving):
+            raise LedgerError(f"version {self.version}: a goodbye, though the run goes on; packet {header}; "
+                              f"outstanding: {self.outstanding()}")
+        self.acknowledge(header)
+        self._accounts[header.worker].is_gone = True
 
     def leave(self) -> None:
         """Lend nothing more, and send everybody home: the run will be resumed."""

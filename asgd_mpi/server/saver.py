@@ -26,6 +26,7 @@ from asgd_mpi.server.ledger import Ledger, Score
 from asgd_mpi.server.rules import Rule
 
 PATIENCE_S = 300.0  # for a worker to write its momentum
+LOOK_S = 0.05       # between two looks at what is being written
 
 
 @dataclasses.dataclass
@@ -107,14 +108,17 @@ class Saver:
             whole.append(self._completing.pop(0).result())
         return [event for event in whole if event]
 
-    def finish(self, best: int, timeout_s: float) -> list[Checkpoint]:
-        """Wait for what is being written, and complete it with the workers' parts that are there; from now on, hurry."""
+    def finish(self, best: int, timeout_s: float, meanwhile: Callable[[], object] = lambda: None) -> list[Checkpoint]:
+        """Wait for what is being written, and complete it with the workers' parts that are there; from now on, hurry.
+
+        meanwhile: called often, so that others hear that the server lives.
+        """
         self._hurry.set()
         if self._pending:
             self._pending.waits_for.clear()
-            wait([self._pending.written], timeout_s)
+            _await([self._pending.written], timeout_s, meanwhile)
         whole = self.poll(best)
-        wait(self._completing, timeout_s)
+        _await(self._completing, timeout_s, meanwhile)
         return whole + self.poll(best)
 
     def _complete(self, pending: _Pending, best: int) -> Checkpoint:
@@ -153,6 +157,12 @@ class Saver:
         """Wait for the thread, and remove what was not completed."""
         self._thread.shutdown()
         checkpoint.clean(self._run)
+
+
+def _await(futures: list[Future], timeout_s: float, meanwhile: Callable[[], object]) -> None:
+    until = time.monotonic() + timeout_s
+    while wait(futures, LOOK_S).not_done and time.monotonic() < until:
+        meanwhile()
 
 
 def best_staging(run: RunDir, version: int, restart: int, worker: int) -> Path:

@@ -202,6 +202,8 @@ class Server:
             elif header.kind == Kind.GIVEN_UP:
                 self.ledger.give_back(header)
                 self._record_refusal(worker, GIVEN_UP)
+            elif header.kind == Kind.GOODBYE:
+                self.ledger.goodbye(header)
             else:
                 self.ledger.acknowledge(header)
                 self._listen(header)
@@ -221,8 +223,6 @@ class Server:
                 self.left_because = self.left_because or f"rank {header.worker + 1} was asked to end by a signal"
             case Kind.FAILED:
                 self._retire(header.worker, f"it failed: see error.rank{header.worker + 1:03d}.txt", for_good=True)
-            case Kind.GOODBYE:
-                self.ledger.goodbye(header.worker)
 
     def _look_around(self, now: float) -> None:
         parting = self.ledger.finished or self.left_because
@@ -278,7 +278,7 @@ class Server:
 
     def _finish_saving(self) -> None:
         with self.meter.phase("checkpoint"):
-            self._log_saved(self.saver.finish(self._best, self.timeout_s))
+            self._log_saved(self.saver.finish(self._best, self.timeout_s, self.inbox.poll))
 
     def _freeze(self, weights: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
         """Copy the latest weights and the rule's state, (P,) float32 each, from all servers."""
