@@ -247,6 +247,7 @@ class _Part:
             with ExitStack() as stack:     # say what happened, whether or not it can be saved
                 stack.callback(pushes.close)
                 server.save()
+                saver.close()
             raise
         if fellows:
             fellows.end()

@@ -62,6 +62,12 @@ class Saver:
         return self._pending is not None or not all(completed.done() for completed in self._completing)
 
     @property
+    def newest(self) -> str:
+        """What a run that is cut short now goes on from, in words."""
+        whole = (directory for directory, manifest in checkpoint.resumable(self._run) if manifest)
+        return str(next(whole, "its beginning: it has no checkpoint yet"))
+
+    @property
     def num_floats(self) -> int:
         """P, of the whole network."""
         return self._flat.num_floats
@@ -154,9 +160,10 @@ class Saver:
         return Checkpoint(time.time(), version, str(directory.relative_to(self._run.path)), time.time() - started, num_bytes)
 
     def close(self) -> None:
-        """Wait for the thread, and remove what was not completed."""
-        self._thread.shutdown()
-        checkpoint.clean(self._run)
+        """End the thread, and remove what was not completed; the next start removes what a disk that hangs still holds."""
+        if not self.is_busy:
+            self._thread.shutdown()
+            checkpoint.clean(self._run)
 
 
 def _await(futures: list[Future], timeout_s: float, meanwhile: Callable[[], object]) -> None:

@@ -129,7 +129,8 @@ class Server:
         """Let the workers deliver what they hold, save what they keep, and say goodbye."""
         number = 0
         if self.left_because:
-            self.progress.say(f"{self.left_because}: finishing the steps under way, then a checkpoint")
+            self.progress.say(f"{self.left_because}: finishing the steps under way, then a checkpoint. If the launcher ends this "
+                              f"job sooner (mpirun does, within a second of Ctrl-C), the run goes on from {self.saver.newest}.")
             self.ledger.leave()
             if self.workers_keep_momentum:
                 number = self.ledger.save + 1
