@@ -129,11 +129,15 @@ class Courier:
 
     def await_mail(self, until: Callable[[Mail], bool], for_what: str) -> None:
         """Wait for mail of which `until` holds, for as long as the server lives."""
+        self.mail = self._run(self._window.await_mail, self.sent, self._by_order(until), for_what).result()
+
+    def _by_order(self, until: Callable[[Mail], bool]) -> Callable[[Mail], bool]:
+        """Return `until` for a wait that the server has ordered: that is no stall."""
         def look(mail: Mail) -> bool:
-            self._meter.add()                 # to wait by order is no stall
+            self._meter.add()
             return until(mail)
 
-        self.mail = self._run(self._window.await_mail, self.sent, look, for_what).result()
+        return look
 
     def is_overtaken(self) -> bool:
         """Whether a gradient on the weights that were fetched last cannot count any more. Not with overlap."""
@@ -163,7 +167,7 @@ class Courier:
                 self._outbox.wait()
             followed = self._follow(whole) if header is not None and fetch else None
             until = _may_go_on if header and header.kind in (Kind.GRADIENT, Kind.NONFINITE) else lambda mail: True
-            trip = _Trip(self._window.await_mail(self.sent, until, "let it go on"), push_s=time.perf_counter() - started)
+            trip = _Trip(self._window.await_mail(self.sent, self._by_order(until), "let it go on"), push_s=time.perf_counter() - started)
             if fetch:
                 trip.snapshot, trip.num_bytes = self._fetch(trip.mail.version, whole, followed)
         if self._stream:
