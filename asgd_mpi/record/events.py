@@ -223,12 +223,13 @@ class Push(msgspec.Struct, array_like=True, frozen=True):
     more: list[tuple[int, int, int]] = []   # ... and of these (epoch, start, stop), if it goes on in another lease
     mean_of: int = 1          # gradients that the step made with it is the mean of; 0: it waits for more of them
     base: int = -1            # the snapshot that its worker's own weights began with, if it moves them
+    scale: float = 1.0        # what its worker has multiplied it by, to keep to clip_norm and max_drift
 
     @classmethod
     def of(cls, t: float, header: Header, verdict: Verdict) -> Push:
         first, *more = ((part.epoch, part.start, part.stop) for part in verdict.segments)
         return cls(t, verdict.version, header.worker, header.read_version, *first, verdict.lr, header.loss, header.skipped, more,
-                   verdict.mean_of, header.base)
+                   verdict.mean_of, header.base, header.scale)
 
     @property
     def staleness(self) -> int:

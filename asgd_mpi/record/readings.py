@@ -121,7 +121,7 @@ def _is_possible(item: Event | Push) -> bool:
         return False
     match item:
         case Push():
-            return math.isfinite(item.loss) and 0 <= item.worker < MAX_WORKERS and 0 <= item.skipped <= item.positions
+            return math.isfinite(item.loss) and 0 <= item.worker < MAX_WORKERS and 0 <= item.skipped <= item.positions and 0 < item.scale <= 1
         case Start():
             return 0 < item.num_workers <= MAX_WORKERS
         case Interval():
@@ -245,6 +245,7 @@ class Training:
         self.last: Push | None = None
         self.last_t = -math.inf
         self.positions = self.images = self.skipped = 0
+        self.scales: list[float] = [0, 0.0]                             # pushes that were scaled down, sum of their factors
         self.staleness: Counter[int] = Counter()                        # staleness -> pushes
         self.by_worker: dict[int, Counter[str]] = defaultdict(Counter)  # 0-based -> pushes, images, staleness
         self.epochs: dict[int, Epoch] = {}
@@ -260,6 +261,8 @@ class Training:
             self.positions += push.positions
             self.images += images
             self.skipped += push.skipped
+            if push.scale < 1:
+                self.scales = [self.scales[0] + 1, self.scales[1] + push.scale]
             self.staleness[push.staleness] += 1
             worker = self.by_worker[push.worker]
             worker["pushes"] += 1

@@ -111,6 +111,8 @@ class Summary(msgspec.Struct):
     num_samples: int = 0                       # of an epoch; 0 if no Start says so
     total_samples: int = 0                     # of the run
     settings: dict[str, Any] = {}              # every option that the run wrote down, of the latest start
+    scaled_pushes: int = 0                     # applied after their worker had scaled them down (clip_norm, max_drift),
+    mean_scale: float | None = None            # ... by this factor in the mean
     forgotten_validations: int = 0             # ... of versions that were forgotten with them
     read_retries: int = 0                      # reads of shards that failed and were repeated
     gpus: list[GpuUse] = []                    # those of which NVML told something
@@ -180,6 +182,7 @@ def summarize(run: RunDir) -> Summary:
         notes=sorted(metrics.notes, key=lambda note: note.t), notes_left_out=metrics.notes_left_out,
         retirements=metrics.retirements, refusals=dict(metrics.refusals),
         given_up=metrics.given_up, restarts=starts,
+        scaled_pushes=int(training.scales[0]), mean_scale=_ratio(training.scales[1], training.scales[0]),
         forgotten_pushes=len(forgotten), forgotten_validations=scores.forgotten,
         num_parameters=metrics.num_parameters, apply_s=_ratio(server.phases["apply"], server.counts["pushes"]),
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),

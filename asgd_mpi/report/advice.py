@@ -14,6 +14,7 @@ SHARED_OUT = 1_000_000   # parameters, from which several servers are proposed: 
 SATURATED = 0.8       # share of the time that the server is busy, from which more workers hardly help
 QUEUES = 0.5          # ... from which pushes queue for it
 WAITS = 0.15          # share of the workers' time from which a phase is worth a word
+SCALED = 0.3          # share of the gradients that were scaled down, from which that is worth a word
 TORN = 0.05           # torn reads for each fetch
 PLATEAU = 0.001       # top-1 error that the last third of a run should at least gain
 MIN_VALIDATIONS = 6   # to speak of a plateau
@@ -22,7 +23,7 @@ MIN_VALIDATIONS = 6   # to speak of a plateau
 def advise(summary: Summary, cost: Cost | None = None) -> list[str]:
     """The sentences, the weightiest first."""
     rules = (_audit, _saturated, _waiting, _bubble, _data, _fetch, _lease, _validate, _room, _stragglers, _statistics, _torn,
-             _skipped, _retries)
+             _scaled, _skipped, _retries)
     found = [sentence for rule in rules if (sentence := rule(summary))]
     plateau = _plateau(summary, cost)
     return [*found, plateau] if plateau else found
@@ -170,6 +171,18 @@ def _torn(summary: Summary) -> str | None:
         return None
     return (f"{summary.torn_reads:,} reads of {summary.fetches:,} fetches were torn and done again: raise --exchange.ring, so "
             "that a snapshot stays longer before it is overwritten.")
+
+
+def _scaled(summary: Summary) -> str | None:
+    """Silent where a smaller batch cannot help: the limit is the user's own norm, nobody else pushes, or a batch is one image."""
+    pushes, batch = sum(worker.pushes for worker in summary.workers), summary.config.get("data.batch_size") or 0
+    if not pushes or summary.scaled_pushes < SCALED * pushes or summary.num_workers < 2 or batch < 2 or summary.config.get(
+            "rule.clip_norm"):
+        return None
+    return (f"{percent(summary.scaled_pushes / pushes, 0)} of the gradients were scaled down, to {percent(summary.mean_scale, 0)} in "
+            f"the mean, so that one push of all {summary.num_workers} workers does not move the weights too far (--rule.max_drift): "
+            f"a good part of the rate is not used. Smaller steps, more often, use it: --data.batch_size {batch // 2}, at half of the "
+            "rate, or fewer workers.")
 
 
 def _skipped(summary: Summary) -> str | None:
