@@ -4,9 +4,23 @@ A verb prints a `UserError` as its message alone, without a traceback; every oth
 traceback. A message says what is wrong with the numbers, why it matters, and what to do.
 """
 
+from __future__ import annotations
+
+import re
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")     # for a terminal; all but \\t and \\n
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters written out: what is shown may be out of a file that somebody else wrote."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class UserError(Exception):
     """Something that the user can put right; the message is all that is shown."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(UserError):

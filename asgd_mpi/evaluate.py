@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import jsonargparse
 import torch
 from tqdm import tqdm
 
+from asgd_mpi import trust
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.loader import Loader, ranges
 from asgd_mpi.data.order import Sequential
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.data.trials import FolderSet
-from asgd_mpi.errors import DataError, UserError
+from asgd_mpi.errors import ConfigError, DataError, UserError
 from asgd_mpi.model import networks
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint
@@ -33,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data.source", default="shards", type=Literal["shards", "folder"], help="What lies there.")
     parser.add_argument("--data.on_bad_image", default="fail", type=Literal["fail", "skip"],
                         help="Stop at a damaged image, or leave it out and count it.")
+    parser.add_argument("--model", default="", metavar="NAME", help="The network, by its name or as package.module:function, in "
+                        "place of the one that the checkpoint names: code of your own is run only if you name it, or have "
+                        "trained this run here with it.")
     parser.add_argument("--split", default="val", help="Split of the data set.")
     parser.add_argument("--batch-size", type=jsonargparse.typing.PositiveInt, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="A torch device.")
@@ -42,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = options.data
     try:
         state, manifest = checkpoint.load(options.checkpoint)
+        if options.model:
+            manifest.model = options.model
+        trust.demand(manifest.model, options.model, _run_of(options.checkpoint))
         images = open_split(data.source, data.path, options.split)
+        if manifest.data and data.source == "shards" and images.fingerprint != manifest.data:
+            print(f"note: {data.path} is another data set than the checkpoint was trained on (fingerprint {images.fingerprint}, "
+                  f"trained on {manifest.data})", file=sys.stderr)
         for note in images.notes:
             print(note, file=sys.stderr)
         errors = measure(state, manifest, images, options.batch_size, torch.device(options.device), options.threads,
@@ -55,6 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
           f"({options.split}){left_out}: top-1 error {1 - errors.top1 / errors.num_images:.4f}, top-5 error "
           f"{1 - errors.top5 / errors.num_images:.4f}, loss {errors.loss / errors.num_images:.4f}")
     return 0
+
+
+def _run_of(path: str) -> Path:
+    """The run directory that a checkpoint, or its model.pt, lies in: RUN/checkpoints/NAME."""
+    directory = Path(os.path.realpath(path))
+    return (directory.parent if directory.name == checkpoint.MODEL else directory).parent.parent
 
 
 def _long_form(argument: str) -> str:
@@ -74,7 +92,11 @@ def measure(state: dict[str, torch.Tensor], manifest: checkpoint.Manifest, shard
         raise DataError(f"the checkpoint takes images of {manifest.channels} channels, but {shards.root} has {channels}. "
                         "Give the data set it was trained on.")
     module = networks.build(manifest.model, manifest.num_classes, channels, manifest.image_size)
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"the checkpoint does not fit the network {manifest.model}: "
+                          f"{' '.join(str(error).split())[:300]}. Give the network that it was trained with: --model.") from error
     policy = make_policy("none", manifest.image_size, shards.image_shape)
     loader = Loader(shards, Sequential(shards.num_samples), policy, seed=0, threads=threads, on_bad_image=on_bad_image,
                     on_skip=lambda text: tqdm.write(text, file=sys.stderr))

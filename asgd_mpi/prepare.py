@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from asgd_mpi import config as configuration
-from asgd_mpi import inject, resume, topology
+from asgd_mpi import inject, resume, topology, trust
 from asgd_mpi.config import Config, ConfigError
 from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.model import buffers
@@ -28,11 +28,13 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     """
     config = configuration.parse(arguments)
     run, point = _find_run(config, hold)
-    changes = []
+    changes, named = [], trust.named(config.model.name, arguments)
+    trust.demand_named(config.model.name, arguments)
     if point:
         old = configuration.asked(run.latest(run.config_of).read_text())
         config = complete(configuration.parse(arguments, base=old))
         changes = resume.demand_same(old, config)
+        trust.demand(config.model.name, named, run.path)
     if config.compute.device == "cpu":
         ranks = [rank | {"gpus": []} for rank in ranks]
     num_stages, num_servers, order = config.stages.number, config.exchange.servers, list(range(len(ranks)))
@@ -90,6 +92,8 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     restart, directory = (point.restart, point.directory) if point else (0, None)
     text = configuration.record(config, num_workers)
     write_whole(run.config_of(restart), text.encode())
+    if unknown := trust.record(config.model.name, run.path):
+        print(unknown, flush=True)
     return {"config": text, "run": str(run.path), "ranks": [ranks[rank] for rank in order], "order": order,
             "restart": restart, "checkpoint": str(directory) if directory else None, "carried": carried, "greeting": _greeting(places, task, run)}
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Optional
 
@@ -21,13 +22,15 @@ import torch
 from tqdm import tqdm
 
 from asgd_mpi import config as configuration
+from asgd_mpi import trust
 from asgd_mpi.computation import Computation, Snapshot
-from asgd_mpi.errors import RunDirError, UserError
+from asgd_mpi.errors import DataError, RunDirError, UserError
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.events import Member, Push, Resume, Start, Turn, read_events, read_log
 from asgd_mpi.record.history import Session, lineage
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.resume import demand_same_data
 from asgd_mpi.server.ledger import Verdict
 from asgd_mpi.server.rules import Rule
 from asgd_mpi.task import Task, open_task
@@ -85,6 +88,9 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
         _check(push, latest.version, schedule(latest.samples, staleness), snapshots)
         elastic = replica.moves == "elastic"
         begun = push.base if elastic and replica.base == -1 else push.read_version
+        if begun not in snapshots:
+            raise RunDirError(f"pushes.log does not follow from itself: {push} began with version {begun}, which no worker held "
+                              "then. It was cut or changed.")
         goes_on = fetched.get(push.worker) == begun or elastic and replica.base != -1
         _use(threads.get(push.worker + 1))
         computed = computation.compute_(push.worker, push.segments, None if goes_on else snapshots[begun],
@@ -159,21 +165,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--until", type=Optional[int], metavar="VERSION", help="Stop at this version of the weights.")
     parser.add_argument("--debug", action="store_true",
                         help="Start the debugger there; `flat` is the network, `push` the next entry of the log.")
+    parser.add_argument("--data", "--data.path", default="", metavar="DIR", help="Where the data set of the run lies, if not "
+                        "where its configuration says: of a run that was copied from another machine.")
+    parser.add_argument("--model", default="", metavar="NAME", help="The network, by its name or as package.module:function, in "
+                        "place of the one that the run names: code of your own is run only if you name it, or have trained "
+                        "this run here with it.")
     options = parser.parse_args(arguments)
     try:
         run = RunDir.open(options.run_dir)
-        return _replay_and_compare(run) if options.until is None else _replay_until(run, options.until, options.debug)
+        given = Given(options.data, options.model)
+        return (_replay_and_compare(run, given) if options.until is None else
+                _replay_until(run, options.until, options.debug, given))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _replay_and_compare(run: RunDir) -> int:
+@dataclass(frozen=True)
+class Given:
+    """What the user says in place of a run's configuration; empty: as it is there."""
+
+    data: str = ""
+    model: str = ""
+
+    def task_of(self, run: RunDir, restart: int) -> Task:
+        """Open the task of a start. Raises ConfigError if its network is code that the user has not named, DataError, and
+        ConfigError if the data set is not the one of its checkpoints."""
+        config = configuration.from_yaml(run.config_of(restart).read_text())
+        model = self.model or config.model.name
+        trust.demand(model, self.model, run.path)
+        data = replace(config.data, path=self.data or config.data.path)
+        try:
+            task = open_task(replace(config, data=data, model=replace(config.model, name=model)))
+        except DataError as error:
+            if self.data or Path(data.path).exists():
+                raise
+            raise DataError(f"{data.path}, the data set of {run.path}, is not here: if the run was copied from another directory "
+                            "or machine, say where it lies with --data DIR.") from error
+        manifest = next((manifest for _, manifest in checkpoint.resumable(run) if manifest), None)
+        if manifest:
+            demand_same_data(manifest, task.train.fingerprint, task.train.num_classes, data.path)
+        return task
+
+
+def _replay_and_compare(run: RunDir, given: Given) -> int:
     flat, point, done = None, None, 0
     sessions = lineage(run)
     _tell_versions(run, sessions)
     for session, successor in zip(sessions, [*sessions[1:], None]):
-        flat, point, last = _replay_session(run, session, successor and successor.begin, point)
+        flat, point, last = _replay_session(run, given, session, successor and successor.begin, point)
         done += last
     found, version = _newest(run, sessions[-1].restart)
     replayed = dict(flat.module.named_parameters())
@@ -201,7 +241,7 @@ def _tell_versions(run: RunDir, sessions: list[Session]) -> None:
                   file=sys.stderr)
 
 
-def _replay_until(run: RunDir, version: int, debug: bool) -> int:
+def _replay_until(run: RunDir, version: int, debug: bool, given: Given) -> int:
     """Replay up to a version, compare it with its checkpoint if there is one, and look at it."""
     last = max((push.version + 1 for push in history.pushes(run) if push), default=0)
     if not 0 <= version <= last:
@@ -210,7 +250,7 @@ def _replay_until(run: RunDir, version: int, debug: bool) -> int:
     sessions = lineage(run)
     for session, successor in zip(sessions, [*sessions[1:], None]):
         ends_here = successor is None or successor.begin.version >= version
-        flat, point, _ = _replay_session(run, session, None if ends_here else successor.begin, point, version)
+        flat, point, _ = _replay_session(run, given, session, None if ends_here else successor.begin, point, version)
         if ends_here:
             break
     push = next((push for push in history.pushes(run) if push and push.version == version), None)
@@ -227,7 +267,7 @@ def _replay_until(run: RunDir, version: int, debug: bool) -> int:
     return status
 
 
-def _replay_session(run: RunDir, session: Session, successor: Resume | None,
+def _replay_session(run: RunDir, given: Given, session: Session, successor: Resume | None,
                     begin: Point | None, until: float = math.inf) -> tuple[FlatModel, Point | None, int]:
     """Replay one start of the run; also returns the number of its pushes."""
     starts = {rank: event for rank, restart, path in run.metrics_files if restart == session.restart
@@ -239,7 +279,7 @@ def _replay_session(run: RunDir, session: Session, successor: Resume | None,
     if not starts or None in entries or not entries and successor is None:
         raise RunDirError(f"{run.path}: the log of pushes or the metrics of the ranks are missing or damaged (start "
                           f"{session.restart}): a replay needs every push.")
-    task = open_task(configuration.from_yaml(run.config_of(session.restart).read_text()))
+    task = given.task_of(run, session.restart)
     pushes = sum(isinstance(entry, Push) for entry in entries)
     num_workers = next(iter(starts.values())).num_workers
     flat, point = replay(task, tqdm(entries, unit=" pushes"), num_workers, begin, successor,

@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from asgd_mpi import config as configuration
-from asgd_mpi import forecast, plan
+from asgd_mpi import forecast, plan, trust
 from asgd_mpi.config import Config
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.record.checkpoint import Manifest
@@ -144,6 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(describe(simulation)))
         if run:
             write_run(run, task, simulation)
+            if unknown := trust.record(config.model.name, run.path):
+                print(unknown)
             print(f"the run directory is {run.path}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -153,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _config(arguments: list[str], slow: str) -> Config:
     config = configuration.parse(arguments)
+    trust.demand_named(config.model.name, arguments)
     _demand(not config.run.resume and not config.run.dry_run, "resume" if config.run.resume else "dry-run",
             config.run.resume, "a simulation begins anew, and is over soon")
     for option, count in (("servers", config.exchange.servers), ("stages", config.stages.number)):

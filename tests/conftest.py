@@ -137,6 +137,14 @@ def digits(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_of_the_user(tmp_path_factory):
+    """Where it is remembered which networks were named for which run: not in the home of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Of torch: what is computed in parts is then the same to the bit as the whole."""
