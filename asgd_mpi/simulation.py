@@ -223,6 +223,9 @@ class Simulation:
             me.is_computing = True
             yield seconds                                    # or less: see _post
             me.is_computing = False
+            me.steps += 1                                    # finished or not
+            if me.steps == me.dies_at_step:
+                return self._lose(me)
             if me.sum is None:
                 me.sum, me.is_fresh = _Sum(lease.number, me.snapshot, me.snapshot if me.is_fresh else None), False
             me.sum.batches.append((lease.epoch, start, stop))
@@ -230,12 +233,8 @@ class Simulation:
             self.books[me.number + 1].add(self.now, compute=self.now - began, images=0 if is_overtaken else stop - start)
             if is_overtaken:
                 yield from self._give_up(me)
-            else:
-                me.steps += 1
-                if me.steps == me.dies_at_step:
-                    return self._lose(me)
-                if self._is_due(me):
-                    yield from self._push(me)
+            elif self._is_due(me):
+                yield from self._push(me)
             if me.mail.orders != Orders.GO_ON:
                 return
 
