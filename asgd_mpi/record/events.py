@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from asgd_mpi.server.versions import Made
 
 FORMAT = 1
-PHASES = ("data", "compute", "push", "fetch", "validate", "apply", "checkpoint", "idle")  # where a rank's time goes
+PHASES = ("data", "compute", "push", "fetch", "validate", "apply", "servers", "checkpoint", "idle")  # where a rank's time goes
 
 
 class Start(msgspec.Struct, tag_field="event", tag="start", omit_defaults=True):
@@ -66,6 +66,7 @@ class Interval(msgspec.Struct, tag_field="event", tag="interval", omit_defaults=
     fetch: float = 0.0
     validate: float = 0.0
     apply: float = 0.0
+    servers: float = 0.0      # rank 0's wait for the servers of other slices to have applied theirs
     checkpoint: float = 0.0
     idle: float = 0.0
     hidden: float = 0.0       # push and fetch behind the computation: not part of the sum

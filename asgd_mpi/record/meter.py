@@ -59,8 +59,7 @@ class Meter:
             interval, elapsed = self._now, time.perf_counter() - self._started
             self._fresh()
         interval.t1 = interval.t0 + elapsed
-        interval.idle = max(0.0, elapsed - (interval.data + interval.compute + interval.push + interval.fetch
-                                            + interval.validate + interval.apply + interval.checkpoint))
+        interval.idle = max(0.0, elapsed - sum(getattr(interval, phase) for phase in PHASES if phase != "idle"))
         self._log.write(interval)
         reading = self.gauge.read() if self.gauge else None
         if reading:

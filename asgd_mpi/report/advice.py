@@ -22,7 +22,7 @@ MIN_VALIDATIONS = 6   # to speak of a plateau
 
 def advise(summary: Summary, cost: Cost | None = None) -> list[str]:
     """The sentences, the weightiest first."""
-    rules = (_audit, _saturated, _waiting, _bubble, _data, _fetch, _lease, _validate, _room, _stragglers, _statistics, _torn,
+    rules = (_audit, _saturated, _servers, _waiting, _bubble, _data, _fetch, _lease, _validate, _room, _stragglers, _statistics, _torn,
              _scaled, _skipped, _retries)
     found = [sentence for rule in rules if (sentence := rule(summary))]
     plateau = _plateau(summary, cost)
@@ -72,6 +72,16 @@ def _saturated(summary: Summary) -> str | None:
         text += (f" More servers share the update out, on cores of their own: --servers "
                  f"{2 * summary.config.get('exchange.servers', 1)}.")
     return text
+
+
+def _servers(summary: Summary) -> str | None:
+    """Rank 0 publishes when all servers have applied their slices."""
+    server = next((rank for rank in summary.ranks if rank.rank == 0 and rank.seconds), None)
+    share = server.phases["servers"] / server.seconds if server else 0.0
+    if share < WAITS:
+        return None
+    return (f"Rank 0 waits {percent(share, 0)} of its time for the other servers to apply their slices: more of them would not help. "
+            "Give each server a core of its own, or take fewer --servers.")
 
 
 def _waiting(summary: Summary) -> str | None:

@@ -19,7 +19,7 @@ from asgd_mpi.report.svg import FAINT, INK, SETTINGS, to_svg
 
 WIDTH, HEIGHT = 5.4, 2.9                # inches; on a page it fills its column
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b82c4", "#d97706", "#159a6c", "#d1434b", "#a862c4", "#8a8f98"
-PHASE_COLOURS = {"data": ORANGE, "compute": GREEN, "push": RED, "fetch": PURPLE, "validate": "#55b6d9", "apply": BLUE,
+PHASE_COLOURS = {"data": ORANGE, "compute": GREEN, "push": RED, "fetch": PURPLE, "validate": "#55b6d9", "apply": BLUE, "servers": "#1f4e79",
                  "checkpoint": "#9b7440", "idle": GREY}
 MAX_BARS = 16                           # ranks with a bar of their own
 

@@ -29,7 +29,7 @@ def page(summary: Summary, cost: Cost | None = None) -> str:
     began = summary.started and time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(summary.started))
     return template("page.html.j2").render(
         s=summary, cost=cost, began=began, css=css(), cards=_cards(summary, cost), advice=advise(summary, cost),
-        pictures=drawn, missing=missing, phases=[phase for phase in PHASES if phase not in ("apply", "checkpoint")],
+        pictures=drawn, missing=missing, phases=[phase for phase in PHASES if phase not in ("apply", "servers", "checkpoint")],
         workers=[(worker, shares.get(worker.rank, nothing)) for worker in summary.workers],
         training=_training(summary), traffic=_traffic(summary), money=_money(cost) if cost else [],
         machine=_machine(summary), incidents=incidents(summary))

@@ -161,7 +161,11 @@ class Server:
                 self.window.promise(arrival.worker, arrival.header.packet)
             advance_(weights, self.window, self.rule, [(arrival.gradient, verdict) for arrival, verdict in judged],
                      self.inbox.poll, self._lookout.look)
+            began = time.perf_counter()
             self._await_fellows(f"apply version {self.ledger.version}")
+            waited = time.perf_counter() - began if self.fellows else 0.0
+        if waited:                        # inside of "apply", and no part of it
+            self.meter.add(servers=waited, apply=-waited)
         self._hash()
         for arrival, verdict in judged:
             self._record(arrival.header, verdict)
