@@ -65,10 +65,10 @@ class Computation:
         for batch in self._batches(segments):
             loss += replica.add(batch, self.normalise)
             skipped += batch.skipped
-            num_batches += 1
+            num_batches += len(batch.labels) > 0
         if centre is not None:
             replica.fetched_(*self._on_the_wire(centre))
-        return Computed(loss / num_batches, skipped, replica.finish(), replica.scale)
+        return Computed(loss / max(1, num_batches), skipped, replica.finish(), replica.scale)
 
     def applied(self, latest: Snapshot, verdict: Verdict, positions: int) -> Snapshot:
         """The snapshot that what was computed last makes of the latest one."""
@@ -96,10 +96,10 @@ class Computation:
         self.replicas[worker].show_carried_()
         if self.flat.measured:
             last = batchnorm.positions(task.train.num_samples, size)
-            images = (self.normalise(batch.images) for batch in self._batches([(0, 0, last)]))
+            images = (self.normalise(batch.images) for batch in self._batches([(0, 0, last)]) if len(batch.labels))
             batchnorm.recalibrate_(self.flat.module, images, self.flat.measured)
         loader = task.val_loader()
-        errors = validate(self.flat, self.normalise, loader.batches(ranges(0, start, stop, size)))
+        errors = validate(self.flat, self.normalise, loader.batches(ranges(0, start, stop, size, task.smallest)))
         loader.close()
         return errors
 
@@ -114,5 +114,5 @@ class Computation:
         """The batches of a push, cut as the worker cuts them."""
         size = self.task.config.data.batch_size
         for epoch, start, stop in segments:
-            for one in ranges(epoch, start, stop, size):
+            for one in ranges(epoch, start, stop, size, self.task.smallest):
                 yield self.loader.batch(*one)

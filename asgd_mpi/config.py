@@ -78,6 +78,9 @@ class DataConfig:
         path: directory of shards made by data_prep; `digits` is the embedded set, made on first use in data/digits
         source: shards; folder reads a tree of train/<class>/*.JPEG and val/<class>/*.JPEG, to try; synthetic needs no path
         batch_size: images a gradient is averaged over, per worker (default: the network's recipe)
+        min_batch: images that a batch, or a part of one, has at least; a rest that is smaller goes with the batch before, and if
+            damaged images leave fewer, all of a batch are left out and counted (default: what the network can be trained on, 2 if its
+            batch norm refuses one image, 1 otherwise)
         image_size: side of the square that the network sees, in pixels (default: 224, or the size of smaller raw images)
         augment: none, shift, paper (crops, flips and colours of Krizhevsky 2012), reference (torchvision's) (default: recipe)
         threads: threads of each worker that read and decode
@@ -88,6 +91,7 @@ class DataConfig:
     path: str = free("digits")
     source: Literal["shards", "folder", "synthetic"] = fixed("shards", "the order of the images would be another one")
     batch_size: Optional[int] = None
+    min_batch: Optional[int] = None
     image_size: Optional[int] = None
     augment: Optional[Literal["none", "shift", "paper", "reference"]] = None
     threads: int = free(2)

@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not errors.num_images:
+        print(f"error: all {errors.skipped} images of {data.path} ({options.split}) are damaged: there is nothing to measure.", file=sys.stderr)
+        return 2
     left_out = f", and {errors.skipped} damaged ones left out" if errors.skipped else ""
     print(f"version {manifest.version} of {manifest.model}, {errors.num_images} images of {data.path} "
           f"({options.split}){left_out}: top-1 error {1 - errors.top1 / errors.num_images:.4f}, top-5 error "

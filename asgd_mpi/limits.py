@@ -47,6 +47,7 @@ RANGES: dict[str, Range] = {
     "run.validate_every": (_from(1e-9), f"{_EPOCHS} between validations, > 0; more than --run.epochs for the last one only"),
     "run.timeout_s": (_above(0), "every wait needs a limit above 0 seconds"),
     "data.batch_size": (_from(1), "a batch has 1 image or more"),
+    "data.min_batch": (_from(1), "a batch has 1 image or more"),
     "data.image_size": (_from(1, 8192), "give the side of a square in pixels, 1 to 8192"),
     "data.threads": (_from(1, 1024), "somebody has to read the images; give 1 or more, 1024 at most"),
     "data.lease_batches": (_from(1), "a lease has 1 batch or more"),

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from asgd_mpi import config as configuration
-from asgd_mpi import inject, resume, topology, trust
+from asgd_mpi import inject, preflight, resume, topology, trust
 from asgd_mpi.config import Config, ConfigError
 from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.model import buffers
@@ -62,6 +62,10 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
             raise ConfigError(f"--stages {num_stages} with {config.rule.name}: its workers validate other weights than they "
                               "train, and the stages of a replica share one vector of weights. Take another rule.")
     task.train_loader().close()
+    task, notes = preflight.try_out_(task, module)
+    config = task.config
+    for note in notes:
+        print(note, flush=True)
     num_workers = max(1, places.num_workers)
     rulebook.check(config, num_workers)
     Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers)

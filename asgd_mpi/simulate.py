@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from asgd_mpi import config as configuration
-from asgd_mpi import forecast, plan, trust
+from asgd_mpi import forecast, plan, preflight, trust
 from asgd_mpi.config import Config
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.record.checkpoint import Manifest
@@ -135,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         times = _times(options)
         _demand(1 <= options.workers <= MAX_WORKERS, "workers", options.workers, f"from 1 to {MAX_WORKERS} can be simulated")
         task = open_task(complete(config))
+        task, notes = preflight.try_out_(task, task.first_module())
+        for note in notes:
+            print(note, file=sys.stderr)
         rulebook.check(task.config, options.workers)
         run = RunDir.create(options.out, "") if options.out else None
         plan_ = task.plan(options.workers)

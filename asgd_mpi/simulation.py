@@ -22,6 +22,7 @@ import msgspec
 from asgd_mpi import forecast, inject
 from asgd_mpi.computation import Computation, Snapshot
 from asgd_mpi.config import ExchangeConfig
+from asgd_mpi.data.loader import ranges
 from asgd_mpi.errors import TOO_FAST, ConfigError, TrainingDiverged, WorkersLost
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.wire import Header, Kind
@@ -218,8 +219,8 @@ class Simulation:
                 me.done = lease.number
 
     def _train(self, me: _Worker, lease: Lease) -> Process:
-        for start in range(lease.start, lease.stop, self.plan.batch_size):
-            stop, seconds, began = min(start + self.plan.batch_size, lease.stop), me.step_s(), self.now
+        for _, start, stop in ranges(lease.epoch, lease.start, lease.stop, self.plan.batch_size, self.plan.smallest):
+            seconds, began = me.step_s(), self.now
             me.is_computing = True
             yield seconds                                    # or less: see _post
             me.is_computing = False

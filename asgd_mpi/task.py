@@ -52,6 +52,11 @@ class Task:
         return self.train.image_shape[2] if self.train.image_shape else 3
 
     @property
+    def smallest(self) -> int:
+        """Images that a batch, or a part of one, has at least; 1 in runs that were recorded without."""
+        return self.config.data.min_batch or 1
+
+    @property
     def normalise(self) -> Normalise:
         return Normalise(self.train.mean, self.train.std)
 
@@ -95,7 +100,7 @@ class Task:
 
     def train_loader(self, on_skip=print, touch_on_device: bool = False) -> Loader:
         order = Order(self.train.num_samples, self.config.run.seed)
-        return self._loader(self.train, order, self.config.data.augment, on_skip, touch_on_device)
+        return self._loader(self.train, order, self.config.data.augment, on_skip, touch_on_device, self.smallest)
 
     def val_loader(self, on_skip=print) -> Loader:
         return self._loader(self.val, Sequential(self.val.num_samples), "none", on_skip)
@@ -123,7 +128,7 @@ class Task:
         return Plan(num_workers, samples, self.val.num_samples, round(run.epochs * samples), data.batch_size,
                     lease_batches, run.validate_every, self.config.failure.max_nonfinite,
                     round(self.config.rule.warm_start_epochs * samples), pacing(self.config.rule, num_workers),
-                    LEASE_PUSHES if sums_on else 0, RULEBOOK[self.config.rule.name].moves == "elastic")
+                    LEASE_PUSHES if sums_on else 0, RULEBOOK[self.config.rule.name].moves == "elastic", self.smallest)
 
     def schedule(self, num_workers: int) -> Schedule:
         samples, config = self.train.num_samples, self.config
@@ -145,11 +150,11 @@ class Task:
         return module.to(memory_format=torch.channels_last) if self.config.compute.channels_last else module
 
     def _loader(self, shards: ShardSet, order: Order | Sequential, augment: str, on_skip,
-                touch_on_device: bool = False) -> Loader:
+                touch_on_device: bool = False, smallest: int = 1) -> Loader:
         data = self.config.data
         policy = make_policy(augment, data.image_size, shards.image_shape)
         return Loader(shards, order, policy, self.config.run.seed, data.threads, data.on_bad_image, on_skip,
-                      touch_on_device)
+                      touch_on_device, smallest)
 
 
 def open_task(config: Config, on_retry: Callable[[str], None] = warnings.warn) -> Task:

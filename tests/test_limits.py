@@ -1,6 +1,7 @@
 """Values that cannot be meant: each is refused in one line that names the option, before anything is begun."""
 
 import dataclasses
+from contextlib import ExitStack
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_a_number_is_refused_by_its_name_or_passes_the_dry_run(option, digits, t
         config = _with(option, value, path=str(digits))
         monkeypatch.setattr(configuration, "parse", lambda arguments: limits.check(config) or config)
         try:
-            assert prepare([], RANK, None) == {"status": 0}
+            assert prepare([], RANK, None, ExitStack()) == {"status": 0}
         except UserError as error:
             others = ("--data.augment shift ", "--model.name ") if option == "data.image_size" else ()     # refuse other sizes
             assert str(error).startswith((f"--{option} ", *others)) and "\n" not in str(error), error
@@ -111,12 +112,12 @@ def test_spans_of_less_than_an_image_are_refused_once_the_data_set_is_known():
 @pytest.mark.parametrize("text", ["slow:1.2.3x@rank1", "slow:0.5x@rank1", "kill@t=..s:rank1", f"raise@step{10**40}:rank1", "kill@rank٣"])
 def test_failures_to_rehearse_that_cannot_be_meant_are_refused(text, digits):
     with pytest.raises(ConfigError, match="^--run.inject "):
-        prepare(["--inject", text, "--data.path", str(digits), "--dry-run"], RANK, None)
+        prepare(["--inject", text, "--data.path", str(digits), "--dry-run"], RANK, None, ExitStack())
 
 
 def test_a_failure_of_a_rank_that_is_not_there_is_refused(digits):
     with pytest.raises(ConfigError, match="ranks of this run are 0 to 1"):
-        prepare(["--inject", "kill@step3:rank2", "--data.path", str(digits), "--dry-run"], RANK * 2, None)
+        prepare(["--inject", "kill@step3:rank2", "--data.path", str(digits), "--dry-run"], RANK * 2, None, ExitStack())
 
 
 def _with(option, value, path="digits"):

@@ -20,15 +20,20 @@ from asgd_mpi.data.augment import Policy, Touches, sample_rng
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import DamagedSample, ShardSet
-from asgd_mpi.errors import DataError
 
 
 Range = tuple[int, int, int]  # of one batch: epoch, start, stop
 
 
-def ranges(epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Range]:
-    """Cut positions start..stop-1 of an epoch into batches; the last one may be smaller."""
-    return ((epoch, at, min(at + batch_size, stop)) for at in range(start, stop, batch_size))
+def ranges(epoch: int, start: int, stop: int, batch_size: int, smallest: int = 1) -> Iterator[Range]:
+    """Cut positions start..stop-1 of an epoch into batches; a rest of fewer than `smallest` goes with the batch before."""
+    at = start
+    while at < stop:
+        end = min(at + batch_size, stop)
+        if stop - end < smallest:
+            end = stop
+        yield epoch, at, end
+        at = end
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Batch:
     epoch: int
     start: int  # positions of the epoch, start..stop-1
     stop: int
-    skipped: int  # damaged samples left out: B == stop - start - skipped
+    skipped: int  # samples left out: B == stop - start - skipped; B may be 0
     touches: Touches | None = None  # mirrors and colours that are left to the device
 
     def on(self, device: torch.device) -> torch.Tensor:
@@ -61,6 +66,7 @@ class Loader:
         on_bad_image: str = "fail",
         on_skip: Callable[[str], None] = warnings.warn,
         touch_on_device: bool = False,
+        smallest: int = 1,
     ):
         self.shards = shards
         self.order = order
@@ -68,6 +74,7 @@ class Loader:
         self.seed = seed
         self.on_bad_image = on_bad_image  # "fail" or "skip"
         self.on_skip = on_skip  # called with a message, once a damaged sample, from any thread
+        self.smallest = smallest  # images of a batch; if damaged ones leave fewer, all are left out
         self.touch_on_device = touch_on_device  # leave mirrors and colours to Batch.on
         self._num_channels = 3 if shards.image_shape is None else shards.image_shape[2]
         self._reported: set[int] = set()
@@ -91,16 +98,16 @@ class Loader:
                     raise
                 good[row] = False
                 self._report(index, error)
+        if good.sum() < self.smallest:
+            if good.any():
+                self.on_skip(f"left out: the {good.sum()} whole images at positions {start}..{stop - 1} of epoch {epoch}: the network "
+                             f"is trained on {self.smallest} at a time or more (data.min_batch)")
+            good[:] = False
         if not good.all():
-            if not good.any():
-                raise DataError(
-                    f"all {len(indices)} samples at positions {start}..{stop - 1} of epoch {epoch} of "
-                    f"{self.shards.root} ({self.shards.split}) are damaged; prepare or copy the data set again"
-                )
             images, indices = images[good], indices[good]
         labels = torch.from_numpy(self.shards.labels(indices))
         return Batch(torch.from_numpy(images), labels, indices, epoch, start, stop, int((~good).sum()),
-                     Touches(touches) if self.touch_on_device else None)
+                     Touches(touches) if self.touch_on_device and good.any() else None)
 
     def submit(self, epoch: int, start: int, stop: int) -> Future[Batch]:
         """Start making a batch in a thread; its errors come out of the future's result()."""

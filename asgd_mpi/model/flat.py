@@ -76,6 +76,9 @@ class FlatModel:
         parts = [vector[start:start + p.numel()] for start, p in zip(_starts(self.module), self._parameters)]
         return torch.stack(torch._foreach_norm(parts)).tolist() if parts else []      # sync: it may be scaled down
 
+    def zero_gradient_(self) -> None:
+        self.gradient.zero_()
+
     def set_aside_(self) -> None:
         """Keep a copy of the gradient for `take_back_`, which adds it."""
         self._aside = self.gradient.clone()

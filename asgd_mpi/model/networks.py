@@ -14,6 +14,7 @@ from torch import nn
 
 from asgd_mpi.config import Recipe
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.model.blame import blamed
 from asgd_mpi.model.columns import TwoColumns
 
 IMAGENET_RESNET = Recipe(epochs=90, batch_size=32, augment="reference", momentum=0.9, weight_decay=1e-4,
@@ -152,16 +153,22 @@ def build(name: str, num_classes: int, channels: int, image_size: int) -> nn.Mod
     if not isinstance(module, nn.Module):
         raise ConfigError(f"--model.name {name} gave a {type(module).__name__}: it must return a torch.nn.Module.")
     shape = (2, channels, image_size, image_size)
-    try:
-        with torch.no_grad():
-            output = module.eval()(torch.zeros(shape))
-    except RuntimeError as error:
-        raise ConfigError(f"--model.name {name} cannot take images of shape {shape[1:]} (channels, height, width): "
-                          f"{error}. Take another network, or other images.") from error
-    if tuple(output.shape) != (2, num_classes):
-        raise ConfigError(f"--model.name {name} gives {tuple(output.shape)} for 2 images, but the data set has "
-                          f"{num_classes} classes: its last layer must have {num_classes} outputs.")
+    with torch.no_grad(), blamed(f"--model.name {name} cannot take images of shape {shape[1:]} (channels, height, width)",
+                                 "Take another network, or other images"):
+        output = module.eval()(torch.zeros(shape))
+    demand_scores(name, output, 2, num_classes)
     return module.train()
+
+
+def demand_scores(name: str, output: object, num_images: int, num_classes: int, when: str = "") -> None:
+    """Raise ConfigError unless a network's output is (num_images, num_classes) floating-point scores."""
+    if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+        kind = output.dtype if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        raise ConfigError(f"--model.name {name} gives {kind} {when}where scores are needed: a tensor (images, {num_classes}) of "
+                          "floats, one for each class.")
+    if tuple(output.shape) != (num_images, num_classes):
+        raise ConfigError(f"--model.name {name} gives {tuple(output.shape)} {when}for {num_images} image{'s' * (num_images > 1)}, but the "
+                          f"data set has {num_classes} classes: its last layer must have {num_classes} outputs.")
 
 
 def outline(name: str, num_classes: int, channels: int) -> nn.Module | None:
@@ -188,7 +195,8 @@ def outline(name: str, num_classes: int, channels: int) -> nn.Module | None:
 
 
 def _make(name: str, num_classes: int, channels: int) -> nn.Module:
-    return (NETWORKS[name][0] if name in NETWORKS else _find(name))(num_classes, channels)
+    with blamed(f"--model.name {name} cannot be made"):
+        return (NETWORKS[name][0] if name in NETWORKS else _find(name))(num_classes, channels)
 
 
 def _find(name: str):

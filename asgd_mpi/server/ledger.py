@@ -124,6 +124,7 @@ class Plan:
     pacing: Pacing = Pacing()
     lease_pushes: int = 0     # a lease holds as much as so many pushes like its worker's last one, if that is more
     moves_own: bool = False   # workers keep weights of their own from one push to the next (an elastic rule)
+    smallest: int = 1         # images of a batch: no lease leaves less of an epoch
 
 
 class LedgerError(RuntimeError):
@@ -501,7 +502,8 @@ class Ledger:
         elif self._lent < plan.total_samples:
             epoch, start = divmod(self._lent, plan.num_samples)
             left = min(plan.num_samples - start, plan.total_samples - self._lent)
-            stop = start + min(self._length_of_lease(worker), left)
+            length = min(self._length_of_lease(worker), left)
+            stop = start + (left if left - length < plan.smallest else length)
             self._lent += stop - start
             self._grant(worker, Work.TRAIN, Segment(epoch, start, stop))
         else:

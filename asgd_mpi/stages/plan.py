@@ -150,7 +150,7 @@ class StagePlan:
 
         cuts = balance(num_stages, len(graph.nodes), places, cost) if num_stages <= len(places) + 1 else None
         if cuts is None:
-            raise ConfigError(f"--stages.number {num_stages}: the network can be cut at {len(places)} places, not into so many "
+            raise ConfigError(f"--stages.number {num_stages}: the network can be cut at {len(places)} places, not into {num_stages} "
                               "stages that have parameters each.")
         return cuts
 

@@ -37,14 +37,20 @@ class _Sum:
 
     def __init__(self, lease: Lease, batch: Batch):
         self.lease, self.start = lease.number, batch.start
-        self.batches = self.count = self.skipped = 0
+        self.batches = self.count = self.skipped = self.seen = 0
         self.loss = 0.0
 
     def add(self, batch: Batch, loss: float) -> None:
         self.batches += 1
         self.count += batch.stop - batch.start
         self.skipped += batch.skipped
+        self.seen += len(batch.labels) > 0
         self.loss += loss
+
+    @property
+    def mean_loss(self) -> float:
+        """Over the batches that have images; 0 if none has."""
+        return self.loss / max(1, self.seen)
 
 
 class Worker:
@@ -65,7 +71,7 @@ class Worker:
         self.leader = leader                                   # of the stages that compute, if there are several
         self.normalise = normalise
         self.train_loader, self.val_loader = loaders
-        self.batch_size = config.data.batch_size
+        self.batch_size, self.smallest = config.data.batch_size, config.data.min_batch or 1
         self.exchange = config.exchange
         self.statistics = config.model.batchnorm if self.network.measured else "none"   # how they come about
         self.meter = meter
@@ -205,12 +211,12 @@ class Worker:
             self.replica.load_({})
             fetch = True
         self._since_fetch = 0 if fetch else self._since_fetch
-        if is_finite and self.statistics == "server_ema":
+        if is_finite and self.statistics == "server_ema" and done.seen:
             self.courier.start(self._header(Kind.STATISTICS), self._fill_statistics, fetch=False)
             self.courier.wait()
         header = self._header(
             Kind.GRADIENT if is_finite else Kind.NONFINITE, read_version=version, lease=done.lease, start=done.start,
-            count=done.count, skipped=done.skipped, loss=done.loss / done.batches, base=self.replica.base,
+            count=done.count, skipped=done.skipped, loss=done.mean_loss, base=self.replica.base,
             scale=self.replica.scale)
         if is_finite:
             self.courier.push_gradient(header, fetch)
@@ -366,11 +372,11 @@ class Worker:
         return validate(self.network, self.normalise, self.val_loader.batches(self._cut(lease)))
 
     def _cut(self, lease: Lease) -> Iterator[Range]:
-        return ranges(lease.epoch, lease.start, lease.stop, self.batch_size)
+        return ranges(lease.epoch, lease.start, lease.stop, self.batch_size, self.smallest)
 
     def _recalibrate(self) -> None:
         """Measure the batch-norm statistics of the fetched snapshot, on the first training images of epoch 0."""
         last = batchnorm.positions(self.train_loader.shards.num_samples, self.batch_size)
-        batches = (self.train_loader.batch(*one) for one in ranges(0, 0, last, self.batch_size))
-        images = (self.normalise(batch.on(self.network.device)) for batch in batches)
+        batches = (self.train_loader.batch(*one) for one in ranges(0, 0, last, self.batch_size, self.smallest))
+        images = (self.normalise(batch.on(self.network.device)) for batch in batches if len(batch.labels))
         self.leader.recalibrate_(images) if self.leader else batchnorm.recalibrate_(self.flat.module, images, self.flat.measured)

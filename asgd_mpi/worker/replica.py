@@ -54,7 +54,7 @@ class Replica:
         rule = config.rule
         self.flat, self._rate_at, self._rule, self._seed, self._shares = flat, rate_at, rule, config.run.seed, shares
         self.moves = RULEBOOK[rule.name].moves
-        self._loss = ScaledLoss(config.compute, leader.compute_gradient_ if leader else None)
+        self._loss = ScaledLoss(config.compute, leader.compute_gradient_ if leader else None, config.data.min_batch or 1)
         self._vectors: Vectors | SpreadVectors = leader.spread if leader else Vectors(flat, config, num_workers)
         self._gradient: FlatModel | SpreadVectors = leader.spread if leader else flat
         self._carried = Carried(flat)
@@ -101,7 +101,7 @@ class Replica:
             self.base = version
 
     def add(self, batch: Batch, normalise: Normalise) -> float:
-        """Compute the gradient of a batch; returns its loss."""
+        """Compute the gradient of a batch; returns its loss, 0 for one without images."""
         is_first, self._batches = self._batches == 0, self._batches + 1
         if self.moves == "elastic" and not is_first:
             self._move_(False)    # by the gradient before this one: the last one of a push moves with the pull, in `finish`
@@ -114,7 +114,12 @@ class Replica:
             if isinstance(self._vectors, Vectors):
                 self._vectors.own = self._own
             self._longest = self._longest_here()
-        loss = self._loss.compute_gradient_(self._gradient, normalise, batch, self._seed, accumulate)
+        if len(batch.labels):
+            loss = self._loss.compute_gradient_(self._gradient, normalise, batch, self._seed, accumulate)
+        else:                                          # all of its images are left out: a step of a gradient of zero
+            loss = 0.0
+            if not accumulate:
+                self._gradient.zero_gradient_()
         self._is_finite = math.isfinite(loss) and (is_first or self._is_finite)
         if self.moves == "descends":
             self._move_(is_first)

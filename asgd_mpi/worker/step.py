@@ -28,12 +28,16 @@ if TYPE_CHECKING:
     from asgd_mpi.worker.team import Leader
     from asgd_mpi.worker.vectors import SpreadVectors
 
+# Weights of auxiliary losses: Szegedy et al. 2014, arXiv:1409.4842, section 5; torchvision's references
+AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
+
 Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> float32 (B, C, S, S)
 
 
 def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
                       compute: ComputeConfig = ComputeConfig(), scale: float = 1.0, stages: Sequence[Stage] | None = None,
-                      schedule: Schedule = one_f_one_b, look: Callable[[], None] | None = None) -> float:
+                      schedule: Schedule = one_f_one_b, look: Callable[[], None] | None = None,
+                      smallest: int = 1) -> float:
     """Set `flat.gradient` to the gradient of the mean loss over the batch times `scale`, or add it; returns the loss.
 
     stages: those that the network is cut into; the gradient is the same, to the bit. look: called before each forward and each
@@ -47,7 +51,7 @@ def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed:
     if not accumulate:
         flat.gradient.zero_()
     images = prepared(batch, normalise, flat.device, compute)
-    parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale)
+    parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale, smallest)
     losses = pipeline.run_(stages or whole(flat.module), parts.work(images, flat.device, compute), parts.count(compute),
                            schedule, look_when_done if look else lambda: None)
     return sum(losses).item() / scale  # sync: the push carries it
@@ -68,9 +72,10 @@ class Parts:
     labels: list[int]
     seed: int
     scale: float              # of the loss
+    smallest: int = 1         # images of a part
 
     def count(self, compute: ComputeConfig) -> int:
-        return min(compute.micro_batches, len(self.labels))
+        return max(1, min(compute.micro_batches, len(self.labels) // self.smallest))
 
     def work(self, images: torch.Tensor | None, device: torch.device, compute: ComputeConfig) -> pipeline.Work:
         """For the stages on `device`; only the first one needs the images."""
@@ -84,12 +89,26 @@ class Parts:
             generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, begins[part]]).generate_state(1)[0]))
 
         def loss(part: int, scores: torch.Tensor) -> torch.Tensor:
-            return functional.cross_entropy(scores, truths[part]) * (len(truths[part]) / len(labels) * self.scale)
+            return loss_of(scores, truths[part]) * (len(truths[part]) / len(labels) * self.scale)
 
         def autocast() -> torch.autocast:
             return torch.autocast(device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32")
 
         return pipeline.Work(parts.__getitem__, seed, loss, generator, autocast)
+
+
+def outputs_of(outputs: object) -> tuple:
+    """Return the scores and those of auxiliary classifiers, which torchvision's networks give in training only."""
+    return tuple(each for each in outputs if each is not None) if type(outputs).__name__ in AUXILIARY else (outputs,)
+
+
+def loss_of(outputs: object, truths: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy of scores (b, classes), plus that of auxiliary ones with the weight that they have."""
+    scores, *auxiliary = outputs_of(outputs)
+    loss = functional.cross_entropy(scores, truths)
+    for each in auxiliary:
+        loss = loss + AUXILIARY[type(outputs).__name__] * functional.cross_entropy(each, truths)
+    return loss
 
 
 def looking(images: torch.Tensor | None, device: torch.device) -> pipeline.Work:
@@ -110,16 +129,16 @@ class ScaledLoss:
 
     FIRST, PATIENCE = 2.0 ** 16, 2000
 
-    def __init__(self, compute: ComputeConfig, gradient_of: Callable[..., float] | None = None):
-        """`gradient_of`: in place of `compute_gradient_`."""
-        self._compute, self._gradient_of = compute, gradient_of or compute_gradient_
+    def __init__(self, compute: ComputeConfig, gradient_of: Callable[..., float] | None = None, smallest: int = 1):
+        """`gradient_of`: in place of `compute_gradient_`; `smallest`: images of a part of a batch."""
+        self._compute, self._gradient_of = compute, partial(gradient_of or compute_gradient_, smallest=smallest)
         self._scale = self.FIRST if compute.precision == "float16" else 1.0
         self._good = 0                # batches since it was changed
 
     def watch(self, look: Callable[[], None]) -> None:
         """Call this between two passes of a batch; not if stages compute, which finish what they have begun."""
-        if self._gradient_of is compute_gradient_:
-            self._gradient_of = partial(compute_gradient_, look=look)
+        if self._gradient_of.func is compute_gradient_:
+            self._gradient_of = partial(self._gradient_of, look=look)
 
     def compute_gradient_(self, flat: FlatModel | SpreadVectors, normalise: Normalise, batch: Batch, seed: int,
                           accumulate: bool) -> float:
@@ -159,6 +178,9 @@ def validate(flat: FlatModel | Leader, normalise: Normalise, batches: Iterable[B
     errors = Errors()
     flat.module.eval()
     for batch in batches:
+        errors.skipped += batch.skipped
+        if not len(batch.labels):          # all of them are damaged
+            continue
         labels = batch.labels.to(flat.device)
         scores = flat.module(normalise(batch.on(flat.device)))
         guesses = scores.topk(min(5, scores.shape[1]), dim=1).indices
@@ -167,6 +189,5 @@ def validate(flat: FlatModel | Leader, normalise: Normalise, batches: Iterable[B
         errors.loss += functional.cross_entropy(scores, labels, reduction="sum").item()
         errors.top1 += int(right[:, 0].sum())
         errors.top5 += int(right.sum())
-        errors.skipped += batch.skipped
     flat.module.train()
     return errors

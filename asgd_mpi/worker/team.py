@@ -215,10 +215,10 @@ class Leader(_Member):
         return [own, *(reply["result"] for reply in self._await_all())]
 
     def compute_gradient_(self, flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
-                          compute: ComputeConfig = ComputeConfig(), scale: float = 1.0) -> float:
+                          compute: ComputeConfig = ComputeConfig(), scale: float = 1.0, smallest: int = 1) -> float:
         """As `step.compute_gradient_`, for the whole network."""
         images = prepared(batch, normalise, self.device, compute)
-        parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale)
+        parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale, smallest)
         started = time.perf_counter()
         self._tell(do="compute", accumulate=accumulate, parts=asdict(parts))
         self.compute_part(parts, accumulate, images)

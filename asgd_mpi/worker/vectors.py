@@ -148,6 +148,9 @@ class SpreadVectors:
     def norms(self) -> list[float]:
         return list(itertools.chain.from_iterable(self._each("flat", "norms")))
 
+    def zero_gradient_(self) -> None:
+        self._each("flat", "zero_gradient_")
+
     def set_aside_(self) -> None:
         self._each("flat", "set_aside_")
 
