@@ -393,7 +393,8 @@ def in_force(config: Config, num_workers: int) -> Config:
     """With the values that a run of so many workers has where a complete configuration leaves them open: no field is None."""
     rule = dataclasses.replace(config.rule, max_drift=rulebook.max_drift(config.rule, num_workers),
                                clip_norm=config.rule.clip_norm or 0.0)
-    return dataclasses.replace(config, rule=rule)
+    data = dataclasses.replace(config.data, min_batch=config.data.min_batch or 1)
+    return dataclasses.replace(config, rule=rule, data=data)
 
 
 def record(config: Config, num_workers: int) -> str:

@@ -63,7 +63,7 @@ RANGES: dict[str, Range] = {
     "rule.alpha": (_below_1, "the spring pulls by a part of the way, above 0 and below 1"),
     "rule.dc_lambda": (_from(0), "give 0 or more"),
     "rule.dc_decay": (_below_1, "the decay of a mean is 0 or more and below 1"),
-    "schedule.lr": (_above(0), "the learning rate must be above 0"),
+    "schedule.lr": (_above(0), "the learning rate must be above 0, and no more than any network bears"),
     "schedule.warmup_epochs": (_from(0), f"{_EPOCHS}, or 0 for no warm-up"),
     "schedule.step_epochs": (_above(0), f"{_EPOCHS} between two steps of the rate, above 0"),
     "schedule.gamma": (_from(0), "the rate is multiplied by it; give 0 or more"),

@@ -215,7 +215,7 @@ def test_the_servers_running_statistics_are_those_of_one_worker_alone_and_others
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):
-    cluster = Cluster(make_task(digits, "--lr", "1e30"), 1, tmp_path)
+    cluster = Cluster(make_task(digits, "--lr", "1e9"), 1, tmp_path)
     thread = threading.Thread(target=cluster.work, args=[0], daemon=True)
     cluster.server.publish_first(cluster.first_weights)
     thread.start()

@@ -173,7 +173,7 @@ def test_no_damage_to_a_file_stops_the_report(tmp_path, name, changes, length):
     assert report.render(summary, price(summary, 1.0)) and follow.screen(summary, T0)
 
 
-@pytest.mark.parametrize("field, value", [(0, 1e300), (2, 10 ** 9), (2, -1), (6, 0), (8, 1e200), (9, 1000)])
+@pytest.mark.parametrize("field, value", [(0, 1e300), (2, 10 ** 9), (2, -1), (6, 0), (9, 1000)])
 def test_a_push_that_no_run_can_have_made_is_left_out_and_counted(recorded, field, value):
     lines = raw(recorded.pushes)
     lines[5] = [*lines[5], 0][:10]                        # the oldest form has no count of skipped images

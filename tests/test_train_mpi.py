@@ -218,7 +218,7 @@ def test_the_embedded_default_reaches_97_percent_as_written_in_the_readme(openmp
     assert done.returncode == 0, done.stdout + done.stderr
     accuracy = float(re.search(r"([\d.]+) % of 360 validation images right", done.stdout)[1])
     assert accuracy > 97
-    assert re.search(r"images/s, epoch [\d.]+, loss [\d.]+, accuracy [\d.]+ %, staleness [\d.]+, [\d:]+ left", done.stdout)
+    assert re.search(r"images/s, epoch [\d.]+, loss [\d.]+, accuracy [\d.]+ % at epoch [\d.]+, staleness [\d.]+, [\d:]+ left", done.stdout)
     [run] = (tmp_path / "runs").iterdir()
     saved = max((run / "checkpoints").iterdir())          # beside it is the best one on the way
     told = subprocess.run([sys.executable, "-m", "asgd_mpi.evaluate", str(saved), "--data", "data/digits"], cwd=tmp_path,

@@ -55,7 +55,7 @@ class Spread:
                 whole[there] = of(stage)[here]
         return whole
 
-    def compute_gradient_(self, flat, normalise, batch, seed, accumulate, compute, scale=1.0):
+    def compute_gradient_(self, flat, normalise, batch, seed, accumulate, compute, scale=1.0, smallest=1):
         if not accumulate:
             self.put_(lambda stage: stage.flat.gradient, torch.zeros_like(self.gradient))
         self.put_(lambda stage: stage.flat.gradient, self.joined(lambda stage: stage.flat.gradient) + batch.gradient)
@@ -70,7 +70,7 @@ def make_pair(precision="float32", **rule):
     stages = Spread(config)
     replicas = [Replica(FlatModel(networks.build("digits_cnn", 10, 1, 8), CPU), config, NUM_WORKERS, lambda samples: RATE),
                 Replica(stages.stages[0].flat, config, NUM_WORKERS, lambda samples: RATE, leader=stages)]
-    replicas[0]._loss._gradient_of = lambda flat, normalise, batch, seed, accumulate, *rest: (
+    replicas[0]._loss._gradient_of = lambda flat, normalise, batch, seed, accumulate, *rest, **more: (
         flat.gradient.copy_((flat.gradient if accumulate else 0) + batch.gradient), batch.loss)[1]
     return (*replicas, stages)
 
@@ -88,7 +88,7 @@ def step(pair, number, size=1.0, batches=1, loss=1.0, ill=0.0):
     for replica in (whole, leader):
         replica.fetched_(number, number, replica.flat.weights)
         for gradient in gradients:
-            replica.add(SimpleNamespace(gradient=gradient, loss=loss), None)
+            replica.add(SimpleNamespace(gradient=gradient, loss=loss, labels=[0]), None)
         finished.append(replica.finish())
     assert finished[0] == finished[1]
     return (whole.flat.gradient.clone(), stages.gradient.clone()) if finished[0] else None

@@ -48,7 +48,7 @@ class Turns:
     def push(self, worker, fetches_before_it_ends=False):
         replica = self.replicas[worker]
         for _ in range(self.n_push):
-            replica.add(SimpleNamespace(), None)
+            replica.add(SimpleNamespace(labels=[0]), None)
         if fetches_before_it_ends or replica.moves == "elastic":        # as with overlap; elastic: the centre
             replica.fetched_(self.pushes, 0, self.weights.clone())
         assert replica.finish()

@@ -276,6 +276,8 @@ def _read_config(run: RunDir, num_workers: int, problems: list[str]) -> dict[str
         return {}
     if found.get("rule.max_drift", 0) is None and found.get("rule.name") in rulebook.RULEBOOK:
         found["rule.max_drift"] = rulebook.RULEBOOK[found["rule.name"]].max_drift if num_workers > 1 else 0.0
+    if found and found.get("data.min_batch") is None:     # of a run that cut its batches without a least size
+        found["data.min_batch"] = 1
     if found.get("rule.clip_norm", 0) is None:
         found["rule.clip_norm"] = 0.0
     return found

@@ -58,7 +58,7 @@ class NoSaver:
     def poll(self, best: int) -> list:
         return []
 
-    def finish(self, best: int, timeout_s: float) -> list:
+    def finish(self, best: int, timeout_s: float, meanwhile: Callable[[], object]) -> list:
         return []
 
 
