@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from contextlib import ExitStack
 from asgd_mpi import config as configuration
 from asgd_mpi import evaluate, replay
 from asgd_mpi.data.shards import ShardSet
@@ -102,7 +103,7 @@ def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(openmpi, digits, 
 def test_what_cannot_be_cut_is_told_before_training(digits, tmp_path, options, message):
     ranks = [{"host": "a", "gpus": []}] * 4
     with pytest.raises(ConfigError, match=message):
-        prepare(["--data", str(digits), "--run.dir", str(tmp_path / "run"), *options], ranks, None)
+        prepare(["--data", str(digits), "--run.dir", str(tmp_path / "run"), *options], ranks, None, ExitStack())
     assert not (tmp_path / "run").exists()
 
 
