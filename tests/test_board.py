@@ -1,5 +1,6 @@
 """The run for TensorBoard: what is written at which step, with a writer that is made up."""
 
+from contextlib import ExitStack
 import sys
 from types import SimpleNamespace
 
@@ -80,5 +81,5 @@ def test_without_a_package_the_option_is_refused_before_the_run(monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     ranks = [{"host": "a", "gpus": []}] * 2
     with pytest.raises(ConfigError, match="neither tensorboard nor"):
-        prepare.prepare(["--record.tensorboard", "true", "--run.dir", "run"], ranks, None)
+        prepare.prepare(["--record.tensorboard", "true", "--run.dir", "run"], ranks, None, ExitStack())
     assert not (tmp_path / "run").exists()

@@ -1,11 +1,11 @@
 """Replicas of several ranks under real MPI: what they train is what one rank each would train, to the bit."""
 
 import re
+from contextlib import ExitStack
 
 import pytest
 import torch
 
-from contextlib import ExitStack
 from asgd_mpi import config as configuration
 from asgd_mpi import evaluate, replay
 from asgd_mpi.data.shards import ShardSet
