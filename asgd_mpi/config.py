@@ -11,11 +11,14 @@ import dataclasses
 import difflib
 import io
 import re
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Optional, Union
 
 import jsonargparse
+import yaml
 
 from asgd_mpi import limits
 from asgd_mpi.errors import ConfigError
@@ -37,6 +40,8 @@ def free(default):
 def fixed(default, why: str):
     """A field that a resumed run cannot change, for this reason."""
     return field(default=default, metadata={"fixed": why})
+
+LONGEST_CONFIG = 1 << 20   # characters
 
 
 @dataclass
@@ -358,6 +363,8 @@ def parse(arguments: list[str], base: Config | None = None) -> Config:
     Raises ConfigError; SystemExit(0) for --help.
     """
     parser = make_parser()
+    for path in config_files(arguments):
+        _check_file(path)
     try:
         with redirect_stderr(io.StringIO()):
             if base:
@@ -419,10 +426,48 @@ def from_yaml(text: str) -> Config:
     """Read what `to_yaml` wrote. Raises ConfigError."""
     parser = make_parser()
     try:
+        _check_plain(text)
         namespace = parser.instantiate(parser.parse_string(text))
         return Config(**{section.name: namespace[section.name] for section in dataclasses.fields(Config)})
     except Exception as error:  # what the parser raises on a text that is none of ours is its own affair
         raise ConfigError(f"the configuration cannot be read: {type(error).__name__}: {error}") from None
+
+
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """Return the files that `--config` names in a command line."""
+    files = [value for name, equals, value in (argument.partition("=") for argument in arguments) if name == "--config" and equals]
+    return files + [value for name, value in zip(arguments, arguments[1:]) if name == "--config"]
+
+
+def _check_file(path: str) -> None:
+    """Raise ConfigError if a file asks for more than settings; what cannot be read the parser tells."""
+    try:
+        _check_plain(Path(path).expanduser().read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        pass
+    except ValueError as error:
+        raise ConfigError(f"--config {path}: {error}.") from None
+
+
+def _check_plain(text: str) -> None:
+    """Raise ValueError unless a YAML text holds nothing but sections of plain values.
+
+    The parser would import what a `class_path` names, and read the file that a `config` names, before it refuses them; and a
+    file may come from somebody else.
+    """
+    if len(text) > LONGEST_CONFIG:
+        raise ValueError(f"it has {len(text)} characters, and settings have a few thousand; it is no configuration")
+    found = yaml.safe_load(text)
+    for name, values in found.items() if isinstance(found, dict) else ():
+        if name == "config":
+            raise ValueError("it names another file to read (config); give that one with --config, too")
+        if isinstance(values, str) and "." not in str(name):
+            raise ValueError(f"{name} is text where settings are needed, one a line below it")
+        for key, value in values.items() if isinstance(values, dict) else [(name, values)]:
+            if {"class_path", "init_args"} & set(str(key).split(".")) or isinstance(value, dict) or str(value).lstrip().startswith("{"):
+                raise ValueError(f"{name} holds more than settings and their values ({key}); nothing of it is loaded")
+            if isinstance(value, list) and any(isinstance(one, (list, dict)) for one in value):
+                raise ValueError(f"{name} holds lists within lists ({key}); nothing of it is loaded")
 
 
 def with_recipe(config: Config, recipe: Recipe) -> Config:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from asgd_mpi.config import config_files
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record.rundir import write_whole
 
@@ -124,9 +125,7 @@ def _find_spec(name: str, path: object):
 
 def _runs_of_configs(arguments: Sequence[str]) -> list[Path]:
     """The run directories that --config files of a command line lie in."""
-    files = [value for name, equals, value in (argument.partition("=") for argument in arguments) if name == "--config" and equals]
-    files += [value for name, value in zip(arguments, arguments[1:]) if name == "--config"]
-    parents = [Path(os.path.realpath(file)).parent for file in files if "\n" not in file and len(file) < 4096]
+    parents = [Path(os.path.realpath(file)).parent for file in config_files(arguments) if "\n" not in file and len(file) < 4096]
     return [parent for parent in parents if is_run(parent)]
 
 
