@@ -405,7 +405,7 @@ def in_force(config: Config, num_workers: int) -> Config:
 
 
 def record(config: Config, num_workers: int) -> str:
-    """What a run writes down: the values in force, and which of them follow from the number of workers. See `asked`."""
+    """Return what a run writes down: the values in force, and which of them follow from the number of workers. See `asked`."""
     return (f"{BY_WORKERS}rule.max_drift\n" if config.rule.max_drift is None else "") + to_yaml(in_force(config, num_workers))
 
 

@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Given:
-    """What the user says in place of a run's configuration; empty: as it is there."""
+    """Return what the user says in place of a run's configuration; empty: as it is there."""
 
     data: str = ""
     model: str = ""

@@ -240,7 +240,7 @@ class Simulation:
                 return
 
     def _is_overtaken(self, me: _Worker, snapshot: Snapshot) -> bool:
-        """Whether a gradient on this snapshot cannot count any more."""
+        """Return whether a gradient on this snapshot cannot count any more."""
         return bool(self.plan.pacing.backup) and snapshot.version < self._mail[me.number].oldest
 
     def _give_up(self, me: _Worker) -> Process:

@@ -80,7 +80,7 @@ def record(model: str, run: Path) -> str:
 
 
 def is_free(model: str) -> bool:
-    """Whether a name is one of this package's, or one that is looked up in torchvision's list."""
+    """Return whether a name is one of this package's, or one that is looked up in torchvision's list."""
     return ":" not in model or model.startswith("torchvision:")
 
 
@@ -107,12 +107,12 @@ def find_sources(model: str) -> dict[str, str]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is one that a training made, as far as its names tell."""
+    """Return whether a directory is one that a training made, as far as its names tell."""
     return (path / "config.yaml").exists() and any((path / mark).exists() for mark in MARKS)
 
 
 def _find_spec(name: str, path: object):
-    """Where a module lies; unlike importlib.util.find_spec this imports no package around it."""
+    """Return where a module lies; unlike importlib.util.find_spec this imports no package around it."""
     for finder in sys.meta_path:
         try:
             spec = finder.find_spec(name, path)

@@ -1,7 +1,7 @@
 """The run for TensorBoard: what is written at which step, with a writer that is made up."""
 
-from contextlib import ExitStack
 import sys
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest

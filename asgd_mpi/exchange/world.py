@@ -94,9 +94,7 @@ class World:
             try:
                 lifeline.Test()
             except MPI.Exception as error:
-                if error.Get_error_class() not in PROCESS_FAILED:
-                    raise
-                self.has_lost_ranks = True
+                self._demand_loss(error)
                 raise ServerLost(f"rank {self.rank} on {self.host}: the server's process (rank {rank}) has ended. What came "
                                  "after the last checkpoint is lost; go on from there with --resume RUN_DIR.") from None
 

@@ -184,7 +184,7 @@ def norm_of(norms: Iterable[float]) -> float:
 
 
 def places_of(module: nn.Module, part: nn.Module) -> list[tuple[slice, slice]]:
-    """Where the trained parameters of a part of a module lie in the flat vectors of both: (in the module's, in the part's).
+    """Return where the trained parameters of a part of a module lie in the flat vectors of both: (in the module's, in the part's).
 
     Neighbours in both are one slice. The layout of a module does not depend on how it is cut.
     """
@@ -208,7 +208,7 @@ def statistics_of(layers: Sequence[nn.Module], part: nn.Module) -> list[tuple[sl
 
 
 def num_statistics(module: nn.Module, carried: Sequence[str] = ()) -> int:
-    """How many floats the batch-norm statistics of a module are, and what it is to carry."""
+    """Count the floats of a module's batch-norm statistics, and of what it is to carry."""
     tensors = (getattr(*_owner(module, name)) for name in carried)
     return sum(tensor.numel() for tensor in batchnorm.statistics(batchnorm.measured(module))) + sum(map(_words, tensors))
 
@@ -219,7 +219,7 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _words(tensor: torch.Tensor) -> int:
-    """How many floats have room for the bytes of a tensor."""
+    """Count the floats that have room for the bytes of a tensor."""
     return -(-tensor.nbytes // 4)
 
 
@@ -236,7 +236,7 @@ def _stride(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def _starts(module: nn.Module) -> Iterator[int]:
-    """Where each trained parameter begins in the flat vectors."""
+    """Return where each trained parameter begins in the flat vectors."""
     return itertools.accumulate((_padded(parameter) for parameter in trained(module)), initial=0)
 
 

@@ -77,7 +77,7 @@ def _renamed(state: State, own: State) -> tuple[State, list[str]]:
         ours.setdefault(_bare(name), []).append(name)
 
     def name_of(name: str) -> str:
-        """As the network has it, if it can mean one of its names only."""
+        """Return a name as the network has it, if it can mean one of its names only."""
         meant = ours.get(_bare(name), [])
         return name if name in own or len(meant) != 1 else meant[0]
 
@@ -90,7 +90,7 @@ def _renamed(state: State, own: State) -> tuple[State, list[str]]:
 
 
 def _prefixes(names: list[str]) -> Iterator[str]:
-    """What all names begin with: nothing, then a part more each time."""
+    """Yield what all names begin with: nothing, then a part more each time."""
     paths = [name.split(".") for name in names]
     for length in range(min(map(len, paths))):
         if all(path[:length] == paths[0][:length] for path in paths):
@@ -110,7 +110,7 @@ def _fit(state: State, own: State) -> tuple[int, int]:
 
 
 def _misfit(path: str, where: str, state: State, own: State, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
-    """What does not fit: the file's names beside the network's."""
+    """Say what does not fit: the file's names beside the network's."""
     shapes = [f"{name} {tuple(state[name].shape)} in place of {tuple(own[name].shape)}" for name in misshapen]
     beside = [*shapes[:3], *([f"the file's {few(unknown)}"] if unknown else []), *([f"the network's {few(missing)}"] if missing else [])]
     return (f"--model.weights {path}{f' (its {where!r})' if where else ''} does not fit the network: {len(missing)} names are missing, "

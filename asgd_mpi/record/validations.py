@@ -50,7 +50,7 @@ class Validations:
 
     @property
     def problems(self) -> list[str]:
-        """What could not be put right."""
+        """Return what could not be put right."""
         late = sum(event.made is None for version, events in self._of.items() if version for event in events)
         return [f"{late} validation{'s are' if late > 1 else ' is'} told with the samples and the time of when the score arrived, "
                 "not of the version validated: pushes.log does not have all pushes before."] if late else []

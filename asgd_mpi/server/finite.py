@@ -38,7 +38,7 @@ class Lookout:
 
 
 def is_finite(vector: torch.Tensor) -> bool:
-    """Whether all of a float32 vector is; reads it once, without memory of its size."""
+    """Return whether all of a float32 vector is finite; reads it once, without memory of its size."""
     return all(math.isfinite(vector[piece].sum().item()) or bool(vector[piece].isfinite().all())    # a sum may overflow
                for piece in pieces(len(vector)))
 

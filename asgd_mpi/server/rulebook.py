@@ -94,7 +94,7 @@ def is_kept_by_workers(rule: RuleConfig) -> bool:
 
 
 def decays_at_workers(rule: RuleConfig) -> bool:
-    """Whether weight decay is part of the gradient that a worker computes: wd x_i for each batch, ahead of its momentum.
+    """Return whether weight decay is part of the gradient that a worker computes: wd x_i for each batch, ahead of its momentum.
 
     So it is torch.optim.SGD's wherever the velocity is kept. Not where the server squares the gradient to compensate its delay.
     """

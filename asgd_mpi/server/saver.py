@@ -63,7 +63,7 @@ class Saver:
 
     @property
     def newest(self) -> str:
-        """What a run that is cut short now goes on from, in words."""
+        """Say what a run that is cut short now goes on from."""
         whole = (directory for directory, manifest in checkpoint.resumable(self._run) if manifest)
         return str(next(whole, "its beginning: it has no checkpoint yet"))
 

@@ -140,7 +140,7 @@ class Courier:
         return look
 
     def is_overtaken(self) -> bool:
-        """Whether a gradient on the weights that were fetched last cannot count any more. Not with overlap."""
+        """Return whether a gradient on the weights that were fetched last cannot count any more. Not with overlap."""
         mail = self._window.read_mail()
         return mail is not None and self.version < mail.oldest
 
