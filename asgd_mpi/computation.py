@@ -16,7 +16,8 @@ from asgd_mpi.exchange import codec
 from asgd_mpi.model import batchnorm
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.ledger import Verdict
-from asgd_mpi.server.rules import make_rule, pieces
+from asgd_mpi.server.rules import make_rule
+from asgd_mpi.server.slices import pieces
 from asgd_mpi.task import Task
 from asgd_mpi.worker.replica import Replica
 from asgd_mpi.worker.step import Errors, validate

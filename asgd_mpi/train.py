@@ -311,7 +311,7 @@ class _Part:
         flat = leader.flat if leader else FlatModel(module, device, gradient, exchange.overlap, elastic, self.carried)
         courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire, leader)
         num_workers = self.window.whole.num_workers
-        replica = Replica(flat, config, num_workers, self.task.schedule(num_workers), leader=leader)
+        replica = Replica(flat, config, num_workers, self.task.schedule(num_workers), stages=leader)
         worker = Worker(
             world.worker, courier, replica, self.task.normalise, loaders, config, self.meter,
             Keeper(self.run, self.restart, world.worker), self.log if config.record.hash_snapshots else None,

@@ -4,7 +4,7 @@ import sys
 
 from asgd_mpi import train
 from asgd_mpi.exchange import reader
-from asgd_mpi.server.rules import PIECE
+from asgd_mpi.server.slices import PIECE
 
 reader.STRIDE = PIECE
 

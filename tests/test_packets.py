@@ -19,7 +19,7 @@ from asgd_mpi.replay import main as replay_main
 from asgd_mpi.replay import replay
 from asgd_mpi.server import finite
 from asgd_mpi.server.ledger import Ledger, LedgerError, Plan, Work
-from asgd_mpi.server.rules import PIECE
+from asgd_mpi.server.slices import PIECE
 import test_loops
 from fakes import FakeOutbox
 from test_loops import make_task

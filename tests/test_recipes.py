@@ -15,7 +15,8 @@ from asgd_mpi.model import networks
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.ledger import Verdict
 from asgd_mpi.server.rulebook import in_flight, linear_scale
-from asgd_mpi.server.rules import make_rule, pieces
+from asgd_mpi.server.rules import make_rule
+from asgd_mpi.server.slices import pieces
 from asgd_mpi.server.schedule import Schedule
 from asgd_mpi.worker.replica import Replica
 

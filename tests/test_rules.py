@@ -8,7 +8,8 @@ import torch
 from asgd_mpi.config import RuleConfig, ScheduleConfig
 from asgd_mpi.server import stability
 from asgd_mpi.server.ledger import Verdict
-from asgd_mpi.server.rules import PIECE, Rule, pieces
+from asgd_mpi.server.rules import Rule
+from asgd_mpi.server.slices import PIECE, pieces
 from asgd_mpi.server.schedule import WEIGHTS, Schedule
 from asgd_mpi.worker.momentum import Momentum
 

@@ -15,7 +15,8 @@ from asgd_mpi import config as configuration
 from asgd_mpi.config import ComputeConfig
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
-from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, places_of
+from asgd_mpi.model.flat import FlatModel, num_floats, places_of
+from asgd_mpi.model.memory import materialise_
 from asgd_mpi.stages.balance import SLACK, balance
 from asgd_mpi.stages.cut import adopt_, cut, whole
 from asgd_mpi.stages.graph import Graph, trace

@@ -10,7 +10,8 @@ import torch
 from asgd_mpi.config import Config, ExchangeConfig, RuleConfig
 from asgd_mpi.exchange import codec
 from asgd_mpi.model import networks
-from asgd_mpi.model.flat import FlatModel, materialise_, norm_of, num_floats, places_of
+from asgd_mpi.model.flat import FlatModel, norm_of, num_floats, places_of
+from asgd_mpi.model.memory import materialise_
 from asgd_mpi.record import checkpoint
 from asgd_mpi.stages.cut import cut
 from asgd_mpi.stages.graph import Graph, trace
@@ -69,7 +70,7 @@ def make_pair(precision="float32", **rule):
     config = Config(rule=rule, exchange=ExchangeConfig(n_push=1, n_fetch=1))
     stages = Spread(config)
     replicas = [Replica(FlatModel(networks.build("digits_cnn", 10, 1, 8), CPU), config, NUM_WORKERS, lambda samples: RATE),
-                Replica(stages.stages[0].flat, config, NUM_WORKERS, lambda samples: RATE, leader=stages)]
+                Replica(stages.stages[0].flat, config, NUM_WORKERS, lambda samples: RATE, stages=stages)]
     replicas[0]._loss._gradient_of = lambda flat, normalise, batch, seed, accumulate, *rest, **more: (
         flat.gradient.copy_((flat.gradient if accumulate else 0) + batch.gradient), batch.loss)[1]
     return (*replicas, stages)

@@ -13,7 +13,8 @@ from asgd_mpi.config import RULES, Recipe, with_recipe
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.ledger import Verdict
 from asgd_mpi.server.rulebook import RULEBOOK, pacing
-from asgd_mpi.server.rules import make_rule, pieces
+from asgd_mpi.server.rules import make_rule
+from asgd_mpi.server.slices import pieces
 from asgd_mpi.worker.replica import Replica
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.exchange.wire import Header, Kind
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.server.ledger import Mail
-from asgd_mpi.server.rules import pieces
+from asgd_mpi.server.slices import pieces
 from asgd_mpi.worker.courier import Courier
 
 WIRES = ["float32", "bfloat16", "float16"]

@@ -22,7 +22,7 @@ from typing import Union
 
 import torch
 
-from asgd_mpi.server.rules import PIECE, pieces
+from asgd_mpi.server.slices import PIECE, pieces
 
 BLOCK = PIECE             # numbers that share a unit: the server applies and publishes them together
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,7 +14,7 @@ from torch import nn
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import batchnorm
-from asgd_mpi.model.flat import bytes_of, materialise_
+from asgd_mpi.model.memory import bytes_of, materialise_
 
 
 def moved_by_training_(module: nn.Module, images: torch.Tensor) -> list[str]:

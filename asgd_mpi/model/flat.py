@@ -16,6 +16,7 @@ from torch import nn
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import batchnorm
+from asgd_mpi.model.memory import bytes_of
 
 ALIGNMENT = 16  # floats = 64 bytes
 
@@ -167,17 +168,6 @@ def views(module: nn.Module, vector: torch.Tensor) -> list[torch.Tensor]:
             for start, p in zip(_starts(module), trained(module))]
 
 
-def materialise_(module: nn.Module, frozen_only: bool = False) -> None:
-    """Give parameters on the meta device memory, whose contents are anything. They are new ones; shared ones stay shared."""
-    known: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta and not (frozen_only and parameter.requires_grad):
-                memory = torch.empty_like(parameter, device="cpu")
-                known.setdefault(id(parameter), nn.Parameter(memory, parameter.requires_grad))
-                part._parameters[name] = known[id(parameter)]
-
-
 def norm_of(norms: Iterable[float]) -> float:
     """Of a vector, from those of its parts in any order: the sum of their squares is rounded once."""
     return math.sqrt(math.fsum(norm * norm for norm in norms))
@@ -211,11 +201,6 @@ def num_statistics(module: nn.Module, carried: Sequence[str] = ()) -> int:
     """Count the floats of a module's batch-norm statistics, and of what it is to carry."""
     tensors = (getattr(*_owner(module, name)) for name in carried)
     return sum(tensor.numel() for tensor in batchnorm.statistics(batchnorm.measured(module))) + sum(map(_words, tensors))
-
-
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's contents, uint8: a view of it, if it lies in one piece."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _words(tensor: torch.Tensor) -> int:

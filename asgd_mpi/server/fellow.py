@@ -17,7 +17,8 @@ from asgd_mpi.exchange.fellows import WEIGHTS, Command, Desk
 from asgd_mpi.exchange.window import ServerWindow
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.server.finite import Lookout
-from asgd_mpi.server.rules import Rule, advance_, pieces
+from asgd_mpi.server.rules import Rule, advance_
+from asgd_mpi.server.slices import pieces
 
 LOOK_S = 0.1     # between two ticks of the meter
 
@@ -73,6 +74,6 @@ class Fellow:
         if judged:
             self.at_every_pass()
             with self.meter.phase("apply"), self.window.next_snapshot(command.version, command.samples) as weights:
-                advance_(weights, self.window, self.rule, judged, self.desk.poll, self._lookout.look)
+                advance_(weights, self.window.latest, self.rule, judged, self.window.show, self.desk.poll, self._lookout.look)
         for worker in [*command.refused, *(verdict.worker for _, verdict in judged)]:
             self.desk.release(worker)

@@ -16,7 +16,7 @@ import math
 import torch
 
 from asgd_mpi.errors import TOO_FAST, TrainingDiverged
-from asgd_mpi.server.rules import PIECE, pieces
+from asgd_mpi.server.slices import PIECE, pieces
 
 STRIDES = (61, 67, 71, 73, 79)   # primes: one that does not divide the number of pieces reaches each of them
 

@@ -7,7 +7,7 @@ Which rule has which settings, and where it is from, is in `rulebook`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,18 +15,12 @@ import torch
 from asgd_mpi.config import RuleConfig
 from asgd_mpi.server.ledger import Verdict
 from asgd_mpi.server.rulebook import RULEBOOK, decays_at_workers
+from asgd_mpi.server.slices import pieces
 
 if TYPE_CHECKING:
     from asgd_mpi.exchange.codec import Vector
-    from asgd_mpi.exchange.window import ServerWindow
 
 POLL_EVERY = 8   # pieces: a few milliseconds of applying; an idle poll may give the core away
-PIECE = 262_144  # floats: 1 MB each of weights, velocity and gradient; smaller ones cost more in calls than they save
-
-
-def pieces(num_floats: int) -> Iterator[slice]:
-    """Cut [0, num_floats) into pieces for `Rule.apply_`."""
-    return (slice(start, min(start + PIECE, num_floats)) for start in range(0, num_floats, PIECE))
 
 
 class Rule:
@@ -138,17 +132,18 @@ def make_rule(num_parameters: int, config: RuleConfig, num_workers: int) -> Rule
     return _CLASSES[RULEBOOK[config.name].server](num_parameters, config, num_workers)
 
 
-def advance_(weights: torch.Tensor, window: ServerWindow, rule: Rule, judged: list[tuple[Vector, Verdict]],
-             poll: Callable[[], object], look: Callable[[torch.Tensor], object] = lambda piece: None) -> None:
-    """Write the latest snapshot into `weights`, (P,) float32, and apply the gradients one after the other: in one pass.
+def advance_(weights: torch.Tensor, latest: torch.Tensor, rule: Rule, judged: list[tuple[Vector, Verdict]],
+             show: Callable[[slice], object], poll: Callable[[], object],
+             look: Callable[[torch.Tensor], object] = lambda piece: None) -> None:
+    """Copy the latest snapshot into `weights`, both (P,) float32, and apply the gradients one after the other: in one pass.
 
-    `look` sees each piece of the new weights while it is in the cache.
+    While a piece of the new weights is in the cache, `show` gets its place, to publish it, and `look` the piece itself.
     """
     for number, piece in enumerate(pieces(len(weights)), start=1):
-        weights[piece].copy_(window.latest[piece])
+        weights[piece].copy_(latest[piece])
         for gradient, verdict in judged:
             rule.apply_(weights, gradient, verdict, piece)
-        window.show(piece)
+        show(piece)
         look(weights[piece])
         if number % POLL_EVERY == 0:
             poll()                                                                    # fetches over a network need that

@@ -27,7 +27,8 @@ from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.server import finite
 from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict, Work
-from asgd_mpi.server.rules import Rule, advance_, pieces
+from asgd_mpi.server.rules import Rule, advance_
+from asgd_mpi.server.slices import pieces
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.stability import LossWatch
 from asgd_mpi.server.versions import Made, Versions
@@ -159,8 +160,8 @@ class Server:
                 self.ledger.version, self.ledger.samples) as weights:                            # publishes on exit
             for arrival, _ in judged:
                 self.window.promise(arrival.worker, arrival.header.packet)
-            advance_(weights, self.window, self.rule, [(arrival.gradient, verdict) for arrival, verdict in judged],
-                     self.inbox.poll, self._lookout.look)
+            advance_(weights, self.window.latest, self.rule, [(arrival.gradient, verdict) for arrival, verdict in judged],
+                     self.window.show, self.inbox.poll, self._lookout.look)
             began = time.perf_counter()
             self._await_fellows(f"apply version {self.ledger.version}")
             waited = time.perf_counter() - began if self.fellows else 0.0

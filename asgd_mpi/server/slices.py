@@ -1,18 +1,25 @@
-"""How the weights are shared out among several servers: [0, P) is cut into S slices that follow each other.
+"""How a (P,) vector is divided: into pieces that fit the cache, and into the slices of several servers, which follow each other.
 
 A rule moves every weight by itself, but its kernels give the first numbers of what they are called with other bits than the
 last ones (vectors of the processor, then single numbers; threads share a call out). So a slice begins where a piece of the
-whole begins (`rules.PIECE`): then a server of a slice makes the calls that one server, and the replay, make on these pieces.
+whole begins (PIECE): then a server of a slice makes the calls that one server, and the replay, make on these pieces.
 A vector of fewer pieces than servers is cut at every STEP instead; that is exact so long as a server has one thread
 (`is_fine`): no call is then shared out, and only the end of the whole has a rest. Pure.
 """
 
 from __future__ import annotations
 
-from asgd_mpi.errors import ConfigError
-from asgd_mpi.server.rules import PIECE
+from collections.abc import Iterator
 
+from asgd_mpi.errors import ConfigError
+
+PIECE = 262_144  # floats: 1 MB each of weights, velocity and gradient; smaller ones cost more in calls than they save
 STEP = 1024   # floats: more than a kernel takes at a time, and a multiple of it
+
+
+def pieces(num_floats: int) -> Iterator[slice]:
+    """Cut [0, num_floats) into pieces."""
+    return (slice(start, min(start + PIECE, num_floats)) for start in range(0, num_floats, PIECE))
 
 
 def is_fine(num_floats: int, num_servers: int) -> bool:

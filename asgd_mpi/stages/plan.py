@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.model.flat import materialise_
+from asgd_mpi.model.memory import materialise_
 from asgd_mpi.stages.balance import balance
 from asgd_mpi.stages.cut import demand
 from asgd_mpi.stages.graph import Graph

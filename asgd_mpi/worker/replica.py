@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -24,8 +24,12 @@ from asgd_mpi.worker.carried import Carried
 from asgd_mpi.worker.step import Normalise, ScaledLoss
 from asgd_mpi.worker.vectors import SpreadVectors, Vectors
 
-if TYPE_CHECKING:
-    from asgd_mpi.worker.team import Leader
+
+class Stages(Protocol):
+    """The stages that a network is cut into, as one of them leads them."""
+
+    spread: SpreadVectors
+    compute_gradient_: Callable[..., float]        # as step.compute_gradient_
 
 
 class Replica:
@@ -42,7 +46,7 @@ class Replica:
               Choromanska, LeCun 2015, algorithm 1). With momentum u is Nesterov's (algorithm 2), in the form of
               torch.optim.SGD: the own weights are the point that looks ahead, and d is still of x_i. Memory: (P,) float32
               for x.
-    `leader`: of the stages that compute, if the network is cut; `flat` is then that of its own part.
+    `stages`: those that compute, if the network is cut; `flat` is then that of the leader's own part.
     Weight decay is part of each batch's gradient, wd times the weights that it was computed on (rulebook.decays_at_workers).
     What is pushed is rounded to the run's wire format here, whatever host the worker is on; the snapshots that come have been
     rounded by the server.
@@ -50,13 +54,13 @@ class Replica:
     """
 
     def __init__(self, flat: FlatModel, config: Config, num_workers: int, rate_at: Callable[[int], float], shares: bool = False,
-                 leader: Leader | None = None):
+                 stages: Stages | None = None):
         rule = config.rule
         self.flat, self._rate_at, self._rule, self._seed, self._shares = flat, rate_at, rule, config.run.seed, shares
         self.moves = RULEBOOK[rule.name].moves
-        self._loss = ScaledLoss(config.compute, leader.compute_gradient_ if leader else None, config.data.min_batch or 1)
-        self._vectors: Vectors | SpreadVectors = leader.spread if leader else Vectors(flat, config, num_workers)
-        self._gradient: FlatModel | SpreadVectors = leader.spread if leader else flat
+        self._loss = ScaledLoss(config.compute, stages.compute_gradient_ if stages else None, config.data.min_batch or 1)
+        self._vectors: Vectors | SpreadVectors = stages.spread if stages else Vectors(flat, config, num_workers)
+        self._gradient: FlatModel | SpreadVectors = stages.spread if stages else flat
         self._carried = Carried(flat)
         self.keeps_state = not self.moves and bool(is_kept_by_workers(rule) or self._carried.state)     # for a checkpoint
         if config.compute.compile:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,15 +23,19 @@ from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.stages import pipeline
 from asgd_mpi.stages.cut import Stage, whole
 from asgd_mpi.stages.schedule import Schedule, one_f_one_b
-
-if TYPE_CHECKING:
-    from asgd_mpi.worker.team import Leader
-    from asgd_mpi.worker.vectors import SpreadVectors
+from asgd_mpi.worker.vectors import SpreadVectors
 
 # Weights of auxiliary losses: Szegedy et al. 2014, arXiv:1409.4842, section 5; torchvision's references
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 
 Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> float32 (B, C, S, S)
+
+
+class Network(Protocol):
+    """The whole network as `validate` needs it: a FlatModel, or the first of the stages that it is cut into."""
+
+    module: Any               # called with images, (B, C, S, S), it returns scores, (B, classes); has eval() and train()
+    device: torch.device
 
 
 def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
@@ -173,21 +177,21 @@ class Errors:
 
 
 @torch.no_grad()
-def validate(flat: FlatModel | Leader, normalise: Normalise, batches: Iterable[Batch]) -> Errors:
+def validate(network: Network, normalise: Normalise, batches: Iterable[Batch]) -> Errors:
     """The errors of the network, in evaluation mode, on `batches`."""
     errors = Errors()
-    flat.module.eval()
+    network.module.eval()
     for batch in batches:
         errors.skipped += batch.skipped
         if not len(batch.labels):          # all of them are damaged
             continue
-        labels = batch.labels.to(flat.device)
-        scores = flat.module(normalise(batch.on(flat.device)))
+        labels = batch.labels.to(network.device)
+        scores = network.module(normalise(batch.on(network.device)))
         guesses = scores.topk(min(5, scores.shape[1]), dim=1).indices
         right = guesses == labels[:, None]
         errors.num_images += len(labels)
         errors.loss += functional.cross_entropy(scores, labels, reduction="sum").item()
         errors.top1 += int(right[:, 0].sum())
         errors.top5 += int(right.sum())
-    flat.module.train()
+    network.module.train()
     return errors

@@ -25,7 +25,8 @@ from asgd_mpi.exchange import wait
 from asgd_mpi.exchange.team import ACTIVATIONS, COMMANDS, GRADIENTS, REPLIES, SCORES, Pipe, Team
 from asgd_mpi.exchange.reader import Snapshot, WorkerWindow
 from asgd_mpi.model import batchnorm
-from asgd_mpi.model.flat import FlatModel, materialise_, num_floats, num_statistics, places_of, statistics_of, trained, views
+from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics, places_of, statistics_of, trained, views
+from asgd_mpi.model.memory import materialise_
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.stages.pipeline import Link, Role

@@ -17,7 +17,7 @@ from asgd_mpi.exchange import codec
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint
 from asgd_mpi.server.rulebook import RULEBOOK, decays_at_workers, pacing
-from asgd_mpi.server.rules import pieces
+from asgd_mpi.server.slices import pieces
 from asgd_mpi.worker.momentum import Momentum
 
 
