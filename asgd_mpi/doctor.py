@@ -25,7 +25,7 @@ from typing import Literal
 import h5py
 import jsonargparse
 
-from asgd_mpi import findings, gpus, launch, segments, topology
+from asgd_mpi import ending, findings, gpus, launch, segments, topology
 from asgd_mpi.config import WIRES
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.findings import PROBLEM, Findings, Link, Locking, Need, Rank, Row
@@ -45,6 +45,7 @@ class StepFailed(Exception):
     """A step that went wrong on one rank at least; every rank raises it."""
 
 
+@ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as quiet:
         if not launch.is_first_process():         # one process says what is wrong with the options

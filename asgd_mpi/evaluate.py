@@ -13,13 +13,13 @@ import jsonargparse
 import torch
 from tqdm import tqdm
 
-from asgd_mpi import trust
+from asgd_mpi import ending, trust
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.loader import Loader, ranges
 from asgd_mpi.data.order import Sequential
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.data.trials import FolderSet
-from asgd_mpi.errors import ConfigError, DataError, UserError
+from asgd_mpi.errors import ConfigError, DataError
 from asgd_mpi.model import networks
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint
@@ -27,6 +27,7 @@ from asgd_mpi.task import open_split
 from asgd_mpi.worker.step import Errors, validate
 
 
+@ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = jsonargparse.ArgumentParser(
         prog="python -m asgd_mpi.evaluate", description="Measure the error of a checkpoint on a data set.")
@@ -46,25 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args([_long_form(argument) for argument in arguments])
     data = options.data
-    try:
-        state, manifest = checkpoint.load(options.checkpoint)
-        if options.model:
-            manifest.model = options.model
-        trust.demand(manifest.model, options.model, _run_of(options.checkpoint))
-        images = open_split(data.source, data.path, options.split)
-        if manifest.data and data.source == "shards" and images.fingerprint != manifest.data:
-            print(f"note: {data.path} is another data set than the checkpoint was trained on (fingerprint {images.fingerprint}, "
-                  f"trained on {manifest.data})", file=sys.stderr)
-        for note in images.notes:
-            print(note, file=sys.stderr)
-        errors = measure(state, manifest, images, options.batch_size, torch.device(options.device), options.threads,
-                         data.on_bad_image)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    state, manifest = checkpoint.load(options.checkpoint)
+    if options.model:
+        manifest.model = options.model
+    trust.demand(manifest.model, options.model, _run_of(options.checkpoint))
+    images = open_split(data.source, data.path, options.split)
+    if manifest.data and data.source == "shards" and images.fingerprint != manifest.data:
+        print(f"note: {data.path} is another data set than the checkpoint was trained on (fingerprint {images.fingerprint}, "
+              f"trained on {manifest.data})", file=sys.stderr)
+    for note in images.notes:
+        print(note, file=sys.stderr)
+    errors = measure(state, manifest, images, options.batch_size, torch.device(options.device), options.threads,
+                     data.on_bad_image)
     if not errors.num_images:
-        print(f"error: all {errors.skipped} images of {data.path} ({options.split}) are damaged: there is nothing to measure.", file=sys.stderr)
-        return 2
+        raise DataError(f"all {errors.skipped} images of {data.path} ({options.split}) are damaged: there is nothing to measure.")
     left_out = f", and {errors.skipped} damaged ones left out" if errors.skipped else ""
     print(f"version {manifest.version} of {manifest.model}, {errors.num_images} images of {data.path} "
           f"({options.split}){left_out}: top-1 error {1 - errors.top1 / errors.num_images:.4f}, top-5 error "

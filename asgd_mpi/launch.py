@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import environ
 
+from asgd_mpi import ending
+
 TIMEOUT_S = 90.0      # Python starts late from a busy file system
 TRIES = 2             # srun has been seen not to come back though all ranks of a heterogeneous step had ended
 RANK = ("import os, socket; from mpi4py import MPI; "            # one write: launchers mix the lines of ranks
@@ -119,6 +121,7 @@ def find(allocation: Allocation, python: list[str]) -> int | None:
     return None
 
 
+@ending.of_command
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     allocation = Allocation.of(environ)

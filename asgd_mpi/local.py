@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
+
+from asgd_mpi import ending
 
 
 def settings(is_root: bool) -> dict[str, str]:
@@ -21,10 +24,12 @@ def settings(is_root: bool) -> dict[str, str]:
     return variables
 
 
-def main() -> None:
+@ending.of_command
+def main() -> int:
     for name, value in settings(is_root=os.geteuid() == 0).items():
         print(f"export {name}={shlex.quote(value)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

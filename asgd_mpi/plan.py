@@ -20,8 +20,8 @@ from typing import Literal, Optional
 import jsonargparse
 import msgspec
 
-from asgd_mpi import supervise
-from asgd_mpi.errors import ConfigError, RunDirError, UserError
+from asgd_mpi import ending, supervise
+from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.forecast import WIRES, Costs, Observation, Outcome, calibrate, simulate, what_moves
 from asgd_mpi.record.events import Interval, read_events
 from asgd_mpi.record.pipelines import Pipelines
@@ -35,20 +35,17 @@ WAITING = ("sync", "sync_backup", "ssp")   # rules whose workers wait for others
 PROBE_S, PROBE_STEP_S = 20.0, 0.02     # of each of the two runs; short steps, to meet the server's limit
 
 
+@ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        counts = _counts(options.workers)
-        observations, num_parameters = _observe(options)
-        costs = _as_asked(calibrate(observations), options, num_parameters)
-        outcomes = [simulate(costs, count) for count in counts]
-        moves = what_moves(costs, counts[-1])
-        for line in describe(costs, outcomes, moves):
-            print(line)
-        _write(Path(options.out), costs, observations, outcomes, moves)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    counts = _counts(options.workers)
+    observations, num_parameters = _observe(options)
+    costs = _as_asked(calibrate(observations), options, num_parameters)
+    outcomes = [simulate(costs, count) for count in counts]
+    moves = what_moves(costs, counts[-1])
+    _write(Path(options.out), costs, observations, outcomes, moves)
+    for line in describe(costs, outcomes, moves):
+        print(line)
     return 0
 
 

@@ -22,9 +22,9 @@ import jsonargparse
 import yaml
 
 from asgd_mpi import config as configuration
-from asgd_mpi import signals, supervise
+from asgd_mpi import ending, signals, supervise
 from asgd_mpi.config import Config
-from asgd_mpi.errors import ConfigError, RunDirError, UserError
+from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.report.command import write_comparison
 from asgd_mpi.report.units import count
@@ -69,15 +69,12 @@ def left_s(budget_s: float, trained_s: float, is_finished: bool) -> float:
     return 0.0 if is_finished or rest < OVER * budget_s else rest
 
 
+@ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options = _parser().parse_args(arguments[:cut])
-    try:
-        return _run(options, arguments[cut + 1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _run(options, arguments[cut + 1:])
 
 
 def _parser() -> jsonargparse.ArgumentParser:
@@ -122,7 +119,7 @@ def _run(options: jsonargparse.Namespace, passed_on: list[str]) -> int:
     failed = _train_all(left, arguments, out, budget_s, options.launcher)
     if signals.asked_to_leave():
         print(f"{signals.asked_to_leave()}: the same command goes on where this one stopped", flush=True)
-        return supervise.TRIED_AGAIN
+        return ending.RESUME_ME
     runs = [RunDir(out / trial.name) for trial in wanted]
     present = [run for run in runs if run.config.exists() and any(run.metrics.iterdir())]
     if len(present) > 1:
@@ -133,7 +130,7 @@ def _run(options: jsonargparse.Namespace, passed_on: list[str]) -> int:
             print(f"\n{comparison.verdict.text}")
     for name in failed:
         print(f"failed: {name}; see {out / name}.txt, and start the same command again", file=sys.stderr)
-    return 1 if failed else 0
+    return ending.FAULT if failed else 0
 
 
 def _train_all(left: dict[Trial, float], arguments: dict[Trial, list[str]], out: Path, budget_s: float,

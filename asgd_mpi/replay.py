@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from asgd_mpi import config as configuration
-from asgd_mpi import trust
+from asgd_mpi import ending, trust
 from asgd_mpi.computation import Computation, Snapshot
-from asgd_mpi.errors import DataError, RunDirError, UserError
+from asgd_mpi.errors import DataError, RunDirError
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.events import Member, Push, Resume, Start, Turn, read_events, read_log
@@ -158,6 +158,7 @@ def _check(push: Push, version: int, lr: float, snapshots: dict[int, Snapshot]) 
                           f"of one of the versions {min(snapshots)} to {version}; it has {push}. It was cut or changed.")
 
 
+@ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = jsonargparse.ArgumentParser(
         prog="python -m asgd_mpi.replay", description="Compute a recorded run again and compare the weights.")
@@ -171,14 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "place of the one that the run names: code of your own is run only if you name it, or have trained "
                         "this run here with it.")
     options = parser.parse_args(arguments)
-    try:
-        run = RunDir.open(options.run_dir)
-        given = Given(options.data, options.model)
-        return (_replay_and_compare(run, given) if options.until is None else
-                _replay_until(run, options.until, options.debug, given))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run, given = RunDir.open(options.run_dir), Given(options.data, options.model)
+    if options.until is None:
+        return _replay_and_compare(run, given)
+    return _replay_until(run, options.until, options.debug, given)
 
 
 @dataclass(frozen=True)

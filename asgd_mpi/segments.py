@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from asgd_mpi import ending
+
 SHARED_MEMORY = Path("/dev/shm")
 PROCESSES = Path("/proc")
 INIT = "1"                               # may hide from everybody, and is no rank: one that it were would not hide from its user
@@ -123,6 +125,7 @@ def _user_of(process: Path) -> int | None:
     return None
 
 
+@ending.of_command
 def main() -> int:
     removed = remove_dead()
     if removed:

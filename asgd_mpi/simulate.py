@@ -17,9 +17,9 @@ import msgspec
 import torch
 
 from asgd_mpi import config as configuration
-from asgd_mpi import forecast, plan, preflight, trust
+from asgd_mpi import ending, forecast, plan, preflight, trust
 from asgd_mpi.config import Config
-from asgd_mpi.errors import ConfigError, UserError
+from asgd_mpi.errors import ConfigError
 from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.events import End, EventLog, Note, Push, Start
 from asgd_mpi.record.progress import Progress
@@ -113,6 +113,7 @@ def describe(simulation: Simulation) -> list[str]:
 # ---- the command line
 
 
+@ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m asgd_mpi.simulate", allow_abbrev=False,
@@ -130,29 +131,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="Stragglers, such as 3x@2,5x@7; short for --inject slow:3x@rank2,slow:5x@rank7.")
     parser.add_argument("--out", default="", metavar="DIR", help="Write a run directory, for report, replay and evaluate.")
     options, rest = parser.parse_known_args(arguments)
-    try:
-        config = _config(rest, options.slow)
-        times = _times(options)
-        _demand(1 <= options.workers <= MAX_WORKERS, "workers", options.workers, f"from 1 to {MAX_WORKERS} can be simulated")
-        task = open_task(complete(config))
-        task, notes = preflight.try_out_(task, task.first_module())
-        for note in notes:
-            print(note, file=sys.stderr)
-        rulebook.check(task.config, options.workers)
-        run = RunDir.create(options.out, "") if options.out else None
-        plan_ = task.plan(options.workers)
-        progress = Progress(config.run.progress, plan_.total_samples, plan_.num_samples)
-        torch.set_num_threads(task.config.compute.threads or 1)       # several gain nothing at small networks
-        simulation = simulate(task, options.workers, times, progress)
-        print("\n".join(describe(simulation)))
-        if run:
-            write_run(run, task, simulation)
-            if unknown := trust.record(config.model.name, run.path):
-                print(unknown)
-            print(f"the run directory is {run.path}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = _config(rest, options.slow)
+    times = _times(options)
+    _demand(1 <= options.workers <= MAX_WORKERS, "workers", options.workers, f"from 1 to {MAX_WORKERS} can be simulated")
+    task = open_task(complete(config))
+    task, notes = preflight.try_out_(task, task.first_module())
+    for note in notes:
+        print(note, file=sys.stderr)
+    rulebook.check(task.config, options.workers)
+    run = RunDir.create(options.out, "") if options.out else None
+    plan_ = task.plan(options.workers)
+    progress = Progress(config.run.progress, plan_.total_samples, plan_.num_samples)
+    torch.set_num_threads(task.config.compute.threads or 1)       # several gain nothing at small networks
+    simulation = simulate(task, options.workers, times, progress)
+    lines = describe(simulation)
+    if run:
+        write_run(run, task, simulation)
+        lines += [*filter(None, [trust.record(config.model.name, run.path)]), f"the run directory is {run.path}"]
+    print("\n".join(lines))
     return 0
 
 

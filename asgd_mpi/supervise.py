@@ -18,6 +18,7 @@ from pathlib import Path
 
 from asgd_mpi import config as configuration
 from asgd_mpi import launch, local
+from asgd_mpi.ending import FAULT, RESUME_ME
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.record.events import Start, read_events
 from asgd_mpi.record.rundir import RunDir, unwritable
@@ -27,7 +28,6 @@ LOOK_S = 0.5
 START_S = 600.0       # from the launcher to the first rank's Start
 LEAVE_S = 120.0       # for the last step, its checkpoint and the report
 PATIENCE_S = 10.0     # for a launcher that was told to end
-TRIED_AGAIN = 75      # status of a run that was left, EX_TEMPFAIL
 
 Begin = Callable[[int], list[str]]     # number of ranks -> the beginning of a command
 
@@ -78,7 +78,7 @@ def train(begin: Begin, num_workers: int, arguments: Sequence[str], seconds: flo
             left = seconds if started is None else seconds - (time.time() - started)
             tick(left)
             if started is None and (asked_to_leave() or time.time() - began > START_S):
-                return TRIED_AGAIN if asked_to_leave() else 1
+                return RESUME_ME if asked_to_leave() else FAULT
             if started is not None and (left <= 0 or asked_to_leave()):
                 process.send_signal(_leave_signal(command))
                 process.wait(LEAVE_S)

@@ -34,9 +34,10 @@ from torch import nn
 
 import asgd_mpi
 from asgd_mpi import config as configuration
-from asgd_mpi import gpus, inject, launch, report, segments, topology
+from asgd_mpi import ending, gpus, inject, launch, report, segments, topology
 from asgd_mpi.config import Config
 from asgd_mpi.crew import Crew
+from asgd_mpi.ending import DEGRADED, FAULT, RESUME_ME, WRONG
 from asgd_mpi.errors import DeadlineExceeded, DiskRefuses, ServerLost, StageLost, UserError
 from asgd_mpi.exchange import clock, mpi, wait
 from asgd_mpi.exchange.fellows import Desk, Fellows, JointInbox
@@ -74,9 +75,9 @@ from asgd_mpi.worker.replica import Replica
 from asgd_mpi.worker.team import Assistant, Leader
 
 DISK_PATIENCE_S = 4.0
-DEGRADED, RESUME_ME = 3, 75   # statuses; 75 is EX_TEMPFAIL of sysexits.h
 
 
+@ending.of_command
 def main(arguments: list[str] | None = None) -> int:
     signals.install()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -123,7 +124,7 @@ def _agree(world: World, arguments: list[str], hold: ExitStack) -> dict:
         except UserError as error:
             if launch.is_first_process():    # not from each of many worlds of one rank
                 print(f"error: {error}", file=sys.stderr, flush=True)
-            setup = {"status": 2}
+            setup = {"status": WRONG}
         except SystemExit as leave:  # --help
             setup = {"status": leave.code or 0}
         except BaseException as error:  # noqa: B036
@@ -449,7 +450,7 @@ def _fail(world: World, run: RunDir | None, error: BaseException) -> None:
     _let_server_speak(world, error)
     _tell(world, run, error)
     time.sleep(FORWARDING_S)
-    world.abort(2 if isinstance(error, UserError) else 1)
+    world.abort(WRONG if isinstance(error, UserError) else FAULT)
 
 
 if __name__ == "__main__":

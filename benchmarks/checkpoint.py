@@ -12,6 +12,7 @@ import sys
 from bisect import bisect
 from pathlib import Path
 
+from asgd_mpi import ending
 from asgd_mpi.record.events import Checkpoint, read_events, read_pushes
 from asgd_mpi.record.rundir import RunDir
 from benchmarks import machine, training
@@ -21,6 +22,7 @@ DEADLINE_S = 300.0
 BATCH, DIGITS_IMAGES = 16, 1437
 
 
+@ending.of_command
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--workers", type=int, default=4)

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from asgd_mpi import config as configuration
@@ -39,6 +38,7 @@ from asgd_mpi.server.rulebook import RULEBOOK, defaults
 from asgd_mpi.simulation import Times, prepare
 from asgd_mpi.task import complete, open_task
 from benchmarks import launch, machine, training
+from data_prep import run
 
 RESULT = machine.RESULTS / "convergence.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "convergence.md"
@@ -293,4 +293,4 @@ def main(parts: str = "", processes: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run(main)

@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from asgd_mpi import ending
 from asgd_mpi.record.events import Interval, read_events
 from asgd_mpi.record.rundir import RunDir
 from benchmarks import launch, loader, machine, training
@@ -23,6 +24,7 @@ BATCH = 32           # images: short, so that many batches fit in a run
 NUM_IMAGES = loader.CLASSES * loader.PER_CLASS
 
 
+@ending.of_command
 def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.data_wait")

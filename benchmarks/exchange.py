@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from asgd_mpi import ending
 from benchmarks import launch, machine
 
 STARTUP_S = 90.0          # before a deadline begins to count: imports, first touches, on a busy machine
@@ -38,6 +39,7 @@ PEERS = {
 }
 
 
+@ending.of_command
 def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.exchange")

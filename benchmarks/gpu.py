@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from asgd_mpi import ending
 from asgd_mpi.data.trials import SyntheticSet
 from benchmarks import launch, machine, training
 from benchmarks.profiled import TRACE
@@ -28,6 +29,7 @@ DEADLINE_S = 900.0                   # of a run
 COPIES, KERNELS = ("gpu_memcpy",), ("kernel",)      # categories of the profiler's events
 
 
+@ending.of_command
 def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.gpu") | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from asgd_mpi import ending
 from benchmarks import launch, machine
 from benchmarks.hosts import Hosts, hosts, why_not
 
@@ -21,6 +22,7 @@ PEERS = ("stream", "far")
 WAYS = {"push_s": "push", "fetch_s": "fetch"}
 
 
+@ending.of_command
 def main() -> int:
     options = _parse()
     if reason := why_not():

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from asgd_mpi import ending
 from asgd_mpi.record.events import End, EventLog, Interval, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
 
@@ -55,6 +56,7 @@ def write_run(path: Path, num_ranks: int, seconds: int) -> RunDir:
     return run
 
 
+@ending.of_command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -74,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

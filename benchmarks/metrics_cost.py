@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from asgd_mpi import ending
 from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.rundir import RunDir
@@ -27,6 +28,7 @@ KINDS = {"without": ("benchmarks.unmetered", []), "with": ("asgd_mpi.train", [])
          "with spans": ("asgd_mpi.train", ["--record.spans", "1000000"]), "unwatched": ("benchmarks.unwatched", [])}
 
 
+@ending.of_command
 def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.metrics_cost")

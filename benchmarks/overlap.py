@@ -11,6 +11,7 @@ import itertools
 import sys
 from pathlib import Path
 
+from asgd_mpi import ending
 from benchmarks import launch, machine, training
 from benchmarks.networks import PARAMETERS, STEPS_MS
 
@@ -21,6 +22,7 @@ DIGITS_IMAGES = 1437
 WITHOUT_VECTORS = ("--rule.momentum_at", "server", "--rule.max_drift", "0")    # of workers: their GPUs would do that
 
 
+@ending.of_command
 def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.overlap")

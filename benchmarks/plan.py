@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from asgd_mpi import ending
 from asgd_mpi.forecast import Costs, calibrate, simulate
 from asgd_mpi.plan import MAX_SERVERS, MAX_WORKERS, observe
 from asgd_mpi.record.rundir import RunDir
@@ -24,6 +25,7 @@ BASES = ((1,), (1, 7))    # workers of the runs to calibrate with
 DEADLINE_S = 600.0
 
 
+@ending.of_command
 def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.plan")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asgd_mpi import config as configuration
+from asgd_mpi import ending
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.stages.schedule import SCHEDULES, bubble
 from asgd_mpi.task import complete, open_task
@@ -48,6 +49,7 @@ HEAVY = {"ResNet-152": Heavy("torchvision:resnet152"), "VGG-16": Heavy("torchvis
          "AlexNet": Heavy("alexnet2", (1, 2), ("--stages.cut", "columns"), batch=16, parts=1, side=224)}
 
 
+@ending.of_command
 def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.stages")

@@ -13,6 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from asgd_mpi import ending
 from asgd_mpi.model.networks import DIGITS
 from benchmarks import launch, machine, training
 from benchmarks.networks import STEPS_MS
@@ -23,6 +24,7 @@ SYSTEMS = ("ours", "ddp")
 NEVER = math.inf      # seconds to an accuracy that was not reached
 
 
+@ending.of_command
 def main() -> int:
     options = _parse()
     described = machine.describe("benchmarks.straggler")

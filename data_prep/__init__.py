@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from jsonargparse import CLI, ArgumentParser
 
-from asgd_mpi.errors import UserError
+from asgd_mpi import ending
 
 
 class _DashedParser(ArgumentParser):
@@ -16,13 +17,14 @@ class _DashedParser(ArgumentParser):
         return super().add_argument(*names, **settings)
 
 
-def run(command: Callable[..., None], positional: bool = False) -> None:
-    """Call `command` with the command line's options; a UserError is one line on stderr and exit status 2.
+def run(command: Callable[..., None], positional: bool = False) -> NoReturn:
+    """Call `command` with the command line's options, and end the process with its status.
 
     With `positional`, what has no default is given without its name.
     """
-    try:
-        CLI(command, as_positional=positional, parser_class=_DashedParser)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(_called(command, positional))
+
+
+@ending.of_command
+def _called(command: Callable[..., None], positional: bool) -> None:
+    CLI(command, as_positional=positional, parser_class=_DashedParser)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from asgd_mpi import ending
 from asgd_mpi.record.rundir import unwritable
 
 
@@ -44,20 +45,24 @@ class Lines:
     def write(self, text: str) -> int:
         with self._lock:
             if self._at_once:
-                self._stream.write(text)
+                self._pass_on(text)
             self._unfinished += text
             if text.endswith("\n"):                 # a text of several lines stays together
                 lines, self._unfinished = self._unfinished, ""
                 if not self._at_once:
-                    self._stream.write(lines)
-                    self._stream.flush()
+                    self._pass_on(lines)
                 now = _now()
                 with suppress(OSError):             # a full disk: what is printed still goes where it went
                     self._file.write("".join(f"{now} {line.rpartition(chr(13))[2]}\n" for line in lines[:-1].split("\n")))
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        self._pass_on("")
+
+    def _pass_on(self, text: str) -> None:
+        with suppress(OSError, ending.OutputRefused, ending.ReaderLeft):      # a training does not end because its terminal has gone
+            self._stream.write(text)
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> object:     # isatty, fileno, encoding, ...
         return getattr(self._stream, name)

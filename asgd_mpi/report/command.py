@@ -16,7 +16,8 @@ from typing import Optional
 import jsonargparse
 import msgspec
 
-from asgd_mpi.errors import ConfigError, RunDirError, UserError
+from asgd_mpi import ending
+from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record import history
 from asgd_mpi.record.rundir import RunDir, write_whole
 from asgd_mpi.record.summary import Summary, summarize
@@ -53,25 +54,22 @@ def make_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
+@ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
-    try:
-        runs = [RunDir.open(path) for path in options.run_dir]
-        if options.follow and len(runs) > 1:
-            raise ConfigError(f"--follow shows one run at a time, and {len(runs)} are given: start it once for each.")
-        if options.trace:
-            return _trace(runs, Path(options.trace))
-        if options.audit:
-            return _audit(runs)
-        if options.follow:
-            follow(runs[0])
-        elif len(runs) > 1:
-            _compare(runs, options)
-        else:
-            _report(runs[0], options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = [RunDir.open(path) for path in options.run_dir]
+    if options.follow and len(runs) > 1:
+        raise ConfigError(f"--follow shows one run at a time, and {len(runs)} are given: start it once for each.")
+    if options.trace:
+        return _trace(runs, Path(options.trace))
+    if options.audit:
+        return _audit(runs)
+    if options.follow:
+        follow(runs[0])
+    elif len(runs) > 1:
+        _compare(runs, options)
+    else:
+        _report(runs[0], options)
     return 0
 
 
@@ -102,9 +100,11 @@ def _report(run: RunDir, options: jsonargparse.Namespace) -> None:
     if options.price_per_gpu_hour is not None or options.price_per_kwh is not None:
         cost = price(summary, options.price_per_gpu_hour or 0.0, options.num_gpus, options.price_per_kwh)
     markdown = render(summary, cost)
-    print(markdown, end="")
-    if not options.no_write:
-        write(run, summary, markdown, cost)
+    try:
+        if not options.no_write:
+            write(run, summary, markdown, cost)
+    finally:                     # files first, since whoever reads the text may leave; the text also where no file can be
+        print(markdown, end="")
 
 
 def _compare(runs: list[RunDir], options: jsonargparse.Namespace) -> None:
@@ -118,13 +118,15 @@ def write_comparison(runs: Sequence[RunDir], out: Path | None, target_accuracy: 
     summaries = [summarize(run) for run in runs]
     comparison = compare(summaries, target_accuracy, price_per_gpu_hour)
     markdown = render_comparison(comparison)
-    print(markdown, end="")
-    if out is not None:
-        from asgd_mpi.report.comparison import page
+    try:
+        if out is not None:
+            from asgd_mpi.report.comparison import page
 
-        write_whole(_directory(out) / "comparison.md", markdown.encode())
-        write_whole(out / "comparison.json", _json(msgspec.to_builtins(comparison)))
-        write_whole(out / "comparison.html", page(comparison, summaries).encode())
+            write_whole(_directory(out) / "comparison.md", markdown.encode())
+            write_whole(out / "comparison.json", _json(msgspec.to_builtins(comparison)))
+            write_whole(out / "comparison.html", page(comparison, summaries).encode())
+    finally:
+        print(markdown, end="")
     return comparison
 
 
