@@ -25,7 +25,8 @@ from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.forecast import WIRES, Costs, Observation, Outcome, calibrate, simulate, what_moves
 from asgd_mpi.record.events import Interval, read_events
 from asgd_mpi.record.pipelines import Pipelines
-from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report.units import number, percent, short
 

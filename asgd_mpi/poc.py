@@ -25,7 +25,8 @@ from asgd_mpi import config as configuration
 from asgd_mpi import ending, signals, supervise
 from asgd_mpi.config import Config
 from asgd_mpi.errors import ConfigError, RunDirError
-from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.report.command import write_comparison
 from asgd_mpi.report.units import count
 from asgd_mpi.report.verdict import SYNC

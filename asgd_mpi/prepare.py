@@ -12,7 +12,8 @@ from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.model import buffers
 from asgd_mpi.model.flat import num_floats
 from asgd_mpi.record import board, checkpoint
-from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.server import rulebook, slices
 from asgd_mpi.task import Task, complete, open_task
 from asgd_mpi.topology import Topology

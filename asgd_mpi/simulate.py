@@ -23,7 +23,8 @@ from asgd_mpi.errors import ConfigError
 from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.events import End, EventLog, Note, Push, Start
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.report.units import number, percent, seconds
 from asgd_mpi.server import rulebook
 from asgd_mpi.server.saver import Saver

@@ -21,7 +21,8 @@ from asgd_mpi import launch, local
 from asgd_mpi.ending import FAULT, RESUME_ME
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.record.events import Start, read_events
-from asgd_mpi.record.rundir import RunDir, unwritable
+from asgd_mpi.record.disk import unwritable
+from asgd_mpi.record.rundir import RunDir
 
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")   # of a job: there the site says what may run where
 LOOK_S = 0.5

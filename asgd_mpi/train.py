@@ -38,7 +38,7 @@ from asgd_mpi import ending, gpus, inject, launch, report, segments, topology
 from asgd_mpi.config import Config
 from asgd_mpi.crew import Crew
 from asgd_mpi.ending import DEGRADED, FAULT, RESUME_ME, WRONG
-from asgd_mpi.errors import DeadlineExceeded, DiskRefuses, ServerLost, StageLost, UserError
+from asgd_mpi.errors import DeadlineExceeded, DiskRefuses, RunDirError, ServerLost, StageLost, UserError
 from asgd_mpi.exchange import clock, mpi, wait
 from asgd_mpi.exchange.fellows import Desk, Fellows, JointInbox
 from asgd_mpi.exchange.layout import Layout
@@ -56,7 +56,8 @@ from asgd_mpi.record.events import End, EventLog, Note, Resume, Start
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.nvml import open_gauge
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.watch import Watch
 from asgd_mpi.server import slices
 from asgd_mpi.server.fellow import Fellow
@@ -100,8 +101,10 @@ def _take_part(world: World, setup: dict) -> int:
     world.timeout_s = config.run.timeout_s
     try:
         places = Topology.of(setup["ranks"], config.stages.number, config.exchange.servers)
-        ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
+        unkept = ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
         if world.is_server:
+            if unkept:                 # one line for all ranks, which meet the same disk
+                print(f"what the ranks print is not kept beside the run: cannot write {unkept}", file=sys.stderr, flush=True)
             print(setup["greeting"], flush=True)
         if places.hosts.index(world.host) == world.rank and (removed := segments.remove_dead()):
             print(f"{world.host}: {segments.describe(removed)}", flush=True)
@@ -236,7 +239,8 @@ class _Part:
             self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots,
             config.exchange.wire, statistics, config.model.batchnorm == "server_ema" and statistics is not None,
             workers_keep_state(config.rule) or bool(self.carried) and not moves, moves,
-            LossWatch(config.rule.momentum, config.rule.momentum_at), signals.asked_to_leave, self.injector.step, fellows)
+            LossWatch(config.rule.momentum, config.rule.momentum_at), signals.asked_to_leave, self.injector.step, fellows,
+            lambda rank: ranklog.read_error(self.run.error_of(rank)))
         self.version = lambda: ledger.version
         server.publish_first(first)
         try:
@@ -428,8 +432,8 @@ def _tell(world: World, run: RunDir | None, error: BaseException) -> str:
     print(text, file=sys.stderr, flush=True)
     if run is not None:
         try:
-            run.error_of(world.rank).write_text(text + "\n")
-        except OSError as second:
+            ranklog.write_error(run.error_of(world.rank), _in_short(error), text)
+        except (OSError, RunDirError) as second:
             if not isinstance(error, DiskRefuses):     # else it is said already
                 print(f"{who}: the error could not be written to the run directory: {second}", file=sys.stderr, flush=True)
     return _in_short(error)

@@ -21,7 +21,7 @@ import msgspec
 
 from asgd_mpi.config import config_files
 from asgd_mpi.errors import ConfigError, RunDirError
-from asgd_mpi.record.rundir import write_whole
+from asgd_mpi.record.disk import write_whole
 
 MARKS = ("metrics", "checkpoints", "pushes.log", "versions.json")     # one of them beside config.yaml: a run directory
 

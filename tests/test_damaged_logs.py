@@ -14,7 +14,8 @@ from asgd_mpi.record import checkpoint, history, ranklog
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, Manifest
 from asgd_mpi.record.events import End, EventLog, Member, Push, Resume, Start, read_log
-from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.rundir import RunDir
 
 LINES, LAST = 40, 3          # of the first log; resumable checkpoints at 10, 20 and 30
 

@@ -6,10 +6,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "asgd_mpi"
 # A room may import from those before it in this list, and from itself.
 ORDER = ["errors", "ending", "signals", "launch", "local", "segments", "inject", "server.pace", "server.rulebook", "limits", "config", "topology", "gpus",
-         "forecast", "record.rundir", "trust", "record.ranklog", "record.events", "record.history", "record.audit", "record.timeline",
+         "forecast", "record.disk", "record.rundir", "trust", "record.ranklog", "record.events", "record.history", "record.audit", "record.timeline",
          "record.readings", "record.validations", "record.pipelines", "record.summary", "record.nvml", "record.board",
          "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "stages",
-         "server.claims", "server.ledger", "server.versions", "server.slices", "server.rules", "server.finite", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "task", "preflight",
+         "server.claims", "server.ledger", "server.losses", "server.versions", "server.slices", "server.rules", "server.finite", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "task", "preflight",
          "resume", "report", "evaluate", "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc",
          "prepare", "crew", "train", "findings", "doctor"]
 
@@ -53,7 +53,7 @@ def test_mpi4py_is_imported_in_the_exchange_only():
 
 
 def test_the_decisions_of_the_server_and_the_order_of_the_stages_are_pure():
-    for name in ("server/claims", "server/ledger", "server/versions", "server/pace", "server/rulebook", "server/schedule", "stages/balance", "stages/schedule"):
+    for name in ("server/claims", "server/ledger", "server/losses", "server/versions", "server/pace", "server/rulebook", "server/schedule", "stages/balance", "stages/schedule"):
         path = PACKAGE / f"{name}.py"
         assert not {module.split(".")[0] for module, for_hints in imports(path) if not for_hints} & {
             "torch", "time", "mpi4py", "numpy", "random"}, name

@@ -31,7 +31,8 @@ import torch
 
 import asgd_mpi
 from asgd_mpi.errors import RunDirError
-from asgd_mpi.record.rundir import RunDir, unwritable, version_and_restart, write_whole
+from asgd_mpi.record.disk import unwritable, write_whole
+from asgd_mpi.record.rundir import RunDir, version_and_restart
 
 MODEL, SERVER, LEDGER, MANIFEST = "model.pt", "server.pt", "ledger.json", "manifest.json"
 REPLACED, REMOVED = ".replaced-", ".removed-"     # before the name of a checkpoint that is about to go

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, Union
 
 import msgspec
 
-from asgd_mpi.record.rundir import unwritable
+from asgd_mpi.record.disk import unwritable
 
 if TYPE_CHECKING:
     from asgd_mpi.exchange.wire import Header
@@ -176,6 +176,7 @@ class Retirement(msgspec.Struct, tag_field="event", tag="retirement"):
     positions: int            # that it held: they are lent again
     reason: str
     for_good: bool
+    error: str = ""           # what it failed of, type and message, if it told
 
 
 class Refusal(msgspec.Struct, tag_field="event", tag="refusal"):

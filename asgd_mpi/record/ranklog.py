@@ -1,7 +1,10 @@
 """What a rank prints, kept in a file of its own: `log/rank003.txt` in the run directory.
 
 Everything still goes where it went (the terminal, the job's log). Both get whole lines only, each in one write, so that the
-lines of many ranks do not mix; in the file every line has its time. A progress bar leaves its last state there.
+lines of many ranks do not mix; in the file every line has its time. A progress bar leaves its last state there. A run goes on
+without these files, where the disk refuses them: all of it is printed, too.
+
+What ended a rank is written once more, alone: `error.rank003.txt`, its first line the error in short.
 """
 
 from __future__ import annotations
@@ -16,18 +19,41 @@ from pathlib import Path
 from typing import TextIO
 
 from asgd_mpi import ending
-from asgd_mpi.record.rundir import unwritable
+from asgd_mpi.errors import printable
+from asgd_mpi.record.disk import make_directory, open_own
+
+SHORT = 2000      # characters of an error in short
 
 
-def keep(path: Path, who: str) -> None:
-    """From now on, keep what this process prints in `path`, after a line that says who it is. Raises RunDirError."""
+
+def keep(path: Path, who: str) -> str:
+    """From now on, keep what this process prints in `path`, after a line that says who it is.
+
+    Returns why it is not kept, empty if it is. Raises RunDirError if the file is a link.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", buffering=1, encoding="utf-8")     # written line by line; appended to after a restart
+        make_directory(path.parent)
+        file = open_own(path, "a", buffering=1, encoding="utf-8")     # written line by line; appended to after a restart
+        file.write(f"{_now()} --- {who}, process {os.getpid()}{_job(os.environ)}\n")
     except OSError as error:
-        raise unwritable(path, error) from error
-    file.write(f"{_now()} --- {who}, process {os.getpid()}{_job(os.environ)}\n")
+        return f"{path}: {error.strerror}"
     sys.stdout, sys.stderr = Lines(sys.stdout, file), Lines(sys.stderr, file)
+    return ""
+
+
+def write_error(path: Path, short: str, text: str) -> None:
+    """Write what ended a rank; `text` holds all of it. Raises RunDirError if the file is a link, OSError."""
+    with open_own(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"{' '.join(short.split())[:SHORT]}\n\n{text}\n")
+
+
+def read_error(path: Path) -> str:
+    """Return what ended a rank in short, one line; empty if the disk refused it, or its file is not there."""
+    try:
+        with open(path, encoding="utf-8", errors="backslashreplace") as file:
+            return printable(file.readline(SHORT).strip())
+    except OSError:
+        return ""
 
 
 class Lines:

@@ -1,12 +1,11 @@
 """The run directory: the one place that knows the names of its files (they are documented in the README).
 
-Files that are written once are written whole: temporary file, flush, fsync, os.replace. Metrics are appended.
+Files that are written once are written whole: temporary file, flush, fsync, os.replace. Metrics are appended (see `disk`).
 A name that this module would not give is the user's own: it is neither read nor removed, whatever it begins with.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import itertools
 import os
@@ -18,7 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from asgd_mpi.errors import DiskRefuses, RunDirError
+from asgd_mpi.errors import RunDirError
+from asgd_mpi.record import disk
+from asgd_mpi.record.disk import unwritable
 
 _OF_RESTART = r"(?:\.r([1-9][0-9]{0,5}))?"
 _LOG = re.compile(rf"pushes{_OF_RESTART}\.log")
@@ -27,34 +28,6 @@ _METRICS = re.compile(rf"rank([0-9]{{3,7}}){_OF_RESTART}\.jsonl")
 _CHECKPOINT = re.compile(rf"v([0-9]{{9,15}}){_OF_RESTART}")
 _STALL = re.compile(r"([0-9]{9,12})\.txt")
 
-
-REMEDIES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space (your quota is used up)",
-    errno.EROFS: "have the file system made writable (it is mounted read-only)",
-    errno.EACCES: "see that you may write there",
-}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> RunDirError:
-    """What to say when a file of a run cannot be written."""
-    remedy = REMEDIES.get(error.errno, "see what is wrong with that file system")
-    return DiskRefuses(f"cannot write {path}: {error.strerror}. A run cannot go on without its records: {remedy}, "
-                       "or give another directory with --run.dir DIR.")
 
 
 class RunDir:

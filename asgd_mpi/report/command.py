@@ -19,7 +19,8 @@ import msgspec
 from asgd_mpi import ending
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record import history
-from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.audit import account

@@ -23,7 +23,8 @@ from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, No
                                     read_events, read_pushes)
 from asgd_mpi.record.history import lineage
 from asgd_mpi.record.readings import COUNTERS, Lines
-from asgd_mpi.record.rundir import RunDir, unwritable
+from asgd_mpi.record.disk import unwritable
+from asgd_mpi.record.rundir import RunDir
 
 MAX_EVENTS = 200_000                      # of intervals, and of pushes: a file of some 50 MB
 SPANS, INTERVALS, PUSHES = 1, 2, 3        # threads

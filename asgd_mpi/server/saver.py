@@ -20,7 +20,8 @@ from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, SERVER, Manifest
 from asgd_mpi.record.events import Checkpoint
-from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.server import finite
 from asgd_mpi.server.ledger import Ledger, Score
 from asgd_mpi.server.rules import Rule

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from asgd_mpi.config import CheckpointConfig, FailureConfig
-from asgd_mpi.errors import TOO_FAST, DeadlineExceeded, TrainingDiverged, WorkersLost
+from asgd_mpi.errors import DeadlineExceeded
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.fellows import WEIGHTS, Applied, Command, Fellows
 from asgd_mpi.exchange.link import Arrival, Inbox
@@ -25,7 +25,7 @@ from asgd_mpi.model import batchnorm
 from asgd_mpi.record.events import GIVEN_UP, Checkpoint, EventLog, Member, Note, Publish, Push, Refusal, Retirement, Validation
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.server import finite
+from asgd_mpi.server import finite, losses
 from asgd_mpi.server.ledger import Ledger, LedgerError, Score, Verdict, Work
 from asgd_mpi.server.rules import Rule, advance_
 from asgd_mpi.server.slices import pieces
@@ -62,6 +62,7 @@ class Server:
     asked_to_leave: Callable[[], str] = lambda: ""
     at_every_pass: Callable[[], None] = lambda: None       # failures that are rehearsed
     fellows: Fellows | None = None                         # the servers of further slices
+    error_of: Callable[[int], str] = lambda rank: ""       # type and message of what a rank failed of
     final_score: Score | None = field(default=None, init=False)
     latest_score: Score | None = field(default=None, init=False)
     left_because: str = field(default="", init=False)      # a signal: the run is to be resumed
@@ -228,7 +229,10 @@ class Server:
             case Kind.SIGNAL:
                 self.left_because = self.left_because or f"rank {header.worker + 1} was asked to end by a signal"
             case Kind.FAILED:
-                self._retire(header.worker, f"it failed: see error.rank{header.worker + 1:03d}.txt", for_good=True)
+                error = self.error_of(header.worker + 1)
+                where = f"error.rank{header.worker + 1:03d}.txt"
+                reason = f"see {where}: {error}" if error else f"{where} could not be written; its output says why"
+                self._retire(header.worker, f"it failed: {reason}", for_good=True, error=error)
 
     def _look_around(self, now: float) -> None:
         parting = self.ledger.finished or self.left_because
@@ -255,17 +259,12 @@ class Server:
         """Raises UserError if there is nobody left to train."""
         if self.ledger.members:
             return
-        history = "\n".join(f"  rank {loss.rank}: {loss.reason}" for loss in self.losses)
-        if all("not finite" in loss.reason for loss in self.losses):
-            raise TrainingDiverged(
-                f"the loss or the gradient of every worker is no longer finite at version {self.ledger.version}:\n{history}\n"
-                f"{TOO_FAST} Checkpoints of before are kept: see checkpoints/ in the run directory.")
         may_return = [worker for worker in self.ledger.present if worker not in {loss.rank - 1 for loss in self.losses
                                                                                 if loss.for_good}]
         if not may_return:
-            raise WorkersLost(f"no worker is left at version {self.ledger.version}:\n{history}\nMend that, and go on from "
-                              "the checkpoint with --resume RUN_DIR.")
+            raise losses.explain(self.losses, self.ledger.version)
         if now - max(self._heard) > self.timeout_s:
+            history = "\n".join(f"  rank {loss.rank}: {loss.reason}" for loss in self.losses)
             raise DeadlineExceeded(f"rank 0 has heard of no worker for {self.timeout_s:g} s (--run.timeout_s):\n{history}\n"
                                    "See stalls/ in the run directory for where they stand.")
 
@@ -337,9 +336,9 @@ class Server:
         if not any(loss.rank == worker + 1 and loss.for_good for loss in self.losses):
             self._retire(worker, f"it sent a packet that makes no sense: {fault}", for_good=True)
 
-    def _retire(self, worker: int, reason: str, for_good: bool, is_gone: bool = False) -> None:
+    def _retire(self, worker: int, reason: str, for_good: bool, is_gone: bool = False, error: str = "") -> None:
         held = self.ledger.retire(worker, for_good, is_gone)
-        event = Retirement(time.time(), worker + 1, self.ledger.version, held, reason, for_good)
+        event = Retirement(time.time(), worker + 1, self.ledger.version, held, reason, for_good, error)
         self.losses.append(event)
         self.log.write(event)
         self.saver.saved(worker)

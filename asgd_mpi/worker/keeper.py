@@ -14,7 +14,8 @@ import torch
 
 from asgd_mpi.exchange.wire import Kind
 from asgd_mpi.record import checkpoint
-from asgd_mpi.record.rundir import RunDir, write_whole
+from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.server.saver import best_staging
 
 

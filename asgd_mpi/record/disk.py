@@ -1,0 +1,129 @@
+"""How files of a run are written: through no link, whole or appended, and what is said when the disk refuses.
+
+What a run writes is a regular file with one name. A symbolic link, or a second hard link, in a directory that came from somewhere
+else would have the run write over a file of its user's; a FIFO would have it wait for ever. The run directory itself may be
+reached by links: only what lies in it is looked at (`demand_own`), and each file once more as it is opened (`open_own`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import IO
+
+from asgd_mpi.errors import DiskRefuses, RunDirError
+
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space (your quota is used up)",
+    errno.EROFS: "have the file system made writable (it is mounted read-only)",
+    errno.EACCES: "see that you may write there",
+    errno.EPERM: "see that you may write there",
+}
+
+
+def unwritable(path: Path, error: OSError) -> DiskRefuses:
+    """Return what to say when a file of a run cannot be written."""
+    remedy = REMEDIES.get(error.errno, "see what is wrong with that file system")
+    return DiskRefuses(f"cannot write {path}: {error.strerror or error}. A run cannot go on without its records: {remedy}, "
+                       "or give another directory with --run.dir DIR.")
+
+
+def open_own(path: Path, mode: str, **how: object) -> IO:
+    """Open a file of a run to write it, as `open` does. Raises RunDirError for a link or what is no file, OSError."""
+    return open(path, mode, opener=_open_own, **how)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part of it. Raises DiskRefuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:           # exclusively: what is there by now is not ours
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)                   # of a link the link itself
+    except OSError as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:                               # a file system that has become read-only
+            pass
+        raise unwritable(path, error) from error
+
+
+def is_directory(path: Path) -> bool:
+    """Return whether there is a directory, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory of a run, if it is not there. Raises RunDirError for a link, OSError."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        if path.is_symlink():
+            raise linked(path) from None
+        if not path.is_dir():
+            raise
+
+
+def demand_own(root: Path, path: Path) -> None:
+    """Raise RunDirError if `path`, or a directory between `root` and it, is a link or a file with another name. `root` may be one."""
+    below = root
+    for part in path.relative_to(root).parts:
+        below /= part
+        if below.is_symlink():
+            raise linked(below)
+    if path.is_file() and path.stat().st_nlink > 1:
+        raise linked(path)
+
+
+def linked(path: Path) -> RunDirError:
+    """Return what to say of a link where a run would write."""
+    if path.is_symlink():
+        what, remedy = f"a symbolic link to {os.readlink(path)}", "Remove the link"
+    else:
+        what = "a hard link: the same file has another name"
+        remedy = f"Give this one a copy of its own (cp {path.name} new && mv new {path.name})"
+    return RunDirError(f"{path} is {what}. A run writes through no link within its directory, so that one from elsewhere cannot have "
+                       f"it write over your files. {remedy}; to keep a run on another disk, let --run.dir be there, itself or "
+                       "by a link.")
+
+
+def free_bytes(path: Path) -> int | None:
+    """Return what may still be written on the disk of `path` or of its nearest parent that is there; None if it does not tell."""
+    while True:
+        try:
+            found = os.statvfs(path)
+            return found.f_bavail * found.f_frsize if found.f_blocks else None
+        except FileNotFoundError:
+            if path == path.parent:
+                return None
+            path = path.parent
+        except OSError:
+            return None
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Open without following a link or waiting for a reader; it is emptied only when it is known to be a file of its own."""
+    try:
+        descriptor = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and os.path.islink(path):
+            raise linked(Path(path)) from None
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise RunDirError(f"{path} is no regular file, so a run does not write to it: remove it.")
+        if found.st_nlink > 1:
+            raise linked(Path(path))
+        if flags & os.O_TRUNC:
+            os.ftruncate(descriptor, 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,0 +1,42 @@
+"""What to say when no worker is left: that all met one error, which would come again, or what became of each. Pure."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Sequence
+
+from asgd_mpi.errors import TOO_FAST, TrainingDiverged, UserError, WorkersLost
+from asgd_mpi.record.events import Retirement
+
+ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")               # of an object in memory: another one in every process
+OUTSIDE = {"DiskRefuses", "DeadlineExceeded", "StageLost", "ServerLost"}     # errors that a later start need not meet
+
+
+def explain(losses: Sequence[Retirement], version: int) -> UserError:
+    """Return the error that ends a run whose workers are all lost for good, at `version`."""
+    history = "\n".join(f"  rank {loss.rank}: {loss.reason}" for loss in losses)
+    if all("not finite" in loss.reason and not loss.error for loss in losses):
+        return TrainingDiverged(f"the loss or the gradient of every worker is no longer finite at version {version}:\n{history}\n"
+                                f"{TOO_FAST} Checkpoints of before are kept: see checkpoints/ in the run directory.")
+    if error := common_error(losses):
+        ranks = sorted({loss.rank for loss in losses})
+        return WorkersLost(
+            f"no worker is left at version {version}: {f'all {len(ranks)} have failed of the same error' if len(ranks) > 1 else 'it failed'}\n"
+            f"  {error}\nTo start again would meet it again: mend its cause first. Where it was raised: "
+            f"error.rank{ranks[0]:03d}.txt in the run directory. What was trained before is kept there.")
+    return WorkersLost(f"no worker is left at version {version}:\n{history}\nMend that, and go on from the checkpoint with "
+                       "--resume RUN_DIR.")
+
+
+def common_error(losses: Sequence[Retirement]) -> str:
+    """Return the error, type and message, that every lost worker has failed of; empty if they failed of several, or from outside."""
+    last = {loss.rank: loss for loss in losses}            # one that came back, and failed: what it failed of
+    errors = {ADDRESS.sub("0x...", loss.error) for loss in last.values()}
+    error = errors.pop() if len(errors) == 1 else ""
+    return "" if _is_outside(error.partition(":")[0]) else error
+
+
+def _is_outside(name: str) -> bool:
+    kind = getattr(builtins, name, None)
+    return name in OUTSIDE or isinstance(kind, type) and issubclass(kind, (OSError, MemoryError))
