@@ -45,6 +45,8 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     places = Topology.of([ranks[rank] for rank in order], num_stages, num_servers)
     if places.size > 1 or not config.run.dry_run:
         topology.demand_gpus(places, config.compute.device, config.compute.workers_per_gpu)
+    if point:
+        run.demand_own(point.restart, places.size)
     config = complete(config)
     for failure in inject.parse(config.run.inject):
         if places.size > 1 and failure.rank >= places.size:
@@ -94,6 +96,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
         run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))
         hold.enter_context(run.locked())
         run.demand_new()           # another job may have been faster, and be done by now
+        run.demand_own(0, places.size)
     restart, directory = (point.restart, point.directory) if point else (0, None)
     text = configuration.record(config, num_workers)
     write_whole(run.config_of(restart), text.encode())

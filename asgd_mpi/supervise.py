@@ -21,7 +21,7 @@ from asgd_mpi import launch, local
 from asgd_mpi.ending import FAULT, RESUME_ME
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.record.events import Start, read_events
-from asgd_mpi.record.disk import unwritable
+from asgd_mpi.record.disk import open_own, unwritable
 from asgd_mpi.record.rundir import RunDir
 
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")   # of a job: there the site says what may run where
@@ -126,7 +126,7 @@ def _start(command: Sequence[str], output: Path, env: dict[str, str]) -> subproc
     environment.pop("SLURM_NTASKS_PER_NODE", None)         # the job's own layout; srun would hold a part of it to that
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with open(output, "a") as file:
+        with open_own(output, "a") as file:
             print(f"$ {shlex.join(command)}", file=file, flush=True)
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                                     env=environment, start_new_session=True)

@@ -10,7 +10,7 @@ import torch
 
 from asgd_mpi import report, resume
 from asgd_mpi.errors import DiskRefuses, RunDirError
-from asgd_mpi.record import checkpoint, history, ranklog
+from asgd_mpi.record import checkpoint, disk, history, ranklog
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, Manifest
 from asgd_mpi.record.events import End, EventLog, Member, Push, Resume, Start, read_log
@@ -217,7 +217,7 @@ class Full:
 
 
 def test_a_full_disk_is_told_as_such_though_torch_raises_an_error_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "open", lambda *how: Full(open(*how)), raising=False)
+    monkeypatch.setattr(disk, "open_own", lambda *how: Full(open(*how)))
     with pytest.raises(DiskRefuses, match="cannot write .*model.pt: No space left on device.*free some space"):
         checkpoint.write_tensors(tmp_path / "model.pt", {"x": torch.zeros(100_000)})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.record.disk import make_directory
 from asgd_mpi.record.events import End, Event, Interval, Push, Resume, Validation
 
 WRITERS = ("torch.utils.tensorboard", "tensorboardX")     # modules that have a SummaryWriter
@@ -68,6 +69,7 @@ class Board:
 
     def _write(self, t: float, samples: int, values: dict[str, float]) -> None:
         if self._writer is None:               # what an earlier start wrote beyond here was forgotten by the run, too
+            make_directory(self._path)
             self._writer = self._make_writer(str(self._path), purge_step=samples)
         for name, value in values.items():
             self._writer.add_scalar(name, value, samples, walltime=t)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import threading
 import time
@@ -31,13 +30,11 @@ import torch
 
 import asgd_mpi
 from asgd_mpi.errors import RunDirError
+from asgd_mpi.record import disk
 from asgd_mpi.record.disk import unwritable, write_whole
-from asgd_mpi.record.rundir import RunDir, version_and_restart
+from asgd_mpi.record.rundir import LEFT_OVER, REMOVED, REPLACED, RunDir, version_and_restart
 
 MODEL, SERVER, LEDGER, MANIFEST = "model.pt", "server.pt", "ledger.json", "manifest.json"
-REPLACED, REMOVED = ".replaced-", ".removed-"     # before the name of a checkpoint that is about to go
-LEFT_OVER = re.compile(r"\.saving[0-9]{6,}(\.r[0-9]+)?|\.best[0-9]{9,}\.[0-9]+\.[0-9]+"
-                       r"|\.(replaced-|removed-(\.replaced-)?)v[0-9]{9,}(\.r[0-9]+)?")
 
 
 class Manifest(msgspec.Struct):
@@ -126,7 +123,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], hurry: threading
     `hurry`: write slowly until it is set, so that the training beside it keeps processors and memory for itself.
     """
     try:
-        with open(path, "wb") as file:
+        with disk.open_own(path, "wb") as file:
             writer = _Considerate(file, hurry)
             torch.save(tensors, writer)
             file.flush()
@@ -144,13 +141,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], hurry: threading
 def save_worker(staging: Path, worker: int, made: int, tensors: dict[str, torch.Tensor],
                 hurry: threading.Event | None = None) -> bool:
     """Write a worker's own state; False if nobody waits for it any more. Raises RunDirError."""
-    if not staging.is_dir():
+    if not disk.is_directory(staging):
         return False
     try:
         state = WorkerState(worker, made, write_tensors(staging / worker_file(worker), tensors, hurry))
         write_whole(staging / f"worker{worker:03d}.json", msgspec.json.encode(state))
     except RunDirError:
-        if staging.is_dir():
+        if disk.is_directory(staging):
             raise
         return False                      # it was finished, or given up, without us
     return True
@@ -159,6 +156,7 @@ def save_worker(staging: Path, worker: int, made: int, tensors: dict[str, torch.
 def stage(staging: Path) -> None:
     """Make the directory that a checkpoint is written into. Raises RunDirError."""
     try:
+        disk.demand_no_link(staging)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     except OSError as error:
@@ -179,6 +177,8 @@ def commit(staging: Path, directory: Path, manifest: Manifest) -> int:
         if _is_better(directory, manifest):
             shutil.rmtree(staging)        # the same version, saved for another reason
             return 0
+        if directory.is_symlink():
+            directory.unlink()            # not what it leads to
         if directory.exists():
             os.replace(directory, replaced := directory.with_name(f"{REPLACED}{directory.name}"))
             os.replace(staging, directory)
@@ -291,6 +291,8 @@ def _all(run: RunDir) -> Iterator[Path]:
 
 def _is_better(directory: Path, manifest: Manifest) -> bool:
     """Whether a checkpoint of the same version is there already, and holds no less: one with a score is worth more."""
+    if directory.is_symlink():
+        return False
     try:
         old = read_manifest(directory)
     except RunDirError:

@@ -2,7 +2,8 @@
 
 What a run writes is a regular file with one name. A symbolic link, or a second hard link, in a directory that came from somewhere
 else would have the run write over a file of its user's; a FIFO would have it wait for ever. The run directory itself may be
-reached by links: only what lies in it is looked at (`demand_own`), and each file once more as it is opened (`open_own`).
+reached by links: only what lies in it is looked at, before the run (`RunDir.demand_own`), and each file once more as it is
+opened (`open_own`).
 """
 
 from __future__ import annotations
@@ -70,15 +71,32 @@ def make_directory(path: Path) -> None:
             raise
 
 
-def demand_own(root: Path, path: Path) -> None:
-    """Raise RunDirError if `path`, or a directory between `root` and it, is a link or a file with another name. `root` may be one."""
-    below = root
-    for part in path.relative_to(root).parts:
-        below /= part
-        if below.is_symlink():
-            raise linked(below)
+def entries(directory: Path) -> list[Path]:
+    """Return what lies in a directory; nothing if it is not there."""
+    try:
+        return [directory / name for name in sorted(os.listdir(directory))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def demand_no_link(path: Path) -> None:
+    """Raise RunDirError if `path` is a symbolic link, wherever it leads."""
+    if path.is_symlink():
+        raise linked(path)
+
+
+def demand_one_name(path: Path) -> None:
+    """Raise RunDirError if a file that would be written in place has other names."""
     if path.is_file() and path.stat().st_nlink > 1:
         raise linked(path)
+
+
+def demand_writable(directory: Path) -> None:
+    """Raise DiskRefuses if there is a directory, and nothing may be written in it."""
+    if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(directory).f_flag & os.ST_RDONLY
+        code = errno.EROFS if is_read_only else errno.EACCES
+        raise unwritable(directory, OSError(code, os.strerror(code)))
 
 
 def linked(path: Path) -> RunDirError:

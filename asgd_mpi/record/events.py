@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, Union
 
 import msgspec
 
-from asgd_mpi.record.disk import unwritable
+from asgd_mpi.record.disk import make_directory, open_own, unwritable
 
 if TYPE_CHECKING:
     from asgd_mpi.exchange.wire import Header
@@ -283,8 +283,8 @@ class EventLog:
         self._flushed_at = time.monotonic()
         self._failed: OSError | None = None
         with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab", buffering=1 << 16)
+            make_directory(path.parent)
+            self._file = open_own(path, "ab", buffering=1 << 16)
 
     def write(self, event: msgspec.Struct) -> None:
         with self._explained():

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from asgd_mpi.errors import RunDirError
 from asgd_mpi.record import disk
-from asgd_mpi.record.disk import unwritable
 
 _OF_RESTART = r"(?:\.r([1-9][0-9]{0,5}))?"
 _LOG = re.compile(rf"pushes{_OF_RESTART}\.log")
@@ -27,6 +26,9 @@ _CONFIG = re.compile(rf"config{_OF_RESTART}\.yaml")
 _METRICS = re.compile(rf"rank([0-9]{{3,7}}){_OF_RESTART}\.jsonl")
 _CHECKPOINT = re.compile(rf"v([0-9]{{9,15}}){_OF_RESTART}")
 _STALL = re.compile(r"([0-9]{9,12})\.txt")
+REPLACED, REMOVED = ".replaced-", ".removed-"     # before the name of a checkpoint that is about to go
+LEFT_OVER = re.compile(r"\.saving[0-9]{6,}(\.r[0-9]+)?|\.best[0-9]{9,}\.[0-9]+\.[0-9]+"
+                       r"|\.(replaced-|removed-(\.replaced-)?)v[0-9]{9,}(\.r[0-9]+)?")
 
 
 
@@ -45,6 +47,7 @@ class RunDir:
         self.report = self.path / "report"
         self.logs = self.path / "log"
         self.tensorboard = self.path / "tensorboard"
+        self.lock = self.path / "lock"
 
     @classmethod
     def create(cls, path: str | Path | None, name: str) -> RunDir:
@@ -53,8 +56,9 @@ class RunDir:
             run = cls(Path(path) if path else _make_unique(f"{time.strftime('%Y-%m-%dT%H%M%S')}_{name}"))
             path = run.path
             run.demand_new()
-            for directory in (run.path, run.metrics, run.checkpoints, run.report):
-                directory.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(parents=True, exist_ok=True)
+            for directory in (run.metrics, run.checkpoints, run.report):
+                disk.make_directory(directory)
         except OSError as error:
             raise RunDirError(
                 f"cannot make the run directory {path or error.filename}: {error.strerror}. "
@@ -105,6 +109,33 @@ class RunDir:
         """Where a checkpoint is written until it is whole."""
         return self.checkpoints / f".saving{number:06d}{_suffix(restart)}"
 
+    def holds(self, path: Path) -> bool:
+        """Return whether a path lies in this directory. Raises RunDirError if a link in it leads there, or elsewhere."""
+        root, path = Path(os.path.abspath(self.path)), Path(os.path.abspath(path))
+        if not path.is_relative_to(root):
+            return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+        for parent in path.parents[:len(path.relative_to(root).parts) - 1]:
+            disk.demand_no_link(parent)
+        return True
+
+    def demand_own(self, restart: int, num_ranks: int) -> None:
+        """Raise RunDirError if what a start of so many ranks writes is a link, or a directory where nothing may be written."""
+        directories = (self.metrics, self.checkpoints, self.report, self.logs, self.stalls, self.tensorboard)
+        whole = {self.config_of(restart), self.versions_of(restart), self.finished,
+                 *(self.report / f"report.{kind}" for kind in ("md", "json", "html"))}
+        in_place = {self.lock, self.pushes_of(restart)}
+        for rank in range(num_ranks):
+            in_place |= {self.metrics_of(rank, restart), self.log_of(rank), self.error_of(rank)}
+        for directory in (self.path, *directories):
+            if directory != self.path:
+                disk.demand_no_link(directory)
+            for path in disk.entries(directory):
+                if path in whole or path in in_place or directory == self.checkpoints and LEFT_OVER.fullmatch(path.name):
+                    disk.demand_no_link(path)
+                if path in in_place:
+                    disk.demand_one_name(path)
+            disk.demand_writable(directory)
+
     @property
     def restarts(self) -> list[int]:
         """The restarts that have begun a log, in order; 0 is the first start."""
@@ -145,25 +176,28 @@ class RunDir:
 
         The lock ends with its process. A file system that knows no locks is told on stderr, and goes without.
         """
-        path = self.path / "lock"
         try:
-            file = open(path, "a+")
+            file = disk.open_own(self.lock, "a+b", buffering=0)
         except OSError as error:
-            raise unwritable(path, error) from error
+            raise disk.unwritable(self.lock, error) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise RunDirError(f"{self.path} is being written by another job ({file.read().strip()}): two jobs in one "
+                raise RunDirError(f"{self.path} is being written by another job ({_said(file.read(200))}): two jobs in one "
                                   "run directory would damage it. End that one first, or give another directory with "
                                   "--run.dir DIR.") from None
             except OSError as error:
                 print(f"{self.path} cannot be locked ({error.strerror}): see that only one job writes there.", file=sys.stderr)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            file.flush()
+            with suppress(OSError):       # on a full disk it is locked all the same, but does not say by whom
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             yield
+
+
+def _said(content: bytes) -> str:
+    return content.decode(errors="backslashreplace").strip() or "it does not say which"
 
 
 def _suffix(restart: int) -> str:

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from asgd_mpi.errors import RunDirError
+from asgd_mpi.record.disk import make_directory, open_own
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.rundir import RunDir
 
@@ -51,21 +53,22 @@ class Watch:
                 if number not in self._answered:
                     self._answered.add(number)
                     self._answer(number)
-        except OSError as error:
+        except (OSError, RunDirError) as error:
             print(f"rank {self._rank}: a stall could not be written down: {error}", file=sys.stderr, flush=True)
 
     def _ask(self) -> None:
         self._asked_at = time.monotonic()
-        self._run.stalls.mkdir(exist_ok=True)
+        make_directory(self._run.stalls)
         number = f"{int(time.time())}"
         request = self._run.stalls / f"{number}.txt"
         where = self._where()
         if not request.exists():
-            request.write_text(where + "\n")
+            with open_own(request, "w") as file:
+                file.write(where + "\n")
         print(f"stall: {where}\nstacks of all ranks: {self._run.stalls}/{number}.*", file=sys.stderr, flush=True)
 
     def _answer(self, number: str) -> None:
-        with open(self._run.stalls / f"{number}.rank{self._rank:03d}.txt", "w") as file:
+        with open_own(self._run.stalls / f"{number}.rank{self._rank:03d}.txt", "w") as file:
             file.write(self._where() + "\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

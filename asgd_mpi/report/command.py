@@ -19,7 +19,7 @@ import msgspec
 from asgd_mpi import ending
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record import history
-from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.disk import make_directory, write_whole
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.advice import advise
@@ -123,7 +123,7 @@ def write_comparison(runs: Sequence[RunDir], out: Path | None, target_accuracy: 
         if out is not None:
             from asgd_mpi.report.comparison import page
 
-            write_whole(_directory(out) / "comparison.md", markdown.encode())
+            write_whole(_directory(out.resolve()) / "comparison.md", markdown.encode())
             write_whole(out / "comparison.json", _json(msgspec.to_builtins(comparison)))
             write_whole(out / "comparison.html", page(comparison, summaries).encode())
     finally:
@@ -144,7 +144,7 @@ def write(run: RunDir, summary: Summary, markdown: str, cost: Cost | None = None
 
 def _directory(path: Path) -> Path:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
     except OSError as error:
         raise RunDirError(f"cannot make {path}: {error.strerror}. --no-write only prints the report.") from error
     return path

@@ -23,7 +23,7 @@ from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, No
                                     read_events, read_pushes)
 from asgd_mpi.record.history import lineage
 from asgd_mpi.record.readings import COUNTERS, Lines
-from asgd_mpi.record.disk import unwritable
+from asgd_mpi.record.disk import open_own, unwritable
 from asgd_mpi.record.rundir import RunDir
 
 MAX_EVENTS = 200_000                      # of intervals, and of pushes: a file of some 50 MB
@@ -41,7 +41,7 @@ def write_trace(run: RunDir, path: Path) -> list[str]:
     zero = min((event.t + event.clock_offset_s for event in starts), default=None)
     every = _stride(files), _stride([run.pushes_of(restart) for restart in run.restarts])
     try:
-        with open(path, "wb") as out:
+        with (open_own if run.holds(path) else open)(path, "wb") as out:
             out.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
             for event in _events(run, lines, files, zero, *every):
                 out.write(encode(event) + b",\n")

@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.record import checkpoint
+from asgd_mpi.record import checkpoint, disk
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, SERVER, Manifest
 from asgd_mpi.record.events import Checkpoint
 from asgd_mpi.record.disk import write_whole
@@ -81,7 +81,7 @@ class Saver:
         """
         assert not self.is_busy
         staging = self._run.staging(number, self._restart)
-        if not staging.is_dir():          # announced before, and workers may have written into it
+        if not disk.is_directory(staging):          # announced before, and workers may have written into it
             checkpoint.stage(staging)
         if statistics is not None:
             self._flat.load_statistics_(statistics)
