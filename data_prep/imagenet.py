@@ -12,13 +12,13 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from asgd_mpi.data.channels import note_flat_channels
-from asgd_mpi.data.shards import MANIFEST, Manifest, SplitEntry
+from asgd_mpi.data.shards import Manifest, SplitEntry
 from asgd_mpi.errors import ConfigError, DataError
 from data_prep import run
 from data_prep.encode import BadImage, Encoding, mean_and_std
-from data_prep.packing import Done, Plan, finish, pack, read_done, start, unfinished
+from data_prep.packing import Done, Plan, clear, finish, is_complete, pack, read_done, start, unfinished
 from data_prep.sources import SPLITS, Source, find_source
-from data_prep.tasks import rank_and_size
+from data_prep.tasks import end_with_parent, rank_and_size
 from data_prep.writer import check_space, make_root, software
 
 T = TypeVar("T")
@@ -62,11 +62,15 @@ def prepare(
             f"and --workers {workers} must be 1 or more, --seed {seed} 0 or more, --quality {quality} 1 to 95"
         )
     rank, size = rank_and_size()
+    if size > 1:
+        end_with_parent()
     encoding = Encoding(mode, short_side, raw_size, quality, check)
     found = find_source(source)
     photos = {split: shuffled(found.photos[split], seed, split) for split in SPLITS}
     plan = Plan(out, photos, found.synsets, encoding, shard_size, seed, num_measured)
-    if size > 1 and (out / MANIFEST).exists():
+    if is_complete(out):
+        clear(out)
+    if size > 1 and is_complete(out):
         print(f"{out} holds a complete data set; task {rank} of {size} has nothing to do")
         return
     make_root(out)
@@ -104,6 +108,10 @@ def _estimate_bytes(plan: Plan, shards: set[tuple[str, int]]) -> int:
 def _finish_if_done(plan: Plan, found: Source) -> None:
     done = {shard: read_done(plan, *shard) for shard in plan.shards}
     missing = sum(one is None for one in done.values())
+    if is_complete(plan.out):
+        print(f"{plan.out} is complete: another packer has finished it")
+        clear(plan.out)
+        return
     if missing:
         print(f"{plan.out}: {missing} of {len(done)} shards are still left to other tasks")
         return

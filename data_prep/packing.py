@@ -2,20 +2,21 @@
 
 In: the photos of each split, already shuffled, and the options. Out: shards, then the manifest. While it goes on, the
 data set directory holds `.packing/`: `plan.json` (what is packed, so that nothing else is ever mixed in) and, for each
-shard that is whole and on disk, `<shard>.json` with its manifest entry. A shard is a pure function of the plan. Tasks
-share the shards out by number and send no messages: whoever finds that every shard is done writes the manifest.
+shard that is whole and on disk, a directory of its name with the shard and `done.json`, its manifest entry. Tasks share
+the shards out by number and send no messages: whoever finds that every shard is done moves them out and writes the manifest.
+
+Invariant: a shard and its entry come into place together, at once, and only the first of several packers' (see takeover).
+So tasks that a killed launcher left behind may go on beside the same command started again: what one has finished, all take.
 """
 
-import ctypes
 import multiprocessing
 import os
-import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +25,17 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from asgd_mpi.data.shards import MANIFEST, ShardEntry
+from asgd_mpi.data.shards import MANIFEST, Manifest, ShardEntry
 from asgd_mpi.errors import DataError
 from data_prep.encode import BadImage, Encoding, histogram
 from data_prep.sources import Photo
+from data_prep.takeover import fsync, making, own, put_away, sweep, take
+from data_prep.tasks import end_with_parent
 from data_prep.writer import explained, replacing, write_shard
 
 ROOM = ".packing"  # inside the data set directory
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+PLAN, DONE = "plan.json", "done.json"  # inside of it, and of the directory of a shard there
+LAYOUT = 2  # of `.packing`
 COUNT_EVERY = 16  # images between two signs of life of a worker process
 
 
@@ -84,47 +88,83 @@ class Plan:
         digest = xxhash.xxh3_64()
         for photos in self.photos.values():
             digest.update("\n".join(photo.name for photo in photos).encode())
-        options = {"shard_size": self.shard_size, "seed": self.seed, "num_measured": self.num_measured} | vars(self.encoding)
+        options = {"layout": LAYOUT, "shard_size": self.shard_size, "seed": self.seed, "num_measured": self.num_measured} | vars(self.encoding)
         return PlanFile({name: str(value) for name, value in options.items()}, digest.hexdigest())
 
 
 def start(plan: Plan) -> set[tuple[str, int]]:
     """Make `.packing`, or check that what it holds belongs to this plan; return the shards that are left to do."""
-    room, ours = plan.out / ROOM, plan.describe()
+    room = plan.out / ROOM
     with explained(room):
-        room.mkdir(exist_ok=True)
-    if (room / "plan.json").exists():
-        theirs = msgspec.json.decode((room / "plan.json").read_bytes(), type=PlanFile)
-        differ = [f"{name} {theirs.options.get(name)} there, {value} here" for name, value in ours.options.items()
-                  if theirs.options.get(name) != value]  # fmt: skip
-        if theirs.photos != ours.photos:
-            differ.append("other images")
-        if differ:
-            raise DataError(f"{plan.out} holds part of a data set that was packed otherwise ({'; '.join(differ)}); go on "
-                            f"with the options from there, choose another --out, or delete that directory")  # fmt: skip
-    else:
-        write_json(room / "plan.json", ours)
-    return unfinished(plan)
+        if not room.exists():
+            with making(room) as mine:
+                write_json(mine / PLAN, plan.describe())
+                take(mine, room)
+        sweep(plan.out)
+        sweep(room)
+    _check_plan(plan, room / PLAN)
+    return unfinished(plan, discard_damaged=True)
 
 
-def unfinished(plan: Plan) -> set[tuple[str, int]]:
-    """Return the shards that are left to do."""
-    return {shard for shard in plan.shards if read_done(plan, *shard) is None}
+def _check_plan(plan: Plan, path: Path) -> None:
+    theirs, ours = msgspec.json.decode(path.read_bytes(), type=PlanFile), plan.describe()
+    differ = [f"{name} {theirs.options.get(name)} there, {value} here" for name, value in ours.options.items()
+              if theirs.options.get(name) != value]  # fmt: skip
+    if theirs.photos != ours.photos:
+        differ.append("other images")
+    if differ:
+        raise DataError(f"{plan.out} holds part of a data set that was packed otherwise ({'; '.join(differ)}); go on "
+                        f"with the options from there, choose another --out, or delete that directory")  # fmt: skip
+
+
+def unfinished(plan: Plan, discard_damaged: bool = False) -> set[tuple[str, int]]:
+    """Return the shards that are left to do: those that are not in their place, or have another size than they had."""
+    room = plan.out / ROOM
+    there = set(os.listdir(room)) if room.is_dir() else set()
+    left = {shard for shard in plan.shards if plan.file(*shard) not in there}
+    for shard in set(plan.shards) - left:
+        if read_done(plan, *shard) is None:
+            left.add(shard)
+            if discard_damaged:
+                put_away(room / plan.file(*shard))
+    return left
 
 
 def read_done(plan: Plan, split: str, number: int) -> Done | None:
     """Return what is known of a finished shard, None if it is not finished."""
     name = plan.file(split, number)
+    room = plan.out / ROOM / name
     try:
-        done = msgspec.json.decode((plan.out / ROOM / f"{name}.json").read_bytes(), type=Done)
-        return done if (plan.out / name).stat().st_size == done.entry.num_bytes else None
+        done = msgspec.json.decode((room / DONE).read_bytes(), type=Done)
+        return done if _size(room / name, plan.out / name) == done.entry.num_bytes else None
     except (FileNotFoundError, msgspec.DecodeError):
         return None
+
+
+def _size(*places: Path) -> int:
+    """Return the size of the file at the first of the places that has one."""
+    for place in places:
+        with suppress(FileNotFoundError):
+            return place.stat().st_size
+    return -1
+
+
+def is_complete(out: Path) -> bool:
+    return (out / MANIFEST).exists()
 
 
 def pack(plan: Plan, shards: list[tuple[str, int]], skip: bool, workers: int, show_progress: bool) -> None:
     """Write some shards; raise DataError at an image that does not decode, unless skipping."""
     total = sum(len(plan.slice(*shard)) for shard in shards)
+    try:
+        _pack(plan, shards, skip, workers, total, show_progress)
+    except DataError:
+        if not is_complete(plan.out):
+            raise
+        # `.packing` has gone from under a shard: another packer has finished the set, and ours is not needed
+
+
+def _pack(plan: Plan, shards: list, skip: bool, workers: int, total: int, show_progress: bool) -> None:
     with tqdm(total=total, desc="packing", unit="img", disable=not show_progress, smoothing=0.05) as progress:
         if workers == 1:
             for shard in shards:
@@ -139,6 +179,9 @@ def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[
     `count` is told of images as they are read.
     """
     photos, samples, skipped = plan.slice(split, number), [], []
+    if (plan.out / ROOM / plan.file(split, number)).is_dir() or is_complete(plan.out):
+        count(len(photos))  # by another packer
+        return []
     labels = {synset: label for label, synset in enumerate(plan.synsets)}
     counts, measured = np.zeros((3, 256), dtype=np.int64), set(plan.measured(split, number))
     for place, photo in enumerate(photos):
@@ -158,24 +201,52 @@ def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[
         raise DataError(f"not one of {len(photos)} {split} images in a row decodes; the source is damaged, so skipping "
                         f"does not help; restore it and start again")  # fmt: skip
     name = plan.file(split, number)
-    with replacing(plan.out / name, plan.out / ROOM / f"{name}.tmp") as temporary:
-        entry = write_shard(temporary, name, samples, split, number, plan.num_shards(split), len(plan.synsets), plan.seed)
-    done = Done(entry, [bad.name for bad in skipped], counts.tolist())
-    write_json(plan.out / ROOM / f"{name}.json", done)
+    place = plan.out / ROOM / name
+    with explained(place), making(place) as mine:
+        entry = write_shard(mine / name, name, samples, split, number, plan.num_shards(split), len(plan.synsets), plan.seed)
+        fsync(mine / name)
+        write_json(mine / DONE, Done(entry, [bad.name for bad in skipped], counts.tolist()))
+        take(mine, place)  # or it has come into place meanwhile, and ours is dropped
     return [str(bad) for bad in skipped]
 
 
 def write_json(path: Path, content: msgspec.Struct) -> None:
     """Put a file in its place at once, even if several tasks do so."""
-    temporary = path.parent / f"{path.name}.{socket.gethostname()}.{os.getpid()}"
-    with replacing(path, temporary):
+    with replacing(path, own(path)) as temporary:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
 
-def finish(plan: Plan, manifest: msgspec.Struct) -> None:
-    """Write the manifest, from then on the data set is complete, and clear `.packing` away."""
+def finish(plan: Plan, manifest: Manifest) -> None:
+    """Move the shards out of `.packing`, write the manifest, from then on the data set is complete, and clear up.
+
+    Several tasks may be at it: they move the same shards and write the same manifest.
+    """
+    room = plan.out / ROOM
+    with explained(plan.out):
+        for entry in manifest.splits.values():
+            for shard in entry.shards:
+                _move_out(plan.out, shard)
     write_json(plan.out / MANIFEST, manifest)
-    shutil.rmtree(plan.out / ROOM, ignore_errors=True)  # another task may be at the same
+    clear(plan.out)
+
+
+def _move_out(out: Path, shard: ShardEntry) -> None:
+    try:
+        os.rename(out / ROOM / shard.file / shard.file, out / shard.file)
+    except FileNotFoundError:  # another task has moved it
+        if _size(out / shard.file) != shard.num_bytes:
+            raise DataError(f"{out / shard.file} was taken away while the last task put the data set together; start again, and "
+                            f"what is missing is packed") from None  # fmt: skip
+
+
+def clear(out: Path) -> None:
+    """Clear away what packers have left in a complete data set.
+
+    `.packing` is renamed first, so that whoever is still at a shard finds no place to put it.
+    """
+    with explained(out):
+        put_away(out / ROOM)
+        sweep(out)
 
 
 class Stopped(Exception):
@@ -214,7 +285,7 @@ def _start_process(parent: int, *inherited) -> None:
     global _in_process
     _in_process = inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it, and stops
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # or a killed parent would leave them behind, writing
+    end_with_parent()  # or a killed parent would leave them behind, writing
     if os.getppid() != parent:  # it was killed before, and nobody will ever send this process work, or a signal
         os._exit(1)
 

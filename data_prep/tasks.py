@@ -4,9 +4,12 @@ Shards are dealt out by their number, and files alone say what is done, so MPI i
 processes may be forked.
 """
 
+import ctypes
 import os
+import signal
 from collections.abc import Mapping
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # One pair a launcher; PALS is Cray's, PMI is MPICH's and Intel's.
 VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -22,3 +25,11 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
         if rank in environment and size in environment:
             return int(environment[rank]), int(environment[size])
     return 0, 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however it ends.
+
+    So tasks end with the launcher that started them on their host, and worker processes with their task.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -22,6 +22,7 @@ import xxhash
 from asgd_mpi import __version__
 from asgd_mpi.data.shards import FORMAT, FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, checksum
 from asgd_mpi.errors import DataError
+from data_prep.takeover import fsync
 
 
 @dataclass(frozen=True)
@@ -143,21 +144,13 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     with explained(path):
         try:
             yield temporary
-            _fsync(temporary)
+            fsync(temporary)
             os.replace(temporary, path)
-            _fsync(path.parent)
+            fsync(path.parent)
         except BaseException:
             if temporary.exists():
                 temporary.unlink()
             raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

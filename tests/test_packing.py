@@ -160,8 +160,8 @@ def test_a_finished_shard_is_not_packed_again(made, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(made / "archives", tmp_path / "out", shard_size=SHARD, workers=1)
     monkeypatch.undo()
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.h5")}
-    os.truncate(tmp_path / "out/train-00001-of-00004.h5", 1000)  # this one is
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob(".packing/*/*.h5")}
+    os.truncate(tmp_path / "out/.packing/train-00001-of-00004.h5/train-00001-of-00004.h5", 1000)  # this one is
     prepare(made / "archives", tmp_path / "out", shard_size=SHARD, workers=1)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.h5")}
     assert {name for name in before if before[name] != after[name]} == {"train-00001-of-00004.h5"}
