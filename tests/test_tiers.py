@@ -1,0 +1,81 @@
+"""Which tests run every day, and which share a process: decided from what they use and how long they took."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiers
+from tiers import Seen
+
+ROOT = Path(__file__).parent.parent
+
+
+def one(name: str, *uses: str, file: str = "test_a.py", folder: str = "tests", shared: tuple[str, ...] = ()) -> Seen:
+    return Seen(file, name, folder, frozenset({*uses, *(word.split("[")[0] for word in shared)}), shared)
+
+
+def slow(tests: list[Seen], seconds: dict[str, float]) -> set[str]:
+    of_unit = tiers.costs(tests, seconds)
+    return {test.name for test in tests if tiers.is_slow(test, seconds, of_unit)}
+
+
+@pytest.mark.parametrize(("test", "marks"), [
+    (one("pure", "tmp_path"), set()), (one("trains", "openmpi"), {"mpi"}), (one("trains", "mpich"), {"mpi"}),
+    (one("job", "cluster", "openmpi"), {"slurm", "mpi"}), (one("fails", "openmpi", folder="chaos"), {"chaos", "mpi"})])
+def test_a_test_is_marked_by_what_it_uses_and_where_it_lies(test, marks):
+    assert tiers.marks_of_use(test) == marks
+
+
+def test_a_long_test_is_slow_and_many_short_ones_are_not():
+    short = [one(f"short{number}") for number in range(100)]
+    seconds = {test.key: 1.0 for test in short} | {"test_a.py::long": tiers.SLOW_S}
+    assert slow([*short, one("long")], seconds) == {"long"}
+
+
+def test_tests_that_share_a_fixture_are_slow_together_and_each_parameter_of_it_by_itself():
+    tests = [one(f"{name}{run}", shared=(f"run[{run}]",)) for run in (0, 1) for name in ("first", "second")]
+    seconds = {"test_a.py::first0": tiers.SLOW_S - 1, "test_a.py::second0": 1.0, "test_a.py::first1": tiers.SLOW_S - 1}
+    assert slow(tests, seconds) == {"first0", "second0"}
+
+
+def test_all_that_needs_the_slurm_cluster_is_one_unit_and_so_needs_one_cluster():
+    tests = [one("a", "cluster"), one("b", "cluster", shared=("uninterrupted",)), one("c", "cluster", file="test_b.py")]
+    assert len({tiers.unit_of(test, {"test_a.py::a": 100.0}) for test in tests}) == 1
+
+
+def test_times_are_written_the_longest_first_and_those_of_tests_that_were_not_run_are_kept(tmp_path):
+    path = tmp_path / "times.tsv"
+    tiers.write({"test_a.py::x[a b]": 3.0, "test_a.py::y": 7.0, "test_a.py::z": 0.1}, path)
+    tiers.write({"test_a.py::y": 1.5, "test_a.py::w": 2.0}, path)
+    assert list(tiers.read(path).items()) == [("test_a.py::x[a b]", 3.0), ("test_a.py::w", 2.0), ("test_a.py::y", 1.5)]
+
+
+SUITE = """
+import pytest
+
+@pytest.fixture(scope="module", params=["x", "y"])
+def run(request):
+    return request.param
+
+def test_short(): pass
+def test_long(): pass
+def test_looks(run): pass
+def test_looks_again(run): pass
+"""
+
+
+@pytest.mark.parametrize(("arguments", "chosen"), [
+    ([], ["test_looks[y]", "test_looks_again[y]", "test_short"]),
+    (["-m", "slow"], ["test_long", "test_looks[x]", "test_looks_again[x]"]),
+    (["test_suite.py"], ["test_long", "test_looks[x]", "test_looks_again[x]", "test_looks[y]", "test_looks_again[y]", "test_short"]),
+    (["test_suite.py::test_long"], ["test_long"])])
+def test_pytest_leaves_out_the_slow_ones_unless_asked_and_takes_the_longest_unit_first(tmp_path, arguments, chosen):
+    for name in ("conftest.py", "tiers.py"):
+        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
+    (tmp_path / "setup.cfg").write_text((ROOT / "setup.cfg").read_text().replace("testpaths = tests", "testpaths = ."))
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    (tmp_path / "times.tsv").write_text("90\ttest_suite.py::test_long\n20\ttest_suite.py::test_looks[x]\n3\ttest_suite.py::test_looks[y]\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert [line.partition("::")[2].partition("@")[0] for line in done.stdout.splitlines() if "::" in line] == chosen, done.stdout

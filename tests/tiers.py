@@ -1,0 +1,118 @@
+"""Which tests run when: marks by what a test uses, and by how long it took; nobody marks a test by hand.
+
+A unit is what must run in one process to be paid once: the tests that share a costly fixture, else one long test alone, else
+the short tests of a file. Units are handed out the longest first (`--dist loadgroup --no-loadscope-reorder`).
+
+`times.tsv` holds the measured times: CPU seconds, those of the ranks included, since others use the machine too. A test that it
+does not name counts as short; `pytest --write-times` writes the times of the tests that were run into it.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TIMES = Path(__file__).parent / "times.tsv"
+HEADER = "# CPU seconds of each test that takes 0.5 or more, its processes included. Written by: pytest --write-times\n"
+SHORT_S = 0.5          # below this, no line in the file
+ALONE_S = 2.0          # from here on, a test is a unit of its own
+SLOW_S = 12.0          # from here on, a unit is not part of the tests of every day
+EVERY_DAY = "not slow and not slurm and not chaos"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a test before it runs."""
+
+    file: str                      # its name, without the folder
+    name: str                      # with its parameters
+    folder: str
+    uses: frozenset[str]           # fixtures, and those that are named by a parameter
+    shared: tuple[str, ...] = ()   # fixtures of the file's scope, with their parameters
+
+    @property
+    def key(self) -> str:
+        return f"{self.file}::{self.name}"
+
+
+def marks_of_use(test: Seen) -> set[str]:
+    """Return the marks that follow from what a test uses."""
+    found = {"mpi"} if test.uses & {"openmpi", "mpich"} else set()
+    if "cluster" in test.uses:
+        found.add("slurm")
+    if test.folder == "chaos":
+        found.add("chaos")
+    return found
+
+
+def unit_of(test: Seen, seconds: Mapping[str, float]) -> str:
+    """Return the name of the unit that a test belongs to."""
+    if "cluster" in test.uses:
+        return "the Slurm cluster"          # one on a host
+    if test.shared:
+        return " ".join([test.file, *test.shared])
+    return test.key if seconds.get(test.key, 0.0) >= ALONE_S else test.file
+
+
+def costs(tests: Iterable[Seen], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the measured time of each unit."""
+    found: dict[str, float] = defaultdict(float)
+    for test in tests:
+        found[unit_of(test, seconds)] += seconds.get(test.key, 0.0)
+    return found
+
+
+def is_slow(test: Seen, seconds: Mapping[str, float], of_unit: Mapping[str, float]) -> bool:
+    """Return whether a test is left to the second part of the gate; the short tests of a file never are, however many."""
+    unit = unit_of(test, seconds)
+    return unit != test.file and of_unit[unit] >= SLOW_S
+
+
+def read(path: Path = TIMES) -> dict[str, float]:
+    """Return the measured seconds of each test that took long."""
+    if not path.exists():
+        return {}
+    rows = (line.split("\t") for line in path.read_text().splitlines() if not line.startswith("#"))
+    return {key: float(seconds) for seconds, key in rows}
+
+
+def write(measured: Mapping[str, float], path: Path = TIMES) -> None:
+    """Put new times in the place of old ones; tests that were not run keep theirs."""
+    times = {key: seconds for key, seconds in (read(path) | dict(measured)).items() if seconds >= SHORT_S}
+    longest_first = sorted(times.items(), key=lambda row: (-row[1], row[0]))
+    path.write_text(HEADER + "".join(f"{seconds:.1f}\t{key}\n" for key, seconds in longest_first))
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of the processes that it has started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def seen(item) -> Seen:
+    """Return what is known of a test of pytest's."""
+    call, definitions = getattr(item, "callspec", None), item._fixtureinfo.name2fixturedefs
+    named = re.findall(r"\b(?:openmpi|mpich)\b", call.id) if call else []
+    shared = [name for name in item.fixturenames if name in definitions and definitions[name][-1].scope in ("module", "class")]
+    with_parameters = [f"{name}{call.indices[name]}" if call and name in call.indices else name for name in sorted(shared)]
+    return Seen(item.path.name, item.name, item.path.parent.name, frozenset({*item.fixturenames, *named}), tuple(with_parameters))
+
+
+def arrange(items: list, mark: Callable[[str], object], group: Callable[[str], object]) -> None:
+    """Mark each test, name its unit, and put the longest units first; a unit stays together, in the order of its file."""
+    seconds = read()
+    tests = {item: seen(item) for item in items}
+    of_unit = costs(tests.values(), seconds)
+    for item, test in tests.items():
+        for name in sorted(marks_of_use(test)):
+            item.add_marker(mark(name))
+        if is_slow(test, seconds, of_unit):
+            item.add_marker(mark("slow"))
+    numbers = {unit: number for number, unit in enumerate(sorted(of_unit, key=lambda unit: (-of_unit[unit], unit)))}
+    for item, test in tests.items():
+        item.add_marker(group(f"unit{numbers[unit_of(test, seconds)]}"))
+    items.sort(key=lambda item: numbers[unit_of(tests[item], seconds)])
