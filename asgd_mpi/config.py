@@ -8,9 +8,7 @@ the configuration that a run writes down is complete.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import io
-import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from typing import Literal, Optional, Union
 import jsonargparse
 import yaml
 
-from asgd_mpi import limits
+from asgd_mpi import command_line, limits
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.server import rulebook
 
@@ -495,27 +493,14 @@ def _long_form(argument: str) -> str:
 
 
 def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """Say in one line which option was meant when one is unknown, or what it takes when its value is wrong."""
+    """Say in one line what is wrong with a file, or with an option (`command_line.explain`)."""
     text = " ".join(message.split())
-    kinds = {f"{section.name}.{name}": of for section in dataclasses.fields(Config)
-             for name, of in limits.kinds_of(section.default_factory).items()}
-    wrong = re.match(r'Parser key "([\w.]+)":(?:.*?(?:Given|[Gg]ot) value: ?(.*))?', text)
-    if wrong and wrong[1] in kinds:
-        value = (wrong[2] or "").partition(" - Expected")[0].partition(" Given value type")[0] or "''"
-        return f"--{wrong[1]} {value[:80]}: give {limits.in_words(kinds[wrong[1]])}."
     if text.startswith("Unexpected config:"):
         return ("--config: the file holds no settings, or a section with nothing below it, such as `data:` alone; give values as "
                 f"in `data: {{batch_size: 32}}`, or leave the section out ({text[19:79]}).")
-    known = [option for action in parser._actions for option in action.option_strings]
-    for word in text.replace("=", " ").split():
-        word = word.strip("'\":")
-        if word.startswith("--") and word not in known:
-            near = difflib.get_close_matches(word, sorted({*known, *SHORTHANDS}), n=3, cutoff=0.5)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            return f"unknown option {word}.{hint} `python -m asgd_mpi.train --help` lists all of them."
     if text.startswith(("Problems parsing config", "Key must be")):
         return f"--config: {text.rstrip('.')}."
-    return f"{text.rstrip('.')}. `python -m asgd_mpi.train --help` lists the options and their types."
+    return command_line.explain(text, parser, more=SHORTHANDS)
 
 
 def _made(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> Config:

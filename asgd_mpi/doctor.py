@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from typing import Literal
 import h5py
 import jsonargparse
 
-from asgd_mpi import ending, findings, gpus, launch, segments, topology
+from asgd_mpi import command_line, ending, findings, gpus, launch, limits, segments, topology
 from asgd_mpi.config import WIRES
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.findings import PROBLEM, Findings, Link, Locking, Need, Rank, Row
@@ -47,11 +47,7 @@ class StepFailed(Exception):
 
 @ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
-    with ExitStack() as quiet:
-        if not launch.is_first_process():         # one process says what is wrong with the options
-            quiet.enter_context(redirect_stdout(io.StringIO()))
-            quiet.enter_context(redirect_stderr(io.StringIO()))
-        options = _parse(sys.argv[1:] if arguments is None else arguments)
+    options = _options(arguments)
     faulthandler.dump_traceback_later(3 * options.deadline_s, exit=True)  # MPI_Init holds the interpreter: no thread could act
     from asgd_mpi.exchange.world import World
 
@@ -69,19 +65,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parse(arguments: Sequence[str]) -> jsonargparse.Namespace:
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m asgd_mpi.doctor",
+RANGES = {
+    "ring": limits.RANGES["exchange.ring"],
+    "servers": limits.RANGES["exchange.servers"],
+    "megabytes": (limits.at_least(1, 2**20), "give the size of the test window, 1 MiB or more"),
+    "deadline-s": (limits.above(0, 86400), "every step needs a limit above 0 seconds; a day at most"),
+}
+
+
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="python -m asgd_mpi.doctor", ranges=RANGES,
         description="Examine MPI, shared memory, GPUs and HDF5 under the job's own launcher; see what to change.")
     parser.add_argument("--model", default="digits_cnn", help=f"The network to be trained: {networks.FORMS}.")
     parser.add_argument("--ring", type=int, default=3, help="Snapshots in the window (--exchange.ring).")
     parser.add_argument("--wire", type=Literal[WIRES], default="float32", help="What travels (--exchange.wire).")
-    parser.add_argument("--servers", type=jsonargparse.typing.PositiveInt, default=1, help="Ranks that serve (--exchange.servers).")
+    parser.add_argument("--servers", type=int, default=1, help="Ranks that serve (--exchange.servers).")
     parser.add_argument("--data", default=".", help="Directory in which HDF5 file locking is tried.")
-    parser.add_argument("--megabytes", type=jsonargparse.typing.PositiveInt, default=4, help="Size of the test window.")
-    parser.add_argument("--deadline-s", type=jsonargparse.typing.PositiveFloat, default=10.0,
+    parser.add_argument("--megabytes", type=int, default=4, help="Size of the test window.")
+    parser.add_argument("--deadline-s", type=float, default=10.0,
                         help="Limit of what each rank does in a step; the job ends after 3 of them at the latest.")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def _options(arguments: Sequence[str] | None) -> jsonargparse.Namespace:
+    """Return the options; one process says what is wrong with them, or what they are. Raises ConfigError, SystemExit."""
+    if launch.is_first_process():
+        return make_parser().read(arguments)
+    try:
+        with redirect_stdout(io.StringIO()):
+            return make_parser().read(arguments)
+    except ConfigError:
+        raise SystemExit(ending.WRONG) from None
 
 
 class Examination:

@@ -12,11 +12,11 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from asgd_mpi.errors import UserError
+from asgd_mpi.errors import ConfigError, UserError
 
 FAULT, WRONG, DEGRADED, RESUME_ME = 1, 2, 3, 75      # 75 is EX_TEMPFAIL of sysexits.h
 INTERRUPTED, READER_LEFT = 130, 141                  # as a shell sees a program that SIGINT, SIGPIPE ended: 128 + signal
@@ -64,6 +64,15 @@ def _printed(main: Main, *arguments: object, **options: object) -> int:
         raise
     sys.stdout.flush()
     return status or 0
+
+
+def demand_no_options(arguments: Sequence[str], about: str) -> None:
+    """Say what a command without options is if it is asked with --help; raise ConfigError for anything else."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(about)
+        raise SystemExit(0)
+    if arguments:
+        raise ConfigError(f"unknown option {arguments[0]}: this command takes no options but --help.")
 
 
 @contextmanager

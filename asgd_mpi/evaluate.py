@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import jsonargparse
 import torch
 from tqdm import tqdm
 
-from asgd_mpi import ending, trust
+from asgd_mpi import command_line, ending, limits, trust
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.loader import Loader, ranges
 from asgd_mpi.data.order import Sequential
@@ -27,10 +26,16 @@ from asgd_mpi.task import open_split
 from asgd_mpi.worker.step import Errors, validate
 
 
-@ending.of_command
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m asgd_mpi.evaluate", description="Measure the error of a checkpoint on a data set.")
+RANGES = {
+    "batch-size": (limits.at_least(1, 2**20), "images that are evaluated at a time, 1 or more; 2^20 at most"),
+    "threads": limits.RANGES["data.threads"],
+}
+
+
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="python -m asgd_mpi.evaluate", description="Measure the error of a checkpoint on a data set.", ranges=RANGES,
+        short={"--data": "--data.path"})
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A directory under checkpoints/ of a run directory.")
     parser.add_argument("--data.path", required=True, metavar="DIR", help="Directory of shards made by data_prep, or a tree "
                         "of <split>/<class>/*.JPEG. --data is short for it.")
@@ -41,11 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "place of the one that the checkpoint names: code of your own is run only if you name it, or have "
                         "trained this run here with it.")
     parser.add_argument("--split", default="val", help="Split of the data set.")
-    parser.add_argument("--batch-size", type=jsonargparse.typing.PositiveInt, default=128)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="A torch device.")
-    parser.add_argument("--threads", type=jsonargparse.typing.PositiveInt, default=2, help="Threads that read images.")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args([_long_form(argument) for argument in arguments])
+    parser.add_argument("--threads", type=int, default=2, help="Threads that read images.")
+    return parser
+
+
+@ending.of_command
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = make_parser().read(arguments)
+    device = _device(options.device)
     data = options.data
     state, manifest = checkpoint.load(options.checkpoint)
     if options.model:
@@ -57,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
               f"trained on {manifest.data})", file=sys.stderr)
     for note in images.notes:
         print(note, file=sys.stderr)
-    errors = measure(state, manifest, images, options.batch_size, torch.device(options.device), options.threads,
+    errors = measure(state, manifest, images, options.batch_size, device, options.threads,
                      data.on_bad_image)
     if not errors.num_images:
         raise DataError(f"all {errors.skipped} images of {data.path} ({options.split}) are damaged: there is nothing to measure.")
@@ -68,15 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _device(name: str) -> torch.device:
+    """Return the device of a name, once it has held a number. Raises ConfigError."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:      # torch raises RuntimeError, AssertionError, NotImplementedError, ...
+        raise ConfigError(f"--device {name}: it cannot be used here ({str(error).splitlines()[0][:150]}); give cpu, or cuda:0 for "
+                          "the first GPU.") from error
+    return device
+
+
 def _run_of(path: str) -> Path:
     """The run directory that a checkpoint, or its model.pt, lies in: RUN/checkpoints/NAME."""
     directory = Path(os.path.realpath(path))
     return (directory.parent if directory.name == checkpoint.MODEL else directory).parent.parent
-
-
-def _long_form(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return ("--data.path" if name == "--data" else name) + equals + value
 
 
 def measure(state: dict[str, torch.Tensor], manifest: checkpoint.Manifest, shards: ShardSet | FolderSet, batch_size: int,

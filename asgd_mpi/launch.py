@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from os import environ
 
 from asgd_mpi import ending
+from asgd_mpi.errors import ConfigError
 
 TIMEOUT_S = 90.0      # Python starts late from a busy file system
 TRIES = 2             # srun has been seen not to come back though all ranks of a heterogeneous step had ended
@@ -124,11 +125,11 @@ def find(allocation: Allocation, python: list[str]) -> int | None:
 @ending.of_command
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] != ["--"]:
+        ending.demand_no_options(arguments, __doc__)
     allocation = Allocation.of(environ)
-    if allocation is None or arguments[:1] not in ([], ["--"]):
-        print(__doc__ if arguments[:1] == ["--help"] else
-              "usage: python -m asgd_mpi.launch [-- PYTHON...], in a Slurm job (sbatch, salloc)", file=sys.stderr)
-        return 2
+    if allocation is None:
+        raise ConfigError("there is no Slurm job here: call this within one (sbatch, salloc); elsewhere `mpirun` starts the ranks.")
     number = find(allocation, arguments[1:] or [sys.executable])
     if number is not None:
         print(allocation.launchers()[number])

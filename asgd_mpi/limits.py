@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import types
 import typing
 import unicodedata
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asgd_mpi.errors import ConfigError
@@ -26,11 +28,11 @@ PATHS = ("run.dir", "run.resume", "data.path", "model.weights")
 Range = tuple[Callable[[float], bool], str]       # what holds, and the reason or the remedy
 
 
-def _from(least: float, most: float = MOST) -> Callable[[float], bool]:
+def at_least(least: float, most: float = MOST) -> Callable[[float], bool]:
     return lambda value: least <= value <= most
 
 
-def _above(least: float, most: float = MOST) -> Callable[[float], bool]:
+def above(least: float, most: float = MOST) -> Callable[[float], bool]:
     return lambda value: least < value <= most
 
 
@@ -42,49 +44,49 @@ _SECONDS = "give seconds above 0"
 _EPOCHS = "give epochs"
 
 RANGES: dict[str, Range] = {
-    "run.seed": (_from(0, 2**63 - 1), "a seed is a whole number from 0 to 2^63 - 1"),
-    "run.epochs": (_above(0), "there is nothing to train; give more than 0"),
-    "run.validate_every": (_from(1e-9), f"{_EPOCHS} between validations, > 0; more than --run.epochs for the last one only"),
-    "run.timeout_s": (_above(0), "every wait needs a limit above 0 seconds"),
-    "data.batch_size": (_from(1), "a batch has 1 image or more"),
-    "data.min_batch": (_from(1), "a batch has 1 image or more"),
-    "data.image_size": (_from(1, 8192), "give the side of a square in pixels, 1 to 8192"),
-    "data.threads": (_from(1, 1024), "somebody has to read the images; give 1 or more, 1024 at most"),
-    "data.lease_batches": (_from(1), "a lease has 1 batch or more"),
+    "run.seed": (at_least(0, 2**63 - 1), "a seed is a whole number from 0 to 2^63 - 1"),
+    "run.epochs": (above(0), "there is nothing to train; give more than 0"),
+    "run.validate_every": (at_least(1e-9), f"{_EPOCHS} between validations, > 0; more than --run.epochs for the last one only"),
+    "run.timeout_s": (above(0), "every wait needs a limit above 0 seconds"),
+    "data.batch_size": (at_least(1), "a batch has 1 image or more"),
+    "data.min_batch": (at_least(1), "a batch has 1 image or more"),
+    "data.image_size": (at_least(1, 8192), "give the side of a square in pixels, 1 to 8192"),
+    "data.threads": (at_least(1, 1024), "somebody has to read the images; give 1 or more, 1024 at most"),
+    "data.lease_batches": (at_least(1), "a lease has 1 batch or more"),
     "rule.momentum": (_below_1, "momentum is 0 or more and below 1; at 1 the velocity never decays"),
-    "rule.weight_decay": (_from(0), "give a penalty of 0 or more; below 0 the weights would grow without end"),
-    "rule.max_drift": (_from(0), "give a share, or 0 for no limit"),
-    "rule.clip_norm": (_from(0), "give a norm, or 0 for no limit"),
-    "rule.warm_start_epochs": (_from(0), f"{_EPOCHS}, or 0 for a cold start"),
-    "rule.splits": (_from(1), "a step is the mean of workers / splits gradients; give 1 or more"),
-    "rule.max_staleness": (_from(0), "give versions, or 0 for twice the workers"),
-    "rule.slack": (_from(0), "give steps; 0 lets everybody wait for the slowest at every step"),
-    "rule.backup": (_from(0), "give workers; with 0 a step waits for all of them"),
+    "rule.weight_decay": (at_least(0), "give a penalty of 0 or more; below 0 the weights would grow without end"),
+    "rule.max_drift": (at_least(0), "give a share, or 0 for no limit"),
+    "rule.clip_norm": (at_least(0), "give a norm, or 0 for no limit"),
+    "rule.warm_start_epochs": (at_least(0), f"{_EPOCHS}, or 0 for a cold start"),
+    "rule.splits": (at_least(1), "a step is the mean of workers / splits gradients; give 1 or more"),
+    "rule.max_staleness": (at_least(0), "give versions, or 0 for twice the workers"),
+    "rule.slack": (at_least(0), "give steps; 0 lets everybody wait for the slowest at every step"),
+    "rule.backup": (at_least(0), "give workers; with 0 a step waits for all of them"),
     "rule.alpha": (_below_1, "the spring pulls by a part of the way, above 0 and below 1"),
-    "rule.dc_lambda": (_from(0), "give 0 or more"),
+    "rule.dc_lambda": (at_least(0), "give 0 or more"),
     "rule.dc_decay": (_below_1, "the decay of a mean is 0 or more and below 1"),
-    "schedule.lr": (_above(0), "the learning rate must be above 0, and no more than any network bears"),
-    "schedule.warmup_epochs": (_from(0), f"{_EPOCHS}, or 0 for no warm-up"),
-    "schedule.step_epochs": (_above(0), f"{_EPOCHS} between two steps of the rate, above 0"),
-    "schedule.gamma": (_from(0), "the rate is multiplied by it; give 0 or more"),
-    "schedule.power": (_above(0), "with 0 the rate is constant; give more than 0"),
-    "exchange.ring": (_from(2), "one slot is read while the next is written, so at least 2 are needed"),
-    "exchange.n_push": (_from(1), "a push holds 1 batch or more; or give auto"),
-    "exchange.n_fetch": (_from(1), "give 1 batch or more"),
-    "exchange.servers": (_from(1), "somebody has to serve the weights; give 1 or more"),
-    "compute.threads": (_from(0, 4096), "give threads of each rank, or 0 to share the cores of a node; 4096 at most"),
-    "compute.workers_per_gpu": (_from(1), "a GPU has 1 worker or more"),
-    "compute.micro_batches": (_from(1), "a batch has 1 part or more"),
-    "stages.number": (_from(1), "a replica has 1 stage or more"),
-    "record.interval_s": (_above(0), _SECONDS),
-    "record.spans": (_from(0), "give how many to write, 0 for none"),
-    "checkpoint.every_s": (_from(0), "give seconds, or 0 for none by time"),
-    "checkpoint.every_samples": (_from(0, 2**62), "give images, or 0 for none by images"),
-    "checkpoint.keep": (_from(1), "a run that keeps no checkpoint cannot be resumed; give 1 or more"),
-    "failure.retire_after_s": (_above(0), _SECONDS),
-    "failure.max_nonfinite": (_from(1), "give 1 or more"),
-    "failure.grace_s": (_above(0), "workers need some time to say goodbye; give more than 0"),
-    "failure.stall_s": (_above(0), _SECONDS),
+    "schedule.lr": (above(0), "the learning rate must be above 0, and no more than any network bears"),
+    "schedule.warmup_epochs": (at_least(0), f"{_EPOCHS}, or 0 for no warm-up"),
+    "schedule.step_epochs": (above(0), f"{_EPOCHS} between two steps of the rate, above 0"),
+    "schedule.gamma": (at_least(0), "the rate is multiplied by it; give 0 or more"),
+    "schedule.power": (above(0), "with 0 the rate is constant; give more than 0"),
+    "exchange.ring": (at_least(2), "one slot is read while the next is written, so at least 2 are needed"),
+    "exchange.n_push": (at_least(1), "a push holds 1 batch or more; or give auto"),
+    "exchange.n_fetch": (at_least(1), "give 1 batch or more"),
+    "exchange.servers": (at_least(1), "somebody has to serve the weights; give 1 or more"),
+    "compute.threads": (at_least(0, 4096), "give threads of each rank, or 0 to share the cores of a node; 4096 at most"),
+    "compute.workers_per_gpu": (at_least(1), "a GPU has 1 worker or more"),
+    "compute.micro_batches": (at_least(1), "a batch has 1 part or more"),
+    "stages.number": (at_least(1), "a replica has 1 stage or more"),
+    "record.interval_s": (above(0), _SECONDS),
+    "record.spans": (at_least(0), "give how many to write, 0 for none"),
+    "checkpoint.every_s": (at_least(0), "give seconds, or 0 for none by time"),
+    "checkpoint.every_samples": (at_least(0, 2**62), "give images, or 0 for none by images"),
+    "checkpoint.keep": (at_least(1), "a run that keeps no checkpoint cannot be resumed; give 1 or more"),
+    "failure.retire_after_s": (above(0), _SECONDS),
+    "failure.max_nonfinite": (at_least(1), "give 1 or more"),
+    "failure.grace_s": (above(0), "workers need some time to say goodbye; give more than 0"),
+    "failure.stall_s": (above(0), _SECONDS),
 }
 
 
@@ -94,10 +96,11 @@ def check(config: Config) -> None:
         if value is None:
             _demand(type(None) in kinds, option, "(nothing)", "it needs a value; give one, or leave its line out")
         elif isinstance(value, str):
-            _check_text(option, value)
+            check_text(f"--{option}", value)
+            _demand(bool(value.strip()) or option not in ("data.path", "model.name"), option, "''", "it is empty; leave it out for "
+                    "the default")
         elif not isinstance(value, bool):
-            holds, reason = RANGES[option]
-            _demand(math.isfinite(value) and holds(value), option, value, reason)
+            check_number(f"--{option}", value, RANGES[option])
     _check_exchange(config)
     _check_stages(config)
 
@@ -113,13 +116,17 @@ def values(config: Config) -> Iterator[tuple[str, object, tuple]]:
 def kinds_of(section: type) -> dict[str, tuple]:
     """Return the types that each field of a section may have: (int, NoneType) for Optional[int]."""
     hints = typing.get_type_hints(section)
-    return {field.name: typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Union
-            else (hints[field.name],) for field in dataclasses.fields(section)}
+    return {field.name: members(hints[field.name]) for field in dataclasses.fields(section)}
+
+
+def members(hint: object) -> tuple:
+    """Return the types that a hint allows: (int, NoneType) for Optional[int] and for int | None."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def in_words(kinds: tuple) -> str:
     """Return what a field of these types takes, for a message."""
-    words = {int: "a whole number (int)", float: "a number (float)", bool: "true or false", str: "text"}
+    words = {int: "a whole number (int)", float: "a number (float)", bool: "true or false", str: "text", Path: "a path"}
     said = [words.get(kind) or f"one of {', '.join(typing.get_args(kind))}" for kind in kinds if kind is not type(None)]
     return " or ".join(said)
 
@@ -145,17 +152,20 @@ def check_with_data(config: Config, num_samples: int) -> None:
                 "the rate would be past what a float32 holds at the end; give less than 1, as a rate is to fall")
 
 
-def _check_text(option: str, value: str) -> None:
+def check_number(name: str, value: float, limit: Range) -> None:
+    """Raise ConfigError unless a number is one, and within its limit; `name` as the user gives it: --run.seed."""
+    holds, reason = limit
+    demand(math.isfinite(value) and holds(value), name, value, reason)
+
+
+def check_text(name: str, value: str) -> None:
     """Raise ConfigError for what cannot be written down, printed, or be the name of a file."""
     try:
         size = len(value.encode())
     except UnicodeEncodeError:
-        _demand(False, option, ascii(value), "the name is not UTF-8, and the records of a run are; rename it, or make a link")
-    _demand(not any(unicodedata.category(character) == "Cc" for character in value), option, ascii(value),
-            "it holds a control character")
-    _demand(size <= LONGEST_PATH, option, f"{value[:40]}...", f"it has {size} bytes; {LONGEST_PATH} are the most")
-    _demand(bool(value.strip()) or option not in ("data.path", "model.name"), option, "''", "it is empty; leave it out for the "
-            "default")
+        demand(False, name, ascii(value), "the name is not UTF-8, and the records of a run are; rename it, or make a link")
+    demand(not any(unicodedata.category(character) == "Cc" for character in value), name, ascii(value), "it holds a control character")
+    demand(size <= LONGEST_PATH, name, f"{value[:40]}...", f"it has {size} bytes; {LONGEST_PATH} are the most")
 
 
 def _check_exchange(config: Config) -> None:
@@ -188,6 +198,11 @@ def _check_stages(config: Config) -> None:
         _demand(not config.compute.compile, "stages.number", stages.number, "compute.compile compiles a network in one piece")
 
 
-def _demand(holds: bool, option: str, value: object, reason: str) -> None:
+def demand(holds: bool, name: str, value: object, reason: str) -> None:
+    """Raise ConfigError, `name` and `value` before the reason, unless it holds."""
     if not holds:
-        raise ConfigError(f"--{option} {value}: {reason}.")
+        raise ConfigError(f"{name} {value}: {reason}.")
+
+
+def _demand(holds: bool, option: str, value: object, reason: str) -> None:
+    demand(holds, f"--{option}", value, reason)

@@ -25,7 +25,8 @@ def settings(is_root: bool) -> dict[str, str]:
 
 
 @ending.of_command
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    ending.demand_no_options(sys.argv[1:] if arguments is None else arguments, __doc__)
     for name, value in settings(is_root=os.geteuid() == 0).items():
         print(f"export {name}={shlex.quote(value)}")
     return 0

@@ -20,7 +20,7 @@ from typing import Literal, Optional
 import jsonargparse
 import msgspec
 
-from asgd_mpi import ending, supervise
+from asgd_mpi import command_line, ending, limits, supervise
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.forecast import WIRES, Costs, Observation, Outcome, calibrate, simulate, what_moves
 from asgd_mpi.record.events import Interval, read_events
@@ -36,10 +36,25 @@ WAITING = ("sync", "sync_backup", "ssp")   # rules whose workers wait for others
 PROBE_S, PROBE_STEP_S = 20.0, 0.02     # of each of the two runs; short steps, to meet the server's limit
 
 
+RANGES = {
+    "parameters": (limits.at_least(1, 1e11), "give those of the network to plan for, such as 25.6e6"),
+    "batch-size": limits.RANGES["data.batch_size"],
+    "step-ms": (limits.above(0), "give milliseconds above 0"),
+    "spread": (limits.at_least(0, 10), "give a standard deviation over the mean, from 0 to 10"),
+    "stages": (limits.at_least(1, 4096), "a worker has 1 stage or more; 4096 at most"),
+    "micro-batches": (limits.at_least(1, 4096), "a batch has 1 part or more; 4096 at most"),
+    "balance": (limits.above(0, 1), "no stage is faster than the slowest one, nor takes no time; give more than 0, and 1 or less"),
+    "servers": (limits.at_least(1, MAX_SERVERS), f"from 1 to {MAX_SERVERS} servers can be planned"),
+    "n-fetch": limits.RANGES["exchange.n_fetch"],
+    "link-gbit": (limits.above(0), "give Gbit/s above 0"),
+    "link-latency-us": (limits.at_least(0), "give microseconds, 0 or more"),
+}
+
+
 @ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    counts = _counts(options.workers)
+    options = make_parser().read(arguments)
+    counts = command_line.counts("--workers", options.workers, MAX_WORKERS)
     observations, num_parameters = _observe(options)
     costs = _as_asked(calibrate(observations), options, num_parameters)
     outcomes = [simulate(costs, count) for count in counts]
@@ -50,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m asgd_mpi.plan",
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="python -m asgd_mpi.plan", ranges=RANGES,
         description="Predict images/s, staleness and server load for other numbers of workers and other settings.")
     parser.add_argument("run_dir", metavar="RUN_DIR", type=str, nargs="*",
                         help="Runs to calibrate with; of two sizes (1 worker, and as many as a host holds) is best.")
@@ -89,8 +104,6 @@ def _observe(options: jsonargparse.Namespace) -> tuple[list[Observation], int]:
     if not options.probe:
         runs = [RunDir.open(path) for path in options.run_dir]
         return [observe(run) for run in runs], summarize(runs[0]).num_parameters
-    if not 1 <= options.parameters < 1e11:
-        raise ConfigError(f"--parameters {options.parameters:g}: give those of the network to plan for, such as 25.6e6.")
     with tempfile.TemporaryDirectory(prefix="asgd_mpi_probe_") as place:
         runs = probe(Path(place), int(options.parameters), options.launcher)
         return [observe(run) for run in runs], int(options.parameters)
@@ -126,19 +139,11 @@ def _as_asked(costs: Costs, options: jsonargparse.Namespace, num_parameters: int
     batch, step_ms = options.batch_size or batch, step_ms if options.step_ms is None else options.step_ms
     stages, parts = options.stages or costs.num_stages, options.micro_batches or costs.micro_batches
     balance = options.balance or (costs.balance if stages == costs.num_stages else 1.0)
-    for name, value, least in (("--step-ms", step_ms, 0), ("--stages", stages, 0), ("--micro-batches", parts, 0),
-                               ("--balance", balance, 0), ("--batch-size", batch, 0), ("--link-gbit", options.link_gbit, 0),
-                               ("--servers", options.servers, 0), ("--link-latency-us", options.link_latency_us, -1e-9),
-                               ("--spread", options.spread, -1e-9)):
-        if value is not None and not value > least:
-            raise ConfigError(f"{name} {value:g}: give {'more than 0' if least == 0 else '0 or more'}.")
-    if balance > 1:
-        raise ConfigError(f"--balance {balance:g}: no stage is faster than the slowest one; give 1 or less.")
+    if not (math.isfinite(step_ms) and step_ms > 0):
+        raise RunDirError("the steps of these runs took no time, so there is nothing to calibrate with: give --step-ms.")
     if stages > 1 and (options.overlap or n_push == "auto"):
         raise ConfigError(f"--stages {stages} with {'--overlap' if options.overlap else '--n-push auto'}: a training with "
                           "stages cannot overlap.")
-    if options.servers > MAX_SERVERS:
-        raise ConfigError(f"--servers {options.servers}: up to {MAX_SERVERS} servers can be planned.")
     if n_fetch and (n_push == "auto" or n_fetch % n_push):
         raise ConfigError(f"--n-fetch {n_fetch}: give a multiple of the batches of a push, {n_push}.")
     link_s = 0.0 if options.link_gbit is None else 8 * WIRES["float32"] * num_parameters / (options.link_gbit * 1e9)
@@ -150,9 +155,10 @@ def _as_asked(costs: Costs, options: jsonargparse.Namespace, num_parameters: int
 
 
 def _n_push(text: str) -> int | str:
-    if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise ConfigError(f"--n-push {text}: give 1 batch or more, or auto.")
-    return text if text == "auto" else int(text)
+    if text == "auto":
+        return text
+    limits.demand(text.isdecimal() and 0 < int(text) <= limits.MOST, "--n-push", text, "give 1 batch or more, or auto")
+    return int(text)
 
 
 def observe(run: RunDir) -> Observation:
@@ -236,16 +242,6 @@ def describe(costs: Costs, outcomes: Sequence[Outcome], moves: Sequence[tuple[st
     lines.append(f"what would move {outcomes[-1].num_workers:,} workers:")
     lines += [f"  {name}: {100 * gain:+.0f} % images/s, the knee at {number(knee)}" for name, gain, knee in moves]
     return lines
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise ConfigError(f"--workers {text}: give whole numbers with commas between them, such as 1,2,4,8.") from None
-    if counts[0] < 1 or counts[-1] > MAX_WORKERS:
-        raise ConfigError(f"--workers {text}: from 1 to {MAX_WORKERS} workers can be planned.")
-    return counts
 
 
 def _write(out: Path, costs: Costs, observations: Sequence[Observation], outcomes: Sequence[Outcome],

@@ -22,16 +22,17 @@ import jsonargparse
 import yaml
 
 from asgd_mpi import config as configuration
-from asgd_mpi import ending, signals, supervise
+from asgd_mpi import command_line, ending, limits, signals, supervise
 from asgd_mpi.config import Config
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.report.command import write_comparison
+from asgd_mpi.report.command import ACCURACY, PRICE, write_comparison
 from asgd_mpi.report.units import count
 from asgd_mpi.report.verdict import SYNC
 
 OVER = 0.02           # of the budget: a run with less of it left is done
+MAX_WORKERS = 4096
 LINE_S = 30.0         # between two lines of progress where nobody looks
 
 
@@ -70,17 +71,25 @@ def left_s(budget_s: float, trained_s: float, is_finished: bool) -> float:
     return 0.0 if is_finished or rest < OVER * budget_s else rest
 
 
+RANGES = {
+    "minutes": (limits.above(0), "give the minutes that each run may train, above 0"),
+    "target-accuracy": ACCURACY,
+    "price-per-gpu-hour": PRICE,
+    "sync-lr": limits.RANGES["schedule.lr"],
+}
+
+
 @ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    options = _parser().parse_args(arguments[:cut])
+    options = make_parser().read(arguments[:cut])
     return _run(options, arguments[cut + 1:])
 
 
-def _parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m asgd_mpi.poc", description="Train with one worker, synchronously and asynchronously on the same "
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="python -m asgd_mpi.poc", ranges=RANGES, description="Train with one worker, synchronously and asynchronously on the same "
         "budget, and say whether asynchronous training is worth it here.",
         epilog="Options after -- go to every training: -- --data /scratch/imagenet --run.validate_every 0.2")
     parser.add_argument("config_file", metavar="CONFIG", type=str, nargs="?", default="", help="YAML file, as --config of "
@@ -104,8 +113,6 @@ def _run(options: jsonargparse.Namespace, passed_on: list[str]) -> int:
     shared = [*(["--config", options.config_file] if options.config_file else []), *passed_on]
     config = configuration.parse(shared)
     budget_s, wanted = 60 * options.minutes, trials(_counts(options.workers))
-    if not budget_s > 0:
-        raise ConfigError(f"--minutes {options.minutes:g}: give the minutes that each run may train, above 0.")
     stem = Path(options.config_file).stem
     out = Path(options.out or (f"runs/poc-{stem}" if stem else "runs/poc"))
     _demand_same(out, yaml.safe_load(configuration.to_yaml(config)) | {"poc": {"sync_lr": options.sync_lr}})
@@ -189,14 +196,9 @@ def _demand_same(out: Path, now: dict[str, dict]) -> None:
 
 
 def _counts(text: str) -> list[int]:
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = [0]
-    if min(counts) < 1 or max(counts) < 2:
-        raise ConfigError(f"--workers {text}: give numbers of workers with commas between them, 2 or more among them, "
-                          "such as 1,2,4,7.")
-    return counts
+    found = command_line.counts("--workers", text, MAX_WORKERS)
+    limits.demand(found[-1] > 1, "--workers", text, "one worker is always tried; give 2 or more among them, such as 1,2,4,7")
+    return found
 
 
 def _time(s: float) -> str:

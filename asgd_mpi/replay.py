@@ -16,13 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Optional
 
-import jsonargparse
 import msgspec
 import torch
 from tqdm import tqdm
 
 from asgd_mpi import config as configuration
-from asgd_mpi import ending, trust
+from asgd_mpi import command_line, ending, limits, trust
 from asgd_mpi.computation import Computation, Snapshot
 from asgd_mpi.errors import DataError, RunDirError
 from asgd_mpi.model.flat import FlatModel
@@ -158,21 +157,29 @@ def _check(push: Push, version: int, lr: float, snapshots: dict[int, Snapshot]) 
                           f"of one of the versions {min(snapshots)} to {version}; it has {push}. It was cut or changed.")
 
 
-@ending.of_command
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m asgd_mpi.replay", description="Compute a recorded run again and compare the weights.")
+RANGES = {"until": (limits.at_least(0, 2**62), "a version is a whole number from 0")}
+
+
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="python -m asgd_mpi.replay", description="Compute a recorded run again and compare the weights.", ranges=RANGES,
+        short={"--data": "--data.path"})
     parser.add_argument("run_dir", metavar="RUN_DIR", help="A directory that asgd_mpi.train made.")
     parser.add_argument("--until", type=Optional[int], metavar="VERSION", help="Stop at this version of the weights.")
     parser.add_argument("--debug", action="store_true",
                         help="Start the debugger there; `flat` is the network, `push` the next entry of the log.")
-    parser.add_argument("--data", "--data.path", default="", metavar="DIR", help="Where the data set of the run lies, if not "
-                        "where its configuration says: of a run that was copied from another machine.")
+    parser.add_argument("--data.path", default="", metavar="DIR", help="Where the data set of the run lies, if not where its "
+                        "configuration says: of a run that was copied from another machine. --data is short for it.")
     parser.add_argument("--model", default="", metavar="NAME", help="The network, by its name or as package.module:function, in "
                         "place of the one that the run names: code of your own is run only if you name it, or have trained "
                         "this run here with it.")
-    options = parser.parse_args(arguments)
-    run, given = RunDir.open(options.run_dir), Given(options.data, options.model)
+    return parser
+
+
+@ending.of_command
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = make_parser().read(arguments)
+    run, given = RunDir.open(options.run_dir), Given(options.data.path, options.model)
     if options.until is None:
         return _replay_and_compare(run, given)
     return _replay_until(run, options.until, options.debug, given)

@@ -126,7 +126,8 @@ def _user_of(process: Path) -> int | None:
 
 
 @ending.of_command
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    ending.demand_no_options(sys.argv[1:] if arguments is None else arguments, __doc__)
     removed = remove_dead()
     if removed:
         print(describe(removed))

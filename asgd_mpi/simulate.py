@@ -6,7 +6,6 @@ Prints accuracy against virtual time; `--out` leaves a run directory, for report
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,8 @@ import msgspec
 import torch
 
 from asgd_mpi import config as configuration
-from asgd_mpi import ending, forecast, plan, preflight, trust
+from asgd_mpi import command_line, ending, forecast, limits, plan, preflight, trust
 from asgd_mpi.config import Config
-from asgd_mpi.errors import ConfigError
 from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.events import End, EventLog, Note, Push, Start
 from asgd_mpi.record.progress import Progress
@@ -114,10 +112,18 @@ def describe(simulation: Simulation) -> list[str]:
 # ---- the command line
 
 
-@ending.of_command
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m asgd_mpi.simulate", allow_abbrev=False,
+MILLISECONDS = limits.at_least(0), "give milliseconds, 0 or more"
+RANGES = {
+    "workers": (limits.at_least(1, MAX_WORKERS), f"from 1 to {MAX_WORKERS} can be simulated"),
+    "step-time": (limits.above(0), "steps that take no time would leave no order; give milliseconds above 0"),
+    "push-time": MILLISECONDS, "apply-time": MILLISECONDS, "fetch-time": MILLISECONDS,
+    "spread": (limits.at_least(0, 10), "give a standard deviation over the mean, from 0 to 10"),
+}
+
+
+def make_parser() -> command_line.FirstParser:
+    parser = command_line.FirstParser(
+        prog="python -m asgd_mpi.simulate", ranges=RANGES,
         description="Train in one process on a virtual clock, with any number of workers.",
         epilog="Every other option is one of asgd_mpi.train: --config FILE, --rule sync, --epochs 12, "
                "--inject kill@t=3s:rank1 (virtual seconds), ...; `python -m asgd_mpi.train --help` lists them.")
@@ -131,10 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slow", default="", metavar="FACTORx@RANK,...",
                         help="Stragglers, such as 3x@2,5x@7; short for --inject slow:3x@rank2,slow:5x@rank7.")
     parser.add_argument("--out", default="", metavar="DIR", help="Write a run directory, for report, replay and evaluate.")
-    options, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+@ending.of_command
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, rest = make_parser().read(arguments)
     config = _config(rest, options.slow)
     times = _times(options)
-    _demand(1 <= options.workers <= MAX_WORKERS, "workers", options.workers, f"from 1 to {MAX_WORKERS} can be simulated")
     task = open_task(complete(config))
     task, notes = preflight.try_out_(task, task.first_module())
     for note in notes:
@@ -156,13 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _config(arguments: list[str], slow: str) -> Config:
     config = configuration.parse(arguments)
     trust.demand_named(config.model.name, arguments)
-    _demand(not config.run.resume and not config.run.dry_run, "resume" if config.run.resume else "dry-run",
-            config.run.resume, "a simulation begins anew, and is over soon")
-    for option, count in (("servers", config.exchange.servers), ("stages", config.stages.number)):
-        _demand(count == 1, option, count, "the weights are the same to the bit with any number; a simulation has one, and "
-                "asgd_mpi.plan predicts how fast several are")
-    _demand(config.model.batchnorm == "recalibrate", "model.batchnorm", config.model.batchnorm, "a simulation measures the statistics anew "
-            "before it validates, and has no others; leave it at recalibrate")
+    limits.demand(not config.run.resume and not config.run.dry_run, "--resume" if config.run.resume else "--dry-run",
+                  config.run.resume or "true", "a simulation begins anew, and is over soon")
+    for option, count in (("--servers", config.exchange.servers), ("--stages", config.stages.number)):
+        limits.demand(count == 1, option, count, "the weights are the same to the bit with any number; a simulation has one, and "
+                      "asgd_mpi.plan predicts how fast several are")
+    limits.demand(config.model.batchnorm == "recalibrate", "--model.batchnorm", config.model.batchnorm, "a simulation measures the "
+                  "statistics anew before it validates, and has no others; leave it at recalibrate")
     stragglers = [f"slow:{entry.strip().replace('@', '@rank')}" for entry in slow.split(",") if entry.strip()]
     return replace(config, run=replace(config.run, inject=",".join([*filter(None, [config.run.inject]), *stragglers])))
 
@@ -177,17 +187,10 @@ def _times(options: argparse.Namespace) -> Times:
     if options.spread is not None:
         given["spread"] = options.spread
     times = replace(base, **given)
-    for name in TIMES:
-        value = 1000 * getattr(times, f"{name}_s")
-        _demand(value >= 0 and math.isfinite(value), f"{name}-time", value, "give milliseconds, 0 or more")
-    _demand(times.step_s > 0, "step-time", 0, "steps that take no time would leave no order; give milliseconds above 0")
-    _demand(0 <= times.spread <= 10, "spread", times.spread, "give a standard deviation over the mean, from 0 to 10")
+    for name in TIMES:            # what runs have measured, too
+        limits.check_number(f"--{name}-time", 1000 * getattr(times, f"{name}_s"), RANGES[f"{name}-time"])
+    limits.check_number("--spread", times.spread, RANGES["spread"])
     return times
-
-
-def _demand(holds: bool, option: str, value: object, reason: str) -> None:
-    if not holds:
-        raise ConfigError(f"--{option} {value}: {reason}.")
 
 
 if __name__ == "__main__":

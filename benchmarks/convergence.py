@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from asgd_mpi import config as configuration
+from asgd_mpi import limits
 from asgd_mpi.config import RuleConfig
 from asgd_mpi.data.loader import Batch, Loader
 from asgd_mpi.errors import TrainingDiverged
@@ -293,4 +294,4 @@ def main(parts: str = "", processes: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, {"processes": (limits.at_least(1, 1024), "give 1 process or more; 1024 at most")})

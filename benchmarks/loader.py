@@ -20,6 +20,7 @@ from statistics import median
 
 import torch
 
+from asgd_mpi import limits
 from asgd_mpi.data.decode import DECODER
 from benchmarks import loader_peers, loader_properties
 from benchmarks.loader_peers import Contender
@@ -169,4 +170,4 @@ def machine() -> dict:
 
 
 if __name__ == "__main__":
-    run(benchmark)
+    run(benchmark, {"rounds": (limits.at_least(1), "give 1 round or more")})

@@ -1,30 +1,34 @@
 """Pack image data sets into HDF5 shards; one module per kind of source, each a command line of its own."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NoReturn
 
-from jsonargparse import CLI, ArgumentParser
-
-from asgd_mpi import ending
+from asgd_mpi import command_line, ending, limits
 
 
-class _DashedParser(ArgumentParser):
-    """Spells options --shard-size where the function says shard_size."""
+class _DashedParser(command_line.Parser):
+    """Spells options --shard-size where the function says shard_size; jsonargparse looks for its own, --print_..., as they are."""
 
     def add_argument(self, *names: str, **settings):
-        names = tuple(name.replace("_", "-") if name.startswith("--") else name for name in names)
+        names = tuple(name if name.startswith("--print_") or name[:2] != "--" else name.replace("_", "-") for name in names)
         return super().add_argument(*names, **settings)
 
 
-def run(command: Callable[..., None], positional: bool = False) -> NoReturn:
-    """Call `command` with the command line's options, and end the process with its status.
+def make_parser(command: Callable[..., None], ranges: Mapping[str, limits.Range], positional: bool = False) -> command_line.Parser:
+    """Return the parser of a function's options; with `positional`, what has no default is given without its name."""
+    spec = sys.modules[command.__module__].__spec__              # of a program that runs by `python -m`: its module, too
+    parser = _DashedParser(prog=f"python -m {spec.name}" if spec else None, ranges=ranges)
+    parser.add_function_arguments(command, as_group=False, as_positional=positional)
+    return parser
 
-    With `positional`, what has no default is given without its name.
-    """
-    sys.exit(_called(command, positional))
+
+def run(command: Callable[..., None], ranges: Mapping[str, limits.Range] = MappingProxyType({}), positional: bool = False) -> NoReturn:
+    """Call `command` with the command line's options, and end the process with its status. `ranges`: of its numbers."""
+    sys.exit(_called(command, ranges, positional))
 
 
 @ending.of_command
-def _called(command: Callable[..., None], positional: bool) -> None:
-    CLI(command, as_positional=positional, parser_class=_DashedParser)
+def _called(command: Callable[..., None], ranges: Mapping[str, limits.Range], positional: bool) -> None:
+    command(**make_parser(command, ranges, positional).read(None))

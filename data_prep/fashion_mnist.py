@@ -8,6 +8,7 @@ Out: raw uint8 (28, 28, 1) shards, 60 000 train and 10 000 val images (its test 
 
 from pathlib import Path
 
+from asgd_mpi import limits
 from asgd_mpi.errors import UserError
 from data_prep import arrays, run
 from data_prep.idx import read_idx
@@ -16,6 +17,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 FILES = {"train": "train", "val": "t10k"}
 SHARD_SIZE = 8192
+RANGES = {"limit": (limits.at_least(0), "give images of each split, or 0 for all")}
 
 
 def prepare(out: Path, source: Path = DEBIAN, limit: int = 0) -> None:
@@ -39,4 +41,4 @@ def prepare(out: Path, source: Path = DEBIAN, limit: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    run(prepare)
+    run(prepare, RANGES)

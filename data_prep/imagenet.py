@@ -11,9 +11,10 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from asgd_mpi import limits
 from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.shards import Manifest, SplitEntry
-from asgd_mpi.errors import ConfigError, DataError
+from asgd_mpi.errors import DataError
 from data_prep import run
 from data_prep.encode import BadImage, Encoding, mean_and_std
 from data_prep.packing import Done, Plan, clear, finish, is_complete, pack, read_done, start, unfinished
@@ -22,6 +23,16 @@ from data_prep.tasks import end_with_parent, rank_and_size
 from data_prep.writer import check_space, make_root, software
 
 T = TypeVar("T")
+
+RANGES = {
+    "short-side": (limits.at_least(1, 65500), "give pixels, 1 or more; a JPEG file has 65,500 at most"),
+    "quality": (limits.at_least(1, 95), "the quality of a JPEG file is 1 to 95"),
+    "raw-size": (limits.at_least(1, 8192), "give the side of a square in pixels, 1 to 8192"),
+    "shard-size": (limits.at_least(1), "a shard has 1 image or more"),
+    "seed": limits.RANGES["run.seed"],
+    "num-measured": (limits.at_least(1), "mean and deviation need 1 image or more"),
+    "workers": (limits.at_least(1, 1024), "somebody has to pack; give 1 process or more, 1024 at most"),
+}
 
 
 def prepare(
@@ -55,12 +66,6 @@ def prepare(
         num_measured: training images, evenly spread, that mean and std are measured on
         workers: processes that read, check and write; one per core if not given
     """
-    numbers = [number for number in (shard_size, short_side, workers, raw_size, num_measured) if number is not None]
-    if min(numbers) < 1 or seed < 0 or not 1 <= quality <= 95:
-        raise ConfigError(
-            f"--shard-size {shard_size}, --short-side {short_side}, --raw-size {raw_size}, --num-measured {num_measured} "
-            f"and --workers {workers} must be 1 or more, --seed {seed} 0 or more, --quality {quality} 1 to 95"
-        )
     rank, size = rank_and_size()
     if size > 1:
         end_with_parent()
@@ -144,4 +149,4 @@ def _entry(shards: list[Done]) -> SplitEntry:
 
 
 if __name__ == "__main__":
-    run(prepare)
+    run(prepare, RANGES)

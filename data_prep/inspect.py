@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from asgd_mpi import limits
 from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.shards import ShardSet, read_manifest
-from asgd_mpi.errors import ConfigError, DataError
+from asgd_mpi.errors import DataError
 from data_prep import run
 
 CELL, CAPTION = 160, 34  # pixels
+_CELLS = limits.at_least(1, 100), "give 1 to 100"
+RANGES = {"rows": _CELLS, "columns": _CELLS, "seed": limits.RANGES["run.seed"]}
 
 
 def inspect(root: Path, sheet: Path = Path("contact_sheet.png"), split: str = "train", rows: int = 5, columns: int = 8,
@@ -29,8 +32,6 @@ def inspect(root: Path, sheet: Path = Path("contact_sheet.png"), split: str = "t
         columns: of the contact sheet
         seed: of the draw
     """
-    if rows < 1 or columns < 1:
-        raise ConfigError(f"--rows {rows} and --columns {columns} must be 1 or more")
     manifest, fingerprint = read_manifest(root)
     print(f"{root}: {manifest.encoding}{manifest.image_shape or ''}, {len(manifest.class_names)} classes, "
           f"shuffled with seed {manifest.seed}, fingerprint {fingerprint}")  # fmt: skip
@@ -80,4 +81,4 @@ def _rounded(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    run(inspect, positional=True)
+    run(inspect, RANGES, positional=True)

@@ -18,11 +18,13 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
+from asgd_mpi import limits
 from asgd_mpi.errors import DataError
 from data_prep import arrays, run
 from data_prep.idx import read_idx
 
 SHARD_SIZE = 8192
+RANGES = {"limit": (limits.at_least(0), "give images of each split, or 0 for all")}
 PIXELS = 3 * 32 * 32  # bytes of an image of CIFAR: the red, the green, the blue plane
 BINARY = "https://www.cs.toronto.edu/~kriz/cifar.html has it"
 PICKLED = ("data_batch_1", "cifar-10-batches-py", "cifar-100-python")
@@ -146,4 +148,4 @@ def _checked(directory: Path, images: np.ndarray, labels: np.ndarray, names: lis
 
 
 if __name__ == "__main__":
-    run(prepare)
+    run(prepare, RANGES)

@@ -15,6 +15,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
+from asgd_mpi import limits
 from asgd_mpi.errors import ConfigError
 from data_prep import run
 from data_prep.devkit import GROUND_TRUTH, META
@@ -25,6 +26,14 @@ COLOURS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.
 CONTRAST = (0.25, 0.045, 0.02)  # deviation along each colour axis
 SLOPE = 1.2  # of the spectrum's amplitude
 NOISE = 3.0  # levels
+_SIDE = limits.at_least(1, 30000), "give pixels, 1 to 30000"
+_IMAGES = limits.at_least(1, 2**24), "a class has 1 image or more; 2^24 at most"
+RANGES = {
+    "classes": (limits.at_least(1, 2**20), "give 1 class or more; 2^20 at most"),
+    "train": _IMAGES, "val": _IMAGES, "width": _SIDE, "height": _SIDE,
+    "seed": limits.RANGES["run.seed"],
+    "broken": (limits.at_least(0), "give images, or 0 for none"),
+}
 
 
 def generate(
@@ -44,9 +53,8 @@ def generate(
         odd: make the first images of the first class what ImageNet also has: a grey one, a CMYK one, a PNG named .JPEG
         broken: training images that are cut off, from the last class backwards; one of them is empty
     """
-    if min(classes, train, val, width, height) < 1 or (odd and train < 3) or broken > classes * train:
-        raise ConfigError(f"--classes {classes}, --train {train}, --val {val}, --width {width} and --height {height} must "
-                          f"be 1 or more, --train 3 or more with --odd, --broken {broken} at most all images")  # fmt: skip
+    limits.demand(not odd or train >= 3, "--train", train, "the odd images are the first 3 of a class; give 3 or more, or --odd false")
+    limits.demand(broken <= classes * train, "--broken", broken, f"that is more than there are, {classes} classes of {train}")
     archives, tree = out / "archives", out / "tree"
     if archives.exists() or tree.exists():
         raise ConfigError(f"{out} already holds archives or a tree; choose another --out")
@@ -149,4 +157,4 @@ def _put(path: Path, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    run(generate)
+    run(generate, RANGES)

@@ -16,15 +16,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from asgd_mpi import limits
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.shards import DamagedSample, Manifest, ShardSet, read_manifest
-from asgd_mpi.errors import ConfigError, DataError
+from asgd_mpi.errors import DataError
 from data_prep import run
 from data_prep.imagenet import shuffled
 from data_prep.writer import file_xxh3
 
 SHOWN = 20  # faults that are listed
 PIECE = 256  # samples a thread takes at a time
+RANGES = {"workers": (limits.at_least(1, 1024), "somebody has to check; give 1 thread or more, 1024 at most")}
 
 
 def verify(root: Path, decode_all: bool = True, workers: int | None = None) -> None:
@@ -35,8 +37,6 @@ def verify(root: Path, decode_all: bool = True, workers: int | None = None) -> N
         decode_all: decode every JPEG file as well (about 1 ms of a core for an image of ImageNet)
         workers: threads; one per core if not given
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers {workers}: somebody has to check; give 1 or more")
     manifest, _ = read_manifest(root)
     faults: list[str] = []
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
@@ -99,4 +99,4 @@ def _progress(results, what: str, total: int):
 
 
 if __name__ == "__main__":
-    run(verify, positional=True)
+    run(verify, RANGES, positional=True)

@@ -247,9 +247,9 @@ def test_the_command_plans_for_stages(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, part", [
-    (["--servers", "65"], "up to 64 servers"), (["--servers", "0"], "more than 0"), (["--n-push", "x"], "1 batch or more"),
+    (["--servers", "65"], "from 1 to 64 servers"), (["--servers", "0"], "from 1 to 64 servers"), (["--n-push", "x"], "1 batch or more"),
     (["--n-push", "4", "--n-fetch", "6"], "multiple"), (["--balance", "1.5"], "1 or less"),
-    (["--stages", "2", "--overlap"], "cannot overlap"), (["--step-ms", "-1"], "more than 0"), (["--probe"], "not both")])
+    (["--stages", "2", "--overlap"], "cannot overlap"), (["--step-ms", "-1"], "above 0"), (["--probe"], "not both")])
 def test_settings_that_make_no_sense_are_refused(options, part, tmp_path, capsys):
     assert plan.main([str(RUN), *options, "--out", str(tmp_path)]) == 2
     assert part in capsys.readouterr().err

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "asgd_mpi"
 # A room may import from those before it in this list, and from itself.
-ORDER = ["errors", "ending", "signals", "launch", "local", "segments", "inject", "server.pace", "server.rulebook", "limits", "config", "topology", "gpus",
+ORDER = ["errors", "ending", "signals", "launch", "local", "segments", "inject", "server.pace", "server.rulebook", "limits", "command_line", "config", "topology", "gpus",
          "forecast", "record.disk", "record.rundir", "trust", "record.ranklog", "record.events", "record.history", "record.audit", "record.timeline",
          "record.readings", "record.validations", "record.pipelines", "record.summary", "record.nvml", "record.board",
          "record.meter", "record.watch", "record.progress", "record.checkpoint", "data", "model", "stages",

@@ -16,7 +16,7 @@ from typing import Optional
 import jsonargparse
 import msgspec
 
-from asgd_mpi import ending
+from asgd_mpi import command_line, ending, limits
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record import history
 from asgd_mpi.record.disk import make_directory, write_whole
@@ -32,9 +32,16 @@ from asgd_mpi.report.trace import write_trace
 from asgd_mpi.report.units import size
 
 
-def make_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m asgd_mpi.report", description="Report what a run did and where its time went, or compare several.")
+PRICE = limits.at_least(0), "a price is 0 or more, in any currency"
+ACCURACY = limits.above(0, 100), "give a top-1 accuracy in percent, above 0 and up to 100"
+RANGES = {"price-per-gpu-hour": PRICE, "price-per-kwh": PRICE, "target-accuracy": ACCURACY,
+          "num-gpus": (limits.at_least(1), "give the GPUs that the workers shared, 1 or more")}
+
+
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="python -m asgd_mpi.report", description="Report what a run did and where its time went, or compare several.",
+        ranges=RANGES)
     parser.add_argument("run_dir", metavar="RUN_DIR", type=str, nargs="+",
                         help="A directory that asgd_mpi.train made; several are compared, and that is written to --out.")
     parser.add_argument("--no-write", action="store_true", help="Only print; leave RUN_DIR/report as it is.")
@@ -57,7 +64,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 @ending.of_command
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
+    options = make_parser().read(arguments)
     runs = [RunDir.open(path) for path in options.run_dir]
     if options.follow and len(runs) > 1:
         raise ConfigError(f"--follow shows one run at a time, and {len(runs)} are given: start it once for each.")
@@ -93,8 +100,6 @@ def _audit(runs: list[RunDir]) -> int:
 def _report(run: RunDir, options: jsonargparse.Namespace) -> None:
     summary = summarize(run)
     cost = None
-    if options.num_gpus is not None and options.num_gpus < 1:
-        raise ConfigError(f"--num-gpus {options.num_gpus}: give the GPUs that the workers shared, 1 or more.")
     if options.price_per_kwh is not None and summary.energy_kwh is None:
         raise ConfigError(f"--price-per-kwh {options.price_per_kwh:g}: {run.path} holds no energy. It is measured on GPUs "
                           "that count it, with nvidia-ml-py (pip install 'asgd_mpi[nvml]').")
