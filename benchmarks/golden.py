@@ -18,10 +18,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from asgd_mpi import simulate
 from benchmarks import launch
+from data_prep import run
 
 RULES = ("asgd", "sasgd", "downpour", "adagrad", "softsync", "ringmaster", "ssp", "dc_asgd_c", "dc_asgd_a", "easgd", "eamsgd", "sync",
          "sync_backup")
@@ -66,4 +65,4 @@ def main(only: str = "") -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run(main)
