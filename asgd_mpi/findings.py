@@ -189,7 +189,7 @@ def _remedy(step: str, found: Findings) -> str:
     if step == ROOM:
         return (f"Enlarge /dev/shm on {found.places.hosts[SERVER]}: `mount -o remount,size=1G /dev/shm`, or `docker run "
                 "--shm-size`.")
-    if step.startswith("world") or step.startswith("link"):
+    if step.startswith(("world", "link")):
         return ("The ranks cannot talk: name the network that joins the hosts, `--mca btl_tcp_if_include IFACE` (Open MPI) or "
                 "`-iface IFACE` (MPICH)." if many_hosts else
                 "A rank is stuck or dead: look for its own message above, and try `mpirun -np 2`.")

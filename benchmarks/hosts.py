@@ -77,7 +77,7 @@ class Hosts:
     def mpirun_options(self, ranks_per_host: int) -> list[str]:
         slots = ",".join(f"{address}:{ranks_per_host}" for address in self.addresses)
         return ["--prtemca", "plm_ssh_agent", str(self.agent), "--prtemca", "prte_if_include", "eth0",
-                "--mca", "btl", "tcp,self,sm", "--mca", "btl_tcp_if_include", "eth0", "--host", slots, "--map-by", "ppr:%d:node:oversubscribe" % ranks_per_host]
+                "--mca", "btl", "tcp,self,sm", "--mca", "btl_tcp_if_include", "eth0", "--host", slots, "--map-by", f"ppr:{ranks_per_host}:node:oversubscribe"]
 
     def remove(self) -> None:
         for name in [*self.names, f"{self.prefix}sw"]:

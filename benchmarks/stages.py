@@ -126,7 +126,7 @@ def _percent(found: dict) -> str:
 
 def _memory(options: argparse.Namespace, failures: list[str]) -> list[dict]:
     rows = []
-    for name, num_stages in ((name, number) for name in options.networks for number in HEAVY[name].stages):
+    for name, num_stages in ((each, number) for each in options.networks for number in HEAVY[each].stages):
         try:
             rows += _weigh(name, num_stages)
         except launch.Failed as failure:

@@ -221,7 +221,6 @@ def finish(plan: Plan, manifest: Manifest) -> None:
 
     Several tasks may be at it: they move the same shards and write the same manifest.
     """
-    room = plan.out / ROOM
     with explained(plan.out):
         for entry in manifest.splits.values():
             for shard in entry.shards:

@@ -19,7 +19,7 @@ from asgd_mpi.data.decode import DECODER, decode, decode_pillow
 from asgd_mpi.data.loader import Loader, ReadAhead, ranges
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import DamagedSample, ShardSet
-from asgd_mpi.errors import ConfigError, DataError
+from asgd_mpi.errors import ConfigError
 from data_prep import digits, imagenet
 
 SIZE = 28

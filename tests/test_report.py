@@ -55,7 +55,7 @@ def make_run(path, pushes, model="digits_cnn", validations=5, num_workers=NUM_WO
         role = "worker" if rank else "server"
         log = [Start(T0 + 0.1 * rank, rank, role, f"node{rank // 2}", "cuda:0" if rank else "cpu", num_workers, 1000,
                      EPOCH, 5 * EPOCH)]
-        for i, push in enumerate(own):
+        for i in range(len(own)):
             log.append(Interval(T0 + i, T0 + i + 1, data=0.25, compute=0.5, push=0.125, idle=0.125, images=BATCH,
                                 pushes=1, fetches=2, torn_reads=rank, bytes_pushed=4000, bytes_fetched=8000))
         if rank == 0:

@@ -83,5 +83,5 @@ def test_the_doctor_says_what_it_removed_on_each_host():
 def test_the_command_says_what_it_removed_and_is_silent_otherwise(shm, monkeypatch, capsys):
     monkeypatch.setattr(segments, "remove_dead", lambda: [SimpleNamespace(num_bytes=2_000_000)])
     assert segments.main([]) == 0 and capsys.readouterr().out.startswith("1 file of dead MPI jobs of this user removed")
-    monkeypatch.setattr(segments, "remove_dead", lambda: [])
+    monkeypatch.setattr(segments, "remove_dead", list)
     assert segments.main([]) == 0 and not capsys.readouterr().out

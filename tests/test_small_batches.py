@@ -1,10 +1,8 @@
 """Batches that a network cannot be trained on alone: a rest of one image with batch norm, and what damaged images leave."""
 
-import dataclasses
 
 import h5py
 import pytest
-import torch
 
 from asgd_mpi import config as configuration
 from asgd_mpi import preflight

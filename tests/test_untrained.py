@@ -12,7 +12,7 @@ from asgd_mpi import replay, resume
 from asgd_mpi.config import ComputeConfig
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import batchnorm, networks
-from asgd_mpi.model.buffers import constants_, moved_by_training_
+from asgd_mpi.model.buffers import moved_by_training_
 from asgd_mpi.model.flat import FlatModel, demand_trained, num_floats, num_statistics
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.rundir import RunDir

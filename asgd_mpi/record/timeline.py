@@ -175,7 +175,7 @@ def _spans(bins: dict[int, _Bin], width_s: float, started: float, stopped: float
         start, stop = max(started, number * width_s), min(stopped, (number + 1) * width_s)
         if stop > start:
             spans.append(_Span(start, stop, bins.get(number, _Bin())))
-    for here, there in ((0, 1), (-1, -2)):
+    for here in (0, -1):
         if len(spans) > 1 and spans[here].seconds < width_s / 2:
             short, beside = spans.pop(here), spans[here]
             beside.start, beside.stop = min(beside.start, short.start), max(beside.stop, short.stop)
