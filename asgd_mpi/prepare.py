@@ -111,7 +111,8 @@ def _greeting(places: Topology, task: Task, run: RunDir) -> str:
     num_hosts, config = len(set(places.hosts)), task.config
     stages, servers = places.num_stages, places.num_servers
     table = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or max(num_hosts, stages, servers) > 1 else ""
-    notes = "".join(f"{note}\n" for note in [*task.train.notes, *task.val.notes])
+    doubt = rulebook.doubt_of_linear_scaling(config.rule, places.num_workers, config.data.batch_size, task.train.num_samples)
+    notes = "".join(f"{note}\n" for note in [*task.train.notes, *task.val.notes, *filter(None, [doubt])])
     return table + notes + (
         f"{places.num_workers} workers {f'of {stages} stages ' if stages > 1 else ''}and {servers} server{'s' * (servers > 1)} on {num_hosts} host(s); "
         f"{config.model.name} on {task.train.num_samples} training and {task.val.num_samples} validation images of {task.train.num_classes} classes from {config.data.path}\n"

@@ -147,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     times = _times(options)
     task = open_task(complete(config))
     task, notes = preflight.try_out_(task, task.first_module())
-    for note in notes:
+    doubt = rulebook.doubt_of_linear_scaling(task.config.rule, options.workers, task.config.data.batch_size, task.train.num_samples)
+    for note in [*notes, *filter(None, [doubt])]:
         print(note, file=sys.stderr)
     rulebook.check(task.config, options.workers)
     run = RunDir.create(options.out, "") if options.out else None

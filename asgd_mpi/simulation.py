@@ -34,6 +34,7 @@ from asgd_mpi.server.versions import Versions
 from asgd_mpi.task import Task
 
 VALIDATION = 1 / 3        # of a step: no backward pass
+FEW_LOST = 3              # workers whose loss is told as it happens
 FAILURES = ("slow", "kill", "raise")
 
 Process = Iterator[float | None]    # yields the seconds that pass, or None to sleep until its worker is woken
@@ -136,6 +137,7 @@ class Simulation:
         self.scores: list[Validation] = []
         self._versions = Versions(self.ledger, 0.0)
         self.num_dropped = 0              # pushes that came too late, or were not finite
+        self._num_lost = 0                # workers
         self.latest = computation.first
         self._num_bytes = codec.num_bytes(len(self.latest.weights), exchange.wire)
         self.now = self._server_free_at = 0.0
@@ -429,7 +431,11 @@ class Simulation:
 
     def _note_loss(self, me: _Worker, reason: str, positions: int) -> None:
         self.books[0].events.append(Retirement(self.now, me.number + 1, self.ledger.version, positions, reason, True))
-        self.progress.say(f"rank {me.number + 1} is retired at version {self.ledger.version}: {reason}")
+        self._num_lost += 1
+        if self._num_lost <= FEW_LOST:
+            self.progress.say(f"rank {me.number + 1} is retired at version {self.ledger.version}: {reason}")
+        elif self._num_lost == FEW_LOST + 1:
+            self.progress.say("more workers are retired; the run directory (--out) names each")
 
     def _post(self) -> None:
         for number, mail in self.ledger.take_news():

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from asgd_mpi.errors import TOO_FAST, TrainingDiverged, UserError, WorkersLost
 from asgd_mpi.record.events import Retirement
 
+FEW = 8       # ranks that are named
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")               # of an object in memory: another one in every process
 OUTSIDE = {"DiskRefuses", "DeadlineExceeded", "StageLost", "ServerLost"}     # errors that a later start need not meet
 
 
 def explain(losses: Sequence[Retirement], version: int) -> UserError:
     """Return the error that ends a run whose workers are all lost for good, at `version`."""
-    history = "\n".join(f"  rank {loss.rank}: {loss.reason}" for loss in losses)
+    history = told(losses)
     if all("not finite" in loss.reason and not loss.error for loss in losses):
         return TrainingDiverged(f"the loss or the gradient of every worker is no longer finite at version {version}:\n{history}\n"
                                 f"{TOO_FAST} Checkpoints of before are kept: see checkpoints/ in the run directory.")
@@ -27,6 +28,25 @@ def explain(losses: Sequence[Retirement], version: int) -> UserError:
             f"error.rank{ranks[0]:03d}.txt in the run directory. What was trained before is kept there.")
     return WorkersLost(f"no worker is left at version {version}:\n{history}\nMend that, and go on from the checkpoint with "
                        "--resume RUN_DIR.")
+
+
+def told(losses: Sequence[Retirement]) -> str:
+    """Return a line for each reason, with the ranks that were lost for it, in the order in which the first of them was."""
+    ranks: dict[str, list[int]] = {}
+    for loss in losses:
+        ranks.setdefault(loss.reason, []).append(loss.rank)
+    return "\n".join(f"  {_these(numbers)}: {reason}" for reason, numbers in ranks.items())
+
+
+def _these(numbers: list[int]) -> str:
+    """Return some ranks as text, a few of many."""
+    numbers = sorted(set(numbers))
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"ranks {numbers[0]} to {numbers[-1]}"
+    more = f" and {len(numbers) - FEW} more" if len(numbers) > FEW else ""
+    return f"ranks {', '.join(map(str, numbers[:FEW]))}{more}"
 
 
 def common_error(losses: Sequence[Retirement]) -> str:

@@ -264,8 +264,7 @@ class Server:
         if not may_return:
             raise losses.explain(self.losses, self.ledger.version)
         if now - max(self._heard) > self.timeout_s:
-            history = "\n".join(f"  rank {loss.rank}: {loss.reason}" for loss in self.losses)
-            raise DeadlineExceeded(f"rank 0 has heard of no worker for {self.timeout_s:g} s (--run.timeout_s):\n{history}\n"
+            raise DeadlineExceeded(f"rank 0 has heard of no worker for {self.timeout_s:g} s (--run.timeout_s):\n{losses.told(self.losses)}\n"
                                    "See stalls/ in the run directory for where they stand.")
 
     def _checkpoint_is_due(self, now: float) -> bool:
