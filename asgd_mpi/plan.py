@@ -28,11 +28,11 @@ from asgd_mpi.record.pipelines import Pipelines
 from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
-from asgd_mpi.report.units import number, percent, short
+from asgd_mpi.report.units import number, percent, short, workers
+from asgd_mpi.server.rulebook import WAITING
 
 DEFAULT_WORKERS = "1,2,4,8,16,32,64,128"
 MAX_WORKERS, MAX_SERVERS = 4096, 64
-WAITING = ("sync", "sync_backup", "ssp")   # rules whose workers wait for others, which `forecast` does not model
 PROBE_S, PROBE_STEP_S = 20.0, 0.02     # of each of the two runs; short steps, to meet the server's limit
 
 
@@ -164,10 +164,13 @@ def _n_push(text: str) -> int | str:
 def observe(run: RunDir) -> Observation:
     """What a run measured, over all its workers. Raises RunDirError if it holds too little."""
     summary = summarize(run)
-    workers = [rank for rank in summary.ranks if rank.rank and rank.counts["pushes"]]
-    if not workers or not summary.apply_s:
+    busy = [rank for rank in summary.ranks if rank.role == "worker" and rank.counts["pushes"]]
+    if not busy or not summary.apply_s:
         raise RunDirError(f"{run.path} holds no worker's intervals with pushes, or none of the server's: nothing to "
                           "calibrate with. Take a run that trained for a few seconds.")
+    if len(summary.crews) > 1:
+        raise RunDirError(f"{run.path} had {workers(summary.crews)}, one start after the other: what it measured is of none of them. "
+                          "Calibrate with a run that kept its workers.")
     n_push, rule = summary.config.get("exchange.n_push", 1), summary.config.get("rule.name", "asgd")
     if n_push == "auto" or summary.config.get("exchange.overlap") or rule in WAITING:
         raise RunDirError(f"{run.path} hides what a push costs behind the computation, or behind other workers (overlap, "
@@ -178,22 +181,22 @@ def observe(run: RunDir) -> Observation:
     if summary.pipelines and summary.pipelines.are_columns:
         raise RunDirError(f"{run.path} had a network in columns, whose exchange of maps the model does not know: calibrate "
                           "with a run that was not cut, or cut into a chain.")
-    pushes = sum(rank.counts["pushes"] for rank in workers)
-    images = sum(rank.counts["images"] for rank in workers) / pushes
-    total = {phase: sum(rank.phases[phase] for rank in workers) for phase in ("data", "compute", "fetch")}
+    pushes = sum(rank.counts["pushes"] for rank in busy)
+    images = sum(rank.counts["images"] for rank in busy) / pushes
+    total = {phase: sum(rank.phases[phase] for rank in busy) for phase in ("data", "compute", "fetch")}
     cycles = [sum(rank.phases[phase] for phase in ("data", "compute", "push", "fetch")) / rank.counts["pushes"]
-              for rank in workers]
-    fetches = sum(rank.counts["fetches"] for rank in workers) or pushes
+              for rank in busy]
+    fetches = sum(rank.counts["fetches"] for rank in busy) or pushes
     step_s = (total["data"] + total["compute"]) / pushes / n_push
     spread = _spread([(interval.data + interval.compute, interval.pushes * n_push)
-                      for rank in workers for interval in _intervals(run, rank.rank)], step_s)
+                      for rank in busy for interval in _intervals(run, rank.rank)], step_s)
     apply_spread = _spread([(interval.apply, interval.pushes) for interval in _intervals(run, 0)], summary.apply_s)
     costs = Costs(images / n_push, step_s, summary.apply_s, total["fetch"] / fetches, spread=spread,
                   apply_spread=apply_spread, n_push=n_push, n_fetch=summary.config.get("exchange.n_fetch"),
                   wire=summary.config.get("exchange.wire", "float32"),
                   num_stages=summary.pipelines.num_stages if summary.pipelines else 1,
                   micro_batches=summary.config.get("compute.micro_batches", 1), balance=_balance(summary.pipelines))
-    return Observation(costs, len(workers), sum(images / cycle for cycle in cycles))
+    return Observation(costs, len(busy), sum(images / cycle for cycle in cycles))
 
 
 def _balance(found: Pipelines | None) -> float:

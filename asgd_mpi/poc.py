@@ -28,7 +28,7 @@ from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.report.command import ACCURACY, PRICE, write_comparison
-from asgd_mpi.report.units import count
+from asgd_mpi.report.units import count, seconds
 from asgd_mpi.report.verdict import SYNC
 
 OVER = 0.02           # of the budget: a run with less of it left is done
@@ -117,8 +117,8 @@ def _run(options: jsonargparse.Namespace, passed_on: list[str]) -> int:
     out = Path(options.out or (f"runs/poc-{stem}" if stem else "runs/poc"))
     _demand_same(out, yaml.safe_load(configuration.to_yaml(config)) | {"poc": {"sync_lr": options.sync_lr}})
     left = {trial: _left_s(out / trial.name, budget_s) for trial in wanted}
-    print(f"{count(len(wanted), 'run')} of at most {_time(budget_s)} each in {out}; "
-          f"{sum(not rest for rest in left.values())} done, {_time(sum(left.values()))} to go at most", flush=True)
+    print(f"{count(len(wanted), 'run')} of at most {seconds(budget_s)} each in {out}; "
+          f"{sum(not rest for rest in left.values())} done, {seconds(sum(left.values()))} to go at most", flush=True)
     lr = 0.0 if not any(left.values()) else _one_worker_lr(config)
     arguments = {trial: [*shared, *trial.options(config, lr)] for trial in wanted}
     if options.sync_lr is not None:
@@ -201,10 +201,6 @@ def _counts(text: str) -> list[int]:
     return found
 
 
-def _time(s: float) -> str:
-    return f"{int(s) // 3600}:{int(s) // 60 % 60:02d}:{int(s) % 60:02d} h"
-
-
 class _Line:
     """The state of the run under way: one line on a terminal, or a line now and then."""
 
@@ -220,7 +216,7 @@ class _Line:
         self._last = time.monotonic()
         state = next((words.strip() for words in reversed(supervise.last_words(self._output, 3).splitlines())
                       if "images/s" in words), "starts")
-        text = f"{self._name}: {state}; {_time(max(0.0, left) + self._after_s)} to go at most for all"
+        text = f"{self._name}: {state}; {seconds(max(0.0, left) + self._after_s)} to go at most for all"
         if is_seen:
             text = text[:shutil.get_terminal_size().columns - 1]
             print(f"\r{text:{self._width}}", end="", flush=True)

@@ -289,7 +289,7 @@ def test_each_long_wait_is_named_with_its_share_and_its_option(tmp_path):
 def test_stragglers_torn_reads_and_damaged_images_are_named_with_their_numbers(tmp_path):
     text = " ".join(advise(make_summary(tmp_path, torn_reads=10, fetches=100, skipped_images=3, read_retries=7)))
     assert "rank 3 (cuda:0 on node1)" in text and "10 reads of 100 fetches were torn" in text and "3 damaged images" in text
-    assert "7 reads of shards failed and were repeated" in text
+    assert "Failed and repeated: 7 reads of shards" in text
 
 
 def test_the_accuracy_with_the_statistics_of_the_workers_is_told_where_it_differs(tmp_path):
@@ -307,7 +307,7 @@ def test_a_plateau_is_named_with_what_it_cost(tmp_path):
     for number, score in enumerate(summary.validations):
         score.top1_error, score.made = max(0.1, 0.5 - 0.1 * number), T0 + number
     found = [text for text in advise(summary, price(summary, 3600.0)) if text.startswith("No better since epoch 5.0")]
-    assert found and "10.00 % top-1 error" in found[0] and "the last 50 % of the run (4.0 s, 12.00 of the 24.00" in found[0]
+    assert found and "90.00 % top-1 accuracy" in found[0] and "the last 50 % of the run (4.0 s, 12 of the 24 that" in found[0]
     for number, score in enumerate(summary.validations):
         score.top1_error = 0.5 - 0.05 * number
     assert not any(text.startswith("No better") for text in advise(summary))

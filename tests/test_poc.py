@@ -75,7 +75,7 @@ def test_finished_runs_are_compared_and_not_started_again(out, monkeypatch, caps
     assert "Asynchronous training is worth it here, because 2 workers reached 94.0 % in 2.0 s, 2.0 times as fast as one " \
         "worker and 2.0 times as fast as synchronous training with 2 workers" in said
     assert "worth it here" in (out / "comparison" / "comparison.html").read_text()
-    assert run(out) == 0 and "3 done, 0:00:00 h to go" in capsys.readouterr().out
+    assert run(out) == 0 and "3 done, 0.00 s to go" in capsys.readouterr().out
     assert started(out) == ["async-1", "async-2", "sync-2"]
     assert run(out, workers="1,2,3") == 0 and started(out) == ["async-1", "async-2", "async-3", "sync-2", "sync-3"]
 

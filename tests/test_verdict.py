@@ -13,7 +13,7 @@ TARGET = 0.97
 def entry(rule, num_workers, seconds, accuracy=0.98, samples=10_000, num_validations=10, n_push=1):
     """A run that took `seconds` to the target, or 100 s without getting there (None)."""
     reached = None if seconds is None else Reached(seconds, samples, 7.0, samples / seconds, None)
-    return Entry(f"{rule}-{num_workers}", "finished", num_workers, rule, n_push, 0.0, num_validations, 100.0, 500.0, 1.0,
+    return Entry(f"{rule}-{num_workers}", "finished", num_workers, [num_workers], rule, n_push, 0.0, num_validations, 100.0, 500.0, 1.0,
                  1.0, num_workers - 1.0, 0.1, accuracy, reached, None)
 
 

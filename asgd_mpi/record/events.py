@@ -339,15 +339,18 @@ def _is_whole(line: bytes) -> bool:
     return line[-1:] in _SEALS and sealed(line[:at] + line[-1:]) == line
 
 
-def read_events(path: Path) -> Iterator[Event | None]:
-    """Yield the events of one metrics file; None for a line that cannot be read (cut off, or of a newer version)."""
-    yield from _read_lines(path, msgspec.json.Decoder(Event).decode)
+def read_events(path: Path, tail_bytes: int | None = None) -> Iterator[Event | None]:
+    """Yield the events of one metrics file; None for a line that cannot be read (cut off, or of a newer version).
+
+    tail_bytes: only those of the whole lines in the last so many bytes.
+    """
+    yield from _read_lines(path, msgspec.json.Decoder(Event).decode, tail_bytes)
 
 
-def read_log(path: Path) -> Iterator[Push | Turn | None]:
-    """Yield the lines of a `pushes.log`; None for a line that cannot be read."""
+def read_log(path: Path, tail_bytes: int | None = None) -> Iterator[Push | Turn | None]:
+    """Yield the lines of a `pushes.log`, as `read_events` does; None for a line that cannot be read."""
     push, turn = msgspec.json.Decoder(Push), msgspec.json.Decoder(Turn)
-    yield from _read_lines(path, lambda line: (turn if line.startswith(b"{") else push).decode(line))
+    yield from _read_lines(path, lambda line: (turn if line.startswith(b"{") else push).decode(line), tail_bytes)
 
 
 def read_pushes(path: Path) -> Iterator[Push | None]:
@@ -355,8 +358,13 @@ def read_pushes(path: Path) -> Iterator[Push | None]:
     return (entry for entry in read_log(path) if entry is None or isinstance(entry, Push))
 
 
-def _read_lines(path: Path, decode: Callable[[bytes], msgspec.Struct]) -> Iterator[msgspec.Struct | None]:
+def _read_lines(path: Path, decode: Callable[[bytes], msgspec.Struct],
+                tail_bytes: int | None = None) -> Iterator[msgspec.Struct | None]:
     with open(path, "rb") as lines:
+        size = os.fstat(lines.fileno()).st_size
+        if tail_bytes is not None and size > tail_bytes:
+            lines.seek(size - tail_bytes)
+            lines.readline()                   # the rest of a line that begins before
         for line in lines:
             if not _is_whole(line):
                 yield None

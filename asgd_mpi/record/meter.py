@@ -25,11 +25,15 @@ class Meter:
         self._fresh()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the body as `name`, one of the time fields of Interval. Phases do not nest."""
+    def phase(self, name: str) -> Iterator[dict[str, float]]:
+        """Time the body as `name`, one of the time fields of Interval. Phases do not nest.
+
+        Yields a dict to put seconds of the body in that belong to other phases; they are no part of this one.
+        """
         started, self.doing = time.perf_counter(), name
-        yield
-        self.add(**{name: time.perf_counter() - started})
+        others: dict[str, float] = {}
+        yield others
+        self.add(**{name: time.perf_counter() - started - sum(others.values())}, **others)
 
     def add(self, **amounts: float) -> None:
         """Add to fields of Interval: seconds of a phase that was timed elsewhere, or counts."""

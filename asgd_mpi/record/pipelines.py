@@ -7,12 +7,13 @@ S pipelined. What was to be expected is that of the plan (`Cut`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from asgd_mpi.record.events import Cut
-from asgd_mpi.record.readings import Rank
+from asgd_mpi.record.readings import Rank, joined
+from asgd_mpi.record.starts import Restart
 
 
 class StageUse(msgspec.Struct):
@@ -46,10 +47,18 @@ class Pipelines(msgspec.Struct):
         return self.schedule == "columns"
 
 
-def pipelines(cut: Cut | None, ranks: Mapping[int, Rank], num_workers: int) -> Pipelines | None:
-    """None for a run whose networks are not cut."""
-    if cut is None:
+def pipelines(cuts: Mapping[int, Cut], starts: Sequence[Restart], files: Sequence[Rank]) -> Pipelines | None:
+    """Of the latest start that cut its networks, and those that cut them alike, for as many workers; None if none did.
+
+    `cuts`: by start; `files`: what each rank did in each start.
+    """
+    workers = {start.restart: start.num_workers for start in starts if start.restart in cuts}
+    if not workers:
         return None
+    latest = max(workers)
+    cut, num_workers = cuts[latest], workers[latest]
+    alike = {restart for restart, count in workers.items() if count == num_workers and _key(cuts[restart]) == _key(cut)}
+    ranks = {rank.rank: rank for rank in joined(file for file in files if alike.issuperset(file.starts))}
     uses = []
     for number in range(1, 1 + num_workers * cut.num_stages):
         stage, worker = divmod(number - 1, num_workers)        # see topology
@@ -63,3 +72,7 @@ def pipelines(cut: Cut | None, ranks: Mapping[int, Rank], num_workers: int) -> P
     whole = sum(ranks[use.worker + 1].pipelined for use in uses)
     measured = 1 - sum(use.passes for use in uses) / whole if whole else None
     return Pipelines(cut.num_stages, cut.num_parts, cut.schedule, cut.bubble, measured, uses)
+
+
+def _key(cut: Cut) -> tuple[int, int, str, list[str]]:
+    return cut.num_stages, cut.num_parts, cut.schedule, cut.begins

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,16 +28,17 @@ Status = Literal["finished", "failed", "left", "unfinished"]
 
 
 class Rank(msgspec.Struct):
-    """One metrics file: the sums of its intervals."""
+    """What a rank did in one role: the sums of its intervals, over the starts of the run in which it had that role."""
 
     rank: int
     role: str
+    starts: list[int] = []                     # 0 for the first
     host: str = "unknown"
     device: str = "unknown"
     status: Status = "unfinished"
     reason: str = ""
-    ended: float | None = None                 # Unix seconds of the End event
-    last_t: float | None = None                # Unix seconds of the last thing it wrote
+    ended: float | None = None                 # Unix seconds of the End event of the latest of these starts,
+    last_t: float | None = None                # ... and of the last thing it wrote
     num_threads: int = 1
     seconds: float = 0.0                       # covered by intervals
     phases: dict[str, float] = msgspec.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # seconds
@@ -54,17 +55,6 @@ class Epoch(msgspec.Struct):
     mean_loss: float | None = None             # training loss, every image weighing the same
 
 
-class Restart(msgspec.Struct):
-    """One start of a run."""
-
-    restart: int                               # 0 for the first
-    started: float                             # Unix seconds
-    ended: float                               # of the last thing that the server wrote
-    num_workers: int
-    version: int = 0                           # that it went on from
-    forgotten_pushes: int = 0                  # applied by it, after the checkpoint that the next start went on from
-
-
 class GpuUse(msgspec.Struct):
     """What NVML said of one GPU, over the run; whoever else used it is in it."""
 
@@ -76,11 +66,6 @@ class GpuUse(msgspec.Struct):
     memory_bytes: int | None = None            # the most that was in use,
     memory_total: int | None = None            # ... of so much
     energy_j: float | None = None              # between the first and the last reading of each start
-
-
-def gaps_s(starts: Sequence[Restart], until: float) -> float:
-    """Seconds between the end of a start and the next one, as far as they lie before `until`."""
-    return sum(max(0.0, min(after.started, until) - before.ended) for before, after in zip(starts, starts[1:]))
 
 
 class RankNote(msgspec.Struct):
@@ -131,12 +116,25 @@ def _is_possible(item: Event | Push) -> bool:
     return True
 
 
+def joined(files: Iterable[Rank]) -> list[Rank]:
+    """Add up the files, which are in the order of (rank, start), of the same rank in the same role."""
+    found: dict[tuple[int, str], Rank] = {}
+    for file in files:
+        before = found.get((file.rank, file.role))
+        found[file.rank, file.role] = file if before is None else msgspec.structs.replace(
+            file, starts=[*before.starts, *file.starts],
+            **{name: getattr(before, name) + getattr(file, name) for name in ("seconds", "hidden", "passes", "pipelined")},
+            phases={phase: before.phases[phase] + file.phases[phase] for phase in PHASES},
+            counts={counter: before.counts[counter] + file.counts[counter] for counter in COUNTERS})
+    return list(found.values())
+
+
 class Metrics:
-    """The sums over all metrics files."""
+    """The sums over all metrics files; times are on the clock of rank 0."""
 
     def __init__(self, bins: Bins) -> None:
         self._bins = bins
-        self.ranks: dict[int, Rank] = {}
+        self.files: list[Rank] = []                                    # each of one start
         self.num_workers = self.num_samples = self.total_samples = 0   # samples: of an epoch, of the run
         self.num_parameters = 0
         self.reads_own_pushes = True
@@ -144,15 +142,19 @@ class Metrics:
         self.last_t = -math.inf
         self.validations: list[tuple[int, Validation]] = []            # with the start of the run
         self.checkpoints: list[Checkpoint] = []
-        self.cut: Cut | None = None                                    # of the latest start
+        self.cuts: dict[int, Cut] = {}                                 # by start
         self.notes: list[RankNote] = []
         self.notes_left_out = 0
         self.retirements: list[Retirement] = []
         self.refusals: Counter[str] = Counter()                         # reason -> pushes
         self.given_up = 0                                               # positions left out of their epoch
-        self.restarts: dict[int, Restart] = {}
         self._gpus: dict[str, GpuUse] = {}
         self._energy: dict[tuple[str, int], tuple[float, float]] = {}  # GPU, start -> lowest and highest count
+
+    @property
+    def ranks(self) -> list[Rank]:
+        """By number; a rank that had another role in another start is there once for each."""
+        return joined(self.files)
 
     @property
     def gpus(self) -> list[GpuUse]:
@@ -164,23 +166,19 @@ class Metrics:
 
     def read(self, number: int, restart: int, events: Iterable[Event]) -> None:
         """Add up one metrics file: what a rank did in one start of the run."""
-        rank = self.ranks.setdefault(number, Rank(number, "worker" if number else "server"))
-        rank.status, rank.reason, rank.ended = "unfinished", "", None   # the latest start counts
+        before = [file.role for file in self.files if file.rank == number]
+        rank, offset_s = Rank(number, before[-1] if before else "worker" if number else "server", [restart]), 0.0
+        self.files.append(rank)
         for event in events:
-            self._add(rank, event)
+            if isinstance(event, Start):
+                offset_s = event.clock_offset_s
+            self._add(rank, event, offset_s)
             if isinstance(event, Gpu):
                 self._measure(rank, restart, event)
             elif isinstance(event, Validation):
                 self.validations.append((restart, event))
-            if not number:
-                self._see_start(restart, event)
-
-    def _see_start(self, restart: int, event: Event) -> None:
-        t = event.t1 if isinstance(event, Interval) else event.t
-        one = self.restarts.setdefault(restart, Restart(restart, t, t, 0))
-        one.ended = max(one.ended, t)
-        if isinstance(event, Start):
-            one.num_workers = event.num_workers
+            elif isinstance(event, Cut):
+                self.cuts[restart] = event
 
     def _measure(self, rank: Rank, restart: int, reading: Gpu) -> None:
         use = self._gpus.setdefault(reading.id, GpuUse(reading.id, rank.host))
@@ -195,8 +193,8 @@ class Metrics:
             low, high = self._energy.get((reading.id, restart), (math.inf, -math.inf))
             self._energy[reading.id, restart] = min(low, reading.energy_j), max(high, reading.energy_j)
 
-    def _add(self, rank: Rank, event: Event) -> None:
-        t = event.t1 if isinstance(event, Interval) else event.t
+    def _add(self, rank: Rank, event: Event, offset_s: float) -> None:
+        t = (event.t1 if isinstance(event, Interval) else event.t) + offset_s
         self.last_t = max(self.last_t, t)
         rank.last_t = t if rank.last_t is None else max(rank.last_t, t)
         match event:
@@ -209,22 +207,20 @@ class Metrics:
                     rank.phases[phase] += getattr(event, phase)
                 for counter in COUNTERS:
                     rank.counts[counter] += getattr(event, counter)
-                self._bins.add_interval(event, rank.rank)
+                self._bins.add_interval(event, rank.rank, offset_s)
             case Start():
                 rank.role, rank.host, rank.device = event.role, event.host, event.device
                 rank.num_threads = event.threads
                 self.num_parameters = max(self.num_parameters, event.num_parameters)
-                self.started = min(self.started, event.t)
+                self.started = min(self.started, t)
                 self.num_workers = max(self.num_workers, event.num_workers)
                 self.reads_own_pushes = self.reads_own_pushes and event.reads_own_pushes
                 self.num_samples = max(self.num_samples, event.num_samples)
                 self.total_samples = max(self.total_samples, event.total_samples)
             case Checkpoint():
                 self.checkpoints.append(event)
-            case Cut():
-                self.cut = event
             case Note() if len(self.notes) < MAX_NOTES:
-                self.notes.append(RankNote(event.t, rank.rank, event.text))
+                self.notes.append(RankNote(t, rank.rank, event.text))
             case Note():
                 self.notes_left_out += 1
             case Retirement():
@@ -233,7 +229,7 @@ class Metrics:
                 self.refusals[event.reason.partition(":")[0]] += 1
                 self.given_up += event.given_up
             case End():
-                rank.status, rank.reason, rank.ended = event.status, event.reason, event.t
+                rank.status, rank.reason, rank.ended = event.status, event.reason, t
 
 
 class Training:

@@ -25,8 +25,9 @@ from asgd_mpi.record import history
 from asgd_mpi.record.events import Checkpoint, Push, Retirement, Validation, read_events
 from asgd_mpi.record.pipelines import Pipelines, pipelines
 from asgd_mpi.record.readings import (
-    COUNTERS, Epoch, GpuUse, Lines, Metrics, Rank, RankNote, Restart, Status, Training, gaps_s)
+    COUNTERS, Epoch, GpuUse, Lines, Metrics, Rank, RankNote, Status, Training)
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.starts import Restart, gaps_s, seconds_outside, starts_of
 from asgd_mpi.record.timeline import Bins, Timeline
 from asgd_mpi.record.validations import Validations
 
@@ -47,7 +48,8 @@ class Worker(msgspec.Struct):
     share: float | None                        # of all images, 0..1
     images_per_s: float | None
     mean_staleness: float | None
-    is_straggler: bool                         # below half of the median images/s
+    is_straggler: bool                         # below half of the median images/s while it trains, and not retired
+    seconds: float | None = None               # of training, of the starts of the run in which it was a worker
 
 
 class Bin(msgspec.Struct):
@@ -117,6 +119,19 @@ class Summary(msgspec.Struct):
     read_retries: int = 0                      # reads of shards that failed and were repeated
     gpus: list[GpuUse] = []                    # those of which NVML told something
     pipelines: Pipelines | None = None         # if networks are cut into stages
+    checkpoints_there: list[str] = []          # paths within the run directory of those that have not been removed
+
+    @property
+    def best(self) -> Validation | None:
+        """The validation with the fewest errors, the first one of several: what the server keeps as the best."""
+        known = [score for score in self.validations if score.loss is not None]
+        return min(known, key=lambda score: (score.top1_error, score.t), default=None)
+
+    @property
+    def kept_checkpoints(self) -> list[Checkpoint]:
+        """Those that are still on the disk."""
+        there = set(self.checkpoints_there)
+        return [checkpoint for checkpoint in self.checkpoints if checkpoint.path in there]
 
     @property
     def energy_kwh(self) -> float | None:
@@ -136,38 +151,55 @@ class Summary(msgspec.Struct):
         return None if self.started is None else t - self.started - gaps_s(self.restarts, t)
 
     @property
+    def paused_s(self) -> float:
+        """Seconds between the starts, of `duration_s`."""
+        return gaps_s(self.restarts, math.inf)
+
+    @property
+    def present(self) -> list[Rank]:
+        """The ranks of the latest start, as what they are in it."""
+        return _latest(self.ranks)
+
+    @property
+    def crews(self) -> list[int]:
+        """The numbers of workers, one start after the other, each as often as it changes."""
+        counts = [start.num_workers for start in self.restarts if start.num_workers] or [self.num_workers]
+        return [count for number, count in enumerate(counts) if not number or count != counts[number - 1]]
+
+    @property
     def stragglers(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.is_straggler]
 
 
 def summarize(run: RunDir) -> Summary:
     """Compute the `Summary` of a run: finished, failed, killed or still going."""
-    lines, bins = Lines(run), Bins()
+    starts = starts_of(run)
+    lines, bins = Lines(run), Bins(starts)
     metrics, training = Metrics(bins), Training(bins)
     for number, restart, path in run.metrics_files:
         metrics.read(number, restart, lines.read(read_events, path))
-    num_workers = metrics.num_workers or max(metrics.ranks, default=0)
+    ranks = metrics.ranks
+    _count_computing(starts, metrics.files)
+    num_workers = metrics.num_workers or max((rank.rank for rank in ranks), default=0)
     forgotten: list[Push] = []
     scores = Validations(metrics.validations, history.lineage(run), metrics.num_samples)
     pushes = (push for push in history.pushes(run, lines.read, forgotten) if push)
     checked = audit(training.watch(pushes, scores.see), metrics.num_samples, metrics.total_samples,
                     num_workers, metrics.reads_own_pushes)
 
-    ranks = [metrics.ranks[number] for number in sorted(metrics.ranks)]
     sent = {counter: sum(rank.counts[counter] for rank in ranks if rank.rank) for counter in COUNTERS}  # by the workers
     started = metrics.started if metrics.started < math.inf else training.first and training.first.t
     last_t = max(metrics.last_t, training.last_t)
     stopped = training.last_t if training.last else last_t
     training_s = _elapsed(started, stopped)
-    starts = [one for _, one in sorted(metrics.restarts.items())]
     training_s = training_s and max(0.0, training_s - gaps_s(starts, stopped))
     images = training.images if training.last else sent["images"]
-    server = metrics.ranks.get(0, Rank(0, "server"))
+    server = ranks[0] if ranks and not ranks[0].rank else Rank(0, "server")
     settings, versions = _read_config(run, checked.num_workers, lines.problems), _read_versions(run, lines.problems)
     status, reason = _status(run, ranks)
     return Summary(
         name=run.path.resolve().name, config={key: settings[key] for key in CONFIG_KEYS if settings.get(key) is not None}, settings=settings, versions=versions, status=status, reason=reason,
-        problems=_problems(run, metrics, checked.num_workers) + lines.problems + scores.problems, unreadable_lines=lines.unreadable,
+        problems=_problems(run, ranks, checked.num_workers) + lines.problems + scores.problems, unreadable_lines=lines.unreadable,
         num_workers=checked.num_workers, started=started, duration_s=_elapsed(started, last_t), training_s=training_s,
         images=images, images_per_s=_ratio(images, training_s), images_trained=sent["images"],
         skipped_images=training.skipped if training.last else sent["skipped_images"],
@@ -176,7 +208,7 @@ def summarize(run: RunDir) -> Summary:
         bytes_pushed=sent["bytes_pushed"], bytes_pushed_per_s=_ratio(sent["bytes_pushed"], training_s),
         bytes_fetched=sent["bytes_fetched"], bytes_fetched_per_s=_ratio(sent["bytes_fetched"], training_s),
         fetches=sent["fetches"], followed=sent["followed"], torn_reads=sent["torn_reads"],
-        workers=_workers(metrics, training, checked.num_workers, images, training_s), ranks=ranks,
+        workers=_workers(metrics, training, checked.num_workers, images, training_s, starts, stopped), ranks=ranks,
         staleness=_staleness(training.staleness), epochs=[epoch for _, epoch in sorted(training.epochs.items())],
         validations=scores.all(started), checkpoints=sorted(metrics.checkpoints, key=lambda checkpoint: checkpoint.t),
         notes=sorted(metrics.notes, key=lambda note: note.t), notes_left_out=metrics.notes_left_out,
@@ -188,7 +220,8 @@ def summarize(run: RunDir) -> Summary:
         server_busy=_ratio(server.phases["apply"] + server.phases["checkpoint"], server.seconds),
         timeline=bins.timeline(started, stopped, checked.num_workers), audit=checked,
         num_samples=metrics.num_samples, total_samples=metrics.total_samples, read_retries=sent["read_retries"],
-        gpus=metrics.gpus, pipelines=pipelines(metrics.cut, metrics.ranks, num_workers))
+        gpus=metrics.gpus, pipelines=pipelines(metrics.cuts, starts, metrics.files),
+        checkpoints_there=[str(path.relative_to(run.path)) for path in run.checkpoints_by_name])
 
 
 def _ratio(amount: float, whole: float | None) -> float | None:
@@ -199,22 +232,38 @@ def _elapsed(start: float | None, stop: float) -> float | None:
     return stop - start if start is not None and stop > start else None
 
 
-def _workers(metrics: Metrics, training: Training, num_workers: int, images: int,
-             training_s: float | None) -> list[Worker]:
+def _count_computing(starts: list[Restart], files: list[Rank]) -> None:
+    """Fill in the ranks that compute in each start; of workers without a metrics file, one each."""
+    counts = Counter(file.starts[0] for file in files if file.role in ("worker", "stage"))
+    for start in starts:
+        start.num_computing = max(counts[start.restart], start.num_workers)
+
+
+def _workers(metrics: Metrics, training: Training, num_workers: int, images: int, training_s: float | None,
+             starts: list[Restart], stopped: float) -> list[Worker]:
+    """A worker that was not there in all starts is as fast as it was while it was there."""
+    ranks = {rank.rank: rank for rank in metrics.ranks if rank.role == "worker"}
+    gone = {loss.rank for loss in metrics.retirements if loss.for_good}
     workers = []
     for number in range(1, num_workers + 1):
-        rank = metrics.ranks.get(number, Rank(number, "worker"))
-        sums = training.by_worker.get(number - 1, Counter())
-        if not training.last:
-            sums = rank.counts
+        rank = ranks.get(number, Rank(number, "worker", [start.restart for start in starts]))
+        sums = training.by_worker.get(number - 1, Counter()) if training.last else rank.counts
+        seconds = training_s and training_s - seconds_outside(starts, rank.starts, stopped)
         workers.append(Worker(
             number, rank.host, rank.device, sums["pushes"], sums["images"], _ratio(sums["images"], images),
-            _ratio(sums["images"], training_s), _ratio(sums["staleness"], sums["pushes"]) if training.last else None,
-            is_straggler=False))
-    median = statistics.median(worker.images for worker in workers) if workers else 0
-    for worker in workers:
-        worker.is_straggler = worker.images < median / 2
+            _ratio(sums["images"], seconds), _ratio(sums["staleness"], sums["pushes"]) if training.last else None,
+            is_straggler=False, seconds=seconds))
+    speeds = [_speed(worker, ranks.get(worker.rank)) for worker in workers]
+    median = statistics.median(speeds) if speeds else 0
+    for worker, speed in zip(workers, speeds):
+        worker.is_straggler = worker.rank not in gone and speed < median / 2
     return workers
+
+
+def _speed(worker: Worker, rank: Rank | None) -> float:
+    """Images/s while it had images to train on: without its validations, and its waits for a lease."""
+    away = (rank.phases["validate"] + rank.phases["idle"]) / rank.seconds if rank and rank.seconds else 0.0
+    return (worker.images_per_s or 0.0) / (1 - away) if away < 1 else 0.0
 
 
 def _staleness(counts: Counter[int]) -> Staleness | None:
@@ -233,7 +282,7 @@ def _status(run: RunDir, ranks: list[Rank]) -> tuple[Status, str]:
     server = ranks[0] if ranks and ranks[0].rank == 0 else None
     if server and server.status in ("finished", "left"):
         return server.status, server.reason
-    failed = [rank for rank in ranks if rank.status == "failed"]
+    failed = [rank for rank in _latest(ranks) if rank.status == "failed"]
     if failed:
         first = min(failed, key=lambda rank: rank.ended)
         return "failed", f"rank {first.rank}: {first.reason or 'no reason given'}"
@@ -243,16 +292,22 @@ def _status(run: RunDir, ranks: list[Rank]) -> tuple[Status, str]:
     return "unfinished", "killed or still running"
 
 
-def _problems(run: RunDir, metrics: Metrics, num_workers: int) -> list[str]:
+def _latest(ranks: list[Rank]) -> list[Rank]:
+    """Return the ranks of the latest start of the run, as what they are in it."""
+    latest = max((restart for rank in ranks for restart in rank.starts), default=0)
+    return [rank for rank in ranks if latest in rank.starts]
+
+
+def _problems(run: RunDir, ranks: list[Rank], num_workers: int) -> list[str]:
     """What the metrics lack."""
-    problems = []
-    if not metrics.ranks:
+    problems, numbers = [], {rank.rank for rank in ranks}
+    if not ranks:
         problems.append("metrics/ holds no file: no rank got as far as writing one.")
-    elif missing := [rank for rank in range(num_workers + 1) if rank not in metrics.ranks]:
+    elif missing := [rank for rank in range(num_workers + 1) if rank not in numbers]:
         problems.append(f"metrics are missing for {len(missing)} of {num_workers + 1} ranks: {_some(missing)}.")
-    if open_ranks := [rank.rank for rank in metrics.ranks.values() if rank.ended is None]:
+    if open_ranks := [rank.rank for rank in _latest(ranks) if rank.ended is None]:
         problems.append(f"no End event from rank {_some(sorted(open_ranks))}: killed or still running.")
-    for rank in metrics.ranks.values():
+    for rank in ranks:
         named = sum(rank.phases.values())
         if abs(named - rank.seconds) > 0.01 * rank.seconds:
             problems.append(f"rank {rank.rank}: its phases add up to {named:.1f} s, "

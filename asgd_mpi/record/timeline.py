@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from asgd_mpi.record.events import Interval, Push
+from asgd_mpi.record.starts import Restart, gaps_s
 
 FINEST_S = 0.25
 MAX_BINS = 128
@@ -27,7 +29,7 @@ class WorkerSeries(msgspec.Struct):
 
 
 class Timeline(msgspec.Struct):
-    """Times are seconds after the first Start; rates are per second over the bin."""
+    """Times are training seconds, without those between the starts of a run; rates are per second over the bin."""
 
     width_s: float = FINEST_S
     t: list[float] = msgspec.field(default_factory=list)            # middle of the bin
@@ -85,17 +87,18 @@ class _Span:
 
 
 class Bins:
-    """Adds up a run by time; `timeline` reads the result."""
+    """Adds up a run by time; `timeline` reads the result. `starts`: of the run, whose pauses are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, starts: Sequence[Restart] = ()) -> None:
+        self._starts = starts
         self._width_s = FINEST_S
-        self._bins: dict[int, _Bin] = {}       # n -> the bin of [n, n + 1) widths, in Unix time
+        self._bins: dict[int, _Bin] = {}       # n -> the bin of [n, n + 1) widths, in Unix time less the pauses before
         self._low, self._high = math.inf, -math.inf
 
     def add_push(self, push: Push) -> None:
-        images = push.positions - push.skipped
-        self._reach(push.t)
-        into = self._bin(math.floor(push.t / self._width_s))
+        images, t = push.positions - push.skipped, self._at(push.t)
+        self._reach(t)
+        into = self._bin(math.floor(t / self._width_s))
         into.images += images
         into.pushes += 1
         into.staleness += push.staleness
@@ -104,16 +107,19 @@ class Bins:
         into.lr += push.lr
         into.applied[push.worker] += images
 
-    def add_interval(self, interval: Interval, rank: int) -> None:
-        """Spread an interval evenly over the bins that it touches."""
+    def add_interval(self, interval: Interval, rank: int, offset_s: float = 0.0) -> None:
+        """Spread an interval evenly over the bins that it touches. `offset_s`: to add to this rank's times."""
+        begin, end = self._at(interval.t0 + offset_s), self._at(interval.t1 + offset_s)
         length = interval.t1 - interval.t0
         if length <= 0:
             return
-        self._reach(interval.t0)
-        self._reach(interval.t1)
+        self._reach(begin)
+        self._reach(end)
         busy_s = interval.apply + interval.checkpoint
-        for number in range(math.floor(interval.t0 / self._width_s), math.floor(interval.t1 / self._width_s) + 1):
-            covered = min(interval.t1, (number + 1) * self._width_s) - max(interval.t0, number * self._width_s)
+        for number in range(math.floor(begin / self._width_s), math.floor(end / self._width_s) + 1):
+            covered = min(end, (number + 1) * self._width_s) - max(begin, number * self._width_s)
+            if end - begin < length:           # written when rank 0 had ended: what is left goes where it ended
+                covered += (length - (end - begin)) * (number == math.floor(end / self._width_s))
             into = self._bin(number)
             if rank == 0:
                 into.busy_s += busy_s * covered / length
@@ -130,6 +136,7 @@ class Bins:
         """
         if started is None or not stopped > started:
             return Timeline()
+        started, stopped = self._at(started), self._at(stopped)
         self._reach(started)
         self._reach(stopped)
         spans = _spans(self._bins, self._width_s, started, stopped)
@@ -149,6 +156,9 @@ class Bins:
             worker_median=[statistics.median(rates) for rates in zip(*workers)],
             worker_highest=[max(rates) for rates in zip(*workers)],
             workers=_chosen(workers))
+
+    def _at(self, t: float) -> float:
+        return t - gaps_s(self._starts, t)
 
     def _bin(self, number: int) -> _Bin:
         found = self._bins.get(number)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asgd_mpi.record.summary import Summary
+from asgd_mpi.report import units
 
 CLAIMS = ("every version was made by exactly one push, in one order",
           "no gradient was computed on weights newer than itself or, without overlap, older than its worker's last push",
@@ -78,7 +79,7 @@ def _epochs(summary: Summary) -> list[EpochAccount]:
 def _text(summary: Summary, epochs: list[EpochAccount], claims: tuple[str, ...], violations: list[str],
           is_over: bool) -> str:
     state = summary.status + (f" ({summary.reason})" if summary.reason else "")
-    lines = [f"{summary.name}: {state}; {summary.num_workers} workers, {summary.audit.num_pushes:,} pushes", "",
+    lines = [f"{summary.name}: {state}; {units.workers(summary.crews)}, {units.count(summary.audit.num_pushes, 'push', 'pushes')}", "",
              f"{'epoch':>8}{'due':>12}{'used':>12}{'repeated':>12}{'missing':>12}"]
     total = [sum(column) for column in zip(*((row.due, row.used, row.repeated, row.missing) for row in epochs))] or [0] * 4
     rows = [(f"{row.epoch}", (row.due, row.used, row.repeated, row.missing)) for row in epochs]

@@ -1,8 +1,9 @@
 """Several runs side by side: what more workers bring in images/s, in time to an accuracy, and for the money. Pure.
 
-Speed-up and efficiency are against the runs with the fewest workers, taken as ideal. The limit is fitted:
-images/s X(N) = 1 / (c / N + b), with c a worker's seconds for an image and b the seconds that the shared part (server,
-link, cores) needs for one; 1 / b is the limit. Least squares on the relative error: X_i c / N_i + X_i b = 1.
+Speed-up and efficiency are against the runs with one worker; without one there are none. The limit is fitted to three numbers
+of workers or more: images/s X(N) = 1 / (c / N + b), with c a worker's seconds for an image and b the seconds that the shared
+part (server, link, cores) needs for one; 1 / b is the limit. Least squares on the relative error: X_i c / N_i + X_i b = 1.
+A run whose starts had different numbers of workers has no place on that line.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from asgd_mpi.report import cost as costs
 from asgd_mpi.report.units import count, number, percent, seconds
 from asgd_mpi.report.verdict import MARGIN, SYNC, Verdict, is_sync, judge
 
+FEWEST_SIZES = 3      # numbers of workers to fit two numbers to: with two, any law would do
 VARIED = ("rule.name", "rule.warm_start_epochs", "exchange.n_push", "exchange.n_fetch")   # columns of the comparison
 
 
@@ -37,14 +39,15 @@ class Entry(msgspec.Struct):
 
     name: str
     status: str
-    num_workers: int
+    num_workers: int                           # the most at a time,
+    crews: list[int]                           # ... and one start after the other
     rule: str
     n_push: int | str                          # batches in a push, or auto
     warm_start_epochs: float                   # 0: cold
     num_validations: int
     seconds: float | None                      # of training
     images_per_s: float | None
-    speedup: float | None
+    speedup: float | None                      # over one worker
     efficiency: float | None                   # speedup / workers
     mean_staleness: float | None
     server_busy: float | None
@@ -77,7 +80,7 @@ class Comparison(msgspec.Struct):
     entries: list[Entry]                       # by workers
     differences: dict[str, list[str]]          # setting -> its values, if they differ
     target_accuracy: float | None              # 0..1
-    fit: Fit | None                            # of the runs of one rule
+    fit: Fit | None                            # of the runs that do not wait for each other, if they have one rule and n_push
     sentences: list[str]
     verdict: Verdict | None = None             # if synchronous and asynchronous runs are compared
 
@@ -88,10 +91,10 @@ def compare(summaries: Sequence[Summary], target_accuracy: float | None = None,
     summaries = sorted(summaries, key=lambda summary: (summary.num_workers, summary.name))
     if target_accuracy is None:
         target_accuracy = _default_target(summaries)
-    base = _base([summary for summary in summaries if summary.images_per_s])
+    base = _base(summaries)
     entries = [_entry(summary, base, target_accuracy, price_per_gpu_hour) for summary in summaries]
-    found = fit([(entry.num_workers, entry.images_per_s) for entry in entries
-                 if entry.images_per_s and not is_sync(entry)])
+    alike = [entry for entry in entries if entry.images_per_s and not is_sync(entry) and len(entry.crews) == 1]
+    found = fit([(entry.num_workers, entry.images_per_s) for entry in alike]) if _are_of_one_kind(alike) else None
     return Comparison(entries, _differences(summaries), target_accuracy, found,
                       _sentences(entries, found, target_accuracy), judge(entries, target_accuracy))
 
@@ -113,8 +116,8 @@ def _best_accuracy(summary: Summary) -> float | None:
 
 
 def fit(points: Sequence[tuple[int, float]]) -> Fit | None:
-    """Fit the limit to (workers, images/s); None with fewer than two different numbers of workers."""
-    if len({num_workers for num_workers, _ in points}) < 2:
+    """Fit the limit to (workers, images/s); None with fewer than FEWEST_SIZES different numbers of workers."""
+    if len({num_workers for num_workers, _ in points}) < FEWEST_SIZES:
         return None
     rows = [(rate / num_workers, rate) for num_workers, rate in points]
     uu, uv, vv = (sum(a * b for a, b in pairs) for pairs in (
@@ -127,30 +130,32 @@ def fit(points: Sequence[tuple[int, float]]) -> Fit | None:
     return Fit(worker_s, shared_s) if shared_s > 0 else Fit(u1 / uu, 0.0)
 
 
+def _are_of_one_kind(entries: Sequence[Entry]) -> bool:
+    return len({(entry.rule, entry.n_push) for entry in entries}) == 1
+
+
 def first_at(scores: Sequence[Validation], accuracy: float) -> Validation | None:
     return next((score for score in scores if 1 - score.top1_error >= accuracy - 1e-9), None)
 
 
-def _base(summaries: list[Summary]) -> float | None:
-    """Images/s of one worker in the runs with the fewest."""
-    if not summaries:
-        return None
-    fewest = summaries[0].num_workers
-    rates = [summary.images_per_s / fewest for summary in summaries if summary.num_workers == fewest]
-    return sum(rates) / len(rates)
+def _base(summaries: Sequence[Summary]) -> float | None:
+    """Images/s of one worker, the mean of the runs with one; None if none was measured."""
+    rates = [summary.images_per_s for summary in summaries if summary.images_per_s and summary.crews == [1]]
+    return sum(rates) / len(rates) if rates else None
 
 
 def _entry(summary: Summary, base: float | None, target: float | None, price_per_gpu_hour: float | None) -> Entry:
     cost = None if price_per_gpu_hour is None else costs.price(summary, price_per_gpu_hour)
-    speedup = summary.images_per_s / base if summary.images_per_s and base else None
+    is_on_the_line = summary.images_per_s and base and len(summary.crews) == 1
+    speedup = summary.images_per_s / base if is_on_the_line else None
     score = first_at(summary.validations, target) if target is not None else None
     elapsed = score and summary.seconds_at(score.when)
     reached = None
     if elapsed and elapsed > 0:
         reached = Reached(elapsed, score.samples, score.epoch, score.samples / elapsed,
-                          cost and cost.num_gpus * cost.price_per_gpu_hour * elapsed / 3600)
+                          cost and costs.cost_until(cost, summary, score.when))
     shown = summary.config
-    return Entry(summary.name, summary.status, summary.num_workers, shown.get("rule.name", "asgd"),
+    return Entry(summary.name, summary.status, summary.num_workers, summary.crews, shown.get("rule.name", "asgd"),
                  shown.get("exchange.n_push", 1), shown.get("rule.warm_start_epochs", 0.0), len(summary.validations),
                  summary.training_s, summary.images_per_s, speedup, speedup and speedup / summary.num_workers,
                  summary.staleness and summary.staleness.mean, summary.server_busy, _best_accuracy(summary), reached,
@@ -169,6 +174,11 @@ def _differences(summaries: list[Summary]) -> dict[str, list[str]]:
 def _sentences(entries: list[Entry], found: Fit | None, target: float | None) -> list[str]:
     """What the comparison says, with the numbers."""
     sentences = []
+    measured = [entry for entry in entries if entry.images_per_s and len(entry.crews) == 1]
+    if measured and not any(entry.speedup for entry in entries):
+        sentences.append("No run had one worker: what several gain over one was not measured, and is not told.")
+    if mixed := [entry.name for entry in entries if len(entry.crews) > 1]:
+        sentences.append(f"The starts of {', '.join(mixed)} had different numbers of workers: no speed-up is told of it, and no fit.")
     if found and found.limit:
         most = max(entry.num_workers for entry in entries)
         half = found.half_gain_workers
@@ -176,6 +186,8 @@ def _sentences(entries: list[Entry], found: Fit | None, target: float | None) ->
             f"More workers of this kind reach at most about {number(found.limit, 0)} images/s; from "
             f"{count(max(1, round(half)), 'worker')} on, a further one adds less than half of what the first did"
             f"{'' if half <= most else f' (beyond the {most} measured: an extrapolation)'}.")
+    elif found is None and len({entry.num_workers for entry in measured}) > 1:
+        sentences.append(f"No limit is fitted: that takes runs of one rule and n_push with {FEWEST_SIZES} numbers of workers or more.")
     elif found:
         sentences.append("Up to here images/s grow in proportion to the workers: these runs show no limit.")
     there = [entry for entry in entries if entry.reached]

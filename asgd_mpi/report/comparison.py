@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -27,10 +28,10 @@ def page(comparison: Comparison, summaries: Sequence[Summary]) -> str:
     drawn = []
     with matplotlib.rc_context(SETTINGS):
         for name, title, caption, figure in (
-                ("scaling", "Images per second against workers", "Dashed: the ideal, in proportion to the workers of the "
-                 "smallest run. Solid: the fit, and its limit.", _scaling(comparison)),
-                ("efficiency", "Efficiency and time to the target", "Left: images/s of a worker, against that in the smallest "
-                 "run. Right: time to the target accuracy.", _efficiency(comparison)),
+                ("scaling", "Images per second against workers", "Dashed: the ideal, in proportion to one worker. "
+                 "Solid: the fit, and its limit.", _scaling(comparison)),
+                ("efficiency", "Efficiency and time to the target", "Left: images/s of a worker, against one that is alone. "
+                 "Right: time to the target accuracy.", _efficiency(comparison)),
                 ("curves", "Accuracy", f"Top-1, against time and against samples; at most {MAX_CURVES} runs are drawn.",
                  _curves(comparison, summaries)),
                 ("grid", "Workers x n_sync", "As in Paine et al. 2013: colours are workers, line styles batches in a push. "
@@ -42,21 +43,21 @@ def page(comparison: Comparison, summaries: Sequence[Summary]) -> str:
 
 
 def _scaling(comparison: Comparison) -> Figure | None:
-    points = [(entry.num_workers, entry.images_per_s, entry.speedup) for entry in comparison.entries if entry.images_per_s]
-    if not points:
+    entries = [entry for entry in comparison.entries if entry.images_per_s and len(entry.crews) == 1]
+    if not entries:
         return None
     figure, axes = canvas()
-    most = max(num_workers for num_workers, _, _ in points)
-    one_worker = points[0][1] / points[0][2]
-    axes.plot([0, most], [0, most * one_worker], color=FAINT, linestyle="--", linewidth=1, label="ideal")
+    most = max(entry.num_workers for entry in entries)
+    one_worker = next((entry.images_per_s / entry.speedup for entry in entries if entry.speedup), math.inf)
+    if math.isfinite(one_worker):
+        axes.plot([0, most], [0, most * one_worker], color=FAINT, linestyle="--", linewidth=1, label="ideal")
     if comparison.fit:
         grid = [most * (i + 1) / 100 for i in range(120)]
         axes.plot(grid, [comparison.fit.images_per_s(n) for n in grid], color=BLUE, linewidth=1.2, label="fit")
         if comparison.fit.limit and comparison.fit.limit < 1.3 * most * one_worker:
             axes.axhline(comparison.fit.limit, color=RED, linestyle=":", linewidth=1.2, label="fitted limit")
     for kind, colour in (("measured", BLUE), ("synchronous", ORANGE)):
-        shown = [(entry.num_workers, entry.images_per_s) for entry in comparison.entries
-                 if entry.images_per_s and is_sync(entry) == (kind == "synchronous")]
+        shown = [(entry.num_workers, entry.images_per_s) for entry in entries if is_sync(entry) == (kind == "synchronous")]
         if shown:
             axes.plot(*zip(*shown), "o", color=colour, markersize=5, label=kind)
     axes.set(xlabel="workers", ylabel="images/s")
@@ -68,12 +69,12 @@ def _scaling(comparison: Comparison) -> Figure | None:
 
 
 def _efficiency(comparison: Comparison) -> Figure | None:
-    if not any(entry.efficiency for entry in comparison.entries):
+    if not any(entry.efficiency or entry.reached for entry in comparison.entries):
         return None
     figure, (efficiency, time) = canvas(1, 2)
     scale, unit = clock(max((entry.reached.seconds for entry in comparison.entries if entry.reached), default=0.0))
     for is_this, colour in ((False, BLUE), (True, ORANGE)):
-        entries = [entry for entry in comparison.entries if is_sync(entry) == is_this]
+        entries = [entry for entry in comparison.entries if is_sync(entry) == is_this and len(entry.crews) == 1]
         rows = ([(entry.num_workers, 100 * entry.efficiency) for entry in entries if entry.efficiency],
                 [(entry.num_workers, entry.reached.seconds / scale) for entry in entries if entry.reached])
         for axes, points in zip((efficiency, time), rows):

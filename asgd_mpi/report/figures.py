@@ -78,7 +78,7 @@ def in_thousands(axis, num_ticks: int = 6) -> None:
 
 def _times(summary: Summary) -> tuple[list[float], float, str]:
     scale, unit = clock(summary.timeline.t[-1])
-    return [t / scale for t in summary.timeline.t], scale, f"time ({unit})"
+    return [t / scale for t in summary.timeline.t], scale, f"training time ({unit})"
 
 
 def _speed(summary: Summary) -> Figure | None:
@@ -113,24 +113,24 @@ def _mark_events(axes, summary: Summary, scale: float) -> None:
     lines = {"failed": (RED, "-", []), "retired": (RED, (0, (4, 2)), []), "restart": (INK, "-", []),
              "ended early": (ORANGE, ":", []), "checkpoint": (GREEN, (0, (1, 2)), [])}
     latest = max((rank.last_t for rank in summary.ranks if rank.last_t is not None), default=0.0)
-    quiet = max(5.0, 0.02 * (summary.duration_s or 0.0))
+    quiet, present = max(5.0, 0.02 * (summary.training_s or 0.0)), summary.present
     for rank in summary.ranks:
         if rank.status == "failed":
             lines["failed"][2].append(rank.ended)
-        elif rank.last_t is not None and rank.last_t < latest - quiet:
+        elif rank in present and rank.last_t is not None and rank.last_t < latest - quiet:
             lines["ended early"][2].append(rank.last_t)
     lines["retired"][2].extend(loss.t for loss in summary.retirements[:20])
     lines["restart"][2].extend(start.started for start in summary.restarts[1:20])
     lines["checkpoint"][2].extend(checkpoint.t for checkpoint in summary.checkpoints[-20:])
     for name, (colour, style, times) in lines.items():
         for number, t in enumerate(times):
-            axes.axvline((t - summary.started) / scale, color=colour, linestyle=style, linewidth=1.2,
+            axes.axvline(summary.seconds_at(t) / scale, color=colour, linestyle=style, linewidth=1.2,
                          label=name if not number else None)
 
 
 def _split(summary: Summary) -> Figure | None:
     rows = _bars([rank for rank in summary.ranks if rank.seconds],
-                 {worker.rank: worker.images for worker in summary.workers})
+                 {worker.rank: worker.images_per_s or 0.0 for worker in summary.workers})
     if not rows:
         return None
     figure, axes = canvas(height=1.3 + 0.24 * len(rows))
@@ -149,21 +149,19 @@ def _split(summary: Summary) -> Figure | None:
     return figure
 
 
-def _bars(ranks: list[Rank], images: dict[int, int]) -> list[tuple[str, dict[str, float], float]]:
-    """(name, phases, seconds) of each rank or, of many, of the server, all workers, and the slowest and fastest."""
+def _bars(ranks: list[Rank], images_per_s: dict[int, float]) -> list[tuple[str, dict[str, float], float]]:
+    """(name, phases, seconds) of each rank or, of many, of the servers, all workers, and the slowest and fastest."""
     def row(rank: Rank) -> tuple[str, dict[str, float], float]:
-        return f"rank {rank.rank}" + ("" if rank.rank else ", server"), rank.phases, rank.seconds
+        return f"rank {rank.rank}" + ("" if rank.role == "worker" else f", {rank.role}"), rank.phases, rank.seconds
 
-    workers = [rank for rank in ranks if rank.rank]
-    if len(ranks) <= MAX_BARS:
-        return [row(rank) for rank in ranks]
+    workers, servers = ([rank for rank in ranks if rank.role == role] for role in ("worker", "server"))
+    if len(ranks) <= MAX_BARS or not workers:
+        return [row(rank) for rank in ranks[:MAX_BARS]]
     total = sum(rank.seconds for rank in workers)
     mean = {phase: sum(rank.phases[phase] for rank in workers) for phase in PHASES}
-    by_speed = sorted(workers, key=lambda rank: images.get(rank.rank, 0))
-    shown = [*ranks[:len(ranks) - len(workers)], *by_speed[:5], *by_speed[-5:]]
-    rows = [row(rank) for rank in shown]
-    rows.insert(len(ranks) - len(workers), (f"all {len(workers)} workers", mean, total))
-    return rows
+    by_speed = sorted(workers, key=lambda rank: images_per_s.get(rank.rank, 0.0))
+    shown = by_speed if len(workers) <= 10 else [*by_speed[:5], *by_speed[-5:]]
+    return [*map(row, servers[:5]), (f"all {len(workers)} workers", mean, total), *map(row, shown)]
 
 
 def _staleness(summary: Summary) -> Figure | None:
@@ -174,7 +172,8 @@ def _staleness(summary: Summary) -> Figure | None:
     figure, (over_time, histogram) = canvas(1, 2, sharey=False)
     over_time.step(t, _gaps(line.staleness_max), where="mid", color=GREY, linewidth=0.9, label="largest")
     over_time.step(t, _gaps(line.staleness), where="mid", color=PURPLE, label="mean")
-    over_time.axhline(summary.num_workers - 1, color=FAINT, linewidth=0.9, linestyle="--", label="workers - 1")
+    if len(summary.crews) == 1:
+        over_time.axhline(summary.num_workers - 1, color=FAINT, linewidth=0.9, linestyle="--", label="workers - 1")
     over_time.set(xlabel=label, ylabel="staleness (versions)")
     from_zero(over_time)
     over_time.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.1, columnspacing=0.8,

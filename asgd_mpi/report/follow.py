@@ -11,7 +11,7 @@ import time
 
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import Summary, summarize
-from asgd_mpi.report.units import number, percent, seconds
+from asgd_mpi.report.units import count, number, percent, seconds, workers
 
 PAUSE_S = 2.0
 SHARE = 9             # pauses are at least this many times as long as reading took
@@ -39,13 +39,13 @@ def follow(run: RunDir) -> None:
 def screen(summary: Summary, now: float) -> str:
     """The state at `now`, Unix seconds, as lines of at most 80 columns or so."""
     line, last = summary.timeline, summary.validations[-1] if summary.validations else None
-    ran_s = None if summary.started is None else (now if summary.status == "unfinished" else _end(summary)) - summary.started
+    ran_s = None if summary.started is None else summary.seconds_at(now if summary.status == "unfinished" else _end(summary))
     reason = f" ({_plain(summary.reason)})" if summary.status == "failed" else ""
     rows = [
-        ("run", f"{_plain(summary.name)}, {summary.status}{reason}, {seconds(ran_s)}, {summary.num_workers} workers"),
+        ("run", f"{_plain(summary.name)}, {summary.status}{reason}, {seconds(ran_s)}, {workers(summary.crews)}"),
         ("images/s", f"{number(line.images_per_s[-1] if line.t else None, 0)} now, {number(summary.images_per_s, 0)} mean"),
         ("", _spark(line.images_per_s[-60:])),
-        ("epochs", f"{number(summary.epochs_done, 2)}, {summary.images:,} images"),
+        ("epochs", f"{number(summary.epochs_done, 2)}, {count(summary.images, 'image')}"),
         ("loss", f"{number(_newest(line.loss), 4)}, learning rate {_newest(line.lr) or 0:.4g}"),
         ("accuracy", f"{percent(1 - last.top1_error, 2)} at epoch {last.epoch:.1f}" if last else "not validated yet"),
         ("staleness", f"{number(_newest(line.staleness), 2)} now, "
@@ -54,7 +54,7 @@ def screen(summary: Summary, now: float) -> str:
     ]
     if summary.stragglers:
         rows.append(("stragglers", _ranks([worker.rank for worker in summary.stragglers])))
-    silent = [rank.rank for rank in summary.ranks
+    silent = [rank.rank for rank in summary.present
               if rank.ended is None and rank.last_t is not None and now - rank.last_t > SILENT_S]
     if silent and summary.status == "unfinished":
         rows.append(("silent", f"{_ranks(silent)}: no line for {SILENT_S:.0f} s or more"))

@@ -39,8 +39,14 @@ def _template(name: str) -> jinja2.Template:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_plain)
     environment.filters.update(number=units.number, rate=units.rate, percent=units.percent, seconds=units.seconds,
-                               size=units.size, thin=thin, left_out=left_out, bar=_bar)
+                               size=units.size, short=units.short, count=units.count, workers=units.workers, gpus=gpus,
+                               thin=thin, left_out=left_out, bar=_bar)
     return environment.get_template(name)
+
+
+def gpus(cost: Cost) -> str:
+    """`4 GPUs`, `2 ranks without a GPU, each priced as one,`; of a run whose starts had more or fewer, the most."""
+    return units.count(cost.num_gpus, "rank") + " without a GPU, each priced as one," if cost.is_cpu else units.count(cost.num_gpus, "GPU")
 
 
 def thin(rows: Sequence[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ up to three threads: `phases`, the stretches that `--record.spans` wrote; `inter
 seconds of every phase; on the server `pushes`, one mark for each applied push. Validations, checkpoints and notes are marks.
 
 Times are microseconds after the first Start, on the clock of rank 0: each rank's own, plus the offset that it measured when
-it started, so they are right to `clock_error_s` and to what the clocks drifted since.
+it started, so they are right to `clock_error_s` and to what the clocks drifted since. The time between two starts is there.
 
 The file is bounded: of more than MAX_EVENTS intervals or pushes, one of n is kept, and `otherData` says so. Spans are
 bounded when they are written.
@@ -13,8 +13,7 @@ bounded when they are written.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -35,8 +34,7 @@ MARKS = {Validation: "validation", Checkpoint: "checkpoint", Note: "note", End: 
 def write_trace(run: RunDir, path: Path) -> list[str]:
     """Write the trace of a run to `path`; returns what was left out or could not be read. Raises RunDirError."""
     lines, encode = Lines(run), msgspec.json.Encoder().encode
-    files = {file: int(found[1]) for file in sorted(run.metrics.glob("rank*.jsonl"))
-             if (found := re.match(r"rank(\d+)", file.name))}
+    files = {file: rank for rank, _, file in run.metrics_files}
     starts = [event for file in files for event in _starts(file)]
     zero = min((event.t + event.clock_offset_s for event in starts), default=None)
     every = _stride(files), _stride([run.pushes_of(restart) for restart in run.restarts])
@@ -78,7 +76,7 @@ def _stride(files) -> int:
 
 def _events(run: RunDir, lines: Lines, files: dict[Path, int], zero: float | None, every_interval: int,
             every_push: int) -> Iterator[dict]:
-    server_offset = 0.0
+    server_offset, roles = 0.0, {}
     for file, rank in files.items():
         offset, number = 0.0, 0
         for event in lines.read(read_events, file):
@@ -87,12 +85,14 @@ def _events(run: RunDir, lines: Lines, files: dict[Path, int], zero: float | Non
             if isinstance(event, Start):
                 offset = event.clock_offset_s
                 server_offset = offset if rank == 0 else server_offset
-                yield from _names(event, rank)
+                roles.setdefault(rank, []).append(event)
             elif isinstance(event, Interval):
                 number += 1
                 if number % every_interval:
                     continue
             yield from _laid(event, rank, lambda t: round(1e6 * (t + offset - zero), 1))
+    for rank, starts in roles.items():
+        yield from _names(rank, starts)
     kept, number = {session.restart: session.kept for session in lineage(run)}, 0
     for restart in run.restarts or [0]:
         until = kept.get(restart, 0)
@@ -103,9 +103,10 @@ def _events(run: RunDir, lines: Lines, files: dict[Path, int], zero: float | Non
                 yield _mark("push", 0, PUSHES, round(1e6 * (push.t + server_offset - zero), 1), facts)
 
 
-def _names(start: Start, rank: int) -> Iterator[dict]:
-    name = f"rank {rank}, {start.role} ({start.device} on {start.host})"
-    yield {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": name}}
+def _names(rank: int, starts: Sequence[Start]) -> Iterator[dict]:
+    """What the rank was, in one start of the run after the other."""
+    places = list(dict.fromkeys(f"{start.role} ({start.device} on {start.host})" for start in starts))
+    yield {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}, {', then '.join(places)}"}}
     yield {"name": "process_sort_index", "ph": "M", "pid": rank, "args": {"sort_index": rank}}
     for thread, title in THREADS.items():
         if thread != PUSHES or rank == 0:

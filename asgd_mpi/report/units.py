@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 NONE = "n/a"
 
 
@@ -9,9 +11,14 @@ def number(value: float | None, digits: int = 1) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
-def count(number: int, thing: str) -> str:
-    """`1 worker`, `1,200 workers`."""
-    return f"{number:,} {thing}{'s' * (number != 1)}"
+def count(number: int, thing: str, things: str = "") -> str:
+    """`1 worker`, `1,200 workers`, `2 pushes`."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
+def workers(crews: Sequence[int]) -> str:
+    """`1 worker`; of a run whose starts had different numbers of them, `3, then 2 workers`."""
+    return ", then ".join(f"{crew:,}" for crew in crews[:-1]) + (", then " if crews[1:] else "") + count(crews[-1], "worker")
 
 
 def rate(value: float | None) -> str:
@@ -23,12 +30,14 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def seconds(value: float | None) -> str:
+    """A duration of a second or so up: `0.35 s`, `24.0 s`, `2 min 05 s`, `1 h 02 min 05 s`."""
     if value is None:
         return NONE
     if value < 120:
-        return f"{value:.1f} s"
+        return f"{value:.{1 if value >= 1 else 2}f} s"
     minutes, rest = divmod(round(value), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min") + f" {rest:02d} s"
 
 
 def short(value: float | None) -> str:

@@ -84,6 +84,8 @@ RULEBOOK = {
                          pacing=lambda rule, num_workers: Pacing(mean_of=0, backup=rule.backup)),
 }
 
+WAITING = ("sync", "sync_backup", "ssp")     # rules whose workers wait for each other
+
 
 _NEEDS_FLOAT32 = {"dc": "the compensation is a difference of weights that are nearly the same",       # by Entry.server
                   "elastic": "what is pushed is a difference of weights that are nearly the same"}

@@ -157,17 +157,16 @@ class Server:
         if not judged:
             return
         self.at_every_pass()
-        with self.meter.phase("apply"), self.window.next_snapshot(
+        with self.meter.phase("apply") as others, self.window.next_snapshot(
                 self.ledger.version, self.ledger.samples) as weights:                            # publishes on exit
             for arrival, _ in judged:
                 self.window.promise(arrival.worker, arrival.header.packet)
             advance_(weights, self.window.latest, self.rule, [(arrival.gradient, verdict) for arrival, verdict in judged],
                      self.window.show, self.inbox.poll, self._lookout.look)
-            began = time.perf_counter()
-            self._await_fellows(f"apply version {self.ledger.version}")
-            waited = time.perf_counter() - began if self.fellows else 0.0
-        if waited:                        # inside of "apply", and no part of it
-            self.meter.add(servers=waited, apply=-waited)
+            if self.fellows:
+                began = time.perf_counter()
+                self._await_fellows(f"apply version {self.ledger.version}")
+                others["servers"] = time.perf_counter() - began
         self._hash()
         for arrival, verdict in judged:
             self._record(arrival.header, verdict)
