@@ -8,8 +8,10 @@ the configuration that a run writes down is complete.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +20,8 @@ from typing import Literal, Optional, Union
 import jsonargparse
 import yaml
 
-from asgd_mpi import command_line, limits
-from asgd_mpi.errors import ConfigError
+from asgd_mpi import bounded, command_line, limits
+from asgd_mpi.errors import ConfigError, one_line
 from asgd_mpi.server import rulebook
 
 RULES = tuple(rulebook.RULEBOOK)
@@ -38,8 +40,6 @@ def free(default):
 def fixed(default, why: str):
     """A field that a resumed run cannot change, for this reason."""
     return field(default=default, metadata={"fixed": why})
-
-LONGEST_CONFIG = 1 << 20   # characters
 
 
 @dataclass
@@ -424,11 +424,21 @@ def from_yaml(text: str) -> Config:
     """Read what `to_yaml` wrote. Raises ConfigError."""
     parser = make_parser()
     try:
-        _check_plain(text)
+        sections(text)
         namespace = parser.instantiate(parser.parse_string(text))
         return Config(**{section.name: namespace[section.name] for section in dataclasses.fields(Config)})
     except Exception as error:  # what the parser raises on a text that is none of ours is its own affair
-        raise ConfigError(f"the configuration cannot be read: {type(error).__name__}: {error}") from None
+        raise ConfigError(f"the configuration cannot be read: {type(error).__name__}: {one_line(str(error))}") from None
+
+
+def read(path: Path, reader: Callable[[str], Config] = from_yaml) -> Config:
+    """Read the configuration of a run directory with `from_yaml` or `asked`. Raises ConfigError, which names the file."""
+    try:
+        return reader(bounded.read(path, bounded.LARGEST_YAML).decode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def config_files(arguments: Sequence[str]) -> list[str]:
@@ -440,22 +450,22 @@ def config_files(arguments: Sequence[str]) -> list[str]:
 def _check_file(path: str) -> None:
     """Raise ConfigError if a file asks for more than settings; what cannot be read the parser tells."""
     try:
-        _check_plain(Path(path).expanduser().read_text())
+        sections(bounded.read(Path(path).expanduser(), bounded.LARGEST_YAML).decode())
+    except bounded.OutOfBounds as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; it is no configuration.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         pass
     except ValueError as error:
         raise ConfigError(f"--config {path}: {error}.") from None
 
 
-def _check_plain(text: str) -> None:
-    """Raise ValueError unless a YAML text holds nothing but sections of plain values.
+def sections(text: str) -> dict:
+    """Return the sections of a YAML text. Raises ValueError, yaml.YAMLError unless it holds nothing but plain values in sections.
 
     The parser would import what a `class_path` names, and read the file that a `config` names, before it refuses them; and a
     file may come from somebody else.
     """
-    if len(text) > LONGEST_CONFIG:
-        raise ValueError(f"it has {len(text)} characters, and settings have a few thousand; it is no configuration")
-    found = yaml.safe_load(text)
+    found = bounded.load_yaml(text)
     for name, values in found.items() if isinstance(found, dict) else ():
         if name == "config":
             raise ValueError("it names another file to read (config); give that one with --config, too")
@@ -466,6 +476,18 @@ def _check_plain(text: str) -> None:
                 raise ValueError(f"{name} holds more than settings and their values ({key}); nothing of it is loaded")
             if isinstance(value, list) and any(isinstance(one, (list, dict)) for one in value):
                 raise ValueError(f"{name} holds lists within lists ({key}); nothing of it is loaded")
+            if not all(_is_plain(one) for one in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"{name} holds what is no number of 64 bits, no text and no date ({key}); nothing of it is loaded")
+    return found if isinstance(found, dict) else {}
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value can be one of a setting: YAML has tags for others."""
+    if isinstance(value, str):
+        return not re.search("[\ud800-\udfff]", value)          # halves of characters, which cannot be written down
+    if isinstance(value, int):
+        return -2**63 <= value < 2**63
+    return value is None or isinstance(value, (float, datetime.date))
 
 
 def with_recipe(config: Config, recipe: Recipe) -> Config:

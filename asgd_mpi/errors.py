@@ -7,13 +7,29 @@ traceback. A message says what is wrong with the numbers, why it matters, and wh
 from __future__ import annotations
 
 import re
+from typing import TextIO
 
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")     # for a terminal; all but \\t and \\n
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f"                  # what a terminal obeys, all but \\t and \\n
+                     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"   # changes of the direction of writing
+                     "\u2028\u2029\ufeff\U000e0000-\U000e007f"        # ends of lines, and what is not seen
+                     "\ud800-\udfff]")                               # halves of characters: bytes of names that are no UTF-8
+LONGEST = 2000        # characters of one value that are shown
 
 
 def printable(text: str) -> str:
     """Return a text with its control characters written out: what is shown may be out of a file that somebody else wrote."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """Return a name, a reason or another value as it is shown on a line of its own or in a cell: printable, and not too long."""
+    cut = f"... ({len(text)} characters)" if len(text) > LONGEST else ""
+    return printable(" ".join(text[:LONGEST].splitlines()).replace("\t", " ")) + cut
+
+
+def tell(*values: object, file: TextIO | None = None) -> None:
+    """Print what may hold names out of files of somebody else's: `printable`, and at once."""
+    print(*(printable(str(value)) for value in values), file=file, flush=True)
 
 
 class UserError(Exception):

@@ -22,7 +22,7 @@ import jsonargparse
 import yaml
 
 from asgd_mpi import config as configuration
-from asgd_mpi import command_line, ending, limits, signals, supervise
+from asgd_mpi import bounded, command_line, ending, limits, signals, supervise
 from asgd_mpi.config import Config
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record.disk import write_whole
@@ -181,10 +181,11 @@ def _demand_same(out: Path, now: dict[str, dict]) -> None:
     file = out / "settings.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        before = yaml.safe_load(file.read_bytes()) if file.exists() else None
-    except (OSError, yaml.YAMLError) as error:
+        text = bounded.read(file, bounded.LARGEST_YAML).decode() if file.exists() else ""
+        before = configuration.sections(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunDirError(f"{file} cannot be read or made ({error}): give another directory with --out DIR.") from error
-    if before is None:
+    if not before:
         write_whole(file, yaml.safe_dump(now, sort_keys=False).encode())
         return
     other = [f"{section}.{name} was {before.get(section, {}).get(name)!r}, is {value!r}"

@@ -32,7 +32,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     changes, named = [], trust.named(config.model.name, arguments)
     trust.demand_named(config.model.name, arguments)
     if point:
-        old = configuration.asked(run.latest(run.config_of).read_text())
+        old = configuration.read(run.latest(run.config_of), configuration.asked)
         config = complete(configuration.parse(arguments, base=old))
         changes = resume.demand_same(old, config)
         trust.demand(config.model.name, named, run.path)

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from asgd_mpi import config as configuration
-from asgd_mpi import command_line, ending, limits, trust
+from asgd_mpi import bounded, command_line, ending, limits, trust
 from asgd_mpi.computation import Computation, Snapshot
 from asgd_mpi.errors import DataError, RunDirError
 from asgd_mpi.model.flat import FlatModel
@@ -195,7 +195,7 @@ class Given:
     def task_of(self, run: RunDir, restart: int) -> Task:
         """Open the task of a start. Raises ConfigError if its network is code that the user has not named, DataError, and
         ConfigError if the data set is not the one of its checkpoints."""
-        config = configuration.from_yaml(run.config_of(restart).read_text())
+        config = configuration.read(run.config_of(restart))
         model = self.model or config.model.name
         trust.demand(model, self.model, run.path)
         data = replace(config.data, path=self.data or config.data.path)
@@ -235,8 +235,8 @@ def _tell_versions(run: RunDir, sessions: list[Session]) -> None:
     for session in sessions:
         path = run.versions_of(session.restart)
         try:
-            there = msgspec.json.decode(path.read_bytes(), type=dict)
-        except (OSError, msgspec.MsgspecError):        # a start of before these were kept, or a damaged file: nothing is known
+            there = bounded.decode_json(bounded.read(path), msgspec.json.Decoder(dict))
+        except (OSError, ValueError):        # a start of before these were kept, or a damaged file: nothing is known
             continue
         differ = [f"{name} {there[name]}, this is {version}" for name, version in here.items()
                   if there.get(name) not in (None, version)]

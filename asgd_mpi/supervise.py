@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from asgd_mpi import config as configuration
-from asgd_mpi import launch, local
+from asgd_mpi import bounded, launch, local
 from asgd_mpi.ending import FAULT, RESUME_ME
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.record.events import Start, read_events
@@ -27,6 +27,7 @@ from asgd_mpi.record.rundir import RunDir
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")   # of a job: there the site says what may run where
 LOOK_S = 0.5
 START_S = 600.0       # from the launcher to the first rank's Start
+LAST_BYTES = 1 << 16
 LEAVE_S = 120.0       # for the last step, its checkpoint and the report
 PATIENCE_S = 10.0     # for a launcher that was told to end
 
@@ -115,7 +116,7 @@ def started_at(run: RunDir, since: float) -> float | None:
 def last_words(output: Path, num_lines: int = 15) -> str:
     """The end of what a run has printed."""
     try:
-        return "\n".join(output.read_text(errors="replace").splitlines()[-num_lines:])
+        return "\n".join(bounded.read_end(output, LAST_BYTES).decode(errors="replace").splitlines()[-num_lines:])
     except OSError as error:
         return f"({output} cannot be read: {error.strerror})"
 

@@ -18,7 +18,8 @@ from asgd_mpi.config import Config, with_recipe
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.order import Order, Sequential
-from asgd_mpi.data.shards import MANIFEST, ShardSet
+from asgd_mpi.data.manifest import MANIFEST
+from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.data.trials import FolderSet, SyntheticSet
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks

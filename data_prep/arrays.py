@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asgd_mpi.data.shards import Manifest, SplitEntry
+from asgd_mpi.data.manifest import Manifest, SplitEntry
 from data_prep.writer import Sample, check_space, make_root, software, write_manifest, write_split
 
 SEED = 0

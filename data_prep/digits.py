@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from asgd_mpi.data.shards import MANIFEST
+from asgd_mpi.data.manifest import MANIFEST
 from data_prep import arrays, run
 from data_prep.writer import explained
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from asgd_mpi import limits
 from asgd_mpi.data.channels import note_flat_channels
-from asgd_mpi.data.shards import Manifest, SplitEntry
+from asgd_mpi.data.manifest import Manifest, SplitEntry
 from asgd_mpi.errors import DataError
 from data_prep import run
 from data_prep.encode import BadImage, Encoding, mean_and_std

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from asgd_mpi import limits
 from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.decode import decode
-from asgd_mpi.data.shards import ShardSet, read_manifest
+from asgd_mpi.data.manifest import read_manifest
+from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import DataError
 from data_prep import run
 

@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from asgd_mpi.data.shards import MANIFEST, Manifest, ShardEntry
+from asgd_mpi.data.manifest import MANIFEST, Manifest, ShardEntry
 from asgd_mpi.errors import DataError
 from data_prep.encode import BadImage, Encoding, histogram
 from data_prep.sources import Photo

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from asgd_mpi import limits
 from asgd_mpi.data.decode import decode
-from asgd_mpi.data.shards import DamagedSample, Manifest, ShardSet, read_manifest
+from asgd_mpi.data.manifest import Manifest, read_manifest
+from asgd_mpi.data.shards import DamagedSample, ShardSet
 from asgd_mpi.errors import DataError
 from data_prep import run
 from data_prep.imagenet import shuffled

@@ -20,7 +20,8 @@ import numpy as np
 import xxhash
 
 from asgd_mpi import __version__
-from asgd_mpi.data.shards import FORMAT, FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, checksum
+from asgd_mpi.data.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Manifest, ShardEntry
+from asgd_mpi.data.shards import checksum
 from asgd_mpi.errors import DataError
 from data_prep.takeover import fsync
 

@@ -16,7 +16,8 @@ import pytest
 from photos import write_odd_files, write_tree
 
 from asgd_mpi.data.decode import decode
-from asgd_mpi.data.shards import MANIFEST, ShardSet, read_manifest
+from asgd_mpi.data.manifest import MANIFEST, read_manifest
+from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import DataError, UserError
 from data_prep import digits, fashion_mnist, writer
 from data_prep.imagenet import prepare

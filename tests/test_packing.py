@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from test_shards import flip_byte, place_of
 
-from asgd_mpi.data.shards import MANIFEST, ShardSet, read_manifest
+from asgd_mpi.data.manifest import MANIFEST, read_manifest
+from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import DataError
 from data_prep import digits, synthetic
 from data_prep.devkit import read_devkit

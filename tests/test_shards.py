@@ -13,7 +13,8 @@ import pytest
 from photos import write_tree
 
 from asgd_mpi.data import patient
-from asgd_mpi.data.shards import MANIFEST, DamagedSample, ShardSet
+from asgd_mpi.data.manifest import MANIFEST
+from asgd_mpi.data.shards import DamagedSample, ShardSet
 from asgd_mpi.errors import DataError
 from data_prep.imagenet import prepare
 
@@ -245,6 +246,6 @@ def test_two_shards_that_were_swapped_are_noticed(root):
 
 
 def test_a_label_beyond_the_class_names_is_refused(root):
-    edit_manifest(root, class_names=["a", "b"])
+    edit_manifest(root, class_names=["a", "b"], synsets=[])
     with pytest.raises(DataError, match="24 train samples of 2 classes, but the shards hold 24 with labels up to 2"):
         ShardSet.open(root, "train")

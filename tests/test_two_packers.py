@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from chaos.packers import killed_again_and_again
 
-from asgd_mpi.data.shards import MANIFEST
+from asgd_mpi.data.manifest import MANIFEST
 from data_prep import packing, synthetic, takeover
 from data_prep.imagenet import prepare
 from data_prep.verify import verify

@@ -15,6 +15,7 @@ h5py and closes the file; samples are read by `preadv` (see patient), which take
 interpreter's, so any number of threads may read at once. Invariant: `read` returns what was packed, or raises.
 """
 
+import os
 import warnings
 import weakref
 from bisect import bisect_right
@@ -23,86 +24,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import msgspec
 import numpy as np
 import xxhash
 
+from asgd_mpi import bounded
 from asgd_mpi.data.channels import note_flat_channels
+from asgd_mpi.data.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Manifest, read_manifest
 from asgd_mpi.data.patient import PatientFile
 from asgd_mpi.errors import DataError
-
-FORMAT = "asgd-shard"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 
 
 class DamagedSample(DataError):
     """One sample whose bytes are not what was packed, or do not decode; the others may be fine."""
 
 
-class ShardEntry(msgspec.Struct, frozen=True):
-    file: str
-    num_samples: int
-    num_bytes: int  # of the file
-    xxh3: str  # of the file, 16 hex digits
-
-
-class SplitEntry(msgspec.Struct, frozen=True):
-    num_samples: int
-    shards: list[ShardEntry]
-    skipped: list[str] = []  # images that were left out because they could not be decoded
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    format: str = FORMAT
-    format_version: int = FORMAT_VERSION
-    encoding: str  # "jpeg" or "raw"
-    image_shape: tuple[int, int, int] | None  # (H, W, C) of raw images
-    class_names: list[str]
-    synsets: list[str]  # the class directories, sorted: label i is synsets[i]; empty if there are none
-    mean: list[float]  # per channel, of images in 0..1
-    std: list[float]
-    seed: int  # of the shuffle
-    splits: dict[str, SplitEntry]
-    software: dict[str, str]
-
-
-class _Version(msgspec.Struct):
-    format: str
-    format_version: int
-
-
 def checksum(data: np.ndarray, label: int) -> int:
     """Return xxh3_64 of a sample's bytes (C-contiguous uint8), seeded with its label."""
     return xxhash.xxh3_64_intdigest(data, seed=int(label))
-
-
-def read_manifest(root: Path) -> tuple[Manifest, str]:
-    """Return the manifest of a data set and its fingerprint (16 hex digits); raise DataError."""
-    path = root / MANIFEST
-    try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        what = "has no manifest.json, so it is no data set or its preparation did not finish" if root.is_dir() else (
-            "is not a directory"
-        )
-        raise DataError(
-            f"{root} {what}; make it with `python -m data_prep.imagenet --source DIR --out {root}` "
-            f"or, for a quick trial, `python -m data_prep.digits --out {root}`; a tree of <split>/<class>/*.JPEG is read "
-            f"as it is with --data.source folder"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the file's permissions and disk") from error
-    try:
-        found = msgspec.json.decode(text, type=_Version)
-        if (found.format, found.format_version) != (FORMAT, FORMAT_VERSION):
-            raise DataError(
-                f"{path} says {found.format} version {found.format_version}, but this program reads {FORMAT} version "
-                f"{FORMAT_VERSION}; prepare the data again, or use the program that wrote it"
-            )
-        return msgspec.json.decode(text, type=Manifest), xxhash.xxh3_64_hexdigest(text)
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path} is damaged or was edited: {error}; prepare the data set again") from error
 
 
 @dataclass(frozen=True)
@@ -162,7 +100,7 @@ class ShardSet:
                     "num_shards": len(entries), "num_samples": entry.num_samples, "encoding": manifest.encoding,
                     "complete": 1,
                 }  # fmt: skip
-                shards.append(_open_shard(root / entry.file, entry.num_bytes, expected, on_retry))
+                shards.append(_open_shard(root / entry.file, entry.num_bytes, manifest, expected, on_retry))
             shard_set = cls(root, split, manifest, fingerprint, shards)
         except BaseException:
             _close_all(shards)
@@ -216,19 +154,21 @@ class ShardSet:
         return self._shards[number], index - self._first[number]
 
     def _check_counts(self) -> None:
-        counted, largest = len(self._label), int(self._label.max(initial=0))
-        if counted != self.num_samples or counted == 0 or largest >= self.num_classes:
+        counted, least, largest = len(self._label), int(self._label.min(initial=0)), int(self._label.max(initial=0))
+        if counted != self.num_samples or counted == 0 or least < 0 or largest >= self.num_classes:
+            labels = f"up to {largest}" if least >= 0 else f"from {least}"
             raise DataError(
                 f"{self.root / MANIFEST} promises {self.num_samples} {self.split} samples of {self.num_classes} "
-                f"classes, but the shards hold {counted} with labels up to {largest}; prepare the data set again"
+                f"classes, but the shards hold {counted} with labels {labels}; prepare the data set again"
             )
 
 
-def _open_shard(path: Path, num_bytes: int, expected: dict, on_retry: Callable[[str], None]) -> _Shard:
+def _open_shard(path: Path, num_bytes: int, manifest: Manifest, expected: dict, on_retry: Callable[[str], None]) -> _Shard:
     """Check one shard against the manifest and return where its samples lie."""
     again = "copy it again from a good copy, or prepare the data set again"
     try:
-        on_disk = path.stat().st_size
+        with bounded.open_plain(path) as plain:
+            on_disk = os.fstat(plain.fileno()).st_size
     except OSError as error:
         raise DataError(f"shard {path}, listed in {MANIFEST}, cannot be read: {error.strerror}; {again}") from error
     if on_disk != num_bytes:
@@ -237,34 +177,67 @@ def _open_shard(path: Path, num_bytes: int, expected: dict, on_retry: Callable[[
         )
     try:
         with h5py.File(path, "r", locking=False) as file:  # locking fails on Lustre and NFS without flock
-            found = {name: file.attrs.get(name) for name in expected}
+            found = {name: _attribute(file, name) for name in expected}
             wrong = [f"{name} is {found[name]}, not {want}" for name, want in expected.items() if found[name] != want]
             if wrong:
                 raise DataError(f"shard {path} is not the one in {MANIFEST}: {'; '.join(wrong)}; {again}")
-            return _read_index(path, file, on_retry)
-    except (OSError, KeyError, RuntimeError) as error:
+            return _read_index(path, file, manifest, expected["num_samples"], num_bytes, on_retry)
+    except ValueError as error:
+        raise DataError(f"shard {path} cannot be true: {error}; {again}") from error
+    except (OSError, KeyError, RuntimeError, TypeError) as error:
         raise DataError(f"shard {path} is damaged: {error}; {again}") from error
 
 
-def _read_index(path: Path, file: h5py.File, on_retry: Callable[[str], None]) -> _Shard:
-    if file.attrs["encoding"] == "jpeg":
-        samples, offset = file["jpeg"], file["offset"][:]
+def _attribute(file: h5py.File, name: str) -> object:
+    """Return a single value that a shard says of itself; None if it is missing, or there are many."""
+    return file.attrs.get(name) if name in file.attrs and file.attrs.get_id(name).shape == () else None
+
+
+def _read_index(path: Path, file: h5py.File, manifest: Manifest, num_samples: int, num_bytes: int,
+                on_retry: Callable[[str], None]) -> _Shard:
+    """Read where the samples of a shard lie, and check that they lie in it. Raises ValueError, KeyError."""
+    if manifest.image_shape is None:
+        samples, starts = _placed(file, "jpeg", (None,), num_bytes), _placed(file, "offset", (num_samples + 1,), num_bytes)
+        offset = starts[:].astype(np.uint64)
     else:
-        samples = file["image"]
-        offset = np.arange(len(samples) + 1, dtype=np.uint64) * np.uint64(np.prod(samples.shape[1:]))
-    label, source, data_at = file["label"][:].astype(np.int64), file["source"], samples.id.get_offset()
-    if data_at is None or source.id.get_offset() is None or len(offset) != len(label) + 1:
-        raise DataError(f"shard {path} is not contiguous: it was repacked with chunks or filters, which have no "
-                        f"byte offsets; prepare the data set again")  # fmt: skip
+        samples = _placed(file, "image", (num_samples, *manifest.image_shape), num_bytes)
+        offset = np.arange(num_samples + 1, dtype=np.uint64) * np.uint64(np.prod(manifest.image_shape))
+    label, xxh3 = (_placed(file, name, (num_samples,), num_bytes)[:] for name in ("label", "xxh3"))
+    source = _placed(file, "source", (num_samples,), num_bytes, kind="S")
+    if np.any(offset[1:] < offset[:-1]) or offset[-1] > samples.size:
+        raise ValueError(f"its samples end at byte {offset.max()} of {samples.size}, or before they begin")
     return _Shard(
         path=path,
         file=PatientFile(path, on_retry),
-        offset=offset + np.uint64(data_at),
-        label=label,
-        xxh3=file["xxh3"][:],
+        offset=offset + np.uint64(samples.id.get_offset()),
+        label=label.astype(np.int64),
+        xxh3=xxh3,
         source_at=source.id.get_offset(),
         source_width=source.dtype.itemsize,
     )
+
+
+def _placed(file: h5py.File, name: str, shape: tuple[int | None, ...], num_bytes: int, kind: str = "iu") -> h5py.Dataset:
+    """Return an array of a shard of so many bytes, which lies in it as it is; raise ValueError, KeyError.
+
+    It may claim any shape, or lie compressed, or be a link to another file: what it claims is not read before that is known.
+    shape: None for any length.
+    """
+    link, found = file.get(name, getlink=True), None
+    if isinstance(link, h5py.HardLink):
+        found = file[name]
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"{name} is no array of its own" if link else f"it has no {name}")
+    at = found.id.get_offset()
+    if at is None or found.chunks or found.is_virtual or found.external:
+        raise ValueError(f"{name} is not contiguous: it was repacked with chunks or filters, which have no byte offsets")
+    if len(found.shape) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found.shape)):
+        raise ValueError(f"{name} has the shape {found.shape}, not {shape}")
+    if found.dtype.kind not in kind:
+        raise ValueError(f"{name} is of type {found.dtype}")
+    if at + found.nbytes > num_bytes:
+        raise ValueError(f"{name} claims {found.nbytes} bytes at byte {at} of {num_bytes}")
+    return found
 
 
 def _close_all(shards: list[_Shard]) -> None:

@@ -17,24 +17,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import msgspec
 import torch
 
 import asgd_mpi
-from asgd_mpi.errors import RunDirError
+from asgd_mpi import bounded
+from asgd_mpi.errors import RunDirError, one_line
+from asgd_mpi.plausible import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, MAX_WORKERS, impossible_moments, out_of_range
 from asgd_mpi.record import disk
 from asgd_mpi.record.disk import unwritable, write_whole
 from asgd_mpi.record.rundir import LEFT_OVER, REMOVED, REPLACED, RunDir, version_and_restart
+from asgd_mpi.record.tensors import read_tensors
 
 MODEL, SERVER, LEDGER, MANIFEST = "model.pt", "server.pt", "ledger.json", "manifest.json"
+_FILE = re.compile(r"model\.pt|server\.pt|ledger\.json|worker[0-9]{3,7}\.pt")
 
 
 class Manifest(msgspec.Struct):
@@ -69,6 +74,22 @@ class Manifest(msgspec.Struct):
         if not self.class_names:          # older ones say nothing of them
             del said["class_names"]
         return hashlib.sha256(msgspec.json.encode(said)).hexdigest()
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Span = tuple[Count, Count, Count]                      # epoch, start, stop
+
+
+class _Ledger(msgspec.Struct):
+    """The kinds and ranges of what Ledger.state says; whether it adds up the ledger finds out."""
+
+    lent: Count
+    todo: list[tuple[Count, Count, Count, Count]]      # work, and a span
+    version: Count = 0
+    samples: Count = 0
+    later: list[tuple[Count, Count, Count, Count]] = []
+    given_up: list[Span] = []
+    best: tuple[Count, Count, float, float, float] | None = None
 
 
 class WorkerState(msgspec.Struct):
@@ -194,18 +215,40 @@ def commit(staging: Path, directory: Path, manifest: Manifest) -> int:
 def read_manifest(directory: Path) -> Manifest:
     """Raises RunDirError if it is missing or damaged."""
     try:
-        manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+        manifest = bounded.decode_json(bounded.read(directory / MANIFEST), msgspec.json.Decoder(Manifest))
     except OSError as error:
         raise RunDirError(f"{directory} is not a checkpoint: {error.strerror}: {error.filename}. Give a directory "
                           "under checkpoints/ of a run directory.") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RunDirError(f"the manifest of checkpoint {directory} is damaged: {error}. Take another checkpoint.") from error
+    if wrong := _impossible(manifest):
+        raise RunDirError(f"the manifest of checkpoint {directory} cannot be true: {one_line(wrong)}. Take another checkpoint.")
     if manifest.format == 1:
         manifest.files = {MODEL: manifest.sha256}
     elif manifest.sha256 != (found := manifest.seal()):
         raise RunDirError(f"the manifest of checkpoint {directory} is damaged: its sha256 is {found[:16]}..., but "
                           f"{manifest.sha256[:16]}... was written. Take another checkpoint.")
     return manifest
+
+
+def _impossible(manifest: Manifest) -> str:
+    """Return what no checkpoint says of itself; empty if there is nothing. Sizes are checked before anything is made of them."""
+    most = 2**62
+    wrong = out_of_range([("version", manifest.version, 0, most), ("samples", manifest.samples, 0, most),
+                          ("restart", manifest.restart, 0, 10**6), ("num_workers", manifest.num_workers, 0, MAX_WORKERS),
+                          ("num_classes", manifest.num_classes, 1, MAX_CLASSES), ("channels", manifest.channels, 1, MAX_CHANNELS),
+                          ("image_size", manifest.image_size, 1, MAX_SIDE)])
+    if wrong:
+        return wrong
+    if len(manifest.class_names) not in (0, manifest.num_classes):
+        return f"it names {len(manifest.class_names)} classes, and has {manifest.num_classes}"
+    for name in manifest.files:
+        if not _FILE.fullmatch(name):
+            return f"{name!r} is no file of a checkpoint"
+    for worker in manifest.momenta:
+        if not re.fullmatch("[0-9]{1,6}", worker):
+            return f"{worker!r} is no worker"
+    return impossible_moments(manifest.mean, manifest.std, manifest.channels)
 
 
 def verify(directory: Path) -> Manifest:
@@ -225,26 +268,13 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Manifest]:
     return read_tensors(directory / MODEL), manifest
 
 
-def read_tensors(path: Path, is_mapped: bool = False) -> dict[str, torch.Tensor]:
-    """A dict of tensors as `write_tensors` or torch.save wrote it; nothing in the file is run. Raises RunDirError.
-
-    is_mapped: read what of them is looked at.
-    """
-    try:
-        tensors = torch.load(path, weights_only=True, map_location="cpu", mmap=is_mapped)
-    except Exception as error:            # what torch raises on a damaged file is its own affair
-        raise RunDirError(f"{path} cannot be read as tensors: {type(error).__name__} "
-                          f"{str(error).partition(chr(10))[0]}".rstrip() + ". Take another file.") from error
-    if not isinstance(tensors, dict):
-        raise RunDirError(f"{path} holds a {type(tensors).__name__} in place of a state_dict (name -> tensor).")
-    return tensors
-
-
 def read_ledger(directory: Path) -> dict:
     """The saved ledger. Raises RunDirError."""
     try:
-        return msgspec.json.decode((directory / LEDGER).read_bytes(), type=dict)
-    except (OSError, msgspec.MsgspecError) as error:
+        content = bounded.read(directory / LEDGER)
+        bounded.decode_json(content, msgspec.json.Decoder(_Ledger))
+        return msgspec.json.decode(content, type=dict)
+    except (OSError, ValueError) as error:
         raise RunDirError(f"{directory / LEDGER} cannot be read: {error}. Take another checkpoint.") from error
 
 
@@ -313,7 +343,7 @@ def _verify(path: Path, written: str) -> None:
 def sha256(path: Path) -> str:
     """Of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with bounded.open_plain(path) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

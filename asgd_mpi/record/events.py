@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, Union
 
 import msgspec
 
+from asgd_mpi import bounded
 from asgd_mpi.record.disk import make_directory, open_own, unwritable
 
 if TYPE_CHECKING:
@@ -344,13 +345,14 @@ def read_events(path: Path, tail_bytes: int | None = None) -> Iterator[Event | N
 
     tail_bytes: only those of the whole lines in the last so many bytes.
     """
-    yield from _read_lines(path, msgspec.json.Decoder(Event).decode, tail_bytes)
+    decoder = msgspec.json.Decoder(Event)
+    yield from _read_lines(path, lambda line: bounded.decode_json(line, decoder), tail_bytes)
 
 
 def read_log(path: Path, tail_bytes: int | None = None) -> Iterator[Push | Turn | None]:
     """Yield the lines of a `pushes.log`, as `read_events` does; None for a line that cannot be read."""
     push, turn = msgspec.json.Decoder(Push), msgspec.json.Decoder(Turn)
-    yield from _read_lines(path, lambda line: (turn if line.startswith(b"{") else push).decode(line), tail_bytes)
+    yield from _read_lines(path, lambda line: bounded.decode_json(line, turn if line.startswith(b"{") else push), tail_bytes)
 
 
 def read_pushes(path: Path) -> Iterator[Push | None]:
@@ -360,16 +362,11 @@ def read_pushes(path: Path) -> Iterator[Push | None]:
 
 def _read_lines(path: Path, decode: Callable[[bytes], msgspec.Struct],
                 tail_bytes: int | None = None) -> Iterator[msgspec.Struct | None]:
-    with open(path, "rb") as lines:
-        size = os.fstat(lines.fileno()).st_size
-        if tail_bytes is not None and size > tail_bytes:
-            lines.seek(size - tail_bytes)
-            lines.readline()                   # the rest of a line that begins before
-        for line in lines:
-            if not _is_whole(line):
-                yield None
-                continue
-            try:
-                yield decode(line)
-            except (msgspec.MsgspecError, UnicodeDecodeError):
-                yield None
+    for line in bounded.lines(path, tail_bytes):
+        if line is None or not _is_whole(line):
+            yield None
+            continue
+        try:
+            yield decode(line)
+        except ValueError:
+            yield None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from asgd_mpi.plausible import MAX_WORKERS
 from asgd_mpi.record.events import (
     PHASES, Checkpoint, Cut, End, Event, Gpu, Interval, Note, Push, Refusal, Retirement, Start, Validation)
 from asgd_mpi.record.rundir import RunDir
@@ -22,7 +23,6 @@ from asgd_mpi.record.timeline import Bins
 COUNTERS = ("images", "pushes", "fetches", "followed", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched",
             "refused_pushes", "read_retries")
 LARGEST = 1e15        # of any number in a line: seconds, samples, bytes
-MAX_WORKERS = 1 << 16
 MAX_NOTES = 50        # kept; the rest is counted
 Status = Literal["finished", "failed", "left", "unfinished"]
 

@@ -10,7 +10,6 @@ Images are those applied at the server (`pushes.log`) or, without that file, tho
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
@@ -19,6 +18,9 @@ from typing import Any
 import msgspec
 import yaml
 
+from asgd_mpi import bounded
+from asgd_mpi import config as configuration
+from asgd_mpi.errors import printable
 from asgd_mpi.server import rulebook
 from asgd_mpi.record.audit import Audit, audit
 from asgd_mpi.record import history
@@ -198,7 +200,7 @@ def summarize(run: RunDir) -> Summary:
     settings, versions = _read_config(run, checked.num_workers, lines.problems), _read_versions(run, lines.problems)
     status, reason = _status(run, ranks)
     return Summary(
-        name=run.path.resolve().name, config={key: settings[key] for key in CONFIG_KEYS if settings.get(key) is not None}, settings=settings, versions=versions, status=status, reason=reason,
+        name=printable(run.path.resolve().name), config={key: settings[key] for key in CONFIG_KEYS if settings.get(key) is not None}, settings=settings, versions=versions, status=status, reason=reason,
         problems=_problems(run, ranks, checked.num_workers) + lines.problems + scores.problems, unreadable_lines=lines.unreadable,
         num_workers=checked.num_workers, started=started, duration_s=_elapsed(started, last_t), training_s=training_s,
         images=images, images_per_s=_ratio(images, training_s), images_trained=sent["images"],
@@ -324,10 +326,10 @@ def _read_config(run: RunDir, num_workers: int, problems: list[str]) -> dict[str
     """Every setting by its dotted name; what old records leave open as it was in force."""
     path = run.latest(run.config_of)
     try:
-        sections = yaml.safe_load(path.read_bytes()) or {}
+        sections = configuration.sections(bounded.read(path, bounded.LARGEST_YAML).decode())
         found = {f"{section}.{name}": value for section, values in sections.items() for name, value in (values or {}).items()}
-    except (OSError, UnicodeError, ValueError, yaml.YAMLError, AttributeError) as error:
-        problems.append(f"{path.name} cannot be read ({type(error).__name__}): the settings are unknown.")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        problems.append(f"{path.name} cannot be read ({_why(error)}): the settings are unknown.")
         return {}
     if found.get("rule.max_drift", 0) is None and found.get("rule.name") in rulebook.RULEBOOK:
         found["rule.max_drift"] = rulebook.RULEBOOK[found["rule.name"]].max_drift if num_workers > 1 else 0.0
@@ -340,10 +342,17 @@ def _read_config(run: RunDir, num_workers: int, problems: list[str]) -> dict[str
 
 def _read_versions(run: RunDir, problems: list[str]) -> dict[str, str]:
     try:
-        return {key: _inline(value) for key, value in json.loads(run.latest(run.versions_of).read_bytes()).items()}
-    except (OSError, ValueError, AttributeError) as error:
-        problems.append(f"versions.json cannot be read ({type(error).__name__}): packages and hosts are unknown.")
+        content = bounded.read(run.latest(run.versions_of))
+        return {key: _inline(value) for key, value in bounded.decode_json(content, msgspec.json.Decoder(dict[str, Any])).items()}
+    except (OSError, ValueError) as error:
+        problems.append(f"versions.json cannot be read ({_why(error)}): packages and hosts are unknown.")
         return {}
+
+
+def _why(error: Exception) -> str:
+    """Return in a few words why a file was not read: FileNotFoundError, or what is out of bounds."""
+    is_told = isinstance(error, (bounded.OutOfBounds, msgspec.DecodeError)) or type(error) is ValueError
+    return (getattr(error, "strerror", None) or str(error)) if is_told else type(error).__name__
 
 
 def _inline(value: Any) -> str:

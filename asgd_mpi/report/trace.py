@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from asgd_mpi import bounded
 from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, Note, Push, Span, Start, Validation,
                                     read_events, read_pushes)
 from asgd_mpi.record.history import lineage
@@ -67,8 +68,7 @@ def _stride(files) -> int:
     count = 0
     for file in files:
         try:
-            with open(file, "rb") as lines:
-                count += sum(1 for _ in lines)
+            count += sum(1 for _ in bounded.lines(file))
         except OSError:
             continue
     return max(1, -(-count // MAX_EVENTS))

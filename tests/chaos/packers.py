@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from asgd_mpi.data.shards import MANIFEST
+from asgd_mpi.data.manifest import MANIFEST
 from asgd_mpi.errors import DataError
 from data_prep import imagenet, synthetic
 from data_prep.verify import verify
