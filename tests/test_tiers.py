@@ -17,8 +17,8 @@ def one(name: str, *uses: str, file: str = "test_a.py", folder: str = "tests", s
 
 
 def slow(tests: list[Seen], seconds: dict[str, float]) -> set[str]:
-    of_unit = tiers.costs(tests, seconds)
-    return {test.name for test in tests if tiers.is_slow(test, seconds, of_unit)}
+    units = tiers.slow_units(tests, seconds)
+    return {test.name for test in tests if tiers.unit_of(test, seconds) in units}
 
 
 @pytest.mark.parametrize(("test", "marks"), [
@@ -38,6 +38,19 @@ def test_tests_that_share_a_fixture_are_slow_together_and_each_parameter_of_it_b
     tests = [one(f"{name}{run}", shared=(f"run[{run}]",)) for run in (0, 1) for name in ("first", "second")]
     seconds = {"test_a.py::first0": tiers.SLOW_S - 1, "test_a.py::second0": 1.0, "test_a.py::first1": tiers.SLOW_S - 1}
     assert slow(tests, seconds) == {"first0", "second0"}
+
+
+def test_a_few_trainings_are_part_of_every_day_with_what_looks_at_them_however_long_they_take():
+    key = min(tiers.TRAININGS)
+    file, _, name = key.partition("::")
+    tests = [one(name, file=file, shared=("finished3",)), one("looks", file=file, shared=("finished3",)), one("other", file=file)]
+    assert slow(tests, dict.fromkeys((test.key for test in tests), tiers.SLOW_S)) == {"other"}
+
+
+def test_every_training_of_every_day_is_there():
+    listed = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_train_mpi.py"], cwd=ROOT, capture_output=True,
+                            text=True).stdout
+    assert all(key in listed for key in tiers.TRAININGS), listed
 
 
 def test_all_that_needs_the_slurm_cluster_is_one_unit_and_so_needs_one_cluster():
