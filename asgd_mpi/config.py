@@ -84,8 +84,15 @@ class DataConfig:
         min_batch: images that a batch, or a part of one, has at least; a rest that is smaller goes with the batch before, and if
             damaged images leave fewer, all of a batch are left out and counted (default: what the network can be trained on, 2 if its
             batch norm refuses one image, 1 otherwise)
-        image_size: side of the square that the network sees, in pixels (default: 224, or the size of smaller raw images)
-        augment: none, shift, paper (crops, flips and colours of Krizhevsky 2012), reference (torchvision's) (default: recipe)
+        image_size: side of the square that the network sees, in pixels (default: what the weights expect, or the size of the
+            images if all have one, 224 at most)
+        resize: short side that images get before the crops of validation and of the augmentations paper and pad_crop (default:
+            what the weights expect; or 256/224 of image_size, as torchvision, but image_size if the images are no larger)
+        mean: of each channel, of pixels in 0..1, with commas between them; an image is (pixel / 255 - mean) / std (default: what
+            the weights expect, if they are torchvision's or a checkpoint, or the data set's)
+        std: of each channel, likewise
+        augment: none, shift, pad_crop (He 2016 for CIFAR), paper (crops, flips and colours of Krizhevsky 2012), reference
+            (torchvision's) (default: recipe)
         threads: threads of each worker that read and decode
         lease_batches: batches lent to a worker at a time; more, if a push of its holds more
         on_bad_image: stop at a damaged image, or leave it out and count it
@@ -96,7 +103,10 @@ class DataConfig:
     batch_size: Optional[int] = None
     min_batch: Optional[int] = None
     image_size: Optional[int] = None
-    augment: Optional[Literal["none", "shift", "paper", "reference"]] = None
+    resize: Optional[int] = None
+    mean: Optional[str] = None
+    std: Optional[str] = None
+    augment: Optional[Literal["none", "shift", "pad_crop", "paper", "reference"]] = None
     threads: int = free(2)
     lease_batches: int = 4
     on_bad_image: Literal["fail", "skip"] = free("fail")
@@ -108,7 +118,10 @@ class ModelConfig:
 
     Args:
         name: digits_cnn, alexnet, alexnet2, resnet18, resnet50, torchvision:NAME, or package.module:function
-        weights: state_dict file (torchvision's or your own) or checkpoint to begin with, in place of random weights
+        recipe: settings for what is left open: small_images (32 pixels), imagenet_resnet, imagenet_alexnet, digits; auto takes
+            small_images for images of up to 64 pixels, or what the network came with
+        weights: state_dict file (torchvision's or your own), checkpoint, or torchvision's name for weights that torch has
+            downloaded (ResNet18_Weights.IMAGENET1K_V1) to begin with, in place of random weights
         partial_weights: take what fits of it, such as all but a head for other classes
         batchnorm: statistics to validate with; recalibrate measures them anew on the validated version, server_ema takes the
             server's running mean of those of every push, which costs one more packet a push, local the running ones of the
@@ -116,6 +129,7 @@ class ModelConfig:
     """
 
     name: str = fixed("digits_cnn", "its weights do not fit another network. Begin a new run with --model.weights for what fits")
+    recipe: Literal["auto", "small_images", "imagenet_resnet", "imagenet_alexnet", "digits"] = "auto"
     weights: str = ""
     partial_weights: bool = False
     batchnorm: Literal["recalibrate", "server_ema", "local"] = "recalibrate"
@@ -335,6 +349,7 @@ class Recipe:
     schedule: str
     lr: float
     warmup_epochs: float = 0.0
+    source: str = ""            # who trained with it
 
 
 SHORTHANDS = {"--data": "--data.path", "--model": "--model.name", "--rule": "--rule.name", "--seed": "--run.seed",
@@ -398,7 +413,8 @@ def in_force(config: Config, num_workers: int) -> Config:
     """With the values that a run of so many workers has where a complete configuration leaves them open: no field is None."""
     rule = dataclasses.replace(config.rule, max_drift=rulebook.max_drift(config.rule, num_workers),
                                clip_norm=config.rule.clip_norm or 0.0)
-    data = dataclasses.replace(config.data, min_batch=config.data.min_batch or 1)
+    data = dataclasses.replace(config.data, min_batch=config.data.min_batch or 1, resize=config.data.resize or 0,
+                               mean=config.data.mean or "", std=config.data.std or "")
     return dataclasses.replace(config, rule=rule, data=data)
 
 
@@ -412,7 +428,22 @@ def asked(text: str) -> Config:
     config = from_yaml(text)
     if text.startswith(BY_WORKERS):
         config = dataclasses.replace(config, rule=dataclasses.replace(config.rule, max_drift=None))
-    return config
+    return as_before(config)
+
+
+def as_before(config: Config) -> Config:
+    """Return the configuration of a run, where its record is older than an option with what was in force then.
+
+    Without resize, mean and std: 0 and "", the rule of then (data.augment) and the data set's.
+    """
+    data = config.data
+    resize = 0 if data.resize is None else data.resize
+    return dataclasses.replace(config, data=dataclasses.replace(data, resize=resize, mean=data.mean or "", std=data.std or ""))
+
+
+def as_text(numbers: Sequence[float]) -> str:
+    """Return what `limits.numbers` reads, to the bit."""
+    return ",".join(repr(float(number)) for number in numbers)
 
 
 def to_yaml(config: Config) -> str:

@@ -51,6 +51,7 @@ RANGES: dict[str, Range] = {
     "data.batch_size": (at_least(1), "a batch has 1 image or more"),
     "data.min_batch": (at_least(1), "a batch has 1 image or more"),
     "data.image_size": (at_least(1, 8192), "give the side of a square in pixels, 1 to 8192"),
+    "data.resize": (at_least(0, 2 * 8192), "give a short side in pixels, data.image_size or more"),
     "data.threads": (at_least(1, 1024), "somebody has to read the images; give 1 or more, 1024 at most"),
     "data.lease_batches": (at_least(1), "a lease has 1 batch or more"),
     "rule.momentum": (_below_1, "momentum is 0 or more and below 1; at 1 the velocity never decays"),
@@ -101,6 +102,7 @@ def check(config: Config) -> None:
                     "the default")
         elif not isinstance(value, bool):
             check_number(f"--{option}", value, RANGES[option])
+    _check_images(config)
     _check_exchange(config)
     _check_stages(config)
 
@@ -129,6 +131,11 @@ def in_words(kinds: tuple) -> str:
     words = {int: "a whole number (int)", float: "a number (float)", bool: "true or false", str: "text", Path: "a path"}
     said = [words.get(kind) or f"one of {', '.join(typing.get_args(kind))}" for kind in kinds if kind is not type(None)]
     return " or ".join(said)
+
+
+def numbers(text: str | None) -> list[float]:
+    """Return the numbers of an option such as data.mean, with commas between them. Raises ValueError."""
+    return [float(part) for part in text.split(",")] if text else []
 
 
 def expand(path: str, option: str) -> str:
@@ -166,6 +173,21 @@ def check_text(name: str, value: str) -> None:
         demand(False, name, ascii(value), "the name is not UTF-8, and the records of a run are; rename it, or make a link")
     demand(not any(unicodedata.category(character) == "Cc" for character in value), name, ascii(value), "it holds a control character")
     demand(size <= LONGEST_PATH, name, f"{value[:40]}...", f"it has {size} bytes; {LONGEST_PATH} are the most")
+
+
+def _check_images(config: Config) -> None:
+    data = config.data
+    _demand(not data.resize or not data.image_size or data.resize >= data.image_size, "data.resize", data.resize,
+            f"a square of --data.image_size {data.image_size} is cut out of it; give that or more")
+    for option, text in (("data.mean", data.mean), ("data.std", data.std)):
+        try:
+            usable = all(0 <= number <= 1 for number in numbers(text))
+        except ValueError:
+            usable = False
+        _demand(usable, option, text, "give numbers from 0 to 1 with commas between them, one for "
+                "each channel, such as 0.485,0.456,0.406 (pixels count from 0 to 1 here)")
+    _demand(bool(data.mean) == bool(data.std), "data.mean" if data.std else "data.std", f"'{(data.mean if data.std else data.std) or ''}'",
+            "mean and std go together; give both")
 
 
 def _check_exchange(config: Config) -> None:

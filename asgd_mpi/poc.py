@@ -170,10 +170,9 @@ def _left_s(path: Path, budget_s: float) -> float:
 
 
 def _one_worker_lr(config: Config) -> float:
-    from asgd_mpi.model import networks                    # loads torch
+    from asgd_mpi.task import complete                     # loads torch
 
-    config = replace(config, rule=replace(config.rule, name=SYNC))
-    return configuration.with_recipe(config, networks.recipe(config.model.name)).schedule.lr
+    return complete(replace(config, rule=replace(config.rule, name=SYNC))).schedule.lr
 
 
 def _demand_same(out: Path, now: dict[str, dict]) -> None:

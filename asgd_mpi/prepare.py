@@ -15,7 +15,7 @@ from asgd_mpi.record import board, checkpoint
 from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.server import rulebook, slices
-from asgd_mpi.task import Task, complete, open_task
+from asgd_mpi.task import Task, complete, open_task, told
 from asgd_mpi.topology import Topology
 
 
@@ -55,6 +55,8 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     if config.record.tensorboard:
         board.find_writer()
     task = open_task(config)
+    for line in told(task):
+        print(line, flush=True)
     module = task.first_module(lambda text: print(text, flush=True))
     if num_stages > 1:
         if config.stages.cut == "columns":

@@ -27,7 +27,7 @@ from asgd_mpi.report.units import number, percent, seconds
 from asgd_mpi.server import rulebook
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.simulation import Simulation, Times, simulate
-from asgd_mpi.task import Task, complete, open_task
+from asgd_mpi.task import Task, complete, open_task, told
 
 MAX_WORKERS = 4096
 TIMES = {"step": 10.0, "push": 1.0, "apply": 0.1, "fetch": 1.0}   # milliseconds
@@ -84,7 +84,8 @@ def _save(run: RunDir, task: Task, simulation: Simulation, pushes: EventLog) -> 
 
     data, computation = task.train, simulation.computation
     about = Manifest(0, 0, task.config.model.name, data.num_classes, task.channels, task.config.data.image_size,
-                     data.fingerprint, list(data.mean), list(data.std), class_names=list(data.class_names))
+                     data.fingerprint, list(task.mean), list(task.std), class_names=list(data.class_names),
+                     resize=task.config.data.resize or 0)
     saver = Saver(run, 0, about, computation.flat, computation.rule, task.config.checkpoint.keep, pushes.sync)
     saver.begin(1, freeze_, simulation.ledger, None, None, set())
     saver.finish(simulation.latest.version, task.config.run.timeout_s)
@@ -146,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = _config(rest, options.slow)
     times = _times(options)
     task = open_task(complete(config))
+    for line in told(task):
+        print(line, file=sys.stderr)
     task, notes = preflight.try_out_(task, task.first_module())
     doubt = rulebook.doubt_of_linear_scaling(task.config.rule, options.workers, task.config.data.batch_size, task.train.num_samples)
     for note in [*notes, *filter(None, [doubt])]:

@@ -6,14 +6,14 @@ The server, the workers and the replay open the same task from the same configur
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from asgd_mpi import limits
+from asgd_mpi import images, limits
 from asgd_mpi.config import Config, with_recipe
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.loader import Loader
@@ -22,7 +22,7 @@ from asgd_mpi.data.manifest import MANIFEST
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.data.trials import FolderSet, SyntheticSet
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.model import networks
+from asgd_mpi.model import networks, pretrained
 from asgd_mpi.model.buffers import few, moved_by_training_
 from asgd_mpi.model.flat import demand_trained
 from asgd_mpi.model.weights import load_weights_
@@ -36,7 +36,6 @@ from asgd_mpi.stages.schedule import SCHEDULES
 
 EMBEDDED = "digits"
 EMBEDDED_DIR = Path("data/digits")
-JPEG_SIZE = 224  # pixels
 LEASE_PUSHES = 4  # with n_push auto: while one is under way the next is summed up, and either may be longer than the last one
 
 
@@ -59,7 +58,15 @@ class Task:
 
     @property
     def normalise(self) -> Normalise:
-        return Normalise(self.train.mean, self.train.std)
+        return Normalise(self.mean, self.std)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return images.mean_of(self.config.data, self.train)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return images.std_of(self.config.data, self.train)
 
     def build_module(self) -> nn.Module:
         """The network with its first weights, a function of the seed. Raises ConfigError."""
@@ -80,7 +87,7 @@ class Task:
         """
         module, model = self.build_module(), self.config.model
         if model.weights:
-            load_weights_(module, model.weights, model.partial_weights, note)
+            load_weights_(module, pretrained.file_of(model.weights), model.partial_weights, note)
         return module
 
     def carried(self, module: nn.Module) -> list[str]:
@@ -89,8 +96,8 @@ class Task:
         `module` is trained for it: nobody may need it afterwards.
         """
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, *self._shape_of_part[1:], generator=generator)
-        moved = moved_by_training_(module, images)
+        noise = torch.randn(2, *self._shape_of_part[1:], generator=generator)
+        moved = moved_by_training_(module, noise)
         if moved and self.config.stages.number > 1:
             raise ConfigError(f"--stages.number {self.config.stages.number}: the network's forward pass moves {few(moved)}, which "
                               "every worker keeps, and a network that is cut cannot. Leave --stages out.")
@@ -153,7 +160,7 @@ class Task:
     def _loader(self, shards: ShardSet, order: Order | Sequential, augment: str, on_skip,
                 touch_on_device: bool = False, smallest: int = 1) -> Loader:
         data = self.config.data
-        policy = make_policy(augment, data.image_size, shards.image_shape)
+        policy = make_policy(augment, data.image_size, shards.image_shape, data.resize or 0)
         return Loader(shards, order, policy, self.config.run.seed, data.threads, data.on_bad_image, on_skip,
                       touch_on_device, smallest)
 
@@ -165,7 +172,11 @@ def open_task(config: Config, on_retry: Callable[[str], None] = warnings.warn) -
     """
     train, val = (open_split(config.data.source, config.data.path, split, on_retry) for split in ("train", "val"))
     limits.check_with_data(config, train.num_samples)
-    return Task(config, train, val)
+    task = Task(config, train, val)
+    if len(task.mean) != task.channels or len(task.std) != task.channels:
+        raise ConfigError(f"--data.mean {config.data.mean} and --data.std {config.data.std}: the images of {config.data.path} have "
+                          f"{task.channels} channels; give a number for each.")
+    return task
 
 
 def open_split(source: str, path: str, split: str,
@@ -181,7 +192,6 @@ def complete(config: Config) -> Config:
 
     Raises ConfigError, DataError.
     """
-    config = with_recipe(config, networks.recipe(config.model.name))
     data = config.data
     if data.source == "synthetic":
         data = replace(data, path="synthetic")
@@ -191,7 +201,15 @@ def complete(config: Config) -> Config:
             from data_prep import digits  # brings scikit-learn, which nothing else needs
 
             digits.prepare_once(EMBEDDED_DIR)
-    if data.image_size is None:
-        shape = open_split(data.source, data.path, "train").image_shape
-        data = replace(data, image_size=min(shape[0], JPEG_SIZE) if shape else JPEG_SIZE)
-    return replace(config, data=data)
+    if None in (data.image_size, data.resize, data.mean, data.std):
+        train = open_split(data.source, data.path, "train")
+        data = images.fitted(data, train, pretrained.expected(config.model.weights))
+    config = replace(config, data=data)
+    return with_recipe(config, networks.recipe(config.model.name, data.image_size, config.model.recipe))
+
+
+def told(task: Task) -> Iterator[str]:
+    """Say how images are prepared, and what the recipe is, line by line: before the run."""
+    weights = task.config.model.weights
+    yield from images.told(task.config.data, task.train, weights, pretrained.expected(weights))
+    yield networks.recipe_told(task.config)

@@ -412,8 +412,8 @@ class _Part:
         data, config = self.task.train, self.task.config
         return checkpoint.Manifest(
             0, 0, config.model.name, data.num_classes, self.task.channels, config.data.image_size, data.fingerprint,
-            list(data.mean), list(data.std), software=checkpoint.software(),
-            class_names=list(data.class_names))
+            list(self.task.mean), list(self.task.std), software=checkpoint.software(), class_names=list(data.class_names),
+            resize=config.data.resize or 0)
 
 
 def _versions(everyone: list[dict]) -> dict:

@@ -38,7 +38,7 @@ def test_a_recipe_fills_in_only_what_was_left_open():
     config = configuration.with_recipe(configuration.parse(["--lr", "0.125"]), networks.recipe("alexnet"))
     assert (config.schedule.lr, config.data.batch_size, config.rule.weight_decay) == (0.125, 128, 5e-4)
     assert not [value for section in dataclasses.asdict(config).values() for name, value in section.items()
-                if value is None and name not in ("image_size", "min_batch", "max_drift", "clip_norm")]
+                if value is None and name not in ("image_size", "resize", "mean", "std", "min_batch", "max_drift", "clip_norm")]
 
 
 def test_an_unknown_option_is_named_with_the_one_that_was_meant():

@@ -19,8 +19,8 @@ FREE = """run.dir run.resume run.override run.accept_gaps run.dry_run run.inject
     stages.balance stages.at stages.schedule record.interval_s record.spans record.tensorboard record.hash_snapshots
     checkpoint.every_s checkpoint.every_samples checkpoint.keep failure.retire_after_s failure.max_nonfinite failure.grace_s
     failure.stall_s"""
-DEFINES = """run.seed run.epochs run.validate_every data.source data.batch_size data.image_size data.augment data.lease_batches data.min_batch
-    model.name model.weights model.partial_weights model.batchnorm rule.name rule.momentum rule.momentum_at rule.staleness
+DEFINES = """run.seed run.epochs run.validate_every data.source data.batch_size data.image_size data.resize data.mean data.std data.augment data.lease_batches data.min_batch
+    model.name model.recipe model.weights model.partial_weights model.batchnorm rule.name rule.momentum rule.momentum_at rule.staleness
     rule.weight_decay rule.max_drift rule.clip_norm rule.warm_start_epochs rule.splits rule.max_staleness rule.slack rule.backup
     rule.alpha rule.dc_lambda rule.dc_decay schedule.name schedule.lr schedule.warmup_epochs schedule.step_epochs schedule.gamma
     schedule.power exchange.n_push exchange.n_fetch exchange.overlap exchange.wire compute.precision compute.micro_batches

@@ -9,7 +9,7 @@ ORDER = ["errors", "bounded", "plausible", "ending", "signals", "launch", "local
          "forecast", "record.disk", "record.rundir", "trust", "record.ranklog", "record.events", "record.starts", "record.history", "record.audit", "record.timeline",
          "record.readings", "record.validations", "record.pipelines", "record.summary", "record.nvml", "record.board",
          "record.meter", "record.watch", "record.progress", "record.tensors", "record.checkpoint", "data", "model", "stages",
-         "server.claims", "server.ledger", "server.losses", "server.versions", "server.slices", "server.rules", "server.finite", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "task", "preflight",
+         "server.claims", "server.ledger", "server.losses", "server.versions", "server.slices", "server.rules", "server.finite", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "images", "task", "preflight",
          "resume", "report", "evaluate", "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc",
          "prepare", "crew", "train", "findings", "doctor"]
 

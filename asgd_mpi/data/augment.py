@@ -6,13 +6,18 @@ by image; mirror and colour (`Touch`) follow on the image or, with the same resu
 (`Touches`): a GPU does them at no cost. Crops stay where the decoder is, for what is cut off need not travel, and a resize
 elsewhere rounds otherwise. Policies by name:
 
-    none       short side to S * 256 / 224, centre crop; an image that is stored at S x S stays as it is
-    paper      short side to S * 256 / 224, random crop, random mirror, random colour along the principal components of
+    none       short side to R, centre crop
+    paper      short side to R, random crop, random mirror, random colour along the principal components of
                ImageNet's RGB values: Krizhevsky et al. 2012, section 4.1
     reference  crop of random area and aspect, random mirror: Szegedy et al. 2014, with torchvision's constants
+    pad_crop   short side to R, zeros around it (S / 8 wide: 4 of 32 pixels), random crop, random mirror: He et al. 2016,
+               section 4.2, for CIFAR
     shift      small stored images: move by at most one pixel each way, zeros come in, no mirror (digits)
 
-Resizing is bilinear and antialiased, the same as Pillow's to the rounding.
+R is one number for a data set, so that an image has one scale in training and validation, packed or not, whatever its
+encoding (`short_side`): sets of photographs are shrunk (or enlarged, as torchvision does) to S * 256 / 224 and lose their
+margin, sets of images that are no larger than S keep it.
+Resizing is bilinear and antialiased, the same as Pillow's to the rounding; all steps are torchvision's to one level.
 """
 
 import math
@@ -86,10 +91,10 @@ class Policy:
 
 
 class CentreCrop(Policy):
-    def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None):
+    def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None, resize: int = 0):
         self.size = size
         stored_to_size = image_shape is not None and image_shape[:2] == (size, size)
-        self.short_side = size if stored_to_size else round(size * 256 / 224)
+        self.short_side = resize or (size if stored_to_size else with_margin(size))
 
     def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
         image = _resize_short_side(image, self.short_side)
@@ -98,9 +103,9 @@ class CentreCrop(Policy):
 
 
 class RandomCrop(Policy):
-    def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None):
+    def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None, resize: int = 0):
         self.size = size
-        self.short_side = round(size * 256 / 224)
+        self.short_side = resize or with_margin(size)
 
     def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
         image = _resize_short_side(image, self.short_side)
@@ -113,7 +118,7 @@ class RandomResizedCrop(Policy):
     AREA = (0.08, 1.0)  # fraction of the image
     ASPECT = (3 / 4, 4 / 3)  # width / height, log-uniform
 
-    def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None):
+    def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None, resize: int = 0):
         self.size = size
 
     def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
@@ -134,8 +139,20 @@ class RandomResizedCrop(Policy):
         return (height - h) // 2, (width - w) // 2, h, w
 
 
+class PadCrop(Policy):
+    def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None, resize: int = 0):
+        self.size = size
+        self.padding = max(1, size // 8)
+        self.short_side = resize or size
+
+    def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
+        image = padded(_resize_short_side(image, self.short_side), self.padding)
+        top, left = (int(rng.integers(side - self.size + 1)) for side in image.shape[:2])
+        return image[top : top + self.size, left : left + self.size], Touch(rng.random() >= 0.5)
+
+
 class Shift(Policy):
-    def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None):
+    def __init__(self, size: int, image_shape: tuple[int, int, int] | None = None, resize: int = 0):
         if image_shape is None or image_shape[:2] != (size, size):
             raise ConfigError(
                 f"--data.augment shift does not resize, so it needs raw images stored at {size} x {size}, and these are "
@@ -145,19 +162,42 @@ class Shift(Policy):
 
     def crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Touch]:
         top, left = rng.integers(0, 3, size=2).tolist()  # 1 is no shift
-        padded = np.zeros((self.size + 2, self.size + 2, image.shape[2]), dtype=np.uint8)  # np.pad takes 20 times as long
-        padded[1:-1, 1:-1] = image
-        return padded[top : top + self.size, left : left + self.size], Touch()
+        return padded(image, 1)[top : top + self.size, left : left + self.size], Touch()
 
 
-POLICIES = {"none": CentreCrop, "paper": RandomCrop, "reference": RandomResizedCrop, "shift": Shift}
+POLICIES = {"none": CentreCrop, "paper": RandomCrop, "reference": RandomResizedCrop, "pad_crop": PadCrop, "shift": Shift}
 
 
-def make_policy(name: str, size: int, image_shape: tuple[int, int, int] | None = None) -> Policy:
-    """Return the policy of that name for S = size; `image_shape` is the ShardSet's: (H, W, C), or None for JPEG."""
+def make_policy(name: str, size: int, image_shape: tuple[int, int, int] | None = None, resize: int = 0) -> Policy:
+    """Return the policy of that name for S = size; `image_shape` is the ShardSet's: (H, W, C), or None for JPEG.
+
+    `resize`: R. 0 stands for what runs before 0.5 did, whose record has no R: S * 256 / 224, but for `none` S with raw images
+    stored at S x S.
+    """
     if name not in POLICIES:
         raise ConfigError(f"there is no augmentation {name!r}; choose one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[name](size, image_shape)
+    return POLICIES[name](size, image_shape, resize)
+
+
+def short_side(size: int, typical: float) -> int:
+    """Return R, the short side that the images of a set are brought to for S = size, from their typical short side.
+
+    With the margin that torchvision's evaluation cuts off, unless they have nothing to spare: a set of 32-pixel images is seen
+    whole, and not enlarged to 37 pixels and cropped.
+    """
+    return size if typical <= size else with_margin(size)
+
+
+def with_margin(size: int) -> int:
+    return round(size * 256 / 224)
+
+
+def padded(image: np.ndarray, width: int) -> np.ndarray:
+    """Return uint8 (H + 2 width, W + 2 width, C): zeros around an image uint8 (H, W, C)."""
+    height, length, channels = image.shape
+    larger = np.zeros((height + 2 * width, length + 2 * width, channels), dtype=np.uint8)  # np.pad takes 20 times as long
+    larger[width:-width, width:-width] = image
+    return larger
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -112,6 +112,13 @@ class ShardSet:
         """Return the labels, int64, of some samples."""
         return self._label[indices]
 
+    def short_sides(self) -> np.ndarray:
+        """Return the short sides of some images, in pixels: those of the first shard, which are a random draw."""
+        if self.image_shape is not None:
+            return np.array([min(self.image_shape[:2])])
+        with h5py.File(self._shards[0].path, "r", locking=False) as file:
+            return file["size"][:].min(axis=1).astype(np.int64)
+
     def expect(self, indices: np.ndarray) -> None:
         """Tell the disk of samples that are read soon, in the order in which they lie there.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from PIL import Image
 
 from asgd_mpi.data.decode import check_end
 from asgd_mpi.data.shards import DamagedSample
@@ -15,6 +16,7 @@ from asgd_mpi.data.tree import Tree, directory_of, list_tree, some
 from asgd_mpi.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NUM_LOOKED_AT = 64  # headers of a tree
 
 
 class FolderSet:
@@ -44,6 +46,10 @@ class FolderSet:
     def labels(self, indices: np.ndarray) -> np.ndarray:
         """Return the labels, int64, of some samples."""
         return self._label[indices]
+
+    def short_sides(self) -> np.ndarray:
+        """Return the short sides of the first images, a random draw, in pixels; 0 of those that cannot be read."""
+        return np.array([_short_side(path) for path in self._paths[:NUM_LOOKED_AT]])
 
     def expect(self, indices: np.ndarray) -> None:
         pass
@@ -91,6 +97,9 @@ class SyntheticSet:
         """Return the labels, int64, of some samples."""
         return np.asarray(indices, dtype=np.int64) * 7919 % self.num_classes
 
+    def short_sides(self) -> np.ndarray:
+        return np.array([min(self.image_shape[:2])])
+
     def expect(self, indices: np.ndarray) -> None:
         pass
 
@@ -104,3 +113,11 @@ class SyntheticSet:
 
     def close(self) -> None:
         pass
+
+
+def _short_side(path: str) -> int:
+    try:
+        with Image.open(path) as image:
+            return min(image.size)
+    except Exception:  # Pillow raises what it likes; whoever reads the image tells
+        return 0

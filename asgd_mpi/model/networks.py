@@ -12,17 +12,23 @@ import inspect
 import torch
 from torch import nn
 
-from asgd_mpi.config import Recipe
+from asgd_mpi.config import Config, Recipe
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model.blame import blamed
 from asgd_mpi.model.columns import TwoColumns
 
 IMAGENET_RESNET = Recipe(epochs=90, batch_size=32, augment="reference", momentum=0.9, weight_decay=1e-4,
-                         schedule="step", lr=0.0125, warmup_epochs=5)  # torchvision: 0.1 for 256 images
+                         schedule="step", lr=0.0125, warmup_epochs=5,  # torchvision: 0.1 for 256 images
+                         source="torchvision's for ResNet on ImageNet")
 IMAGENET_ALEXNET = Recipe(epochs=90, batch_size=128, augment="paper", momentum=0.9, weight_decay=5e-4,
-                          schedule="step", lr=0.01, warmup_epochs=5)   # Krizhevsky 2012, section 5
+                          schedule="step", lr=0.01, warmup_epochs=5, source="Krizhevsky 2012, section 5")
 DIGITS = Recipe(epochs=40, batch_size=16, augment="shift", momentum=0.9, weight_decay=1e-4, schedule="cosine", lr=0.02,
-                warmup_epochs=2)
+                warmup_epochs=2, source="for 8-pixel digits")
+SMALL_IMAGES = Recipe(epochs=200, batch_size=32, augment="pad_crop", momentum=0.9, weight_decay=5e-4, schedule="cosine", lr=0.025,
+                      warmup_epochs=5,                                 # 0.1 for 128 images
+                      source="for CIFAR: He 2016 (pad 4, crop, mirror; 0.1 for 128 images), Zagoruyko 2016 (decay, 200 epochs)")
+RECIPES = {"small_images": SMALL_IMAGES, "imagenet_resnet": IMAGENET_RESNET, "imagenet_alexnet": IMAGENET_ALEXNET, "digits": DIGITS}
+SMALL = 64      # pixels: up to this size images are no photographs of ImageNet's
 
 
 def digits_cnn(num_classes: int, channels: int) -> nn.Module:
@@ -142,9 +148,27 @@ NETWORKS = {
 FORMS = f"{', '.join(NETWORKS)}, torchvision:NAME (such as torchvision:vgg16), or package.module:function"
 
 
-def recipe(name: str) -> Recipe:
-    """The stock settings of a network; those of ResNet for a network that has none here."""
-    return NETWORKS[name][1] if name in NETWORKS else IMAGENET_RESNET
+def recipe(name: str, image_size: int | None = None, asked: str = "auto") -> Recipe:
+    """Return the recipe that is asked for, or that of a network: by the size of its images unless it is made for small ones.
+
+    A network that has none here gets that of ResNet, for photographs.
+    """
+    if asked != "auto":
+        return RECIPES[asked]
+    own = NETWORKS[name][1] if name in NETWORKS else IMAGENET_RESNET
+    return SMALL_IMAGES if own is not DIGITS and image_size and image_size <= SMALL else own
+
+
+def recipe_told(config: Config) -> str:
+    """Say in a line what a complete configuration trains with, and where it comes from."""
+    chosen = recipe(config.model.name, config.data.image_size, config.model.recipe)
+    name = next(name for name, one in RECIPES.items() if one is chosen)
+    data, schedule = config.data, config.schedule
+    why = "asked for" if config.model.recipe != "auto" else f"by {config.data.image_size} pixels" if chosen is SMALL_IMAGES else (
+        "of the network" if config.model.name in NETWORKS else "a network of your own has none of its own")
+    return (f"recipe {name} ({why}; {chosen.source}), with what you gave: {config.run.epochs:g} epochs, batches of {data.batch_size}, "
+            f"augment {data.augment}, lr {schedule.lr:g} ({schedule.name}), momentum {config.rule.momentum:g}, weight decay "
+            f"{config.rule.weight_decay:g}. Others: --model.recipe")
 
 
 def build(name: str, num_classes: int, channels: int, image_size: int) -> nn.Module:

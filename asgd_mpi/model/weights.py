@@ -23,37 +23,39 @@ DEPTH = 4      # of dicts in dicts
 State = dict[str, torch.Tensor]
 
 
-def load_weights_(module: nn.Module, path: str, partial: bool = False, note: Callable[[str], None] = lambda text: None) -> list[str]:
+def load_weights_(module: nn.Module, path: str, partial: bool = False, note: Callable[[str], None] = lambda text: None,
+                  option: str = "--model.weights") -> list[str]:
     """Take parameters and buffers from a state_dict file or a checkpoint directory; returns the names left as they were.
 
-    `partial`: take those that fit by name and shape. `note` is told what was done to find them, and what was left. Raises
-    ConfigError naming what does not fit, RunDirError for a file that cannot be read.
+    `partial`: take those that fit by name and shape. `note` is told what was done to find them, and what was left;
+    `option` is what gave the path, for messages. Raises ConfigError naming what does not fit, RunDirError for a file that cannot be read.
     """
     held = checkpoint.load(path)[0] if Path(path).is_dir() else checkpoint.read_tensors(Path(path))
     own = module.state_dict()
-    where, state, stripped = _best(held, own, path)
+    given = f"{option} {path}"
+    where, state, stripped = _best(held, own, given)
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
     misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
     if (missing or unknown or misshapen) and not partial:
-        raise ConfigError(_misfit(path, where, state, own, missing, unknown, misshapen))
+        raise ConfigError(_misfit(given, where, state, own, missing, unknown, misshapen))
     fitting = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
     if not fitting:
-        raise ConfigError(f"--model.weights {path}: nothing of it fits the network, neither by name nor by shape: it holds "
+        raise ConfigError(f"{given}: nothing of it fits the network, neither by name nor by shape: it holds "
                           f"{few(list(state))}, the network has {few(list(own))}.")
     module.load_state_dict(fitting, strict=False)
     left = [name for name in own if name not in fitting]
-    for text in _told(path, where, stripped, left, [name for name in state if name not in fitting]):
+    for text in _told(given, where, stripped, left, [name for name in state if name not in fitting]):
         note(text)
     return left
 
 
-def _best(held: Mapping, own: State, path: str) -> tuple[str, State, list[str]]:
+def _best(held: Mapping, own: State, given: str) -> tuple[str, State, list[str]]:
     """Return of all state_dicts in a file the one that fits best, the first of several: its key, its tensors by the network's
     names as far as they can be told, and what was taken out of them."""
     found = [(where, *_renamed(state, own)) for where, state in _state_dicts(held)]
     if not found:
-        raise ConfigError(f"--model.weights {path} holds no tensors by name, but {few([str(key) for key in held]) or 'nothing'}. Give a "
+        raise ConfigError(f"{given} holds no tensors by name, but {few([str(key) for key in held]) or 'nothing'}. Give a "
                           "state_dict, or a dict that holds one.")
     return max(found, key=lambda one: (_fit(one[1], own), len(one[1])))        # max takes the first
 
@@ -109,21 +111,21 @@ def _fit(state: State, own: State) -> tuple[int, int]:
     return sum(name in own and tensor.shape == own[name].shape for name, tensor in state.items()), _num_names(state, own)
 
 
-def _misfit(path: str, where: str, state: State, own: State, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
+def _misfit(given: str, where: str, state: State, own: State, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
     """Say what does not fit: the file's names beside the network's."""
     shapes = [f"{name} {tuple(state[name].shape)} in place of {tuple(own[name].shape)}" for name in misshapen]
     beside = [*shapes[:3], *([f"the file's {few(unknown)}"] if unknown else []), *([f"the network's {few(missing)}"] if missing else [])]
-    return (f"--model.weights {path}{f' (its {where!r})' if where else ''} does not fit the network: {len(missing)} names are missing, "
+    return (f"{given}{f' (its {where!r})' if where else ''} does not fit the network: {len(missing)} names are missing, "
             f"{len(unknown)} are not the network's, {len(misshapen)} have another shape, such as {', beside '.join(beside)}. "
             "Give weights of the same network, or --model.partial_weights true to take what fits and begin the rest at random.")
 
 
-def _told(path: str, where: str, stripped: list[str], left: list[str], unused: list[str]) -> Iterator[str]:
+def _told(given: str, where: str, stripped: list[str], left: list[str], unused: list[str]) -> Iterator[str]:
     found = [f"from its {where!r}"] if where else []
     found += [f"without {' and '.join(stripped)} in its names"] if stripped else []
     if found:
-        yield f"--model.weights {path}: taken {', '.join(found)}"
+        yield f"{given}: taken {', '.join(found)}"
     if left:
-        yield f"--model.weights {path}: {len(left)} of the network's names are not in it, and begin as without it: {few(left)}"
+        yield f"{given}: {len(left)} of the network's names are not in it, and begin as without it: {few(left)}"
     if unused:
-        yield f"--model.weights {path}: {len(unused)} of its names are left out: {few(unused)}"
+        yield f"{given}: {len(unused)} of its names are left out: {few(unused)}"

@@ -62,6 +62,7 @@ class Manifest(msgspec.Struct):
     statistics_of: int | None = None      # version that the batch-norm statistics were measured on
     software: dict[str, str] = {}
     class_names: list[str] = []           # in the order of the scores; none, if it was written before they were kept
+    resize: int = 0           # short side of an image before the crop; 0 if it was written before it was kept
     sha256: str = ""          # of all the above; in format 1 of model.pt, the only file
 
     @property
@@ -71,8 +72,9 @@ class Manifest(msgspec.Struct):
     def seal(self) -> str:
         """The sha256 of what it says, but for that itself."""
         said = msgspec.structs.asdict(msgspec.structs.replace(self, sha256=""))
-        if not self.class_names:          # older ones say nothing of them
-            del said["class_names"]
+        for name in ("class_names", "resize"):          # older ones say nothing of them
+            if not said[name]:
+                del said[name]
         return hashlib.sha256(msgspec.json.encode(said)).hexdigest()
 
 
