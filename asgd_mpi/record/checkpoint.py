@@ -239,7 +239,8 @@ def _impossible(manifest: Manifest) -> str:
     wrong = out_of_range([("version", manifest.version, 0, most), ("samples", manifest.samples, 0, most),
                           ("restart", manifest.restart, 0, 10**6), ("num_workers", manifest.num_workers, 0, MAX_WORKERS),
                           ("num_classes", manifest.num_classes, 1, MAX_CLASSES), ("channels", manifest.channels, 1, MAX_CHANNELS),
-                          ("image_size", manifest.image_size, 1, MAX_SIDE)])
+                          ("image_size", manifest.image_size, 1, MAX_SIDE),
+                          ("resize", manifest.resize, manifest.image_size if manifest.resize else 0, 2 * MAX_SIDE)])
     if wrong:
         return wrong
     if len(manifest.class_names) not in (0, manifest.num_classes):
