@@ -27,10 +27,13 @@ class Devkit:
     words: dict[str, str]  # of a synset: `tench, Tinca tinca`
     truth: list[str]  # the synset of each validation image, in the order of their numbers
 
-    def class_names(self, synsets: list[str]) -> list[str]:
-        """Return the first word of each synset, or all its words where two synsets share the first (crane)."""
-        first = [self.words[synset].split(",")[0] for synset in synsets]
-        return [word if first.count(word) == 1 else self.words[synset] for word, synset in zip(first, synsets, strict=True)]
+    def classes_of(self, names: list[str]) -> list[str]:
+        """Return the synset of each validation image, in the order of their names; raise DataError if some are missing."""
+        if len(names) != len(self.truth):
+            raise DataError(f"there are {len(names)} validation images, but the development kit has the classes of "
+                            f"{len(self.truth)}; get the archive again")  # fmt: skip
+        place = {name: place for place, name in enumerate(sorted(names))}
+        return [self.truth[place[name]] for name in names]
 
 
 def read_devkit(source: Path) -> Devkit | None:

@@ -6,6 +6,7 @@ holds every class and a run may read in blocks. Under `srun` or `mpirun`, the ta
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -14,15 +15,19 @@ import numpy as np
 from asgd_mpi import limits
 from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.manifest import Manifest, SplitEntry
+from asgd_mpi.data.tree import readable
 from asgd_mpi.errors import DataError
 from data_prep import run
 from data_prep.encode import BadImage, Encoding, mean_and_std
-from data_prep.packing import Done, Plan, clear, finish, is_complete, pack, read_done, start, unfinished
-from data_prep.sources import SPLITS, Source, find_source
+from data_prep.packing import clear, finish, is_complete, pack, read_done, start, unchecked, unfinished
+from data_prep.plan import Done, Plan
+from data_prep.shared_listing import list_once
+from data_prep.sources import SPLITS, WHOLE, Source, leave_out
 from data_prep.tasks import end_with_parent, rank_and_size
 from data_prep.writer import check_space, make_root, software
 
 T = TypeVar("T")
+SAMPLED = 1000  # files that are asked for their sizes
 
 RANGES = {
     "short-side": (limits.at_least(1, 65500), "give pixels, 1 or more; a JPEG file has 65,500 at most"),
@@ -48,12 +53,15 @@ def prepare(
     on_bad_image: Literal["stop", "skip"] = "stop",
     num_measured: int = 20_000,
     workers: int | None = None,
+    blacklist: Path | None = None,
+    check_md5: bool = True,
 ) -> None:
     """Pack ImageNet into HDF5 shards. If it is killed, the same command goes on where it stopped.
 
     Args:
         source: directory with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with
-            train/<synset>/*.JPEG and val/<synset>/*.JPEG; archives are read in place
+            train/<synset>/*.JPEG and val/<synset>/*.JPEG, or as Kaggle has it, or with webdataset's tars or Hugging Face's parquet
+            files; archives are read in place, parquet files are unpacked into --out until it is done
         out: directory for the data set; created if missing, refused if it already holds one
         mode: jpeg keeps the files' bytes wherever possible; raw stores pixels, short side to --raw-size and centre crop
         short_side: of jpeg: shrink larger images to this many pixels on the short side; else files are kept as they are
@@ -65,25 +73,54 @@ def prepare(
         on_bad_image: stop at an image that does not decode, or skip it, name it and list it in the manifest
         num_measured: training images, evenly spread, that mean and std are measured on
         workers: processes that read, check and write; one per core if not given
+        blacklist: file with the numbers of validation images to leave out, one a line, as the development kit of 2014 has it
+            (ILSVRC2014_clsloc_validation_blacklist.txt, 1762 images); they are not left out by default, nor elsewhere
+        check_md5: read the official archives once more, beside the packing, and compare their md5 sums with the published ones
     """
     rank, size = rank_and_size()
     if size > 1:
         end_with_parent()
     encoding = Encoding(mode, short_side, raw_size, quality, check)
-    found = find_source(source)
-    photos = {split: shuffled(found.photos[split], seed, split) for split in SPLITS}
-    plan = Plan(out, photos, found.synsets, encoding, shard_size, seed, num_measured)
     if is_complete(out):
         clear(out)
     if size > 1 and is_complete(out):
         print(f"{out} holds a complete data set; task {rank} of {size} has nothing to do")
         return
-    make_root(out)
+    out, found = _list(source, out)
+    if blacklist:
+        found.photos["val"] = leave_out(found.photos["val"], read_numbers(blacklist))
+    photos = {split: shuffled(found.photos[split], seed, split) for split in SPLITS}
+    official = tuple(found.official) if check_md5 else ()
+    plan = Plan(out, photos, found.synsets, encoding, shard_size, seed, num_measured, official)
     check_space(out, _estimate_bytes(plan, unfinished(plan)))
     left = start(plan)
     mine = [shard for place, shard in enumerate(plan.shards) if place % size == rank and shard in left]
-    pack(plan, mine, on_bad_image == "skip", workers or len(os.sched_getaffinity(0)), show_progress=rank == 0)
+    archives = [archive for place, archive in enumerate(unchecked(plan)) if place % size == rank]
+    pack(plan, mine, on_bad_image == "skip", workers or len(os.sched_getaffinity(0)), rank == 0, archives)
     _finish_if_done(plan, found)
+
+
+def _list(source: Path, out: Path) -> tuple[Path, Source]:
+    """Make the data set directory and list the source; if that fails, leave nothing new behind."""
+    was_there = out.exists()
+    make_root(out)
+    try:
+        return out.resolve(), list_once(source, out.resolve())
+    except DataError:
+        if not was_there:
+            with suppress(OSError):  # other tasks are at it
+                out.rmdir()
+        raise
+
+
+def read_numbers(path: Path) -> set[int]:
+    """Return the numbers in a file, one a line; raise DataError."""
+    with readable(path):
+        words = path.read_text(errors="replace").split()
+    if not words or not all(word.isdigit() for word in words):
+        raise DataError(f"{path} should have the numbers of validation images to leave out, one a line, like "
+                        f"ILSVRC2014_clsloc_validation_blacklist.txt of the development kit of 2014")  # fmt: skip
+    return {int(word) for word in words}
 
 
 def shuffled(photos: list[T], seed: int, split: str) -> list[T]:
@@ -97,14 +134,15 @@ def _estimate_bytes(plan: Plan, shards: set[tuple[str, int]]) -> int:
     photos = [photo for shard in shards for photo in plan.slice(*shard)]
     if plan.encoding.mode == "raw":
         return len(photos) * 3 * plan.encoding.raw_size**2
-    total = sum(photo.num_bytes for photo in photos)
+    few = photos[:: max(1, len(photos) // SAMPLED)] if any(photo.num_bytes == WHOLE for photo in photos) else photos
+    total = sum(photo.size() for photo in few) * len(photos) // max(1, len(few))
     if plan.encoding.short_side is None:
         return total
     before, after = 1, 1
     for photo in photos[:64]:
         try:
             after += plan.encoding.sample(photo, photo.read(), 0).image.nbytes
-            before += photo.num_bytes
+            before += photo.size()
         except BadImage:
             pass  # it is reported when its turn comes
     return total * after // before
@@ -113,12 +151,16 @@ def _estimate_bytes(plan: Plan, shards: set[tuple[str, int]]) -> int:
 def _finish_if_done(plan: Plan, found: Source) -> None:
     done = {shard: read_done(plan, *shard) for shard in plan.shards}
     missing = sum(one is None for one in done.values())
+    waiting = unchecked(plan)
     if is_complete(plan.out):
         print(f"{plan.out} is complete: another packer has finished it")
         clear(plan.out)
         return
     if missing:
         print(f"{plan.out}: {missing} of {len(done)} shards are still left to other tasks")
+        return
+    if waiting:
+        print(f"{plan.out}: the md5 sum of {', '.join(map(os.path.basename, waiting))} is still left to another task")
         return
     splits = {split: _entry([done[shard] for shard in plan.shards if shard[0] == split]) for split in SPLITS}
     counts = np.sum([one.histogram for one in done.values()], axis=0)

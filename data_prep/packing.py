@@ -13,83 +13,29 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import xxhash
 from tqdm import tqdm
 
 from asgd_mpi.data.manifest import MANIFEST, Manifest, ShardEntry
 from asgd_mpi.errors import DataError
-from data_prep.encode import BadImage, Encoding, histogram
-from data_prep.sources import Photo
+from data_prep.archives import OFFICIAL, check_md5
+from data_prep.encode import BadImage, histogram
+from data_prep.plan import Done, Plan, PlanFile
+from data_prep.shared_listing import remove_listings
 from data_prep.takeover import fsync, making, own, put_away, sweep, take
 from data_prep.tasks import end_with_parent
 from data_prep.writer import explained, replacing, write_shard
 
 ROOM = ".packing"  # inside the data set directory
 PLAN, DONE = "plan.json", "done.json"  # inside of it, and of the directory of a shard there
-LAYOUT = 2  # of `.packing`
 COUNT_EVERY = 16  # images between two signs of life of a worker process
-
-
-class Done(msgspec.Struct, frozen=True):
-    """One finished shard."""
-
-    entry: ShardEntry
-    skipped: list[str]
-    histogram: list[list[int]]  # (3, 256): of the images that mean and std are measured on
-
-
-class PlanFile(msgspec.Struct, frozen=True):
-    options: dict[str, str]
-    photos: str  # xxh3 of every photo's name, in order; not of its size, so that a bad file may be replaced
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that the shards depend on."""
-
-    out: Path
-    photos: dict[str, list[Photo]]  # by split, shuffled
-    synsets: list[str]
-    encoding: Encoding
-    shard_size: int
-    seed: int
-    num_measured: int  # images that mean and std are measured on
-
-    @property
-    def shards(self) -> list[tuple[str, int]]:
-        """(split, number) of every shard."""
-        return [(split, number) for split in self.photos for number in range(self.num_shards(split))]
-
-    def num_shards(self, split: str) -> int:
-        return -(-len(self.photos[split]) // self.shard_size)
-
-    def slice(self, split: str, number: int) -> list[Photo]:
-        return self.photos[split][number * self.shard_size : (number + 1) * self.shard_size]
-
-    def file(self, split: str, number: int) -> str:
-        return f"{split}-{number:05d}-of-{self.num_shards(split):05d}.h5"
-
-    def measured(self, split: str, number: int) -> range:
-        """The places in a shard of images that mean and std are measured on: every n-th of train."""
-        stride = max(1, len(self.photos["train"]) // self.num_measured)
-        first = -(number * self.shard_size) % stride
-        return range(first, self.shard_size if split == "train" else 0, stride)
-
-    def describe(self) -> PlanFile:
-        digest = xxhash.xxh3_64()
-        for photos in self.photos.values():
-            digest.update("\n".join(photo.name for photo in photos).encode())
-        options = {"layout": LAYOUT, "shard_size": self.shard_size, "seed": self.seed, "num_measured": self.num_measured} | vars(self.encoding)
-        return PlanFile({name: str(value) for name, value in options.items()}, digest.hexdigest())
 
 
 def start(plan: Plan) -> set[tuple[str, int]]:
@@ -130,6 +76,29 @@ def unfinished(plan: Plan, discard_damaged: bool = False) -> set[tuple[str, int]
     return left
 
 
+def unchecked(plan: Plan) -> list[str]:
+    """Return the official archives whose md5 sums are still to be compared."""
+    return [archive for archive in plan.official if not _word_of(plan, archive).exists()]
+
+
+def _word_of(plan: Plan, archive: str) -> Path:
+    return plan.out / ROOM / f"{os.path.basename(archive)}.md5.json"
+
+
+class DamagedArchive(DataError):
+    """An official archive with another md5 sum: whatever was packed from it may be damaged, too."""
+
+
+def check_archive(plan: Plan, archive: str, count: Callable[[int], None]) -> list[str]:
+    """Compare an archive's md5 sum and write down that it is right; raise DamagedArchive."""
+    try:
+        check_md5(Path(archive), lambda num_bytes: count(0))
+    except DataError as damaged:
+        raise DamagedArchive(f"{damaged}. What was packed from it is dropped.") from damaged
+    write_json(_word_of(plan, archive), OFFICIAL[os.path.basename(archive)].md5)
+    return []
+
+
 def read_done(plan: Plan, split: str, number: int) -> Done | None:
     """Return what is known of a finished shard, None if it is not finished."""
     name = plan.file(split, number)
@@ -153,24 +122,33 @@ def is_complete(out: Path) -> bool:
     return (out / MANIFEST).exists()
 
 
-def pack(plan: Plan, shards: list[tuple[str, int]], skip: bool, workers: int, show_progress: bool) -> None:
-    """Write some shards; raise DataError at an image that does not decode, unless skipping."""
+def pack(plan: Plan, shards: list[tuple[str, int]], skip: bool, workers: int, show_progress: bool,
+         archives: Sequence[str] = ()) -> None:  # fmt: skip
+    """Write some shards and check some archives; raise DataError at an image that does not decode, unless skipping."""
     total = sum(len(plan.slice(*shard)) for shard in shards)
     try:
-        _pack(plan, shards, skip, workers, total, show_progress)
-    except DataError:
-        if not is_complete(plan.out):
-            raise
-        # `.packing` has gone from under a shard: another packer has finished the set, and ours is not needed
+        _pack(plan, shards, archives, skip, workers, total, show_progress)
+    except DamagedArchive:
+        put_away(plan.out / ROOM)
+        raise
+    except DataError as error:
+        if is_complete(plan.out):
+            return  # `.packing` has gone from under a shard: another packer has finished the set, and ours is not needed
+        if not (plan.out / ROOM).exists():
+            raise DataError(f"{plan.out / ROOM} has gone while shards were written: another task found an archive damaged (its error says "
+                            f"which), or somebody removed it; start again") from error  # fmt: skip
+        raise
 
 
-def _pack(plan: Plan, shards: list, skip: bool, workers: int, total: int, show_progress: bool) -> None:
+def _pack(plan: Plan, shards: list, archives: Sequence[str], skip: bool, workers: int, total: int, show_progress: bool) -> None:
     with tqdm(total=total, desc="packing", unit="img", disable=not show_progress, smoothing=0.05) as progress:
         if workers == 1:
             for shard in shards:
                 _report(pack_shard(plan, *shard, skip, progress.update))
+            for archive in archives:
+                check_archive(plan, archive, progress.update)
         else:
-            _pack_in_processes(plan, shards, skip, workers, progress)
+            _pack_in_processes(plan, [*archives, *shards], skip, workers, progress)
 
 
 def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[[int], None]) -> list[str]:
@@ -205,15 +183,21 @@ def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[
     with explained(place), making(place) as mine:
         entry = write_shard(mine / name, name, samples, split, number, plan.num_shards(split), len(plan.synsets), plan.seed)
         fsync(mine / name)
-        write_json(mine / DONE, Done(entry, [bad.name for bad in skipped], counts.tolist()))
+        (mine / DONE).write_bytes(as_json(Done(entry, [bad.name for bad in skipped], counts.tolist())))
+        fsync(mine / DONE)
+        fsync(mine)
         take(mine, place)  # or it has come into place meanwhile, and ours is dropped
     return [str(bad) for bad in skipped]
 
 
-def write_json(path: Path, content: msgspec.Struct) -> None:
+def write_json(path: Path, content: msgspec.Struct | str) -> None:
     """Put a file in its place at once, even if several tasks do so."""
     with replacing(path, own(path)) as temporary:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+        temporary.write_bytes(as_json(content))
+
+
+def as_json(content: msgspec.Struct | str) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
 def finish(plan: Plan, manifest: Manifest) -> None:
@@ -226,6 +210,11 @@ def finish(plan: Plan, manifest: Manifest) -> None:
             for shard in entry.shards:
                 _move_out(plan.out, shard)
     write_json(plan.out / MANIFEST, manifest)
+    room = plan.out / ROOM
+    for shard in plan.shards:  # with fewer operations on metadata than `clear` would need
+        with suppress(OSError):
+            os.unlink(room / plan.file(*shard) / DONE)
+            os.rmdir(room / plan.file(*shard))
     clear(plan.out)
 
 
@@ -245,6 +234,7 @@ def clear(out: Path) -> None:
     """
     with explained(out):
         put_away(out / ROOM)
+        remove_listings(out)
         sweep(out)
 
 
@@ -255,11 +245,11 @@ class Stopped(Exception):
 _in_process: tuple = ()  # (plan, skip, counter, stop), handed to a worker process by its fork
 
 
-def _pack_in_processes(plan: Plan, shards: list, skip: bool, workers: int, progress: tqdm) -> None:
+def _pack_in_processes(plan: Plan, work: list, skip: bool, workers: int, progress: tqdm) -> None:
     fork = multiprocessing.get_context("fork")  # the plan is inherited and not sent; neither MPI nor a thread runs here
     counter, stop = fork.Value("q", 0), fork.Event()
     with ProcessPoolExecutor(workers, fork, _start_process, (os.getpid(), plan, skip, counter, stop)) as pool:
-        futures = [pool.submit(_pack_in_process, shard) for shard in shards]
+        futures = [pool.submit(_pack_in_process, one) for one in work]
         try:
             for done in _as_they_finish(futures, lambda: progress.update(counter.value - progress.n)):
                 _report(done.result())
@@ -289,7 +279,7 @@ def _start_process(parent: int, *inherited) -> None:
         os._exit(1)
 
 
-def _pack_in_process(shard: tuple[str, int]) -> list[str]:
+def _pack_in_process(work: tuple[str, int] | str) -> list[str]:
     plan, skip, counter, stop = _in_process
 
     def count(images: int) -> None:
@@ -298,7 +288,7 @@ def _pack_in_process(shard: tuple[str, int]) -> list[str]:
         with counter.get_lock():
             counter.value += images
 
-    return pack_shard(plan, *shard, skip, count)
+    return check_archive(plan, work, count) if isinstance(work, str) else pack_shard(plan, *work, skip, count)
 
 
 def _report(skipped: list[str]) -> None:

@@ -21,7 +21,18 @@ FORGOTTEN_S = 3600.0  # nothing was written for so long: it belongs to nobody, e
 
 def own(place: Path) -> Path:
     """Return a path beside `place` that no other process uses, on whichever host; it says whose it is."""
-    return place.with_name(f"{place.name}.{_machine()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{OWN}")
+    return place.with_name(f"{place.name}.{whoami()}.{uuid.uuid4().hex[:8]}{OWN}")
+
+
+def whoami() -> str:
+    """Return what names this process among all of all machines."""
+    return f"{_machine()}.{os.getpid()}"
+
+
+def is_alive(process: str) -> bool:
+    """Return False if a process, by its `whoami`, is known to have ended; that is not known of other machines'."""
+    machine, _, number = process.partition(".")
+    return machine != _machine() or not number.isdigit() or _lives(int(number))
 
 
 @contextmanager
@@ -67,9 +78,7 @@ def sweep(directory: Path) -> None:
     now = _touched(directory) if left else 0.0
     for path in left:
         with suppress(OSError, ValueError):
-            machine, process = path.name.split(".")[-4:-2]
-            gone = machine == _machine() and not _lives(int(process))
-            if gone or now - _changed(path) > FORGOTTEN_S:
+            if not is_alive(".".join(path.name.split(".")[-4:-2])) or now - _changed(path) > FORGOTTEN_S:
                 remove(path)
 
 

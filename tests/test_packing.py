@@ -92,13 +92,6 @@ def test_a_flat_validation_directory_needs_the_kit_and_gives_the_same_shards(mad
     assert contents(tmp_path / "out") == contents(made / "packed")
 
 
-def test_two_first_words_that_are_equal_are_told_apart_by_all_their_words(made):
-    kit = read_devkit(made / "archives")
-    synsets = sorted(kit.words)[:3]
-    kit.words.update(zip(synsets, ("crane", "crane, bird", "tench, Tinca tinca")))
-    assert kit.class_names(synsets) == ["crane", "crane, bird", "tench"]
-
-
 @pytest.mark.parametrize("share", [0.2, 0.55, 0.97, 0.999])
 def test_an_archive_that_was_cut_off_is_noticed_before_anything_is_written(archives, tmp_path, share):
     path = archives / "ILSVRC2012_img_train.tar"

@@ -126,9 +126,10 @@ input()
 """
 TASK = """
 import time
+from pathlib import Path
 from data_prep import imagenet
-imagenet.find_source = lambda *_: (open("{}", "w"), time.sleep(600))
-imagenet.prepare("nothing", "nowhere")
+imagenet.list_once = lambda *_: (open("{0}", "w"), time.sleep(600))
+imagenet.prepare("nothing", Path("{0}.out"))
 """
 
 
