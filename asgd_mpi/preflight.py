@@ -18,6 +18,7 @@ from asgd_mpi.task import Task
 from asgd_mpi.worker.step import loss_of, outputs_of
 
 NAMED = 3      # parameters in a message
+TOO_FEW = "Expected more than 1 value per channel when training"      # torch's batch norm
 
 
 def try_out_(task: Task, module: nn.Module) -> tuple[Task, list[str]]:
@@ -57,13 +58,7 @@ def _min_batch(task: Task, module: nn.Module, image: torch.Tensor) -> int:
     with blamed(f"--model.name {name} fails for one image in evaluation"):
         alone = module.eval()(image)
     networks.demand_scores(name, alone, 1, classes, "in evaluation ")
-    needed = 1
-    try:
-        for scores in outputs_of(module.train()(image)):
-            networks.demand_scores(name, scores, 1, classes)
-    except Exception:      # batch norm of one value for each channel
-        needed = 2
-    module.train()
+    needed = 2 if _refuses_one(task, module.train(), image) else 1
     asked = data.min_batch or needed
     parts = config.compute.micro_batches
     for holds, option, value in ((asked >= needed, "data.min_batch", asked), (data.batch_size >= asked, "data.batch_size", data.batch_size),
@@ -74,6 +69,26 @@ def _min_batch(task: Task, module: nn.Module, image: torch.Tensor) -> int:
             raise ConfigError(f"--{option} {value}: {name} is trained on {max(asked, needed)} images at a time or more (batch norm of one value "
                               f"has no deviation), and a batch, or a part of one, would have fewer.")
     return asked
+
+
+def _refuses_one(task: Task, module: nn.Module, image: torch.Tensor) -> bool:
+    """Return whether batch norm refuses `image`, (1, C, S, S), in training: one value for each channel has no deviation.
+
+    Any other error is the network's own. Raises ConfigError for it, unless the run has no batch of one image.
+    """
+    name = task.config.model.name
+    remedy = "Mend that, or give --data.min_batch 2, so that no batch is of one image"
+    try:
+        with blamed(f"--model.name {name} fails for one image in training", remedy):
+            for scores in outputs_of(module(image)):
+                networks.demand_scores(name, scores, 1, task.train.num_classes, "in training ")
+    except ConfigError as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError) and str(cause).startswith(TOO_FEW):
+            return True
+        if (task.config.data.min_batch or 1) < 2:
+            raise
+    return False
 
 
 def _notes(task: Task, idle: list[str]) -> list[str]:

@@ -88,8 +88,8 @@ class DelayCompensated(Rule):
 
     g is the gradient itself, of one batch and without weight decay; if a worker has scaled it down, what corrects it is scaled
     down as much: s (g + lambda g g (x - x_i)), where s g is pushed.
-    x_i are the weights right after worker i's last push: what it fetches then, or a version that others have moved by a
-    little since. Adaptive: MS_i <- mm MS_i + (1 - mm) g g and lambda = lambda0 / sqrt(MS_i + 1e-7). Memory: x_i, and with
+    x_i are the weights right after worker i's last push: what it fetches then, unless others have moved them before it
+    does: then they are not what g was computed on. Adaptive: MS_i <- mm MS_i + (1 - mm) g g and lambda = lambda0 / sqrt(MS_i + 1e-7). Memory: x_i, and with
     `a` MS_i, each (P,) float32 for each worker; a checkpoint keeps MS_i alone.
     """
 
