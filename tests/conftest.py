@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+import by_unit
 import tiers
 from asgd_mpi import local
 
 TESTS = Path(__file__).parent
 TIMEOUT_S = 180
+UNITS = pytest.StashKey[str]()        # where pytest-xdist's processes write down the unit of each test
 QUIET = ["--run.progress", "none", "--compute.workers_per_gpu", "99"]      # whatever GPUs there are
 
 
@@ -153,9 +156,22 @@ def pytest_report_header(config) -> list[str]:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items) -> None:
-    """First: pytest chooses by the marks, and pytest-xdist reads the groups."""
-    tiers.arrange(items, lambda name: getattr(pytest.mark, name), pytest.mark.xdist_group)
+def pytest_collection_modifyitems(config, items) -> None:
+    """First: pytest chooses by the marks."""
+    units = tiers.arrange(items, lambda name: getattr(pytest.mark, name))
+    if hasattr(config, "workerinput"):
+        by_unit.tell(units, config.workerinput)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """Of pytest-xdist: a process that runs tests is about to start."""
+    node.workerinput[by_unit.PLACE] = node.config.stash.setdefault(UNITS, tempfile.mkdtemp(prefix="units-"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return by_unit.UnitScheduling(config, log, Path(config.stash[UNITS]))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,5 +1,6 @@
 """Which tests run every day, and which share a process: decided from what they use and how long they took."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,16 +80,29 @@ def test_looks_again(run): pass
 """
 
 
+def suite(path: Path) -> None:
+    for name in ("conftest.py", "tiers.py", "by_unit.py"):
+        (path / name).write_text((ROOT / "tests" / name).read_text())
+    (path / "setup.cfg").write_text((ROOT / "setup.cfg").read_text().replace("testpaths = tests", "testpaths = ."))
+    (path / "test_suite.py").write_text(SUITE)
+
+
+def test_tests_that_share_a_fixture_of_their_file_run_in_one_process(tmp_path):
+    suite(tmp_path)
+    (tmp_path / "times.tsv").write_text("3\ttest_suite.py::test_looks[x]\n2\ttest_suite.py::test_looks[y]\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-n", "2", "test_suite.py"], cwd=tmp_path, capture_output=True, text=True)
+    ran = {name: process for process, name in re.findall(r"\[(gw\d)\] .* PASSED test_suite.py::(\S+)", done.stdout)}
+    assert len(ran) == 6 and all(ran[f"test_looks[{run}]"] == ran[f"test_looks_again[{run}]"] for run in "xy"), done.stdout
+    assert ran["test_looks[x]"] != ran["test_looks[y]"]
+
+
 @pytest.mark.parametrize(("arguments", "chosen"), [
     ([], ["test_looks[y]", "test_looks_again[y]", "test_short"]),
     (["-m", "slow"], ["test_long", "test_looks[x]", "test_looks_again[x]"]),
     (["test_suite.py"], ["test_long", "test_looks[x]", "test_looks_again[x]", "test_looks[y]", "test_looks_again[y]", "test_short"]),
     (["test_suite.py::test_long"], ["test_long"])])
 def test_pytest_leaves_out_the_slow_ones_unless_asked_and_takes_the_longest_unit_first(tmp_path, arguments, chosen):
-    for name in ("conftest.py", "tiers.py"):
-        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
-    (tmp_path / "setup.cfg").write_text((ROOT / "setup.cfg").read_text().replace("testpaths = tests", "testpaths = ."))
-    (tmp_path / "test_suite.py").write_text(SUITE)
+    suite(tmp_path)
     (tmp_path / "times.tsv").write_text("90\ttest_suite.py::test_long\n20\ttest_suite.py::test_looks[x]\n3\ttest_suite.py::test_looks[y]\n")
     done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert [line.partition("::")[2].partition("@")[0] for line in done.stdout.splitlines() if "::" in line] == chosen, done.stdout
+    assert [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line] == chosen, done.stdout

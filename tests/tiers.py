@@ -1,7 +1,7 @@
 """Which tests run when: marks by what a test uses, and by how long it took; nobody marks a test by hand.
 
 A unit is what must run in one process to be paid once: the tests that share a costly fixture, else one long test alone, else
-the short tests of a file. Units are handed out the longest first (`--dist loadgroup --no-loadscope-reorder`).
+the short tests of a file. Units are handed out the longest first (by_unit.py).
 
 `times.tsv` holds the measured times: CPU seconds, those of the ranks included, since others use the machine too. A test that it
 does not name counts as short; `pytest --write-times` writes the times of the tests that were run into it.
@@ -108,17 +108,14 @@ def seen(item) -> Seen:
     return Seen(item.path.name, item.name, item.path.parent.name, frozenset({*item.fixturenames, *named}), tuple(with_parameters))
 
 
-def arrange(items: list, mark: Callable[[str], object], group: Callable[[str], object]) -> None:
-    """Mark each test, name its unit, and put the longest units first; a unit stays together, in the order of its file."""
+def arrange(items: list, mark: Callable[[str], object]) -> dict[str, str]:
+    """Mark each test and put the longest units first, each together in the order of its file; return the unit of each node id."""
     seconds = read()
     tests = {item: seen(item) for item in items}
+    units = {item: unit_of(test, seconds) for item, test in tests.items()}
     of_unit, slow = costs(tests.values(), seconds), slow_units(tests.values(), seconds)
     for item, test in tests.items():
-        for name in sorted(marks_of_use(test)):
+        for name in sorted(marks_of_use(test) | ({"slow"} if units[item] in slow else set())):
             item.add_marker(mark(name))
-        if unit_of(test, seconds) in slow:
-            item.add_marker(mark("slow"))
-    numbers = {unit: number for number, unit in enumerate(sorted(of_unit, key=lambda unit: (-of_unit[unit], unit)))}
-    for item, test in tests.items():
-        item.add_marker(group(f"unit{numbers[unit_of(test, seconds)]}"))
-    items.sort(key=lambda item: numbers[unit_of(tests[item], seconds)])
+    items.sort(key=lambda item: (-of_unit[units[item]], units[item]))
+    return {item.nodeid: units[item] for item in items}
