@@ -1,4 +1,4 @@
-"""`asgd_mpi.train` whose rank 1 sends nonsense as its 10th packet: what GARBLE names."""
+"""`asgd_mpi.train` whose workers send nonsense as their 10th packet: GARBLE names what ranks 1, 2, ... send, `nothing` for none."""
 
 import dataclasses
 import os
@@ -7,16 +7,20 @@ import sys
 from asgd_mpi import train
 from asgd_mpi.exchange import wire
 
+RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
+NONSENSE = {"bytes": None, "worker": {"worker": 77}, "lease": {"lease": 999}, "count": {"count": 10**9},
+            "future": {"read_version": 10**9}, "goodbye": {"kind": wire.Kind.GOODBYE}}
+
 if __name__ == "__main__":
+    fault = ["nothing", *os.environ["GARBLE"].split(",")][RANK]
     pack, packets = wire.pack_header, 0
-    other = {"bytes": None, "worker": {"worker": 7}, "lease": {"lease": 999}, "count": {"count": 10**9},
-             "future": {"read_version": 10**9}, "goodbye": {"kind": wire.Kind.GOODBYE}}[os.environ["GARBLE"]]
 
     def garble(header):
         global packets
         packets += 1
-        if packets != 10 or os.environ["OMPI_COMM_WORLD_RANK"] != "1":
+        if packets != 10 or fault == "nothing":
             return pack(header)
+        other = NONSENSE[fault]
         return os.urandom(wire.HEADER_BYTES) if other is None else pack(dataclasses.replace(header, **other))
 
     wire.pack_header = garble

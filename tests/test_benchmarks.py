@@ -150,7 +150,7 @@ def test_pushes_and_fetches_over_a_small_link_are_no_faster_than_the_link(openmp
 
 
 def test_a_run_without_metrics_keeps_its_pushes_and_costs_of_metrics_are_read(openmpi, tmp_path):
-    result = small("benchmarks.metrics_cost", openmpi, tmp_path / "result.json", "--epochs", 1)["result"]
+    result = small("benchmarks.metrics_cost", openmpi, tmp_path / "result.json", "--epochs", 0.5)["result"]
     bytes_without, bytes_with = (result[f"{kind}: MB a rank and hour"]["median"] for kind in ("without", "with"))
     assert 0 < bytes_without < bytes_with < result["with spans: MB a rank and hour"]["median"]
     assert 0.1 < result["with: time over that without"]["median"] < 10      # it ran; how fast is no test
@@ -208,7 +208,7 @@ def test_copies_behind_kernels_are_counted_once_and_copies_beside_them_are_not()
 def test_a_small_comparison_with_a_plain_loop_runs_without_a_gpu(openmpi, tmp_path):
     trace = tmp_path / "trace.json"
     result = small("benchmarks.gpu", openmpi, tmp_path / "result.json", "--device", "cpu", "--models", "resnet18", "--workers", "2",
-                   "--batch-size", 2, "--image-size", 32, "--steps", 20, "--trace", trace)
+                   "--batch-size", 2, "--image-size", 32, "--steps", 8, "--trace", trace)
     plain, shared = result["cells"]
     assert (plain["workers"], shared["workers"]) == (0, 2) and not result["failures"]
     assert plain["time_over_plain"]["median"] == 1

@@ -6,12 +6,15 @@ import os
 import shutil
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from asgd_mpi import replay, resume
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import Refusal, Retirement, Validation, read_events
@@ -32,11 +35,19 @@ class Site:
         self.launcher, self.digits, self.directory = launcher, digits, directory
         self.run = RunDir(directory / "run")
 
-    def start(self, workers, *options, ulfm=False, epochs=EPOCHS, directory="run", servers=1):
-        return self.launcher.start_training(
-            workers + servers, "--servers", str(servers), "--data", str(self.digits), "--model", "networks_for_tests:restless", "--epochs", str(epochs),
-            "--run.dir", directory, "--resume", "auto", *BRIEF, *options, cwd=self.directory,
-            launcher_options=ULFM if ulfm else ())
+    def options(self, *more, epochs=EPOCHS, directory="run", servers=1):
+        return ["--servers", str(servers), "--data", str(self.digits), "--model", "networks_for_tests:restless", "--epochs", str(epochs),
+                "--run.dir", directory, "--resume", "auto", *BRIEF, *more]
+
+    def start(self, workers, *options, ulfm=False, servers=1, **more):
+        return self.launcher.start_training(workers + servers, *self.options(*options, servers=servers, **more), cwd=self.directory,
+                                            launcher_options=ULFM if ulfm else ())
+
+    def refusal(self, *options):
+        """What rank 0 says of the options before a training of two ranks; no rank is started."""
+        with pytest.raises(ConfigError) as refused, ExitStack() as stack:
+            prepare(self.options(*options), [{"host": "a", "gpus": []}] * 2, None, stack)
+        return str(refused.value)
 
     def train(self, workers, *options, status, **more):
         done = finish(self.start(workers, *options, **more))
@@ -84,25 +95,25 @@ def test_with_one_worker_a_run_that_was_left_and_resumed_twice_is_the_same_to_th
 
 
 def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers_goes_on(site):
-    process = site.start(3, epochs=8)
+    process = site.start(2, epochs=8)
     site.wait_for(lambda: site.run.pushes.exists() and site.run.pushes.stat().st_size > 1000)
     os.kill(process.pid, signal.SIGUSR2)
     left = finish(process)
     assert left.returncode == 75, left.stdout + left.stderr
     point = resume.find(site.run)
-    assert len(point.manifest.momenta) == 3 and not resume.lost_pushes(site.run, point)    # nothing was in flight any more
+    assert len(point.manifest.momenta) == 2 and not resume.lost_pushes(site.run, point)    # nothing was in flight any more
     said = site.launcher.run(1, "-m", "asgd_mpi.train", "--resume", "run", "--dry-run", cwd=site.directory)
     assert f"goes on at version {point.version}" in said.stdout and "lost: 0 pushes" in said.stdout, said.stdout + said.stderr
     assert site.run.restarts == [0]
-    site.train(2, status=0, epochs=8)
+    site.train(1, status=0, epochs=8)
     assert site.check(epochs=8)["restart"] == 1
     summary = summarize(site.run)
-    assert summary.status == "finished" and [start.num_workers for start in summary.restarts] == [3, 2]
+    assert summary.status == "finished" and [start.num_workers for start in summary.restarts] == [2, 1]
     samples = [0, *itertools.accumulate(push.positions for push in history.pushes(site.run))]
     told = site.events(Validation)
     assert [event.samples for event in summary.validations] == [samples[event.version] for event in summary.validations]
     assert len(told) == len(summary.validations) and all(event.samples == samples[event.version] for event in told)
-    done = site.train(2, status=0, epochs=8)
+    done = site.train(1, status=0, epochs=8)
     assert "nothing is left to do" in done.stdout
 
 
@@ -135,7 +146,7 @@ def test_when_every_worker_fails_the_run_ends_with_the_reasons_and_a_checkpoint(
     done = site.train(2, "--inject", "raise@step20:rank1,raise@step30:rank2", status=2)
     assert "no worker is left" in done.stderr and "rank 1: it failed: see error.rank001.txt" in done.stderr
     assert resume.find(site.run).version > 0
-    site.train(2, status=0)
+    site.train(1, status=0)
     site.check()
 
 
@@ -154,16 +165,18 @@ def test_a_worker_that_is_stopped_is_retired_and_comes_back_as_a_new_member(site
     assert any("retired worker" in event.reason for event in refusals)
 
 
-@pytest.mark.parametrize("what", ["bytes", "worker", "lease", "future", "goodbye"])
-def test_a_push_that_makes_no_sense_is_refused_and_its_sender_retired(site, what, monkeypatch):
-    monkeypatch.setenv("GARBLE", what)
-    done = site.launcher.train(3, "--data", str(site.digits), "--epochs", str(EPOCHS), "--run.dir", "run", *BRIEF, cwd=site.directory,
-                               module="garbles")
+def test_a_push_that_makes_no_sense_is_refused_and_its_sender_retired(site, monkeypatch):
+    """Each rank but the last sends another kind of nonsense, in one run."""
+    nonsense = ["bytes", "worker", "lease", "future", "goodbye"]
+    monkeypatch.setenv("GARBLE", ",".join([*nonsense, "nothing"]))
+    done = site.launcher.train(7, "--data", str(site.digits), "--model", "networks_for_tests:unhurried", "--epochs", "4", "--run.dir", "run",
+                               *BRIEF, cwd=site.directory, module="garbles")
     assert done.returncode == 3, done.stdout + done.stderr
-    [loss] = site.events(Retirement)
-    assert loss.rank == 1 and "a packet that makes no sense" in loss.reason and loss.for_good
-    assert len(site.events(Refusal)) == 1
-    site.check()
+    gone = {loss.rank: loss for loss in site.events(Retirement)}
+    assert sorted(gone) == [1, 2, 3, 4, 5]
+    assert all("a packet that makes no sense" in loss.reason and loss.for_good for loss in gone.values()), gone
+    assert len(site.events(Refusal)) == len(gone) == len(site.events(Retirement))
+    site.check(epochs=4)
 
 
 def test_a_stall_is_written_down_with_the_stacks_of_all_ranks(site):
@@ -179,7 +192,7 @@ def test_when_the_server_dies_the_workers_end_and_only_what_came_after_the_check
     done = site.train(2, "--inject", "kill@step60:rank0", "--checkpoint.every_s", "0.2", status=(1, 2, 137), ulfm=True)
     assert "the server's process (rank 0) has ended" in done.stderr and time.monotonic() - began < 60
     assert not site.run.finished.exists()
-    site.train(2, status=0)
+    site.train(1, status=0)
     site.check()
 
 
@@ -187,7 +200,7 @@ def test_when_the_server_of_a_slice_dies_the_job_ends_with_its_name_and_fewer_go
     began = time.monotonic()
     done = site.train(2, "--inject", "kill@step20:rank3", "--checkpoint.every_s", "0.2", status=(1, 2, 137), ulfm=True, servers=2)
     assert "(rank 3) has ended" in done.stderr and time.monotonic() - began < 60 and not site.run.finished.exists()
-    site.train(2, status=0)
+    site.train(1, status=0)
     site.check()
 
 
@@ -224,13 +237,13 @@ def test_two_jobs_in_one_directory_are_told(site):
     assert "is being written by another job (process" in second.stderr and first.returncode == 75, second.stderr
 
 
-def test_settings_that_differ_are_refused_with_both_values_unless_they_are_meant(site):
+def test_settings_that_differ_are_refused_with_both_values_unless_they_are_meant(site, monkeypatch):
     site.train(1, "--inject", "term@step20:rank1", status=75)
-    refused = site.train(1, "--lr", "0.5", "--seed", "3", status=2)
-    assert "--schedule.lr was 0.0125, is 0.5" in refused.stderr and "--run.seed was 0, is 3" in refused.stderr
-    assert "--override run.seed,schedule.lr" in refused.stderr, refused.stderr
-    other = site.train(1, "--model", "digits_cnn", status=2)
-    assert "--model.name was 'networks_for_tests:restless', is 'digits_cnn'" in other.stderr
+    monkeypatch.chdir(site.directory)
+    refused = site.refusal("--lr", "0.5", "--seed", "3")
+    assert "--schedule.lr was 0.0125, is 0.5" in refused and "--run.seed was 0, is 3" in refused
+    assert "--override run.seed,schedule.lr" in refused, refused
+    assert "--model.name was 'networks_for_tests:restless', is 'digits_cnn'" in site.refusal("--model", "digits_cnn")
     site.train(1, "--lr", "0.5", "--override", "schedule.lr", status=0)
     site.check()
 

@@ -69,7 +69,7 @@ def finished(request, digits, tmp_path_factory) -> Finished:
     vendor, module, num_workers, options, num_servers = (*request.param, 1)[:5]
     launcher, directory = request.getfixturevalue(vendor), tmp_path_factory.mktemp("run")
     done = launcher.train(
-        num_workers + num_servers, "--data", str(digits), "--model", "networks_for_tests:restless", "--epochs", "2.5",
+        num_workers + num_servers, "--data", str(digits), "--model", "networks_for_tests:restless", "--epochs", "1.5",
         "--run.dir", "run", "--record.hash_snapshots", "true", "--compute.threads", "1", *options,
         "--servers", str(num_servers), cwd=directory, module=module)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -261,7 +261,7 @@ def test_one_rank_only_is_refused(openmpi, digits, tmp_path):
     (["--model", "networks_for_tests:seven_classes"], "its last layer must have 10 outputs"),
     (["--run.dir", "/dev/null/run"], "cannot make the run directory /dev/null/run")])
 def test_bad_input_is_told_once_before_training_starts(openmpi, digits, tmp_path, options, message):
-    done = openmpi.train(3, "--data", str(digits), *options, cwd=tmp_path)
+    done = openmpi.train(2, "--data", str(digits), *options, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
 
@@ -309,9 +309,9 @@ def test_a_damaged_image_ends_the_run_by_name_or_is_left_out_and_counted_if_aske
     with open(shards / "train-00000-of-00003.h5", "r+b") as file:
         file.seek(at)
         file.write(b"\x55\xaa\x55\xaa")
-    done = openmpi.train(3, "--data", str(shards), *JPEG_OPTIONS, "--run.dir", "one", cwd=tmp_path)
+    done = openmpi.train(2, "--data", str(shards), *JPEG_OPTIONS, "--run.dir", "one", cwd=tmp_path)
     assert done.returncode != 0 and name in done.stderr and "Traceback" not in done.stderr
-    done = openmpi.train(3, "--data", str(shards), *JPEG_OPTIONS, "--data.on_bad_image", "skip", "--run.dir", "two",
+    done = openmpi.train(2, "--data", str(shards), *JPEG_OPTIONS, "--data.on_bad_image", "skip", "--run.dir", "two",
                          cwd=tmp_path)
     assert done.returncode == 0 and name in done.stderr
     summary = summarize(RunDir.open(tmp_path / "two"))
