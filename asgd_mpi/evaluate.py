@@ -1,4 +1,4 @@
-"""`python -m asgd_mpi.evaluate CHECKPOINT --data DIR`: top-1 and top-5 error of exactly the saved version."""
+"""`python -m asgd_mpi.evaluate CHECKPOINT --data DIR`: top-1 and top-5 accuracy of exactly the saved version."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from asgd_mpi.model import networks, pretrained
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.model.weights import load_weights_
 from asgd_mpi.record import checkpoint
+from asgd_mpi.report.units import percent
 from asgd_mpi.task import open_split
 from asgd_mpi.worker.step import Errors, validate
 
@@ -91,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left_out = f", and {errors.skipped} damaged ones left out" if errors.skipped else ""
     what = f"version {manifest.version}" if manifest.files else options.checkpoint
     print(f"{what} of {manifest.model}, {errors.num_images} images of {data.path} "
-          f"({options.split}){left_out}: top-1 error {1 - errors.top1 / errors.num_images:.4f}, top-5 error "
-          f"{1 - errors.top5 / errors.num_images:.4f}, loss {errors.loss / errors.num_images:.4f}")
+          f"({options.split}){left_out}: top-1 accuracy {percent(errors.top1 / errors.num_images, 2)}, top-5 accuracy "
+          f"{percent(errors.top5 / errors.num_images, 2)}, loss {errors.loss / errors.num_images:.4f}")
     return 0
 
 

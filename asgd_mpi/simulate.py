@@ -23,7 +23,7 @@ from asgd_mpi.record.events import End, EventLog, Note, Push, Start
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.report.units import number, percent, seconds
+from asgd_mpi.report.units import count, number, percent, seconds
 from asgd_mpi.server import rulebook
 from asgd_mpi.server.saver import Saver
 from asgd_mpi.simulation import Simulation, Times, simulate
@@ -101,12 +101,12 @@ def describe(simulation: Simulation) -> list[str]:
     last, made = simulation.scores[-1], len(pushes)
     staleness = sum(push.staleness for push in pushes) / made
     dropped = simulation.num_dropped / (made + simulation.num_dropped)
-    lines.append(f"{simulation.plan.num_workers} workers: {percent(1 - last.top1_error, 2)} after "
+    lines.append(f"{count(simulation.plan.num_workers, 'worker')}: {percent(1 - last.top1_error, 2)} after "
                  f"{seconds(pushes[-1].t)}, {number(simulation.ledger.samples / pushes[-1].t, 0)} images a virtual second, "
-                 f"mean staleness {staleness:.2f}, {percent(dropped, 1)} of {made + simulation.num_dropped:,} pushes "
+                 f"mean staleness {staleness:.2f}, {percent(dropped, 1)} of {count(made + simulation.num_dropped, 'push', 'pushes')} "
                  "dropped")
     if simulation.is_degraded:
-        lines.append(f"{len(simulation.ledger.members)} of {simulation.plan.num_workers} workers were left at the end")
+        lines.append(f"{len(simulation.ledger.members)} of {count(simulation.plan.num_workers, 'worker')} were left at the end")
     return lines
 
 

@@ -124,6 +124,14 @@ def test_no_speed_up_is_told_that_was_not_measured(tmp_path):
     found = compare([*several, one])
     assert [entry.speedup for entry in found.entries] == [1.0, None, pytest.approx(3.2)] and found.fit is None
     assert "had different numbers of workers" in found.sentences[0]
+    assert any("From 1 to 4 workers" in text for text in found.sentences)
+    assert not any("to 3 workers" in text for text in compare([several[0], one]).sentences)
+
+
+def test_two_and_two_point_nought_are_one_setting(tmp_path):
+    runs = [make_compared(tmp_path / str(number), 1, 100.0, [0.5, 0.3], settings={"schedule.warmup_epochs": value, "schedule.lr": lr})
+            for number, (value, lr) in enumerate([(2, 0.1), (2.0, 0.10000001)])]
+    assert compare(runs).differences == {"schedule.lr": ["0.1", "0.10000001"]}
 
 
 def test_durations_and_counts_read_as_they_are_meant():

@@ -4,6 +4,7 @@ import sys
 from contextlib import ExitStack
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from asgd_mpi import prepare
@@ -53,6 +54,15 @@ def test_an_interval_writes_the_means_of_its_pushes_at_the_samples_applied(write
         "training/learning rate": pytest.approx(sum(push.lr for push in pushes) / 6),
         "exchange/images per s": 6 * BATCH / 2, "exchange/server busy": 0.75,
         "exchange/staleness": pytest.approx(sum(push.staleness for push in pushes) / 6)}
+
+
+def test_images_that_were_left_out_are_samples_and_no_images(writers, tmp_path):
+    board, push = Board(tmp_path), msgspec.structs.replace(make_pushes()[0], skipped=4)
+    board.add(push)
+    board.add(Interval(T0, T0 + 2, apply=1.0, idle=1.0))
+    [writer] = writers
+    told = {name: (value, step) for name, value, step, _ in writer.scalars}
+    assert told["exchange/images per s"] == ((BATCH - 4) / 2, BATCH) and told["training/loss"][0] == pytest.approx(push.loss)
 
 
 def test_a_validation_is_written_at_its_own_samples_and_the_end_closes(writers, tmp_path):

@@ -102,7 +102,7 @@ def test_a_checkpoint_is_evaluated_on_a_tree_with_the_result_of_its_shards(check
     for options in (["--data", str(tree), "--data.source", "folder"], [f"--data={tmp_path / 'shards'}"]):
         assert evaluate.main([str(checkpointed), *options, "--device", "cpu"]) == 0
         found.append(capsys.readouterr().out)
-    assert found[0].startswith(f"version 7 of torchvision:resnet18, 9 images of {tree} (val): top-1 error 0.")
+    assert found[0].startswith(f"version 7 of torchvision:resnet18, 9 images of {tree} (val): top-1 accuracy ")
     assert found[0].split(": ")[1] == found[1].split(": ")[1]
 
 

@@ -42,8 +42,8 @@ class Board:
             case Resume():
                 self._samples = event.samples
             case Push():
-                images = event.positions
-                self._samples += images
+                images = event.positions - event.skipped
+                self._samples += event.positions
                 self._pushes += 1
                 self._images += images
                 self._loss += event.loss * images
@@ -52,7 +52,7 @@ class Board:
             case Interval() if self._pushes and event.t1 > event.t0:
                 seconds = event.t1 - event.t0
                 self._write(event.t1, self._samples, {
-                    "training/loss": self._loss / self._images, "training/learning rate": self._lr / self._pushes,
+                    "training/loss": self._loss / max(1, self._images), "training/learning rate": self._lr / self._pushes,
                     "exchange/images per s": self._images / seconds, "exchange/staleness": self._staleness / self._pushes,
                     "exchange/server busy": (event.apply + event.checkpoint) / seconds})
                 self._fresh()

@@ -17,7 +17,7 @@ from asgd_mpi.config import Config, options, settings
 from asgd_mpi.record.events import Validation
 from asgd_mpi.record.summary import CONFIG_KEYS, Summary
 from asgd_mpi.report import cost as costs
-from asgd_mpi.report.units import count, number, percent, seconds
+from asgd_mpi.report.units import count, number, percent, seconds, workers
 from asgd_mpi.report.verdict import MARGIN, SYNC, Verdict, is_sync, judge
 
 FEWEST_SIZES = 3      # numbers of workers to fit two numbers to: with two, any law would do
@@ -166,9 +166,14 @@ def _differences(summaries: list[Summary]) -> dict[str, list[str]]:
     """The settings that the runs do not share, beside VARIED, of those that define a run or are shown: whoever compares must know."""
     keys = [key for key in dict.fromkeys([*CONFIG_KEYS, *options("defines")]) if key not in VARIED]
     defaults = settings(Config())              # of an option that the record of an older version does not have
-    values = {key: [str(summary.settings.get(key, defaults.get(key)) if summary.settings else "n/a") for summary in summaries]
+    values = {key: [_as_text(summary.settings.get(key, defaults.get(key)) if summary.settings else "n/a") for summary in summaries]
               for key in keys}
     return {key: list(dict.fromkeys(found)) for key, found in values.items() if len(set(found)) > 1}
+
+
+def _as_text(value: object) -> str:
+    """A setting; 2 and 2.0 are the same one."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _sentences(entries: list[Entry], found: Fit | None, target: float | None) -> list[str]:
@@ -194,10 +199,11 @@ def _sentences(entries: list[Entry], found: Fit | None, target: float | None) ->
     if target is not None and there:
         fastest = min(there, key=lambda entry: entry.reached.seconds)
         sentences.append(f"{percent(target)} top-1 accuracy was reached first by {fastest.name} "
-                         f"({count(fastest.num_workers, 'worker')}), after {seconds(fastest.reached.seconds)}.")
-        alike = [entry for entry in there if not is_sync(entry)] or there
-        first, last = alike[0], alike[-1]
-        if last.num_workers > first.num_workers:
+                         f"({workers(fastest.crews)}), after {seconds(fastest.reached.seconds)}.")
+        kept = [entry for entry in there if len(entry.crews) == 1]
+        alike = [entry for entry in kept if not is_sync(entry)] or kept
+        if alike and alike[-1].num_workers > alike[0].num_workers:
+            first, last = alike[0], alike[-1]
             speed = last.reached.images_per_s / first.reached.images_per_s
             samples = last.reached.samples / first.reached.samples
             sentences.append(
@@ -205,7 +211,7 @@ def _sentences(entries: list[Entry], found: Fit | None, target: float | None) ->
                 f"the samples to that accuracy, so {speed / samples:.2f} times as fast to it.")
         if all(entry.reached.cost is not None for entry in there):
             cheapest = min(there, key=lambda entry: entry.reached.cost)
-            sentences.append(f"Cheapest to that accuracy: {cheapest.name} ({count(cheapest.num_workers, 'worker')}), "
+            sentences.append(f"Cheapest to that accuracy: {cheapest.name} ({workers(cheapest.crews)}), "
                              f"{cheapest.reached.cost:.4g}.")
     if short := [entry.name for entry in entries if target is not None and not entry.reached]:
         sentences.append(f"Not reached by {', '.join(short)}.")
