@@ -19,6 +19,7 @@ from asgd_mpi.data.tree import readable
 from asgd_mpi.errors import DataError
 from data_prep import run
 from data_prep.encode import BadImage, Encoding, mean_and_std
+from data_prep.forecast import encoded_again, forecast
 from data_prep.packing import clear, finish, is_complete, pack, read_done, start, unchecked, unfinished
 from data_prep.plan import Done, Plan
 from data_prep.shared_listing import list_once
@@ -92,11 +93,15 @@ def prepare(
     photos = {split: shuffled(found.photos[split], seed, split) for split in SPLITS}
     official = tuple(found.official) if check_md5 else ()
     plan = Plan(out, photos, found.synsets, encoding, shard_size, seed, num_measured, official)
-    check_space(out, _estimate_bytes(plan, unfinished(plan)))
+    num_bytes = _estimate_bytes(plan, unfinished(plan))
+    check_space(out, num_bytes)
     left = start(plan)
+    processes = workers or len(os.sched_getaffinity(0))
+    if rank == 0:
+        print(forecast(plan, left, num_bytes, processes * size))
     mine = [shard for place, shard in enumerate(plan.shards) if place % size == rank and shard in left]
     archives = [archive for place, archive in enumerate(unchecked(plan)) if place % size == rank]
-    pack(plan, mine, on_bad_image == "skip", workers or len(os.sched_getaffinity(0)), rank == 0, archives)
+    pack(plan, mine, on_bad_image == "skip", processes, f"task {rank} of {size}" if size > 1 else "packing", archives)
     _finish_if_done(plan, found)
 
 
@@ -177,6 +182,8 @@ def _finish_if_done(plan: Plan, found: Source) -> None:
         synsets=found.synsets, mean=mean, std=std, seed=plan.seed, splits=splits, software=software(),
     ))  # fmt: skip
     for split, entry in splits.items():
+        for note in encoded_again(split, [done[shard] for shard in plan.shards if shard[0] == split]):
+            print(note)
         num_bytes = sum(shard.num_bytes for shard in entry.shards)
         print(f"{split}: {entry.num_samples} images of {len(found.synsets)} classes in {len(entry.shards)} shards, "
               f"{num_bytes / 1e6:,.1f} MB, {len(entry.skipped)} skipped")  # fmt: skip

@@ -122,12 +122,15 @@ def is_complete(out: Path) -> bool:
     return (out / MANIFEST).exists()
 
 
-def pack(plan: Plan, shards: list[tuple[str, int]], skip: bool, workers: int, show_progress: bool,
+def pack(plan: Plan, shards: list[tuple[str, int]], skip: bool, workers: int, label: str,
          archives: Sequence[str] = ()) -> None:  # fmt: skip
-    """Write some shards and check some archives; raise DataError at an image that does not decode, unless skipping."""
+    """Write some shards and check some archives; raise DataError at an image that does not decode, unless skipping.
+
+    Images a second and the time left are shown after `label`.
+    """
     total = sum(len(plan.slice(*shard)) for shard in shards)
     try:
-        _pack(plan, shards, archives, skip, workers, total, show_progress)
+        _pack(plan, shards, archives, skip, workers, total, label)
     except DamagedArchive:
         put_away(plan.out / ROOM)
         raise
@@ -140,8 +143,9 @@ def pack(plan: Plan, shards: list[tuple[str, int]], skip: bool, workers: int, sh
         raise
 
 
-def _pack(plan: Plan, shards: list, archives: Sequence[str], skip: bool, workers: int, total: int, show_progress: bool) -> None:
-    with tqdm(total=total, desc="packing", unit="img", disable=not show_progress, smoothing=0.05) as progress:
+def _pack(plan: Plan, shards: list, archives: Sequence[str], skip: bool, workers: int, total: int, label: str) -> None:
+    often_s = 0.1 if sys.stderr.isatty() else 30.0  # a line each time, in the log of a job
+    with tqdm(total=total, desc=label, unit="img", mininterval=often_s, smoothing=0.05) as progress:
         if workers == 1:
             for shard in shards:
                 _report(pack_shard(plan, *shard, skip, progress.update))
@@ -160,11 +164,15 @@ def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[
     if (plan.out / ROOM / plan.file(split, number)).is_dir() or is_complete(plan.out):
         count(len(photos))  # by another packer
         return []
-    labels = {synset: label for label, synset in enumerate(plan.synsets)}
+    labels, again = {synset: label for label, synset in enumerate(plan.synsets)}, []
+    keeps = plan.encoding.mode == "jpeg" and plan.encoding.short_side is None
     counts, measured = np.zeros((3, 256), dtype=np.int64), set(plan.measured(split, number))
     for place, photo in enumerate(photos):
         try:
-            sample = plan.encoding.sample(photo, photo.read(), labels[photo.synset])
+            data = photo.read()
+            sample = plan.encoding.sample(photo, data, labels[photo.synset])
+            if keeps and sample.image.tobytes() != data:
+                again.append(photo.name)
             if place in measured:
                 counts += histogram(sample)
             samples.append(sample)
@@ -183,7 +191,7 @@ def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[
     with explained(place), making(place) as mine:
         entry = write_shard(mine / name, name, samples, split, number, plan.num_shards(split), len(plan.synsets), plan.seed)
         fsync(mine / name)
-        (mine / DONE).write_bytes(as_json(Done(entry, [bad.name for bad in skipped], counts.tolist())))
+        (mine / DONE).write_bytes(as_json(Done(entry, [bad.name for bad in skipped], counts.tolist(), again)))
         fsync(mine / DONE)
         fsync(mine)
         take(mine, place)  # or it has come into place meanwhile, and ours is dropped

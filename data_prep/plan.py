@@ -22,6 +22,7 @@ class Done(msgspec.Struct, frozen=True):
     entry: ShardEntry
     skipped: list[str]
     histogram: list[list[int]]  # (3, 256): of the images that mean and std are measured on
+    encoded_again: list[str] = []  # of JPEG shards of unshrunk images: those that could not be kept as they are
 
 
 class PlanFile(msgspec.Struct, frozen=True):
