@@ -11,10 +11,11 @@ from asgd_mpi.config import Config, ConfigError
 from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.model import buffers
 from asgd_mpi.model.flat import num_floats
-from asgd_mpi.record import board, checkpoint
+from asgd_mpi.errors import DiskRefuses
+from asgd_mpi.record import board, checkpoint, disk
 from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.server import rulebook, slices
+from asgd_mpi.server import rulebook, saver, slices
 from asgd_mpi.task import Task, complete, open_task, told
 from asgd_mpi.topology import Topology
 
@@ -89,10 +90,13 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
         if run.finished.exists() and point.manifest and point.manifest.samples >= total:
             print(f"{run.path} is finished: nothing is left to do. To train on, give more --epochs with --override run.epochs.")
             return {"status": 0}
+    if point and not config.run.dry_run:
+        checkpoint.clean(run)
+    room = saver.room_for(module, carried, config, num_workers)
+    _demand_room(run.path if run else Path(config.run.dir or "runs"), room, config.checkpoint.keep)
     if config.run.dry_run:
         return {"status": 0}
     if point:
-        checkpoint.clean(run)
         run.finished.unlink(missing_ok=True)
     else:
         run = RunDir.create(config.run.dir, config.model.name.replace(":", "-"))
@@ -105,7 +109,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     if unknown := trust.record(config.model.name, run.path):
         print(unknown, flush=True)
     return {"config": text, "run": str(run.path), "ranks": [ranks[rank] for rank in order], "order": order,
-            "restart": restart, "checkpoint": str(directory) if directory else None, "carried": carried, "greeting": _greeting(places, task, run)}
+            "restart": restart, "checkpoint": str(directory) if directory else None, "carried": carried, "room": room, "greeting": _greeting(places, task, run)}
 
 
 def _greeting(places: Topology, task: Task, run: RunDir) -> str:
@@ -134,6 +138,20 @@ def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
     return (f"{rule.name}: {rulebook.RULEBOOK[rule.name].what}, {momentum}{limits}; it keeps {server:.0f} MB on the server and "
             f"{worker:.0f} MB on each worker beside the weights\n"
             f"{rulebook.expected_staleness(rule, num_workers, num_workers * (1 + config.exchange.overlap))}, n_sync {n_push}{wire}{warm}")
+
+
+def _demand_room(path: Path, room: int, keep: int) -> None:
+    """Raise DiskRefuses unless a checkpoint of `room` bytes fits on the disk of a run; say if not all that are kept do."""
+    free = disk.free_bytes(path)
+    if free is None:
+        return
+    if free < room:
+        raise DiskRefuses(f"{free / 1e6:.1f} MB are left on the disk of {path}, and a checkpoint takes up to {room / 1e6:.1f} MB: the run "
+                          "could not be saved. Free some space, or give a directory on another disk with --run.dir DIR.")
+    due = (keep + 2 - len(RunDir(path).checkpoints_by_name)) * room       # those, the best one, and one that is written
+    if free < due:
+        print(f"note: {free / 1e6:.1f} MB are left on the disk of {path}, and the checkpoints that are kept take up to {due / 1e6:.1f} MB "
+              f"more (--checkpoint.keep {keep}): the run ends early, saved, when there is room for one no longer", flush=True)
 
 
 def _find_run(config: Config, hold: ExitStack) -> tuple[RunDir | None, resume.Point | None]:

@@ -52,11 +52,12 @@ from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
 from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, ranklog
 from asgd_mpi.record.board import Board
+from asgd_mpi.record.disk import is_of_all, write_whole
 from asgd_mpi.record.events import End, EventLog, Note, Resume, Start
 from asgd_mpi.record.meter import Meter
+from asgd_mpi.record.metrics import Metrics
 from asgd_mpi.record.nvml import open_gauge
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.watch import Watch
 from asgd_mpi.server import slices
@@ -108,7 +109,7 @@ def _take_part(world: World, setup: dict) -> int:
             print(setup["greeting"], flush=True)
         if places.hosts.index(world.host) == world.rank and (removed := segments.remove_dead()):
             print(f"{world.host}: {segments.describe(removed)}", flush=True)
-        status = _train(world, config, run, places, setup["restart"], setup["checkpoint"], setup["carried"])
+        status = _train(world, config, run, places, setup["restart"], setup["checkpoint"], setup["carried"], setup["room"])
         signals.ignore()
         world.leave(status, config.failure.grace_s, status or DEGRADED)
         return status
@@ -137,9 +138,17 @@ def _agree(world: World, arguments: list[str], hold: ExitStack) -> dict:
 
 
 def _train(world: World, config: Config, run: RunDir, places: Topology, restart: int, directory: str | None,
-           carried: list[str]) -> int:
+           carried: list[str], room: int) -> int:
     is_shown = world.is_server and config.record.tensorboard
-    log = EventLog(run.metrics_of(world.rank, restart), Board(run.tensorboard).add if is_shown else None)
+
+    def tell(text: str) -> None:
+        print(f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
+
+    def tell_of_disk(error: OSError, text: str) -> None:
+        if world.is_server or not is_of_all(error):
+            tell(text)
+
+    log = Metrics(run.metrics_of(world.rank, restart), Board(run.tensorboard, tell).add if is_shown else None, tell_of_disk)
     meter = Meter(log, config.record.interval_s, config.record.spans)
     is_server, exchange = world.rank in places.servers, config.exchange
     threads = config.compute.threads or topology.threads_for(
@@ -149,7 +158,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     def note(text: str, **counts: int) -> None:
         meter.add(**counts)
         log.write(Note(time.time(), text))
-        print(f"rank {world.rank}: {text}", file=sys.stderr, flush=True)
+        tell(text)
 
     task = open_task(config, lambda text: note(text, read_retries=1))
     device = gpus.take(places, world.rank)
@@ -172,6 +181,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
                     not exchange.overlap and exchange.n_fetch in (1, exchange.n_push), threads,
                     clock_offset_s=offset.seconds, clock_error_s=offset.error))
     log.flush()                    # the replay of a killed run needs it
+    log.keep_free = room + room // 4
     layout = Layout(num_floats(module), exchange.ring, plan.num_workers, num_statistics(module, carried), exchange.wire,
                     exchange.servers)
     window = ServerWindow(world, layout, places.servers.index(world.rank)) if is_server else WorkerWindow(world, layout)
@@ -182,7 +192,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     if is_cut:
         crew = Crew(world, task, module, device, places, window)
         module = module if world.is_server else None                                # members keep their own parts
-    part = _Part(world, places, task, run, restart, Path(directory) if directory else None, window, meter, log, note, carried)
+    part = _Part(world, places, task, run, restart, Path(directory) if directory else None, window, meter, log, note, carried, room)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
                   lambda: (wait.now.what, wait.now.since) if wait.now else None, lambda: part.version())
     try:
@@ -197,20 +207,22 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
             return part.assist(crew)
         return part.work(module, device, watch, crew)
     except BaseException as error:
-        with suppress(UserError, ValueError):      # a full disk; or the books are closed already
+        with suppress(ValueError):         # the books are closed already
             meter.flush()
             log.write(End(time.time(), "failed", _in_short(error)))
-            log.close()
+            log.close(tells=not isinstance(error, DiskRefuses))
         raise
     finally:
         watch.close()
 
 
 class _Part:
-    """What one rank does in a run: `serve` or `work`. `directory`: the checkpoint to go on from."""
+    """What one rank does in a run: `serve` or `work`. `directory`: the checkpoint to go on from; `room`: bytes that one takes."""
 
     def __init__(self, world: World, places: Topology, task: Task, run: RunDir, restart: int, directory: Path | None,
-                 window: ServerWindow | WorkerWindow, meter: Meter, log: EventLog, note: Callable[[str], None], carried: list[str]):
+                 window: ServerWindow | WorkerWindow, meter: Meter, log: EventLog, note: Callable[[str], None], carried: list[str],
+                 room: int):
+        self.room = room
         self.world, self.places = world, places
         self.task, self.run, self.restart, self.directory = task, run, restart, directory
         self.window, self.meter, self.log, self.note, self.carried = window, meter, log, note, carried
@@ -230,7 +242,7 @@ class _Part:
         first = flat.weights[own].clone()
         pushes = self._begin_log(ledger)
         progress = Progress(config.run.progress, plan.total_samples, plan.num_samples, ledger.samples)
-        saver = Saver(self.run, self.restart, self._about(), flat, rule, config.checkpoint.keep, pushes.sync)
+        saver = Saver(self.run, self.restart, self._about(), flat, rule, config.checkpoint.keep, pushes.sync, self.room)
         fellows = Fellows(self.world, self.window, self.places.hosts) if config.exchange.servers > 1 else None
         inbox = JointInbox(self.world, self.window, fellows) if fellows else Inbox(self.world, self.window)
         moves = bool(RULEBOOK[config.rule.name].moves)
@@ -248,12 +260,8 @@ class _Part:
         except ServerLost:                 # a slice of what was to be saved is lost
             pushes.close()
             raise
-        except UserError:
-            with ExitStack() as stack:     # say what happened, whether or not it can be saved
-                stack.callback(pushes.close)
-                server.save()
-                saver.close()
-            raise
+        except UserError as error:
+            raise self._saved(error, server, saver, pushes) from error
         if fellows:
             fellows.end()
         server.inbox.close()
@@ -261,6 +269,19 @@ class _Part:
         progress.close()
         saver.close()
         return self._finish(server)
+
+    def _saved(self, error: UserError, server: Server, saver: Saver, pushes: EventLog) -> UserError:
+        """Save what can be saved when an error ends the run; returns it, with what there is to say of that."""
+        text, refused = str(error), isinstance(error, DiskRefuses)
+        for act in (server.save, saver.close, pushes.close):
+            try:
+                act()
+            except DiskRefuses as second:
+                text += "" if refused else f"\n{second}"
+                refused = True
+        if refused:
+            text += f" Then go on with --resume {self.run.path}, from {saver.newest}."
+        return type(error)(text)
 
     def serve_slice(self) -> int:
         """A further server; returns its own status."""
@@ -319,7 +340,7 @@ class _Part:
         replica = Replica(flat, config, num_workers, self.task.schedule(num_workers), stages=leader)
         worker = Worker(
             world.worker, courier, replica, self.task.normalise, loaders, config, self.meter,
-            Keeper(self.run, self.restart, world.worker), self.log if config.record.hash_snapshots else None,
+            Keeper(self.run, self.restart, world.worker, self.note), self.log if config.record.hash_snapshots else None,
             signals.asked_to_leave, self.injector.step, leader)
         self._restore_momentum(worker)
         self.version = lambda: courier.version
@@ -351,7 +372,9 @@ class _Part:
                 summary = report.summarize(self.run)
                 report.write(self.run, summary, report.render(summary))
             print(f"report: {self.run.report / 'report.html'}", flush=True)
-        except Exception:                  # the training is not lost with its report
+        except UserError as error:         # the training is not lost with its report
+            print(f"the report could not be made: {error}", file=sys.stderr, flush=True)
+        except Exception:
             print(f"the report could not be made; `python -m asgd_mpi.report {self.run.path}` tries again:\n"
                   f"{traceback.format_exc()}", file=sys.stderr, flush=True)
         where = self.run.checkpoint(server.ledger.version, self.restart)

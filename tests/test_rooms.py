@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "asgd_mpi"
 # A room may import from those before it in this list, and from itself.
 ORDER = ["errors", "bounded", "plausible", "ending", "signals", "launch", "local", "segments", "inject", "server.pace", "server.rulebook", "limits", "command_line", "config", "topology", "gpus",
-         "forecast", "record.disk", "record.rundir", "trust", "record.ranklog", "record.events", "record.starts", "record.history", "record.audit", "record.timeline",
+         "forecast", "record.disk", "record.rundir", "trust", "record.ranklog", "record.events", "record.metrics", "record.starts", "record.history", "record.audit", "record.timeline",
          "record.readings", "record.validations", "record.pipelines", "record.summary", "record.nvml", "record.board",
          "record.meter", "record.watch", "record.progress", "record.tensors", "record.checkpoint", "data", "model", "stages",
          "server.claims", "server.ledger", "server.losses", "server.versions", "server.slices", "server.rules", "server.finite", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "images", "task", "preflight",

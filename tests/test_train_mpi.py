@@ -1,6 +1,5 @@
 """Training under real MPI: the identities that show the exchange right, and that every ending is a clean one."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -328,16 +327,3 @@ def test_reads_that_had_to_be_repeated_are_counted_noted_and_reported(openmpi, d
     assert summary.read_retries == len(summary.notes) + summary.notes_left_out == done.stderr.count("Input/output error")
     assert f"{summary.read_retries} reads failed and were repeated" in (run.report / "report.md").read_text()
     assert "Input/output error" in summary.notes[0].text and not summary.audit.violations
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
-def test_a_full_disk_ends_the_run_and_names_the_file(openmpi, digits, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no file system may be mounted here")
-    try:
-        done = openmpi.train(2, "--data", str(digits), "--epochs", "2", "--run.dir", str(disk / "run"), cwd=tmp_path)
-    finally:
-        subprocess.run(["umount", disk], check=True)
-    assert done.returncode != 0 and "No space left on device" in done.stderr and "free some space" in done.stderr

@@ -7,6 +7,7 @@ hundred bytes a second, whatever the rate of the pushes.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,27 @@ def find_writer() -> Any:
 
 
 class Board:
-    """Takes the server's events with `add`; it writes to `path`. Raises ConfigError."""
+    """Takes the server's events with `add`; it writes to `path`. Raises ConfigError.
 
-    def __init__(self, path: Path):
-        self._make_writer, self._path = find_writer(), path
-        self._writer = None
+    What the disk refuses, or the writer's package makes of that in its own thread, is told once, with `tell`, and ends the board only.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[str], None] = lambda text: None):
+        self._make_writer, self._path, self._tell = find_writer(), path, tell
+        self._writer, self._has_ended = None, False
         self._samples = 0                      # applied, over all starts
         self._fresh()
 
     def add(self, event: Event | Push | Resume) -> None:
+        if self._has_ended:
+            return
+        try:
+            self._add(event)
+        except Exception as error:             # each package has errors of its own for a disk that refuses
+            self._has_ended = True
+            self._tell(f"nothing more is written for TensorBoard: {type(error).__name__}: {error}. The training goes on")
+
+    def _add(self, event: Event | Push | Resume) -> None:
         match event:
             case Resume():
                 self._samples = event.samples

@@ -28,8 +28,12 @@ REMEDIES = {
 def unwritable(path: Path, error: OSError) -> DiskRefuses:
     """Return what to say when a file of a run cannot be written."""
     remedy = REMEDIES.get(error.errno, "see what is wrong with that file system")
-    return DiskRefuses(f"cannot write {path}: {error.strerror or error}. A run cannot go on without its records: {remedy}, "
-                       "or give another directory with --run.dir DIR.")
+    return DiskRefuses(f"cannot write {path}: {error.strerror or error}. What it is to hold cannot be done without: {remedy}.")
+
+
+def is_of_all(error: OSError) -> bool:
+    """Return whether an error is of the disk, which all ranks share: then the first rank speaks for all."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def open_own(path: Path, mode: str, **how: object) -> IO:

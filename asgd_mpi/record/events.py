@@ -142,6 +142,7 @@ class Checkpoint(msgspec.Struct, tag_field="event", tag="checkpoint"):
     path: str                 # within the run directory
     seconds: float
     num_bytes: int
+    without: list[int] = []   # ranks that were to save their momentum, and did not: they begin without after a resume
 
 
 class Cut(msgspec.Struct, tag_field="event", tag="cut"):

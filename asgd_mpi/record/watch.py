@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from asgd_mpi.errors import RunDirError
-from asgd_mpi.record.disk import make_directory, open_own
+from asgd_mpi.record.disk import is_of_all, make_directory, open_own
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.rundir import RunDir
 
@@ -54,6 +54,8 @@ class Watch:
                     self._answered.add(number)
                     self._answer(number)
         except (OSError, RunDirError) as error:
+            if self._rank and isinstance(error, OSError) and is_of_all(error):
+                return
             print(f"rank {self._rank}: a stall could not be written down: {error}", file=sys.stderr, flush=True)
 
     def _ask(self) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import msgspec
 import torch
+from torch import nn
 
-from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.config import Config
+from asgd_mpi.model.flat import FlatModel, num_floats
 from asgd_mpi.record import checkpoint, disk
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, SERVER, Manifest
 from asgd_mpi.record.events import Checkpoint
@@ -24,8 +26,10 @@ from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.server import finite
 from asgd_mpi.server.ledger import Ledger, Score
-from asgd_mpi.server.rules import Rule
+from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
+from asgd_mpi.server.rules import Rule, make_rule
 
+ROOM_BYTES, ROOM_BYTES_OF_TENSOR = 1 << 16, 1 << 10     # of a checkpoint's small files; of a tensor's name and place in a file
 PATIENCE_S = 300.0  # for a worker to write its momentum
 LOOK_S = 0.05       # between two looks at what is being written
 
@@ -37,16 +41,18 @@ class _Pending:
     staging: Path
     manifest: Manifest
     started: float                        # Unix seconds
-    waits_for: set[int]                   # workers
+    waits_for: set[int]                   # workers,
+    asked: frozenset[int]                 # ... of these
     written: Future[dict[str, str]]       # file -> sha256
 
 
 class Saver:
     """Everything that the server writes as checkpoints. `flat` is a network to lay the weights out in, `about` the
-    manifest's fields that do not change; `sync` forces the log of pushes to the disk."""
+    manifest's fields that do not change; `sync` forces the log of pushes to the disk. `room`: bytes that one checkpoint takes."""
 
     def __init__(self, run: RunDir, restart: int, about: Manifest, flat: FlatModel, rule: Rule, keep: int,
-                 sync: Callable[[], None]):
+                 sync: Callable[[], None], room: int = 0):
+        self._room, self.saved_version = room, -1     # the last version that this start has saved
         self._run, self._restart, self._about = run, restart, about
         self._flat, self._rule, self._keep, self._sync = flat, rule, keep, sync
         self._thread = ThreadPoolExecutor(1, "saver", checkpoint.step_back)
@@ -73,6 +79,14 @@ class Saver:
         """P, of the whole network."""
         return self._flat.num_floats
 
+    def why_no_room(self) -> str:
+        """Return what to say when a last checkpoint still fits on the disk, and hardly more; empty while one is being written."""
+        free = disk.free_bytes(self._run.path) if self._room and not self.is_busy else None
+        if free is None or free >= self._room:
+            return ""
+        return (f"{free / 1e6:.1f} MB are left on the disk of {self._run.path}, and a checkpoint takes up to {self._room / 1e6:.1f} MB: "
+                "the run ends while it can still be saved. Free some space.")
+
     def begin(self, number: int, freeze_: Callable[[torch.Tensor, dict[str, torch.Tensor]], None], ledger: Ledger,
               statistics: torch.Tensor | None, score: Score | None, waits_for: set[int]) -> None:
         """Freeze the run as it is now and start to write it; `score` is the newest validation. Raises RunDirError.
@@ -93,7 +107,7 @@ class Saver:
         self._frozen = self._frozen or {name: torch.empty(self.num_floats) for name in self._rule.state}
         freeze_(self._flat.weights, self._frozen)
         todo = self._thread.submit(_write, staging, self._flat, self._frozen, ledger.state(), self._hurry)
-        self._pending = _Pending(staging, manifest, time.time(), set(waits_for), todo)
+        self._pending = _Pending(staging, manifest, time.time(), set(waits_for), frozenset(waits_for), todo)
 
     def announce(self, number: int) -> None:
         """Make the directory that workers are about to write into, ahead of `begin`. Raises RunDirError."""
@@ -135,8 +149,10 @@ class Saver:
         directory = self._run.checkpoint(pending.manifest.version, self._restart)
         num_bytes = checkpoint.commit(pending.staging, directory, pending.manifest)
         checkpoint.prune(self._run, self._keep, best)
+        self.saved_version = pending.manifest.version
+        without = [worker + 1 for worker in sorted(pending.asked) if str(worker) not in pending.manifest.momenta]
         return Checkpoint(time.time(), pending.manifest.version, str(directory.relative_to(self._run.path)),
-                          time.time() - pending.started, num_bytes)
+                          time.time() - pending.started, num_bytes, without)
 
     def keep_best(self, worker: int, version: int, score: Score, samples: int) -> None:
         """Complete a model that a worker has written because its version is the best one."""
@@ -171,6 +187,21 @@ def _await(futures: list[Future], timeout_s: float, meanwhile: Callable[[], obje
     until = time.monotonic() + timeout_s
     while wait(futures, LOOK_S).not_done and time.monotonic() < until:
         meanwhile()
+
+
+def room_for(module: nn.Module, carried: Collection[str], config: Config, num_workers: int) -> int:
+    """Return the bytes that a checkpoint takes at most, with the best model that may be written at the same time.
+
+    carried: the names of what the forward pass moves, which every worker saves.
+    """
+    state = module.state_dict()
+    around = ROOM_BYTES_OF_TENSOR * len(state)
+    model = sum(tensor.nbytes for tensor in state.values()) + around
+    vector = 4 * num_floats(module) + around
+    of_server = vector * len(make_rule(1, config.rule, num_workers).state)
+    of_worker = vector * workers_keep_state(config.rule) + (0 if RULEBOOK[config.rule.name].moves else sum(
+        state[name].nbytes for name in carried))
+    return 2 * model + of_server + num_workers * of_worker + ROOM_BYTES
 
 
 def best_staging(run: RunDir, version: int, restart: int, worker: int) -> Path:

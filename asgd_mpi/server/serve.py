@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from asgd_mpi.config import CheckpointConfig, FailureConfig
-from asgd_mpi.errors import DeadlineExceeded
+from asgd_mpi.errors import DeadlineExceeded, DiskRefuses
 from asgd_mpi.exchange import codec
 from asgd_mpi.exchange.fellows import WEIGHTS, Applied, Command, Fellows
 from asgd_mpi.exchange.link import Arrival, Inbox
@@ -33,7 +33,8 @@ from asgd_mpi.server.saver import Saver
 from asgd_mpi.server.stability import LossWatch
 from asgd_mpi.server.versions import Made, Versions
 
-LOOK_S = 0.1     # between two looks around
+LOOK_S = 0.1         # between two looks around
+ROOM_LOOK_S = 1.0    # ... and at the room that the disk has
 
 
 @dataclass
@@ -71,10 +72,11 @@ class Server:
     def __post_init__(self):
         now = time.monotonic()
         self._heard = [now] * self.ledger.plan.num_workers  # when each worker was last heard of
-        self._looked = self._saved_at = now
+        self._looked = self._saved_at = self._room_looked = now
         self._saved_samples = self.ledger.samples
         self._versions = Versions(self.ledger, time.time())
         self._best_made: Made | None = None
+        self._full: DiskRefuses | None = None              # why the run is left, if the disk is nearly full
 
     def publish_first(self, weights: torch.Tensor) -> None:
         """Publish the (P,) float32 `weights` as the version that the ledger begins with, and the first leases."""
@@ -95,12 +97,16 @@ class Server:
         while not self.ledger.finished and not self.left_because:
             self._turn()
         self._part()
+        if self._full and not self.ledger.finished:
+            raise self._full
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is now, and wait for it; none in the midst of a pass, or of weights that overflowed."""
         if self.window.version != self.ledger.version or not finite.is_finite(self.window.latest):
             return
         self._finish_saving()
+        if self.saver.saved_version == self.ledger.version:
+            return
         if not self.saver.is_busy:
             self._begin_to_save(self.ledger.save + 1, set())
             self._finish_saving()
@@ -131,8 +137,9 @@ class Server:
         """Let the workers deliver what they hold, save what they keep, and say goodbye."""
         number = 0
         if self.left_because:
-            self.progress.say(f"{self.left_because}: finishing the steps under way, then a checkpoint. If the launcher ends this "
-                              f"job sooner (mpirun does, within a second of Ctrl-C), the run goes on from {self.saver.newest}.")
+            if not self._full:
+                self.progress.say(f"{self.left_because}: finishing the steps under way, then a checkpoint. If the launcher ends this "
+                                  f"job sooner (mpirun does, within a second of Ctrl-C), the run goes on from {self.saver.newest}.")
             self.ledger.leave()
             if self.workers_keep_momentum:
                 number = self.ledger.save + 1
@@ -249,10 +256,20 @@ class Server:
                 self._retire(worker, f"nothing has come from it for {now - heard:.0f} s (--failure.retire_after_s)",
                              for_good=False)
         self._demand_workers(now)
-        if self._checkpoint_is_due(now):
+        is_due = self._checkpoint_is_due(now)
+        if is_due or now - self._room_looked > ROOM_LOOK_S:
+            self._look_for_room(now)
+        if is_due and not self._full:
             self._saved_at, self._saved_samples = now, self.ledger.samples
             waits_for = set(self.ledger.members) if self.workers_keep_momentum else set()
             self._begin_to_save(self.ledger.save + 1, waits_for)
+
+    def _look_for_room(self, now: float) -> None:
+        """Leave the run while the disk still takes a last checkpoint."""
+        self._room_looked = now
+        if full := self.saver.why_no_room():
+            self._full = DiskRefuses(full)
+            self.left_because = self.left_because or full
 
     def _demand_workers(self, now: float) -> None:
         """Raises UserError if there is nobody left to train."""
@@ -295,6 +312,9 @@ class Server:
     def _log_saved(self, whole: list[Checkpoint]) -> None:
         for event in whole:
             self.log.write(event)
+            if without := [rank for rank in event.without if rank - 1 in self.ledger.members]:
+                self._say(f"{event.path} is whole, but without the momentum of rank {', '.join(map(str, without))}, which could not be "
+                          "written in time: resumed from there they begin without")
 
     @property
     def _best(self) -> int:

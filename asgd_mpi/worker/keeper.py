@@ -7,11 +7,13 @@ there, and completes the checkpoint.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 import torch
 
+from asgd_mpi.errors import DiskRefuses
 from asgd_mpi.exchange.wire import Kind
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.disk import write_whole
@@ -20,10 +22,15 @@ from asgd_mpi.server.saver import best_staging
 
 
 class Keeper:
-    """`take_done` names what has been written since the last call: a kind of packet, and the version it is of."""
+    """`take_done` names what has been written since the last call: a kind of packet, and the version it is of.
 
-    def __init__(self, run: RunDir, restart: int, worker: int):
-        self._run, self._restart, self._worker = run, restart, worker
+    What the disk refuses ends no worker: a checkpoint goes without its momentum, which rank 0 tells, and of a best model that is not
+    kept `tell` gets a line, once.
+    """
+
+    def __init__(self, run: RunDir, restart: int, worker: int, tell: Callable[[str], None] = lambda text: None):
+        self._run, self._restart, self._worker, self._tell = run, restart, worker, tell
+        self._has_told = False
         self._thread = ThreadPoolExecutor(1, "keeper", checkpoint.step_back)
         self._hurry = threading.Event()
         self._frozen: dict[str, torch.Tensor] = {}
@@ -53,15 +60,26 @@ class Keeper:
         self._start(Kind.BEST, version, self._write_best, version, frozen)
 
     def take_done(self, wait: bool = False) -> list[tuple[Kind, int]]:
-        """What has been written (`wait`: all of it, in a hurry), in order. Raises RunDirError."""
+        """Return what has been written (`wait`: all of it, in a hurry), in order; a momentum also if it never will be."""
         if wait:
             self._hurry.set()
         done = []
         while self._under_way and (wait or self._under_way[0][2].done()):
             kind, version, future = self._under_way.pop(0)
-            if future.result():
+            if self._is_told_of(kind, version, future):
                 done.append((kind, version))
         return done
+
+    def _is_told_of(self, kind: Kind, version: int, future: Future[bool]) -> bool:
+        try:
+            return future.result()
+        except DiskRefuses as error:
+            if kind == Kind.SAVED:
+                return True               # nobody is to wait for it
+            if not self._has_told:
+                self._has_told = True
+                self._tell(f"the model of version {version}, the best so far, is not kept beside the checkpoints: {error}")
+            return False
 
     def settle(self) -> None:
         """Return when all that was begun has been written."""

@@ -51,6 +51,10 @@ class NoSaver:
     """Of a run that nobody will resume."""
 
     is_busy = False
+    saved_version = -1
+
+    def why_no_room(self) -> str:
+        return ""
 
     def begin(self, *_: object) -> None:
         pass
