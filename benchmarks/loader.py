@@ -22,7 +22,7 @@ import torch
 
 from asgd_mpi import limits
 from asgd_mpi.data.decode import DECODER
-from benchmarks import loader_peers, loader_properties
+from benchmarks import loader_peers, loader_properties, own_shards
 from benchmarks.loader_peers import Contender
 from data_prep import imagenet, run, synthetic
 
@@ -112,7 +112,8 @@ def memory(work: Path, name: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def benchmark(work: Path, rounds: int = 5, out: Path = RESULTS, only: str = "") -> None:
+def benchmark(work: Path = Path("loader_benchmark"), rounds: int = 5, out: Path = RESULTS, only: str = "", data: Path | None = None,
+              gpus: int = 0, gpu_rate: float = 0.0) -> None:  # fmt: skip
     """Measure the loader beside its peers.
 
     Args:
@@ -120,7 +121,13 @@ def benchmark(work: Path, rounds: int = 5, out: Path = RESULTS, only: str = "") 
         rounds: interleaved rounds after one to warm up
         out: JSON file to write
         only: make one pass with this contender, print the process's peak memory in MB and stop
+        data: a data set of yours: measure only what this machine and its file system give of it
+        gpus: of data: GPUs on this host
+        gpu_rate: of data: images a second that one of them takes, as a run tells
     """
+    if data:
+        own_shards.tell(data, gpus, gpu_rate)
+        return
     torch.set_num_threads(1)
     tree = make_data(work)
     made = contenders(work, tree, only)
@@ -170,4 +177,5 @@ def machine() -> dict:
 
 
 if __name__ == "__main__":
-    run(benchmark, {"rounds": (limits.at_least(1), "give 1 round or more")})
+    run(benchmark, {"rounds": (limits.at_least(1), "give 1 round or more"), "gpus": (limits.at_least(0), "give the GPUs of this host"),
+                    "gpu-rate": (limits.at_least(0), "give images a second")})  # fmt: skip

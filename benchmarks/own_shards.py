@@ -1,0 +1,70 @@
+"""What this machine and its file system give of a data set: `python -m benchmarks.loader --data DIR --gpus 4 --gpu-rate 1200`.
+
+In: a packed data set, the number of GPUs of a node and the images a second that one of them takes (as a run tells). Out: images
+a second read from the file system with nothing in this host's page cache, and decoded and cropped with all cores.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from asgd_mpi.data.augment import make_policy
+from asgd_mpi.data.loader import Loader
+from asgd_mpi.data.manifest import read_manifest
+from asgd_mpi.data.order import Order
+from asgd_mpi.data.shards import ShardSet
+
+BLOCK = 32  # images that lie side by side, as an epoch reads them
+SECONDS = 5.0
+
+
+def tell(data: Path, gpus: int, gpu_rate: float) -> None:
+    """Print what was measured, and whether it feeds the GPUs."""
+    for shard in read_manifest(data)[0].splits["train"].shards:
+        _evict(data / shard.file)
+    shards = ShardSet.open(data, "train")
+    read, megabytes = _reading(shards)
+    decoded, threads = _decoding(shards)
+    print(f"{data}: {read:,.0f} images/s ({megabytes:,.0f} MB/s) read by one thread, with nothing in this host's "
+          f"page cache; a file server's own cache may have helped")  # fmt: skip
+    print(f"{decoded:,.0f} images/s read, decoded and cropped to 224 pixels with {threads} threads")
+    if gpus and gpu_rate:
+        asked = gpus * gpu_rate
+        verdict = "is enough" if min(decoded, read * threads) >= asked else "is not enough"
+        less = "" if verdict == "is enough" else "; more cores, --short-side 256 or fewer GPUs a node would help" if decoded < asked else ""
+        print(f"{gpus} GPUs at {gpu_rate:,.0f} images/s ask for {asked:,.0f}: this {verdict}{less}")
+
+
+def _evict(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _reading(shards: ShardSet) -> tuple[float, float]:
+    """Return images and MB a second of blocks in a random order, each once."""
+    blocks = np.random.default_rng().permutation(-(-shards.num_samples // BLOCK))
+    images, num_bytes, begin = 0, 0, time.perf_counter()
+    for block in blocks.tolist():
+        for index in range(block * BLOCK, min((block + 1) * BLOCK, shards.num_samples)):
+            num_bytes += shards.read(index).nbytes
+            images += 1
+        if time.perf_counter() - begin > SECONDS:
+            break
+    elapsed = time.perf_counter() - begin
+    return images / elapsed, num_bytes / elapsed / 1e6
+
+
+def _decoding(shards: ShardSet) -> tuple[float, int]:
+    threads = len(os.sched_getaffinity(0))
+    loader = Loader(shards, Order(shards.num_samples, 0), make_policy("reference", 224), 0, threads)
+    batch, images, epoch, begin = min(BLOCK, shards.num_samples), 0, 0, time.perf_counter()
+    while time.perf_counter() - begin < SECONDS:
+        starts = range(0, shards.num_samples - batch + 1, batch)[: 8 * threads]
+        images += sum(len(future.result().images) for future in [loader.submit(epoch, at, at + batch) for at in starts])
+        epoch += 1
+    return images / (time.perf_counter() - begin), threads
