@@ -172,8 +172,8 @@ def _config(arguments: list[str], slow: str) -> Config:
     trust.demand_named(config.model.name, arguments)
     limits.demand(not config.run.resume and not config.run.dry_run, "--resume" if config.run.resume else "--dry-run",
                   config.run.resume or "true", "a simulation begins anew, and is over soon")
-    for option, count in (("--servers", config.exchange.servers), ("--stages", config.stages.number)):
-        limits.demand(count == 1, option, count, "the weights are the same to the bit with any number; a simulation has one, and "
+    for option, asked in (("--servers", config.exchange.servers), ("--stages", config.stages.number)):
+        limits.demand(asked == 1, option, asked, "the weights are the same to the bit with any number; a simulation has one, and "
                       "asgd_mpi.plan predicts how fast several are")
     limits.demand(config.model.batchnorm == "recalibrate", "--model.batchnorm", config.model.batchnorm, "a simulation measures the "
                   "statistics anew before it validates, and has no others; leave it at recalibrate")
