@@ -64,7 +64,7 @@ def test_the_record_holds_the_values_in_force_and_a_resume_resolves_only_what_wa
 
 @pytest.mark.parametrize("option, value", [
     ("rule.momentum_at", "server"), ("rule.max_drift", "0.5"), ("data.augment", "none"), ("schedule.name", "step"),
-    ("rule.clip_norm", "2.0"), ("compute.precision", "bfloat16"), ("schedule.step_epochs", "7.0"), ("model.batchnorm", "local")])
+    ("rule.clip_norm", "2.5"), ("compute.precision", "bfloat16"), ("schedule.step_epochs", "7.5"), ("model.batchnorm", "local")])
 def test_runs_that_differ_in_what_defines_them_are_said_to_differ(tmp_path, option, value):
     summaries = [summarize(written(tmp_path / "a")), summarize(written(tmp_path / "b", f"--{option}", value))]
     assert compare(summaries).differences[option][1] == value
