@@ -10,11 +10,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from asgd_mpi.data.decode import check_end, decode, to_8_bits, why_unreadable
 from data_prep.sources import Photo
 from data_prep.writer import Sample
+
+
+ORIENTATION = 0x0112  # of EXIF: 1 is upright
 
 
 class BadImage(Exception):
@@ -32,6 +35,7 @@ class Encoding:
     raw_size: int  # S of raw: short side to S, centre crop
     quality: int  # of JPEG files that have to be encoded again
     check: str  # "full" decodes every image; "header" trusts those that it keeps but for their first and last bytes
+    orientation: str = "keep"  # or "turn": turn photos as their EXIF header says
 
     def sample(self, photo: Photo, data: bytes, label: int) -> Sample:
         """Return what is stored of a photo; raise BadImage if it does not decode."""
@@ -41,6 +45,8 @@ class Encoding:
                 self._check(data)
                 return Sample(np.frombuffer(data, dtype=np.uint8), label, image.size, photo.name)
             check_end(data)
+            if self.orientation == "turn":
+                image = ImageOps.exif_transpose(image)
             image = to_8_bits(image)
             return self._raw(image, photo, label) if self.mode == "raw" else self._jpeg(image, photo, label)
         except Exception as error:  # Pillow raises what it likes: RuntimeError, struct.error, KeyError, ...
@@ -49,7 +55,8 @@ class Encoding:
     def _keeps(self, image: Image.Image) -> bool:
         small = self.short_side is None or min(image.size) <= self.short_side
         is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG file with more pictures after it
-        return self.mode == "jpeg" and is_jpeg and image.mode in ("L", "RGB") and small
+        return self.mode == "jpeg" and is_jpeg and image.mode in ("L", "RGB") and small and not (
+            self.orientation == "turn" and is_turned(image))
 
     def _check(self, data: bytes) -> None:
         check_end(data)
@@ -68,6 +75,11 @@ class Encoding:
         left, top = ((side - self.raw_size) // 2 for side in image.size)
         image = image.crop((left, top, left + self.raw_size, top + self.raw_size))
         return Sample(np.array(image), label, image.size, photo.name)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Return whether its EXIF header says that an image is not stored upright."""
+    return image.getexif().get(ORIENTATION, 1) in range(2, 9)
 
 
 def _shrink(image: Image.Image, short_side: int) -> Image.Image:

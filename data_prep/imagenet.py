@@ -24,6 +24,7 @@ from data_prep.packing import clear, finish, is_complete, pack, read_done, start
 from data_prep.plan import Done, Plan
 from data_prep.shared_listing import list_once
 from data_prep.sources import SPLITS, WHOLE, Source, leave_out
+from data_prep.survey import survey
 from data_prep.tasks import end_with_parent, rank_and_size
 from data_prep.writer import check_space, make_root, software
 
@@ -50,6 +51,7 @@ def prepare(
     raw_size: int = 256,
     shard_size: int = 8192,
     seed: int = 0,
+    orientation: Literal["keep", "turn"] = "keep",
     check: Literal["full", "header"] = "full",
     on_bad_image: Literal["stop", "skip"] = "stop",
     num_measured: int = 20_000,
@@ -70,6 +72,7 @@ def prepare(
         raw_size: of raw: side of the stored squares, in pixels
         shard_size: images per shard; each worker holds one shard in memory (8192 ImageNet images: 0.9 GB)
         seed: of the shuffle before writing; the same seed gives the same shards
+        orientation: of photos that EXIF says lie on their side: keep them as they are stored, as torchvision does, or turn them
         check: full decodes every image once; header trusts kept images but for their headers and end marks
         on_bad_image: stop at an image that does not decode, or skip it, name it and list it in the manifest
         num_measured: training images, evenly spread, that mean and std are measured on
@@ -81,7 +84,7 @@ def prepare(
     rank, size = rank_and_size()
     if size > 1:
         end_with_parent()
-    encoding = Encoding(mode, short_side, raw_size, quality, check)
+    encoding = Encoding(mode, short_side, raw_size, quality, check, orientation)
     if is_complete(out):
         clear(out)
     if size > 1 and is_complete(out):
@@ -93,6 +96,9 @@ def prepare(
     photos = {split: shuffled(found.photos[split], seed, split) for split in SPLITS}
     official = tuple(found.official) if check_md5 else ()
     plan = Plan(out, photos, found.synsets, encoding, shard_size, seed, num_measured, official)
+    for line in survey(photos["train"], encoding):
+        if rank == 0:
+            print(line)
     num_bytes = _estimate_bytes(plan, unfinished(plan))
     check_space(out, num_bytes)
     left = start(plan)
