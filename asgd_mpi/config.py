@@ -388,6 +388,8 @@ def parse(arguments: list[str], base: Config | None = None) -> Config:
             namespace = parser.parse_args([_long_form(argument) for argument in arguments])
     except jsonargparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), parser)) from None
+    except OSError as error:
+        raise ConfigError(f"--config {error.filename}: it cannot be read ({error.strerror}); give a file that you may read.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config: the file is not UTF-8 ({error.reason} at byte {error.start}); save it as that.") from None
     config = _expanded(_made(parser, namespace))

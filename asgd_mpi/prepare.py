@@ -95,6 +95,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     room = saver.room_for(module, carried, config, num_workers)
     _demand_room(run.path if run else Path(config.run.dir or "runs"), room, config.checkpoint.keep)
     if config.run.dry_run:
+        print(f"{_outlook(places, task)}\ndry run: what can be checked before a training is right here, and nothing was written")
         return {"status": 0}
     if point:
         run.finished.unlink(missing_ok=True)
@@ -113,16 +114,22 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
 
 
 def _greeting(places: Topology, task: Task, run: RunDir) -> str:
-    """What the user sees first: who does what, on how much data, and what to expect."""
+    """What the user sees first."""
+    return f"{_outlook(places, task)}\nthe run directory is {run.path}"
+
+
+def _outlook(places: Topology, task: Task) -> str:
+    """Return who does what, on how much data, and what to expect; of a dry run without other ranks, what one worker would do."""
     num_hosts, config = len(set(places.hosts)), task.config
     stages, servers = places.num_stages, places.num_servers
     table = f"{topology.render(topology.table(places))}\n" if any(places.gpus) or max(num_hosts, stages, servers) > 1 else ""
     doubt = rulebook.doubt_of_linear_scaling(config.rule, places.num_workers, config.data.batch_size, task.train.num_samples)
     notes = "".join(f"{note}\n" for note in [*task.train.notes, *task.val.notes, *filter(None, [doubt])])
-    return table + notes + (
-        f"{places.num_workers} workers {f'of {stages} stages ' if stages > 1 else ''}and {servers} server{'s' * (servers > 1)} on {num_hosts} host(s); "
+    ranks = "" if places.size == 1 else (
+        f"{places.num_workers} workers {f'of {stages} stages ' if stages > 1 else ''}and {servers} server{'s' * (servers > 1)} on {num_hosts} host(s); ")
+    return table + notes + ranks + (
         f"{config.model.name} on {task.train.num_samples} training and {task.val.num_samples} validation images of {task.train.num_classes} classes from {config.data.path}\n"
-        f"{_expectation(config, places.num_workers, num_floats(task.build_module()))}\nthe run directory is {run.path}")
+        f"{_expectation(config, max(1, places.num_workers), num_floats(task.build_module()))}")
 
 
 def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:

@@ -9,10 +9,10 @@ through a ledger of its own invariants (versions in order, staleness not negativ
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Optional
 
@@ -20,8 +20,8 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-from asgd_mpi import config as configuration
 from asgd_mpi import bounded, command_line, ending, limits, trust
+from asgd_mpi import config as configuration
 from asgd_mpi.computation import Computation, Snapshot
 from asgd_mpi.errors import DataError, RunDirError
 from asgd_mpi.model.flat import FlatModel
@@ -202,7 +202,7 @@ class Given:
         try:
             task = open_task(replace(config, data=data, model=replace(config.model, name=model)))
         except DataError as error:
-            if self.data or Path(data.path).exists():
+            if self.data or os.path.exists(data.path):
                 raise
             raise DataError(f"{data.path}, the data set of {run.path}, is not here: if the run was copied from another directory "
                             "or machine, say where it lies with --data DIR.") from error
@@ -276,7 +276,7 @@ def _replay_session(run: RunDir, given: Given, session: Session, successor: Resu
     """Replay one start of the run; also returns the number of its pushes."""
     starts = {rank: event for rank, restart, path in run.metrics_files if restart == session.restart
               for event in read_events(path) if isinstance(event, Start)}
-    entries = list(read_log(session.log)) if session.log.exists() else []
+    entries = list(read_log(session.log)) if session.log.is_file() else []
     if successor is not None:                 # what came after its checkpoint is needed for the momenta only
         needed = max([successor.version, *successor.momenta])
         entries = [entry for entry in entries if entry and (not isinstance(entry, Push) or entry.version < needed)]

@@ -6,6 +6,7 @@ in the order of the synsets) to WordNet synsets and their words. A label here is
 """
 
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -39,10 +40,10 @@ class Devkit:
 def read_devkit(source: Path) -> Devkit | None:
     """Return the development kit that lies in `source`, None if there is none; raise DataError if it is damaged."""
     archive, directory = source / f"{NAME}.tar.gz", source / NAME
-    if archive.exists():
+    if os.path.exists(archive):
         with _explained(archive), tarfile.open(archive) as tar:
             return _parse(archive, lambda name: tar.extractfile(f"{NAME}/{name}").read())
-    if directory.is_dir():
+    if os.path.isdir(directory):
         with _explained(directory):
             return _parse(directory, lambda name: (directory / name).read_bytes())
     return None

@@ -1,6 +1,7 @@
 """IDX files, the format of MNIST and its like: 0, 0, 8, number of dimensions, their lengths (big-endian), then the bytes."""
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from asgd_mpi.errors import UserError
 
 def read_idx(source: Path, name: str) -> np.ndarray:
     """Return what an IDX file of unsigned bytes holds, compressed by gzip (NAME.gz) or not; raise UserError."""
-    path = next((path for path in (source / name, source / f"{name}.gz") if path.exists()), None)
+    path = next((path for path in (source / name, source / f"{name}.gz") if os.path.exists(path)), None)
     if path is None:
         raise UserError(f"there is no {name} (or {name}.gz) in {source}: give --source DIR with the four IDX files of the set "
                         "(Debian has those of Fashion-MNIST in dataset-fashion-mnist).")

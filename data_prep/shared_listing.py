@@ -151,7 +151,7 @@ def _state(root: Path) -> str:
     root = root.resolve()
     digest = xxhash.xxh3_64()
     images = directory_of_images(root)
-    paths = [entry.path for entry in os.scandir(root) if entry.is_file()] if root.is_dir() else []
+    paths = [entry.path for entry in os.scandir(root) if entry.is_file()] if os.path.isdir(root) else []
     paths += [str(path) for extension in (".parquet", ".tar") for path in chain(*files_of(root, extension).values())]
     paths += [str(path) for name in (SOLUTION, WORDS) for path in (root.parents[2:3] and [root.parents[2] / name]) if path.is_file()]
     for split in SPLITS:

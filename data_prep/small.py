@@ -13,6 +13,7 @@ Out: raw uint8 shards, the test split as `val`. The "python version" of CIFAR is
 runs what it says.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def read(source: Path) -> tuple[dict[str, arrays.Split], list[str]]:
 
 def _find(source: Path, marker: str) -> Path | None:
     """Return the directory, `source` or one at most two below it, that holds a file or directory of this name."""
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise DataError(f"{source} is not a directory; give the one that holds the files of the set")
     for pattern in (marker, f"*/{marker}", f"*/*/{marker}"):
         for path in sorted(source.glob(pattern)):

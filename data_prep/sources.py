@@ -154,9 +154,9 @@ def _of_rows(root: Path, rows: dict[str, list[labelled.Row]], words: dict[str, s
 
 def _find(root: Path, split: str, truth: Devkit | Kaggle | None, tick: Tick) -> Iterator[Photo]:
     archive, directory = root / ARCHIVE.format(split), directory_of(root, split)
-    if archive.exists():
+    if os.path.exists(archive):
         return _train_archive(archive, tick) if split == "train" else _flat(root, _images("val", _members(archive)), truth, tick)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise DataError(
             f"{root} has neither {archive.name} nor a directory {split}; images are expected in that archive, or in "
             f"{directory}/<synset>/*.JPEG"

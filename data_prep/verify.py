@@ -42,11 +42,11 @@ def verify(root: Path, decode_all: bool = True, workers: int | None = None) -> N
     faults: list[str] = []
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         for split, entry in manifest.splits.items():
+            shards = ShardSet.open(root, split)          # refuses shards that are missing or short
             digests = pool.map(lambda shard: file_xxh3(root / shard.file), entry.shards)
             for shard, digest in zip(entry.shards, _progress(digests, f"{split} shards", len(entry.shards)), strict=True):
                 if digest != shard.xxh3:
                     faults.append(f"{shard.file}: its checksum is {digest}, not {shard.xxh3}")
-            shards = ShardSet.open(root, split)
             pieces = [range(first, min(first + PIECE, shards.num_samples)) for first in range(0, shards.num_samples, PIECE)]
             found = pool.map(partial(_check_samples, shards, decode_all), pieces)
             faults += chain.from_iterable(_progress(found, f"{split} samples / {PIECE}", len(pieces)))

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import asgd_mpi
+from asgd_mpi import __main__ as overview
 from asgd_mpi import command_line, config
 from asgd_mpi.report import command
 from test_endings import ROOT, SOURCES, guard
@@ -149,3 +151,16 @@ def test_numbers_of_workers_are_whole_within_the_limit_and_have_commas_between_t
     with pytest.raises(config.ConfigError, match="^--workers .*: give whole numbers from 1 to 4096 with commas"):
         command_line.counts("--workers", text, 4096)
     assert command_line.counts("--workers", "8, 1,2,2", 4096) == [1, 2, 8]
+
+
+def test_the_package_lists_its_commands_a_line_each(capsys):
+    own = {path.stem for path in (ROOT / "asgd_mpi").glob("*.py") if guard(path)[0] and path.stem != "__main__"}
+    assert set(overview.VERBS) == own | {"report"}
+    assert overview.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for verb in overview.VERBS:
+        assert sum(f"python -m asgd_mpi.{verb} " in line for line in lines) == 1
+    prepared = {path.stem for path in (ROOT / "data_prep").glob("*.py") if guard(path)[0]}
+    assert all(name in overview.DATA for name in prepared)
+    assert overview.main(["--version"]) == 0 and capsys.readouterr().out == f"{asgd_mpi.__version__}\n"
+    assert overview.main(["rport"]) == 2 and "Did you mean `python -m asgd_mpi.report`?" in capsys.readouterr().err

@@ -11,7 +11,7 @@ ORDER = ["errors", "bounded", "plausible", "ending", "signals", "launch", "local
          "record.meter", "record.watch", "record.progress", "record.tensors", "record.checkpoint", "data", "model", "stages",
          "server.claims", "server.ledger", "server.losses", "server.versions", "server.slices", "server.rules", "server.finite", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "images", "task", "preflight",
          "resume", "report", "evaluate", "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc",
-         "prepare", "crew", "train", "findings", "doctor"]
+         "prepare", "crew", "train", "findings", "doctor", "__main__"]
 
 
 def place(module: str) -> int | None:

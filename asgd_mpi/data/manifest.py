@@ -4,6 +4,7 @@ In: `manifest.json`. Out: a `Manifest` whose every number is in its range and wh
 files: what is made room for later is bounded by what lies on the disk. The shards themselves are compared with it in `shards`.
 """
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -60,7 +61,7 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
     try:
         text = bounded.read(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = "has no manifest.json, so it is no data set or its preparation did not finish" if root.is_dir() else (
+        what = "has no manifest.json, so it is no data set or its preparation did not finish" if os.path.isdir(root) else (
             "is not a directory"
         )
         raise DataError(

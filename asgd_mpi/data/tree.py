@@ -28,7 +28,7 @@ class Tree:
 def directory_of(root: Path, split: str) -> Path:
     """Return where a split of a tree lies: `val` may be called test, as small sets have it."""
     directory = root / split
-    return root / "test" if split == "val" and not directory.is_dir() and (root / "test").is_dir() else directory
+    return root / "test" if split == "val" and not os.path.isdir(directory) and os.path.isdir(root / "test") else directory
 
 
 def is_image(name: str) -> bool:

@@ -4,6 +4,7 @@ Both have the face of a `ShardSet`, so everything behind it is the same. A tree 
 image. The synthetic images cost nothing, so a run with them measures everything but the disk and the decoder.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ class FolderSet:
 
     def _list(self, split: str) -> Tree:
         directory = directory_of(self.root, split)
-        if not directory.is_dir():
+        if not os.path.isdir(directory):
             raise DataError(f"{self.root} is no tree of train/<class>/*.JPEG and val/<class>/*.JPEG: it has no directory {split}")
         return list_tree(directory)
 

@@ -78,9 +78,9 @@ class RunDir:
     def open(cls, path: str | Path) -> RunDir:
         """Take an existing run directory. Raises RunDirError."""
         run = cls(Path(path))
-        if not run.path.is_dir():
+        if not os.path.isdir(run.path):              # False for whatever the system says of a name; Path.is_dir raises
             raise RunDirError(f"there is no run directory {path}: give one that asgd_mpi.train made.")
-        if not run.config.exists():
+        if not os.path.isfile(run.config):
             raise RunDirError(f"{path} is not a run directory: it has no config.yaml. Was it made by asgd_mpi.train?")
         return run
 
