@@ -12,6 +12,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import jsonargparse
 
@@ -130,6 +131,18 @@ def _check(parser: _OneLine, name: str, value: object) -> None:
         limits.check_number(name, value, parser.ranges[name.lstrip("-")])
     elif value is not None and not isinstance(value, bool):
         limits.check_text(name, str(value))
+    if isinstance(value, Path):
+        _check_path(name, value)
+
+
+def _check_path(name: str, path: Path) -> None:
+    """Raise ConfigError for a path that cannot even be looked at: a loop of links, a name that is too long, no permission."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):      # it may be what is to be made
+        pass
+    except OSError as error:
+        raise ConfigError(f"{name} {path}: it cannot be looked at ({error.strerror}); give another path.") from error
 
 
 def _demand_no_empty(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

@@ -112,7 +112,7 @@ def _is_plain(path: str) -> bool:
     """Return whether these are weights that no run of this package has saved."""
     where = Path(path)
     of_a_run = where.name == checkpoint.MODEL and (where.parent / checkpoint.MANIFEST).exists()
-    return where.is_file() and not of_a_run or bool(pretrained.OF_TORCHVISION.fullmatch(path))
+    return os.path.isfile(where) and not of_a_run or bool(pretrained.OF_TORCHVISION.fullmatch(path))
 
 
 def _of_others(path: str, model: str, images: ShardSet | FolderSet, given: dict) -> tuple[dict[str, torch.Tensor], checkpoint.Manifest]:
