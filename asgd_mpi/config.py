@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import io
 import re
+import typing
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -512,6 +513,20 @@ def sections(text: str) -> dict:
             if not all(_is_plain(one) for one in (value if isinstance(value, list) else [value])):
                 raise ValueError(f"{name} holds what is no number of 64 bits, no text and no date ({key}); nothing of it is loaded")
     return found if isinstance(found, dict) else {}
+
+
+def of_other_kinds(found: dict[str, object]) -> list[str]:
+    """Return the options, by dotted names, whose values are of another kind than theirs; names that are no options are left out."""
+    kinds = {f"{section.name}.{name}": of for section in dataclasses.fields(Config)
+             for name, of in limits.kinds_of(section.default_factory).items()}
+    return [option for option, value in found.items() if option in kinds and not any(_is_of(kind, value) for kind in kinds[option])]
+
+
+def _is_of(kind: object, value: object) -> bool:
+    """Return whether a value is of a kind."""
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind) if isinstance(kind, type) else value in typing.get_args(kind)
 
 
 def _is_plain(value: object) -> bool:

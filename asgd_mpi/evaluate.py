@@ -21,7 +21,7 @@ from asgd_mpi.data.loader import Loader, ranges
 from asgd_mpi.data.order import Sequential
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.data.trials import FolderSet
-from asgd_mpi.errors import ConfigError, DataError
+from asgd_mpi.errors import ConfigError, DataError, tell
 from asgd_mpi.model import networks, pretrained
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.model.weights import load_weights_
@@ -84,16 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"note: {data.path} is another data set than the checkpoint was trained on (fingerprint {images.fingerprint}, "
               f"trained on {manifest.data})", file=sys.stderr)
     for note in images.notes:
-        print(note, file=sys.stderr)
+        tell(note, file=sys.stderr)
     errors = measure(state, manifest, images, options.batch_size, device, options.threads,
                      data.on_bad_image)
     if not errors.num_images:
         raise DataError(f"all {errors.skipped} images of {data.path} ({options.split}) are damaged: there is nothing to measure.")
     left_out = f", and {errors.skipped} damaged ones left out" if errors.skipped else ""
     what = f"version {manifest.version}" if manifest.files else options.checkpoint
-    print(f"{what} of {manifest.model}, {errors.num_images} images of {data.path} "
-          f"({options.split}){left_out}: top-1 accuracy {percent(errors.top1 / errors.num_images, 2)}, top-5 accuracy "
-          f"{percent(errors.top5 / errors.num_images, 2)}, loss {errors.loss / errors.num_images:.4f}")
+    tell(f"{what} of {manifest.model}, {errors.num_images} images of {data.path} "
+         f"({options.split}){left_out}: top-1 accuracy {percent(errors.top1 / errors.num_images, 2)}, top-5 accuracy "
+         f"{percent(errors.top5 / errors.num_images, 2)}, loss {errors.loss / errors.num_images:.4f}")
     return 0
 
 

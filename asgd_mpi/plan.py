@@ -21,7 +21,7 @@ import jsonargparse
 import msgspec
 
 from asgd_mpi import command_line, ending, limits, supervise
-from asgd_mpi.errors import ConfigError, RunDirError
+from asgd_mpi.errors import ConfigError, RunDirError, tell
 from asgd_mpi.forecast import WIRES, Costs, Observation, Outcome, calibrate, simulate, what_moves
 from asgd_mpi.record.events import Interval, read_events
 from asgd_mpi.record.pipelines import Pipelines
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     moves = what_moves(costs, counts[-1])
     _write(Path(options.out), costs, observations, outcomes, moves)
     for line in describe(costs, outcomes, moves):
-        print(line)
+        tell(line)
     return 0
 
 

@@ -11,6 +11,7 @@ MAX_CLASSES = 1 << 20      # ImageNet-21k has 21,841
 MAX_SIDE = 1 << 16         # pixels; shards keep it in 16 bits
 MAX_CHANNELS = 1 << 10
 MAX_WORKERS = 1 << 16
+MAX_EPOCHS = 10**6         # each is a line of an audit
 
 
 def out_of_range(ranges: Sequence[tuple[str, int, int, int]]) -> str:

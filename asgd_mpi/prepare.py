@@ -8,6 +8,7 @@ from pathlib import Path
 from asgd_mpi import config as configuration
 from asgd_mpi import inject, preflight, resume, topology, trust
 from asgd_mpi.config import Config, ConfigError
+from asgd_mpi.errors import tell
 from asgd_mpi.exchange.layout import Layout
 from asgd_mpi.model import buffers
 from asgd_mpi.model.flat import num_floats
@@ -57,8 +58,8 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
         board.find_writer()
     task = open_task(config)
     for line in told(task):
-        print(line, flush=True)
-    module = task.first_module(lambda text: print(text, flush=True))
+        tell(line)
+    module = task.first_module(tell)
     if num_stages > 1:
         if config.stages.cut == "columns":
             task.rows_of_columns(module)
@@ -71,7 +72,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
     task, notes = preflight.try_out_(task, module)
     config = task.config
     for note in notes:
-        print(note, flush=True)
+        tell(note)
     num_workers = max(1, places.num_workers)
     rulebook.check(config, num_workers)
     Layout(num_parameters=1, ring=config.exchange.ring, num_workers=num_workers)
@@ -86,7 +87,7 @@ def prepare(arguments: list[str], ranks: list[dict], num_tasks: int | None, hold
             resume.demand_samples_left(point, total, task.plan(num_workers).num_samples)
             resume.demand_same_trained(point, module, carried)
         for line in [*resume.describe(run, point, places.num_workers or None, total), *changes]:
-            print(line, flush=True)
+            tell(line)
         if run.finished.exists() and point.manifest and point.manifest.samples >= total:
             print(f"{run.path} is finished: nothing is left to do. To train on, give more --epochs with --override run.epochs.")
             return {"status": 0}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from asgd_mpi import bounded, command_line, ending, limits, trust
 from asgd_mpi import config as configuration
 from asgd_mpi.computation import Computation, Snapshot
-from asgd_mpi.errors import DataError, RunDirError
+from asgd_mpi.errors import DataError, RunDirError, tell
 from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.events import Member, Push, Resume, Start, Turn, read_events, read_log
@@ -223,7 +223,7 @@ def _replay_and_compare(run: RunDir, given: Given) -> int:
     replayed = dict(flat.module.named_parameters())
     different = [name for name, parameter in replayed.items() if not torch.equal(parameter, found[name])]
     if different:
-        print(f"version {version} differs from its replay in {', '.join(different)}")
+        tell(f"version {version} differs from its replay in {', '.join(different)}")
         return 1
     print(f"version {version}: {done} pushes replayed, the weights are the same to the bit")
     return 0
@@ -241,7 +241,7 @@ def _tell_versions(run: RunDir, sessions: list[Session]) -> None:
         differ = [f"{name} {there[name]}, this is {version}" for name, version in here.items()
                   if there.get(name) not in (None, version)]
         if differ:
-            print(f"note: start {session.restart} ran under {'; '.join(differ)}: a difference in bits may be due to that",
+            tell(f"note: start {session.restart} ran under {'; '.join(differ)}: a difference in bits may be due to that",
                   file=sys.stderr)
 
 

@@ -38,7 +38,7 @@ from asgd_mpi import ending, gpus, inject, launch, report, segments, topology
 from asgd_mpi.config import Config
 from asgd_mpi.crew import Crew
 from asgd_mpi.ending import DEGRADED, FAULT, RESUME_ME, WRONG
-from asgd_mpi.errors import DeadlineExceeded, DiskRefuses, RunDirError, ServerLost, StageLost, UserError
+from asgd_mpi.errors import DeadlineExceeded, DiskRefuses, RunDirError, ServerLost, StageLost, UserError, tell
 from asgd_mpi.exchange import clock, mpi, wait
 from asgd_mpi.exchange.fellows import Desk, Fellows, JointInbox
 from asgd_mpi.exchange.layout import Layout
@@ -106,7 +106,7 @@ def _take_part(world: World, setup: dict) -> int:
         if world.is_server:
             if unkept:                 # one line for all ranks, which meet the same disk
                 print(f"what the ranks print is not kept beside the run: cannot write {unkept}", file=sys.stderr, flush=True)
-            print(setup["greeting"], flush=True)
+            tell(setup["greeting"])
         if places.hosts.index(world.host) == world.rank and (removed := segments.remove_dead()):
             print(f"{world.host}: {segments.describe(removed)}", flush=True)
         status = _train(world, config, run, places, setup["restart"], setup["checkpoint"], setup["carried"], setup["room"])

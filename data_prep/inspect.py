@@ -13,7 +13,7 @@ from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.manifest import read_manifest
 from asgd_mpi.data.shards import ShardSet
-from asgd_mpi.errors import DataError
+from asgd_mpi.errors import DataError, tell
 from data_prep import run
 
 CELL, CAPTION = 160, 34  # pixels
@@ -36,14 +36,14 @@ def inspect(root: Path, sheet: Path = Path("contact_sheet.png"), split: str = "t
     manifest, fingerprint = read_manifest(root)
     print(f"{root}: {manifest.encoding}{manifest.image_shape or ''}, {len(manifest.class_names)} classes, "
           f"shuffled with seed {manifest.seed}, fingerprint {fingerprint}")  # fmt: skip
-    print(f"mean {_rounded(manifest.mean)}, std {_rounded(manifest.std)}; made by "
+    tell(f"mean {_rounded(manifest.mean)}, std {_rounded(manifest.std)}; made by "
           + ", ".join(f"{name} {version}" for name, version in manifest.software.items()))  # fmt: skip
     print(f"{'split':8}{'samples':>10}{'shards':>8}{'MB':>12}{'bytes/sample':>14}{'a class':>14}{'skipped':>9}")
     for name, entry in manifest.splits.items():
         shards = ShardSet.open(root, name)
         num_bytes = sum(shard.num_bytes for shard in entry.shards)
         counts = np.bincount(shards.labels(np.arange(shards.num_samples)), minlength=shards.num_classes)
-        print(f"{name:8}{entry.num_samples:>10}{len(entry.shards):>8}{num_bytes / 1e6:>12,.1f}"
+        tell(f"{name:8}{entry.num_samples:>10}{len(entry.shards):>8}{num_bytes / 1e6:>12,.1f}"
               f"{num_bytes // entry.num_samples:>14}{f'{counts.min()}..{counts.max()}':>14}{len(entry.skipped):>9}")  # fmt: skip
     for note in note_flat_channels(manifest.std):
         print(note)

@@ -20,7 +20,7 @@ from asgd_mpi import limits
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.manifest import Manifest, read_manifest
 from asgd_mpi.data.shards import DamagedSample, ShardSet
-from asgd_mpi.errors import DataError
+from asgd_mpi.errors import DataError, tell
 from data_prep import run
 from data_prep.imagenet import shuffled
 from data_prep.writer import file_xxh3
@@ -51,7 +51,7 @@ def verify(root: Path, decode_all: bool = True, workers: int | None = None) -> N
             found = pool.map(partial(_check_samples, shards, decode_all), pieces)
             faults += chain.from_iterable(_progress(found, f"{split} samples / {PIECE}", len(pieces)))
             faults += _check_order(manifest, split, shards)
-            print(f"{split}: {shards.num_samples} samples in {len(entry.shards)} shards, {_class_counts(shards)}")
+            tell(f"{split}: {shards.num_samples} samples in {len(entry.shards)} shards, {_class_counts(shards)}")
     if faults:
         listed = "\n  ".join(faults[:SHOWN])
         raise DataError(f"{root} has {len(faults)} faults, the first of them:\n  {listed}\n"

@@ -87,4 +87,4 @@ def test_a_failed_run_says_why_and_no_name_can_obey_the_terminal(tmp_path, capsy
     run = make_run(tmp_path / "run", make_pushes(12))
     write_log(run.metrics_of(0), [End(T0 + 9, "failed", "GPU\x1b[31m lost")])
     status, _, text = audited(capsys, run)
-    assert status == 0 and "failed (rank 0: GPU [31m lost)" in text and "\x1b" not in text
+    assert status == 0 and r"failed (rank 0: GPU\x1b[31m lost)" in text and "\x1b" not in text

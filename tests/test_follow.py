@@ -41,7 +41,7 @@ def test_a_rank_without_a_line_for_long_is_named(run):
 def test_a_name_cannot_command_the_terminal(run):
     summary = summarize(run)
     summary.name = "a\x1b[2J\nb"
-    assert "\x1b" not in follow.screen(summary, T0 + 8) and "a [2J b" in follow.screen(summary, T0 + 8)
+    assert "\x1b" not in follow.screen(summary, T0 + 8) and r"a\x1b[2J b" in follow.screen(summary, T0 + 8)
 
 
 def test_an_empty_run_has_a_screen(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from asgd_mpi.plausible import MAX_WORKERS
+from asgd_mpi.plausible import MAX_EPOCHS, MAX_WORKERS
 from asgd_mpi.record.events import (
     PHASES, Checkpoint, Cut, End, Event, Gpu, Interval, Note, Push, Refusal, Retirement, Start, Validation)
 from asgd_mpi.record.rundir import RunDir
@@ -108,7 +108,7 @@ def _is_possible(item: Event | Push) -> bool:
         case Push():
             return math.isfinite(item.loss) and 0 <= item.worker < MAX_WORKERS and 0 <= item.skipped <= item.positions and 0 < item.scale <= 1
         case Start():
-            return 0 < item.num_workers <= MAX_WORKERS
+            return 0 < item.num_workers <= MAX_WORKERS and item.total_samples <= MAX_EPOCHS * max(1, item.num_samples)
         case Interval():
             return min(numbers) >= 0 and item.t1 >= item.t0
         case Cut():

@@ -331,6 +331,9 @@ def _read_config(run: RunDir, num_workers: int, problems: list[str]) -> dict[str
     except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
         problems.append(f"{path.name} cannot be read ({_why(error)}): the settings are unknown.")
         return {}
+    if others := configuration.of_other_kinds(found):
+        problems.append(f"{path.name} holds {len(others)} settings of another kind than theirs, which are left out: {_some(others)}.")
+        found = {name: value for name, value in found.items() if name not in others}
     if found.get("rule.max_drift", 0) is None and found.get("rule.name") in rulebook.RULEBOOK:
         found["rule.max_drift"] = rulebook.RULEBOOK[found["rule.name"]].max_drift if num_workers > 1 else 0.0
     if found and found.get("data.min_batch") is None:     # of a run that cut its batches without a least size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from asgd_mpi.errors import one_line
 from asgd_mpi.record.summary import Summary
 from asgd_mpi.report import units
 
@@ -96,4 +97,4 @@ def _text(summary: Summary, epochs: list[EpochAccount], claims: tuple[str, ...],
         lines += [f"  {one}" for one in violations]
     else:
         lines.append("all of it holds")
-    return "".join("".join(c if c.isprintable() else " " for c in line) + "\n" for line in lines)
+    return "".join(f"{one_line(line)}\n" for line in lines)

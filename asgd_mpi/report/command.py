@@ -17,7 +17,7 @@ import jsonargparse
 import msgspec
 
 from asgd_mpi import command_line, ending, limits
-from asgd_mpi.errors import ConfigError, RunDirError
+from asgd_mpi.errors import ConfigError, RunDirError, tell
 from asgd_mpi.record import history
 from asgd_mpi.record.disk import make_directory, write_whole
 from asgd_mpi.record.rundir import RunDir
@@ -85,7 +85,7 @@ def _trace(runs: list[RunDir], path: Path) -> int:
     if len(runs) > 1:
         raise ConfigError(f"--trace writes one run to a file, and {len(runs)} are given: start it once for each.")
     for problem in write_trace(runs[0], path):
-        print(problem, file=sys.stderr)
+        tell(problem, file=sys.stderr)
     print(f"trace: {path} ({size(path.stat().st_size)}); open it in ui.perfetto.dev or chrome://tracing")
     return 0
 

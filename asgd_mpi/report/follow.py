@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
+from asgd_mpi.errors import one_line
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import Summary, summarize
 from asgd_mpi.report.units import count, number, percent, seconds, workers
@@ -40,9 +41,9 @@ def screen(summary: Summary, now: float) -> str:
     """The state at `now`, Unix seconds, as lines of at most 80 columns or so."""
     line, last = summary.timeline, summary.validations[-1] if summary.validations else None
     ran_s = None if summary.started is None else summary.seconds_at(now if summary.status == "unfinished" else _end(summary))
-    reason = f" ({_plain(summary.reason)})" if summary.status == "failed" else ""
+    reason = f" ({one_line(summary.reason)})" if summary.status == "failed" else ""
     rows = [
-        ("run", f"{_plain(summary.name)}, {summary.status}{reason}, {seconds(ran_s)}, {workers(summary.crews)}"),
+        ("run", f"{one_line(summary.name)}, {summary.status}{reason}, {seconds(ran_s)}, {workers(summary.crews)}"),
         ("images/s", f"{number(line.images_per_s[-1] if line.t else None, 0)} now, {number(summary.images_per_s, 0)} mean"),
         ("", _spark(line.images_per_s[-60:])),
         ("epochs", f"{number(summary.epochs_done, 2)}, {count(summary.images, 'image')}"),
@@ -76,8 +77,3 @@ def _spark(values: list[float]) -> str:
 
 def _ranks(numbers: list[int]) -> str:
     return "rank " + ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-
-
-def _plain(text: str) -> str:
-    """A name or a reason without what a terminal would obey, on one line."""
-    return "".join(character if character.isprintable() else " " for character in text)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from asgd_mpi.errors import one_line
 from asgd_mpi.record.events import PHASES
 from asgd_mpi.record.summary import Summary
 from asgd_mpi.report import units
@@ -19,7 +20,9 @@ from asgd_mpi.report.incidents import incidents
 
 MAX_ROWS = 20     # of a table that grows with the length of the run or the number of ranks
 BAR_WIDTH = 40    # characters
-MARKUP = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is harmless
+MARKUP = re.compile(r"[\\`*\[\]<>|&~$@]|(?<![^\W_])_|_(?![^\W_])"     # an underscore within a word is harmless
+                    r"|:(?=//)|(?<=\bwww)\."                          # what some readers make links of
+                    r"|^[#+-](?=[#\s]|$)|^=+$|(?<=^\d)[.)](?=\s)")    # what begins a heading, a list, a line
 
 
 def render(summary: Summary, cost: Cost | None = None) -> str:
@@ -64,7 +67,7 @@ def _plain(value: Any) -> Any:
     """Keep a name from being read as Markdown: jinja2 passes every value that it prints through here."""
     if value is None:
         return units.NONE
-    return MARKUP.sub(r"\\\g<0>", " ".join(value.splitlines())) if isinstance(value, str) else value
+    return MARKUP.sub(r"\\\g<0>", one_line(value)) if isinstance(value, str) else value
 
 
 def _bar(count: int, largest: int) -> str:

@@ -6,9 +6,11 @@ import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from asgd_mpi.errors import one_line
 from asgd_mpi.record.events import PHASES
 from asgd_mpi.record.summary import Summary
 from asgd_mpi.report import figures, units
@@ -39,10 +41,15 @@ def page(summary: Summary, cost: Cost | None = None) -> str:
 def template(name: str) -> jinja2.Template:
     """A template of this directory; every value printed by it is escaped for HTML."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined,
-                                     autoescape=True, trim_blocks=True, lstrip_blocks=True)
+                                     autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
     environment.filters.update(number=units.number, rate=units.rate, percent=units.percent, seconds=units.seconds,
                                size=units.size, short=units.short, thin=thin, left_out=left_out)
     return environment.get_template(name)
+
+
+def _shown(value: Any) -> Any:
+    """Write out control characters and cut what is too long; jinja2 passes every value that it prints through here."""
+    return one_line(value) if type(value) is str else value         # Markup is ours
 
 
 @cache

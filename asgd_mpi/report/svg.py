@@ -10,6 +10,8 @@ import html
 import io
 import re
 
+from asgd_mpi.errors import printable
+
 INK, FAINT, PAPER = "#010203", "#040506", "#070809"
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
 FONT_SIZE = 9         # points
@@ -30,7 +32,7 @@ def to_svg(figure, name: str, title: str) -> str:
     """The figure as one <svg> element; `name` (letters, digits, hyphens) makes its ids unique, `title` describes it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
+    text = printable(buffer.getvalue())       # a label may be a name out of a run directory
     text = text[text.index("<svg"):]
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text, count=2).replace("xlink:href", "href")

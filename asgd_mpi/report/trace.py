@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from asgd_mpi import bounded
+from asgd_mpi.errors import one_line
 from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, Note, Push, Span, Start, Validation,
                                     read_events, read_pushes)
 from asgd_mpi.record.history import lineage
@@ -47,7 +48,7 @@ def write_trace(run: RunDir, path: Path) -> list[str]:
             thinned = {name: f"one of {stride} is kept" for name, stride in zip(("intervals", "pushes"), every)
                        if stride > 1}
             worst = max((event.clock_error_s for event in starts), default=0.0)
-            notes = {"run": run.path.resolve().name, "clock_error_s": worst, **thinned}
+            notes = {"run": one_line(run.path.resolve().name), "clock_error_s": worst, **thinned}
             out.write(b'{"name":"end of trace","ph":"M","pid":0,"args":{}}\n],"otherData":' + encode(notes) + b"}\n")
     except OSError as error:
         raise unwritable(path, error) from error
@@ -105,7 +106,7 @@ def _events(run: RunDir, lines: Lines, files: dict[Path, int], zero: float | Non
 
 def _names(rank: int, starts: Sequence[Start]) -> Iterator[dict]:
     """What the rank was, in one start of the run after the other."""
-    places = list(dict.fromkeys(f"{start.role} ({start.device} on {start.host})" for start in starts))
+    places = list(dict.fromkeys(one_line(f"{start.role} ({start.device} on {start.host})") for start in starts))
     yield {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}, {', then '.join(places)}"}}
     yield {"name": "process_sort_index", "ph": "M", "pid": rank, "args": {"sort_index": rank}}
     for thread, title in THREADS.items():
@@ -130,7 +131,8 @@ def _laid(event: Event, rank: int, place: Callable[[float], float]) -> Iterator[
 
 
 def _mark(name: str, rank: int, thread: int, ts: float, facts: dict) -> dict:
-    return {"name": name, "ph": "i", "s": "t", "pid": rank, "tid": thread, "ts": ts, "args": facts}
+    shown = {key: one_line(value) if isinstance(value, str) else value for key, value in facts.items()}
+    return {"name": name, "ph": "i", "s": "t", "pid": rank, "tid": thread, "ts": ts, "args": shown}
 
 
 def _push_facts(push: Push) -> dict:
