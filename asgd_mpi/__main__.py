@@ -6,8 +6,8 @@ import difflib
 import sys
 
 import asgd_mpi
-from asgd_mpi import ending
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.process import ending
 
 VERBS = {
     "train": "train a network, under mpirun or srun; --dry-run checks everything before",

@@ -25,13 +25,16 @@ from typing import Literal
 import h5py
 import jsonargparse
 
-from asgd_mpi import command_line, ending, findings, gpus, launch, limits, segments, topology
-from asgd_mpi.config import WIRES
+from asgd_mpi import launch, segments
+from asgd_mpi.config import command_line, limits, topology
+from asgd_mpi.config.options import WIRES
+from asgd_mpi.config.topology import SERVER, Gpu, Topology
 from asgd_mpi.errors import ConfigError, UserError
-from asgd_mpi.findings import PROBLEM, Findings, Link, Locking, Need, Rank, Row
 from asgd_mpi.model import networks
-from asgd_mpi.model.flat import num_floats, num_statistics
-from asgd_mpi.topology import SERVER, Gpu, Topology
+from asgd_mpi.process import ending
+from asgd_mpi.runtime import devices, findings
+from asgd_mpi.runtime.findings import PROBLEM, Findings, Link, Locking, Need, Rank, Row
+from asgd_mpi.vector.flat import num_floats, num_statistics
 
 GRACE_S = 2.0            # rank 0 speaks first: the others leave so much later
 FORWARDING_S = 0.5       # the launcher drops what it has not yet forwarded when the job is ended
@@ -49,7 +52,7 @@ class StepFailed(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     faulthandler.dump_traceback_later(3 * options.deadline_s, exit=True)  # MPI_Init holds the interpreter: no thread could act
-    from asgd_mpi.exchange.world import World
+    from asgd_mpi.comm.world import World
 
     faulthandler.cancel_dump_traceback_later()
     world = World(timeout_s=options.deadline_s)
@@ -103,7 +106,7 @@ class Examination:
     """Takes the steps, on all ranks together, and keeps what they find."""
 
     def __init__(self, world, options: jsonargparse.Namespace):
-        from asgd_mpi.exchange import probe
+        from asgd_mpi.comm import probe
 
         self.world, self.options, self.probe = world, options, probe
         own = Rank(world.host, **probe.facts(), num_cores=len(os.sched_getaffinity(0)))
@@ -201,11 +204,11 @@ class Examination:
         places, rank = self.found.places, self.world.rank
         ranks = [worker for worker in places.workers if places.gpu(worker)]
         if rank in ranks:
-            self.probe.message_round(self.world, ranks, gpus.take(places, rank))
+            self.probe.message_round(self.world, ranks, devices.take(places, rank))
 
     def _need(self) -> dict | None:
         """The fields of Need, from rank 0. Raises ConfigError."""
-        from asgd_mpi.exchange.layout import Layout
+        from asgd_mpi.comm.layout import Layout
 
         places, options = self.found.places, self.options
         if not self.world.is_server:
@@ -259,7 +262,7 @@ def _machine_facts() -> dict:
     """Fields of Rank that CUDA and the file system know."""
     shm = Path("/dev/shm")
     removed = segments.remove_dead()
-    return {"shm_removed": len(removed), "shm_removed_bytes": sum(segment.num_bytes for segment in removed), "gpus": gpus.visible(), "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
+    return {"shm_removed": len(removed), "shm_removed_bytes": sum(segment.num_bytes for segment in removed), "gpus": devices.visible(), "shm_free": shutil.disk_usage(shm).free if shm.is_dir() else None}
 
 
 def _launched() -> int | None:

@@ -13,23 +13,24 @@ from typing import Literal, Optional
 import torch
 from tqdm import tqdm
 
-from asgd_mpi import command_line, ending, limits, trust
-from asgd_mpi import images as preparing
-from asgd_mpi.config import Config, DataConfig
+from asgd_mpi.config import command_line, limits
+from asgd_mpi.config.options import Config, DataConfig
+from asgd_mpi.data import images as preparing
 from asgd_mpi.data.augment import Normalise, make_policy
+from asgd_mpi.data.folder import FolderSet
 from asgd_mpi.data.loader import Loader, ranges
 from asgd_mpi.data.order import Sequential
 from asgd_mpi.data.shards import ShardSet
-from asgd_mpi.data.trials import FolderSet
 from asgd_mpi.errors import ConfigError, DataError, tell
 from asgd_mpi.model import networks, pretrained
-from asgd_mpi.model.flat import FlatModel
 from asgd_mpi.model.weights import load_weights_
+from asgd_mpi.optim.step import Errors, validate
+from asgd_mpi.process import ending
 from asgd_mpi.record import checkpoint
 from asgd_mpi.report.units import percent
+from asgd_mpi.runtime import trust
 from asgd_mpi.task import open_split
-from asgd_mpi.worker.step import Errors, validate
-
+from asgd_mpi.vector.flat import FlatModel
 
 RANGES = {
     "batch-size": (limits.at_least(1, 2**20), "images that are evaluated at a time, 1 or more; 2^20 at most"),

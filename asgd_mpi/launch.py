@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import environ
 
-from asgd_mpi import ending
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.process import ending
 
 TIMEOUT_S = 90.0      # Python starts late from a busy file system
 TRIES = 2             # srun has been seen not to come back though all ranks of a heterogeneous step had ended

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 
 
 def settings(is_root: bool) -> dict[str, str]:

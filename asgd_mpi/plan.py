@@ -20,16 +20,18 @@ from typing import Literal, Optional
 import jsonargparse
 import msgspec
 
-from asgd_mpi import command_line, ending, limits, supervise
+from asgd_mpi.config import command_line, limits
+from asgd_mpi.config.rulebook import WAITING
 from asgd_mpi.errors import ConfigError, RunDirError, tell
-from asgd_mpi.forecast import WIRES, Costs, Observation, Outcome, calibrate, simulate, what_moves
-from asgd_mpi.record.events import Interval, read_events
-from asgd_mpi.record.pipelines import Pipelines
+from asgd_mpi.offline.forecast import WIRES, Costs, Observation, Outcome, calibrate, simulate, what_moves
+from asgd_mpi.process import ending
+from asgd_mpi.record.bubble import Pipelines
 from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.events import Interval, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report.units import number, percent, short, workers
-from asgd_mpi.server.rulebook import WAITING
+from asgd_mpi.runtime import supervise
 
 DEFAULT_WORKERS = "1,2,4,8,16,32,64,128"
 MAX_WORKERS, MAX_SERVERS = 4096, 64
@@ -111,7 +113,7 @@ def _observe(options: jsonargparse.Namespace) -> tuple[list[Observation], int]:
 
 def probe(place: Path, num_parameters: int, launcher: str = "") -> list[RunDir]:
     """Train an emulated network with 1 worker, and with as many as this host has cores (2 to 8). Raises RunDirError."""
-    from asgd_mpi.model import emulated                    # loads torch
+    from asgd_mpi.model import emulated  # loads torch
 
     begin, runs = supervise.find_launcher(launcher), []
     for num_workers in (1, min(8, max(2, os.cpu_count() or 2))):

@@ -21,15 +21,18 @@ from typing import Optional
 import jsonargparse
 import yaml
 
-from asgd_mpi import config as configuration
-from asgd_mpi import bounded, command_line, ending, limits, signals, supervise
-from asgd_mpi.config import Config
+from asgd_mpi.config import command_line, limits
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import Config
 from asgd_mpi.errors import ConfigError, RunDirError
+from asgd_mpi.process import ending, signals
 from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.report.command import ACCURACY, PRICE, write_comparison
 from asgd_mpi.report.units import count, seconds
 from asgd_mpi.report.verdict import SYNC
+from asgd_mpi.runtime import supervise
+from asgd_mpi.untrusted import bounded
 
 OVER = 0.02           # of the budget: a run with less of it left is done
 MAX_WORKERS = 4096
@@ -170,7 +173,7 @@ def _left_s(path: Path, budget_s: float) -> float:
 
 
 def _one_worker_lr(config: Config) -> float:
-    from asgd_mpi.task import complete                     # loads torch
+    from asgd_mpi.task import complete  # loads torch
 
     return complete(replace(config, rule=replace(config.rule, name=SYNC))).schedule.lr
 

@@ -20,21 +20,24 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-from asgd_mpi import bounded, command_line, ending, limits, trust
-from asgd_mpi import config as configuration
-from asgd_mpi.computation import Computation, Snapshot
+from asgd_mpi.config import command_line, limits
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.topology import SERVER
 from asgd_mpi.errors import DataError, RunDirError, tell
-from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.offline.trainer import SingleProcessTrainer, Snapshot
+from asgd_mpi.optim.replica import Replica
+from asgd_mpi.optim.rules import Rule
+from asgd_mpi.process import ending
+from asgd_mpi.protocol.messages import Verdict
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.events import Member, Push, Resume, Start, Turn, read_events, read_log
 from asgd_mpi.record.history import Session, lineage
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.resume import demand_same_data
-from asgd_mpi.server.ledger import Verdict
-from asgd_mpi.server.rules import Rule
+from asgd_mpi.runtime import trust
+from asgd_mpi.runtime.resume import demand_same_data
 from asgd_mpi.task import Task, open_task
-from asgd_mpi.topology import SERVER
-from asgd_mpi.worker.replica import Replica
+from asgd_mpi.untrusted import bounded
+from asgd_mpi.vector.flat import FlatModel
 
 State = dict[str, torch.Tensor]
 
@@ -61,7 +64,7 @@ def replay(task: Task, pushes: Iterable[Push | Turn], num_workers: int, begin: P
     each worker's momentum. Raises RunDirError.
     """
     first = begin and Snapshot(begin.version, begin.samples, begin.weights)
-    computation = Computation(task, num_workers, first)
+    computation = SingleProcessTrainer(task, num_workers, first)
     rule, replicas, schedule = computation.rule, computation.replicas, computation.schedule
     pacing = task.plan(num_workers).pacing
     latest = computation.first

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 
 SHARED_MEMORY = Path("/dev/shm")
 PROCESSES = Path("/proc")

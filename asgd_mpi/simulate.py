@@ -15,18 +15,21 @@ from pathlib import Path
 import msgspec
 import torch
 
-from asgd_mpi import config as configuration
-from asgd_mpi import command_line, ending, forecast, limits, plan, preflight, trust
-from asgd_mpi.config import Config
+from asgd_mpi import plan
+from asgd_mpi.config import command_line, limits, rulebook
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import Config
+from asgd_mpi.offline import forecast
+from asgd_mpi.offline.simulation import Simulation, Times, simulate
+from asgd_mpi.process import ending
 from asgd_mpi.record.checkpoint import Manifest
+from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.events import End, EventLog, Note, Push, Start
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.report.units import count, number, percent, seconds
-from asgd_mpi.server import rulebook
-from asgd_mpi.server.saver import Saver
-from asgd_mpi.simulation import Simulation, Times, simulate
+from asgd_mpi.runtime import preflight, trust
+from asgd_mpi.runtime.checkpointer import Checkpointer
 from asgd_mpi.task import Task, complete, open_task, told
 
 MAX_WORKERS = 4096
@@ -86,10 +89,10 @@ def _save(run: RunDir, task: Task, simulation: Simulation, pushes: EventLog) -> 
     about = Manifest(0, 0, task.config.model.name, data.num_classes, task.channels, task.config.data.image_size,
                      data.fingerprint, list(task.mean), list(task.std), class_names=list(data.class_names),
                      resize=task.config.data.resize or 0)
-    saver = Saver(run, 0, about, computation.flat, computation.rule, task.config.checkpoint.keep, pushes.sync)
-    saver.begin(1, freeze_, simulation.ledger, None, None, set())
-    saver.finish(simulation.latest.version, task.config.run.timeout_s)
-    saver.close()
+    checkpointer = Checkpointer(run, 0, about, computation.flat, computation.rule, task.config.checkpoint.keep, pushes.sync)
+    checkpointer.begin(1, freeze_, simulation.ledger, None, None, set())
+    checkpointer.finish(simulation.latest.version, task.config.run.timeout_s)
+    checkpointer.close()
 
 
 def describe(simulation: Simulation) -> list[str]:

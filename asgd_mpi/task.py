@@ -13,26 +13,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asgd_mpi import images, limits
-from asgd_mpi.config import Config, with_recipe
+from asgd_mpi.config import limits
+from asgd_mpi.config.options import Config, with_recipe
+from asgd_mpi.config.rulebook import RULEBOOK, in_flight, linear_scale, pacing, vectors
+from asgd_mpi.data import images
 from asgd_mpi.data.augment import Normalise, make_policy
+from asgd_mpi.data.folder import FolderSet, SyntheticSet
 from asgd_mpi.data.loader import Loader
-from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.manifest import MANIFEST
+from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import ShardSet
-from asgd_mpi.data.trials import FolderSet, SyntheticSet
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks, pretrained
 from asgd_mpi.model.buffers import few, moved_by_training_
-from asgd_mpi.model.flat import demand_trained
 from asgd_mpi.model.weights import load_weights_
-from asgd_mpi.server.ledger import Plan
-from asgd_mpi.server.rulebook import RULEBOOK, in_flight, linear_scale, pacing, vectors
-from asgd_mpi.server.schedule import Schedule
-from asgd_mpi.stages import columns
-from asgd_mpi.stages.graph import Graph, trace
-from asgd_mpi.stages.plan import Batch, Row, Seconds, StagePlan
-from asgd_mpi.stages.schedule import SCHEDULES
+from asgd_mpi.optim.lr_schedule import Schedule
+from asgd_mpi.pipeline import columns
+from asgd_mpi.pipeline.graph import Graph, trace
+from asgd_mpi.pipeline.plan import Batch, Row, Seconds, StagePlan
+from asgd_mpi.pipeline.schedule import SCHEDULES
+from asgd_mpi.protocol.ledger import Plan
+from asgd_mpi.vector.flat import demand_trained
 
 EMBEDDED = "digits"
 EMBEDDED_DIR = Path("data/digits")

@@ -11,7 +11,7 @@ last, and only when the training is finished: launchers are known to return 0 wi
 
 from __future__ import annotations
 
-from asgd_mpi import signals
+from asgd_mpi.process import signals
 
 if __name__ == "__main__":
     signals.install()              # before anything heavy is imported
@@ -33,25 +33,29 @@ import torch
 from torch import nn
 
 import asgd_mpi
-from asgd_mpi import config as configuration
-from asgd_mpi import ending, gpus, inject, launch, report, segments, topology
-from asgd_mpi.config import Config
-from asgd_mpi.crew import Crew
-from asgd_mpi.ending import DEGRADED, FAULT, RESUME_ME, WRONG
+from asgd_mpi import launch, report, segments
+from asgd_mpi.comm import clock, mpi, wait
+from asgd_mpi.comm.layout import Layout
+from asgd_mpi.comm.packets import Inbox, Outbox
+from asgd_mpi.comm.server_group import CoordinatorLink, ServerGroup, ShardedInbox
+from asgd_mpi.comm.server_window import ServerWindow
+from asgd_mpi.comm.worker_window import WorkerWindow
+from asgd_mpi.comm.world import FORWARDING_S, World, library, tasks_of_scheduler
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config import topology
+from asgd_mpi.config.options import Config
+from asgd_mpi.config.rulebook import RULEBOOK, workers_keep_state
+from asgd_mpi.config.topology import Topology
 from asgd_mpi.errors import DeadlineExceeded, DiskRefuses, RunDirError, ServerLost, StageLost, UserError, tell
-from asgd_mpi.exchange import clock, mpi, wait
-from asgd_mpi.exchange.fellows import Desk, Fellows, JointInbox
-from asgd_mpi.exchange.layout import Layout
-from asgd_mpi.exchange.link import Inbox, Outbox
-from asgd_mpi.exchange.reader import WorkerWindow
-from asgd_mpi.exchange.window import ServerWindow
-from asgd_mpi.exchange.world import FORWARDING_S, World, library, tasks_of_scheduler
-from asgd_mpi.inject import Injector
 from asgd_mpi.model import buffers
-from asgd_mpi.model.flat import FlatModel, num_floats, num_statistics
-from asgd_mpi.prepare import prepare
-from asgd_mpi.record import checkpoint, ranklog
-from asgd_mpi.record.board import Board
+from asgd_mpi.optim.replica import Replica
+from asgd_mpi.optim.rules import Rule, make_rule
+from asgd_mpi.optim.stability import LossWatch
+from asgd_mpi.process import ending
+from asgd_mpi.process.ending import DEGRADED, FAULT, RESUME_ME, WRONG
+from asgd_mpi.protocol.ledger import Ledger, Plan
+from asgd_mpi.protocol.messages import Orders
+from asgd_mpi.record import checkpoint, tee
 from asgd_mpi.record.disk import is_of_all, write_whole
 from asgd_mpi.record.events import End, EventLog, Note, Resume, Start
 from asgd_mpi.record.meter import Meter
@@ -59,22 +63,22 @@ from asgd_mpi.record.metrics import Metrics
 from asgd_mpi.record.nvml import open_gauge
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.record.watch import Watch
-from asgd_mpi.server import slices
-from asgd_mpi.server.fellow import Fellow
-from asgd_mpi.server.ledger import Ledger, Orders, Plan
-from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
-from asgd_mpi.server.rules import Rule, make_rule
-from asgd_mpi.server.saver import Saver
-from asgd_mpi.server.serve import Server
-from asgd_mpi.server.stability import LossWatch
+from asgd_mpi.record.tensorboard import TensorBoard
+from asgd_mpi.record.watchdog import Watch
+from asgd_mpi.runtime import devices, fault_injection
+from asgd_mpi.runtime.checkpointer import Checkpointer
+from asgd_mpi.runtime.client import ServerClient
+from asgd_mpi.runtime.fault_injection import Injector
+from asgd_mpi.runtime.placement import StagePlacement
+from asgd_mpi.runtime.prepare import prepare
+from asgd_mpi.runtime.server import Server
+from asgd_mpi.runtime.slice_server import SliceServer
+from asgd_mpi.runtime.stages import FollowerStage, LeadStage
+from asgd_mpi.runtime.worker import Worker
+from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
 from asgd_mpi.task import Task, open_task
-from asgd_mpi.topology import Topology
-from asgd_mpi.worker.courier import Courier
-from asgd_mpi.worker.keeper import Keeper
-from asgd_mpi.worker.loop import Worker
-from asgd_mpi.worker.replica import Replica
-from asgd_mpi.worker.team import Assistant, Leader
+from asgd_mpi.vector import partition
+from asgd_mpi.vector.flat import FlatModel, num_floats, num_statistics
 
 DISK_PATIENCE_S = 4.0
 
@@ -102,7 +106,7 @@ def _take_part(world: World, setup: dict) -> int:
     world.timeout_s = config.run.timeout_s
     try:
         places = Topology.of(setup["ranks"], config.stages.number, config.exchange.servers)
-        unkept = ranklog.keep(run.log_of(world.rank), topology.describe(places, world.rank))
+        unkept = tee.keep(run.log_of(world.rank), topology.describe(places, world.rank))
         if world.is_server:
             if unkept:                 # one line for all ranks, which meet the same disk
                 print(f"what the ranks print is not kept beside the run: cannot write {unkept}", file=sys.stderr, flush=True)
@@ -120,7 +124,7 @@ def _take_part(world: World, setup: dict) -> int:
 
 def _agree(world: World, arguments: list[str], hold: ExitStack) -> dict:
     """Rank 0 reads and checks; every rank learns what to do, or the status to leave with."""
-    ranks = world.gather({"host": world.host, "gpus": [] if world.is_server else gpus.visible()})
+    ranks = world.gather({"host": world.host, "gpus": [] if world.is_server else devices.visible()})
     setup = None
     if world.is_server:
         try:
@@ -148,7 +152,7 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
         if world.is_server or not is_of_all(error):
             tell(text)
 
-    log = Metrics(run.metrics_of(world.rank, restart), Board(run.tensorboard, tell).add if is_shown else None, tell_of_disk)
+    log = Metrics(run.metrics_of(world.rank, restart), TensorBoard(run.tensorboard, tell).add if is_shown else None, tell_of_disk)
     meter = Meter(log, config.record.interval_s, config.record.spans)
     is_server, exchange = world.rank in places.servers, config.exchange
     threads = config.compute.threads or topology.threads_for(
@@ -161,14 +165,14 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
         tell(text)
 
     task = open_task(config, lambda text: note(text, read_retries=1))
-    device = gpus.take(places, world.rank)
+    device = devices.take(places, world.rank)
     if gpu := places.gpu(world.rank):
         meter.gauge = open_gauge(gpu.id)
     is_cut = config.stages.number > 1
     module = task.first_module() if world.is_server else task.outline() if is_cut and not is_server else task.build_module()
     for tensor in buffers.constants_(module):          # so they need not come of the same file, or the same arithmetic
         world.share_tensor_(tensor)
-    if is_server and slices.is_fine(num_floats(module), exchange.servers):
+    if is_server and partition.is_fine(num_floats(module), exchange.servers):
         threads = 1
     everyone = world.gather({"rank": world.rank, "host": world.host, "device": str(device), "threads": threads})
     if is_server:                  # the bits depend on it: on all servers as many
@@ -188,9 +192,9 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     window.open()
     if not is_server and window.reads and places.position_on_host(world.rank) == 0:
         print(window.reads, flush=True)
-    crew = None
+    placement = None
     if is_cut:
-        crew = Crew(world, task, module, device, places, window)
+        placement = StagePlacement(world, task, module, device, places, window)
         module = module if world.is_server else None                                # members keep their own parts
     part = _Part(world, places, task, run, restart, Path(directory) if directory else None, window, meter, log, note, carried, room)
     watch = Watch(run, world.rank, world.host, meter, config.failure.stall_s,
@@ -198,14 +202,14 @@ def _train(world: World, config: Config, run: RunDir, places: Topology, restart:
     try:
         if world.is_server:
             write_whole(run.versions_of(restart), msgspec.json.format(msgspec.json.encode(_versions(everyone))))
-            if crew:
-                log.write(crew.cut)
+            if placement:
+                log.write(placement.cut)
             return part.serve(plan, module)
         if is_server:
             return part.serve_slice()
         if role == "stage":
-            return part.assist(crew)
-        return part.work(module, device, watch, crew)
+            return part.assist(placement)
+        return part.work(module, device, watch, placement)
     except BaseException as error:
         with suppress(ValueError):         # the books are closed already
             meter.flush()
@@ -227,7 +231,7 @@ class _Part:
         self.task, self.run, self.restart, self.directory = task, run, restart, directory
         self.window, self.meter, self.log, self.note, self.carried = window, meter, log, note, carried
         self.manifest = checkpoint.read_manifest(directory) if directory else None
-        self.injector = Injector(inject.parse(task.config.run.inject), world.rank)
+        self.injector = Injector(fault_injection.parse(task.config.run.inject), world.rank)
         self.version = lambda: 0       # for the watchdog
 
     def serve(self, plan: Plan, module: nn.Module) -> int:
@@ -242,17 +246,17 @@ class _Part:
         first = flat.weights[own].clone()
         pushes = self._begin_log(ledger)
         progress = Progress(config.run.progress, plan.total_samples, plan.num_samples, ledger.samples)
-        saver = Saver(self.run, self.restart, self._about(), flat, rule, config.checkpoint.keep, pushes.sync, self.room)
-        fellows = Fellows(self.world, self.window, self.places.hosts) if config.exchange.servers > 1 else None
-        inbox = JointInbox(self.world, self.window, fellows) if fellows else Inbox(self.world, self.window)
+        checkpointer = Checkpointer(self.run, self.restart, self._about(), flat, rule, config.checkpoint.keep, pushes.sync, self.room)
+        group = ServerGroup(self.world, self.window, self.places.hosts) if config.exchange.servers > 1 else None
+        inbox = ShardedInbox(self.world, self.window, group) if group else Inbox(self.world, self.window)
         moves = bool(RULEBOOK[config.rule.name].moves)
         server = Server(
             self.window, inbox, ledger, rule, self.meter, self.log, pushes, progress,
-            self.world.timeout_s, config.failure, config.checkpoint, saver, config.record.hash_snapshots,
+            self.world.timeout_s, config.failure, config.checkpoint, checkpointer, config.record.hash_snapshots,
             config.exchange.wire, statistics, config.model.batchnorm == "server_ema" and statistics is not None,
             workers_keep_state(config.rule) or bool(self.carried) and not moves, moves,
-            LossWatch(config.rule.momentum, config.rule.momentum_at), signals.asked_to_leave, self.injector.step, fellows,
-            lambda rank: ranklog.read_error(self.run.error_of(rank)))
+            LossWatch(config.rule.momentum, config.rule.momentum_at), signals.asked_to_leave, self.injector.step, group,
+            lambda rank: tee.read_error(self.run.error_of(rank)))
         self.version = lambda: ledger.version
         server.publish_first(first)
         try:
@@ -261,26 +265,26 @@ class _Part:
             pushes.close()
             raise
         except UserError as error:
-            raise self._saved(error, server, saver, pushes) from error
-        if fellows:
-            fellows.end()
+            raise self._saved(error, server, checkpointer, pushes) from error
+        if group:
+            group.end()
         server.inbox.close()
         pushes.close()
         progress.close()
-        saver.close()
+        checkpointer.close()
         return self._finish(server)
 
-    def _saved(self, error: UserError, server: Server, saver: Saver, pushes: EventLog) -> UserError:
+    def _saved(self, error: UserError, server: Server, checkpointer: Checkpointer, pushes: EventLog) -> UserError:
         """Save what can be saved when an error ends the run; returns it, with what there is to say of that."""
         text, refused = str(error), isinstance(error, DiskRefuses)
-        for act in (server.save, saver.close, pushes.close):
+        for act in (server.save, checkpointer.close, pushes.close):
             try:
                 act()
             except DiskRefuses as second:
                 text += "" if refused else f"\n{second}"
                 refused = True
         if refused:
-            text += f" Then go on with --resume {self.run.path}, from {saver.newest}."
+            text += f" Then go on with --resume {self.run.path}, from {checkpointer.newest}."
         return type(error)(text)
 
     def serve_slice(self) -> int:
@@ -289,11 +293,11 @@ class _Part:
         flat = FlatModel(self.task.first_module(), torch.device("cpu"))
         rule, own = self._make_rule()
         self._restore(flat, rule, own)
-        fellow = Fellow(self.window, Desk(self.world, self.window, signals.asked_to_leave), rule, self.meter,
+        slice_server = SliceServer(self.window, CoordinatorLink(self.world, self.window, signals.asked_to_leave), rule, self.meter,
                         flat.weights[own].clone(), self.injector.step)
         del flat
         self.version = lambda: self.window.version
-        fellow.run()
+        slice_server.run()
         self.world.let_go_of(self.places.servers)
         self._close("finished", "")
         return 0
@@ -304,7 +308,7 @@ class _Part:
         own = whole.slices[self.places.servers.index(self.world.rank)]
         return make_rule(own.stop - own.start, self.task.config.rule, whole.num_workers), own
 
-    def assist(self, crew: Crew) -> int:
+    def assist(self, placement: StagePlacement) -> int:
         """A rank of a further stage; returns its own status."""
         failures: list[str] = []
 
@@ -314,14 +318,14 @@ class _Part:
 
         self.world.hold_on_to([topology.SERVER])       # what else is needed the leader knows
         try:
-            Assistant(self.meter, fails, self.injector.step, *crew.take()).run()
+            FollowerStage(self.meter, fails, self.injector.step, *placement.take()).run()
         except StageLost as error:             # the leader: the worker is retired without a word of its own
             fails(error)
         self.world.let_go_of(self.places.servers)
         self._close("failed" if failures else "finished", "; ".join(failures))
         return 0
 
-    def work(self, module: nn.Module | None, device: torch.device, watch: Watch, crew: Crew | None) -> int:
+    def work(self, module: nn.Module | None, device: torch.device, watch: Watch, placement: StagePlacement | None) -> int:
         """The rank of a worker, or of the first stage of one; returns its own status."""
         config, world = self.task.config, self.world
         exchange = config.exchange
@@ -333,17 +337,17 @@ class _Part:
                     and config.model.batchnorm != "server_ema")                                     # nothing else passes there
         elastic = RULEBOOK[config.rule.name].moves == "elastic"
         gradient = outbox.payload.view(torch.float32) if in_place else None
-        leader = Leader(self.meter, *crew.take()) if crew else None
-        flat = leader.flat if leader else FlatModel(module, device, gradient, exchange.overlap, elastic, self.carried)
-        courier = Courier(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire, leader)
+        lead = LeadStage(self.meter, *placement.take()) if placement else None
+        flat = lead.flat if lead else FlatModel(module, device, gradient, exchange.overlap, elastic, self.carried)
+        client = ServerClient(self.window, outbox, flat, self.meter, exchange.overlap, elastic, exchange.wire, lead)
         num_workers = self.window.whole.num_workers
-        replica = Replica(flat, config, num_workers, self.task.schedule(num_workers), stages=leader)
+        replica = Replica(flat, config, num_workers, self.task.schedule(num_workers), stages=lead)
         worker = Worker(
-            world.worker, courier, replica, self.task.normalise, loaders, config, self.meter,
-            Keeper(self.run, self.restart, world.worker, self.note), self.log if config.record.hash_snapshots else None,
-            signals.asked_to_leave, self.injector.step, leader)
+            world.worker, client, replica, self.task.normalise, loaders, config, self.meter,
+            WorkerCheckpointer(self.run, self.restart, world.worker, self.note), self.log if config.record.hash_snapshots else None,
+            signals.asked_to_leave, self.injector.step, lead)
         self._restore_momentum(worker)
-        self.version = lambda: courier.version
+        self.version = lambda: client.version
         failure = ""
         try:
             worker.run()
@@ -353,15 +357,15 @@ class _Part:
             _let_server_speak(world, error)
             failure = _tell(world, self.run, error)
             watch.close()                  # it rests from now on, and that is no stall
-            if leader:
-                leader.interrupt()
+            if lead:
+                lead.interrupt()
             worker.rest()
-        if leader:
-            leader.close()
+        if lead:
+            lead.close()
         for loader in loaders:
             loader.close()
         world.let_go_of(self.places.servers)
-        self._close("failed" if failure else "left" if courier.mail.orders == Orders.LEAVE else "finished", failure)
+        self._close("failed" if failure else "left" if client.mail.orders == Orders.LEAVE else "finished", failure)
         return 0
 
     def _finish(self, server: Server) -> int:
@@ -455,7 +459,7 @@ def _tell(world: World, run: RunDir | None, error: BaseException) -> str:
     print(text, file=sys.stderr, flush=True)
     if run is not None:
         try:
-            ranklog.write_error(run.error_of(world.rank), _in_short(error), text)
+            tee.write_error(run.error_of(world.rank), _in_short(error), text)
         except (OSError, RunDirError) as second:
             if not isinstance(error, DiskRefuses):     # else it is said already
                 print(f"{who}: the error could not be written to the run directory: {second}", file=sys.stderr, flush=True)

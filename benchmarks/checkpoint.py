@@ -12,7 +12,7 @@ import sys
 from bisect import bisect
 from pathlib import Path
 
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 from asgd_mpi.record.events import Checkpoint, read_events, read_pushes
 from asgd_mpi.record.rundir import RunDir
 from benchmarks import machine, training

@@ -29,14 +29,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from asgd_mpi import config as configuration
-from asgd_mpi import limits
-from asgd_mpi.config import RuleConfig
+from asgd_mpi.config import limits
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import RuleConfig
+from asgd_mpi.config.rulebook import RULEBOOK, defaults
 from asgd_mpi.data.loader import Batch, Loader
 from asgd_mpi.errors import TrainingDiverged
+from asgd_mpi.offline.simulation import Times, prepare
 from asgd_mpi.record.events import Push, Validation, read_events, read_pushes
-from asgd_mpi.server.rulebook import RULEBOOK, defaults
-from asgd_mpi.simulation import Times, prepare
 from asgd_mpi.task import complete, open_task
 from benchmarks import launch, machine, training
 from data_prep import run

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 from asgd_mpi.record.events import Interval, read_events
 from asgd_mpi.record.rundir import RunDir
 from benchmarks import launch, loader, machine, training

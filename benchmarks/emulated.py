@@ -10,8 +10,8 @@ import sys
 import time
 
 from asgd_mpi import train
-from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.worker import step
+from asgd_mpi.optim import step
+from asgd_mpi.vector.flat import FlatModel
 from benchmarks.networks import STEPS_MS
 
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 from benchmarks import launch, machine
 
 STARTUP_S = 90.0          # before a deadline begins to count: imports, first touches, on a busy machine

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from asgd_mpi import ending
-from asgd_mpi.data.trials import SyntheticSet
+from asgd_mpi.data.folder import SyntheticSet
+from asgd_mpi.process import ending
 from benchmarks import launch, machine, training
 from benchmarks.profiled import TRACE
 

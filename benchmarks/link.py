@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 from benchmarks import launch, machine
 from benchmarks.hosts import Hosts, hosts, why_not
 

@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-from asgd_mpi import limits
+from asgd_mpi.config import limits
 from asgd_mpi.data.decode import DECODER
 from benchmarks import loader_peers, loader_properties, own_shards
 from benchmarks.loader_peers import Contender

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 from asgd_mpi.record.events import End, EventLog, Interval, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
 

@@ -16,11 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.record.watch import LOOK_S, Watch
+from asgd_mpi.record.watchdog import LOOK_S, Watch
 from benchmarks import machine, training
 
 DEADLINE_S = 300.0

@@ -11,7 +11,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 from benchmarks import launch, machine, training
 from benchmarks.networks import PARAMETERS, STEPS_MS
 

@@ -13,9 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from asgd_mpi import ending
-from asgd_mpi.forecast import Costs, calibrate, simulate
+from asgd_mpi.offline.forecast import Costs, calibrate, simulate
 from asgd_mpi.plan import MAX_SERVERS, MAX_WORKERS, observe
+from asgd_mpi.process import ending
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from benchmarks import launch, machine

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from asgd_mpi import train
-from asgd_mpi.data.trials import SyntheticSet
+from asgd_mpi.data.folder import SyntheticSet
 from benchmarks.networks import RANKS
 
 TRACE = "ASGD_BENCH_TRACE"

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from asgd_mpi import config as configuration
-from asgd_mpi import ending
+from asgd_mpi.config import options as configuration
+from asgd_mpi.pipeline.schedule import SCHEDULES, bubble
+from asgd_mpi.process import ending
 from asgd_mpi.record.summary import summarize
-from asgd_mpi.stages.schedule import SCHEDULES, bubble
 from asgd_mpi.task import complete, open_task
 from benchmarks import launch, machine, training
 from benchmarks.networks import IMAGE_MS, NUM_LINKS

@@ -13,8 +13,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from asgd_mpi import ending
 from asgd_mpi.model.networks import DIGITS
+from asgd_mpi.process import ending
 from benchmarks import launch, machine, training
 from benchmarks.networks import STEPS_MS
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torchvision.models  # noqa: F401 - imported before it is weighed
 
 from asgd_mpi import train
-from asgd_mpi.data.trials import SyntheticSet
+from asgd_mpi.data.folder import SyntheticSet
 from benchmarks.networks import RANKS
 
 MEMORY, IMAGES = "ASGD_BENCH_MEMORY", "ASGD_BENCH_IMAGES"

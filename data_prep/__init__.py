@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NoReturn
 
-from asgd_mpi import command_line, ending, limits
+from asgd_mpi.config import command_line, limits
+from asgd_mpi.process import ending
 
 
 class _DashedParser(command_line.Parser):

@@ -16,7 +16,6 @@ from asgd_mpi.data.decode import check_end, decode, to_8_bits, why_unreadable
 from data_prep.sources import Photo
 from data_prep.writer import Sample
 
-
 ORIENTATION = 0x0112  # of EXIF: 1 is upright
 
 

@@ -8,7 +8,7 @@ Out: raw uint8 (28, 28, 1) shards, 60 000 train and 10 000 val images (its test 
 
 from pathlib import Path
 
-from asgd_mpi import limits
+from asgd_mpi.config import limits
 from asgd_mpi.errors import UserError
 from data_prep import arrays, run
 from data_prep.idx import read_idx

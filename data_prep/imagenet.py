@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from asgd_mpi import limits
+from asgd_mpi.config import limits
 from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.manifest import Manifest, SplitEntry
 from asgd_mpi.data.tree import readable

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from asgd_mpi import limits
+from asgd_mpi.config import limits
 from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.manifest import read_manifest

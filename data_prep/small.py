@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from asgd_mpi import limits
+from asgd_mpi.config import limits
 from asgd_mpi.errors import DataError
 from data_prep import arrays, run
 from data_prep.idx import read_idx

@@ -15,7 +15,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from asgd_mpi import limits
+from asgd_mpi.config import limits
 from asgd_mpi.errors import ConfigError
 from data_prep import run
 from data_prep.devkit import GROUND_TRUTH, META

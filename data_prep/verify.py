@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from asgd_mpi import limits
+from asgd_mpi.config import limits
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.manifest import Manifest, read_manifest
 from asgd_mpi.data.shards import DamagedSample, ShardSet

@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
 import by_unit
+import pytest
 import tiers
+
 from asgd_mpi import local
 
 TESTS = Path(__file__).parent
@@ -75,19 +75,19 @@ def finish(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> subproces
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def session_of(leader: int) -> list[int]:
+def session_of(lead: int) -> list[int]:
     """The processes of a session that are still there: mpirun gives its ranks groups of their own."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == leader and fields[0] != "Z":
+            if int(fields[3]) == lead and fields[0] != "Z":
                 found.append(int(stat.parent.name))
     return found
 
 
-def kill_session(leader: int) -> None:
-    for pid in session_of(leader):
+def kill_session(lead: int) -> None:
+    for pid in session_of(lead):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

@@ -5,7 +5,7 @@ import sys
 import time
 
 from asgd_mpi import doctor
-from asgd_mpi.exchange import probe
+from asgd_mpi.comm import probe
 
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "-1")))
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from asgd_mpi.exchange import codec
-from asgd_mpi.exchange.link import Arrival
-from asgd_mpi.exchange.layout import Layout
-from asgd_mpi.exchange.reader import Snapshot
+from asgd_mpi.comm.layout import Layout
+from asgd_mpi.comm.packets import Arrival
+from asgd_mpi.comm.worker_window import Snapshot
+from asgd_mpi.vector import codec
 
 
 class Exchange:

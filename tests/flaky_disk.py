@@ -4,11 +4,11 @@ import itertools
 import sys
 
 from asgd_mpi import train
-from asgd_mpi.data import patient
+from asgd_mpi.data import retrying_file
 
 EVERY = 40
 reads = itertools.count(1)
-really_read = patient.PatientFile._try_to_read
+really_read = retrying_file.RetryingFile._try_to_read
 
 
 def fail_sometimes(self, data, at):
@@ -16,6 +16,6 @@ def fail_sometimes(self, data, at):
 
 
 if __name__ == "__main__":
-    patient.WAITS_S = (0.001, 0.001, 0.001)
-    patient.PatientFile._try_to_read = fail_sometimes
+    retrying_file.WAITS_S = (0.001, 0.001, 0.001)
+    retrying_file.RetryingFile._try_to_read = fail_sometimes
     sys.exit(train.main())

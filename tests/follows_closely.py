@@ -3,10 +3,10 @@
 import sys
 
 from asgd_mpi import train
-from asgd_mpi.exchange import reader
-from asgd_mpi.server.slices import PIECE
+from asgd_mpi.comm import worker_window
+from asgd_mpi.vector.partition import PIECE
 
-reader.STRIDE = PIECE
+worker_window.STRIDE = PIECE
 
 if __name__ == "__main__":
     sys.exit(train.main())

@@ -5,15 +5,15 @@ import os
 import sys
 
 from asgd_mpi import train
-from asgd_mpi.exchange import wire
+from asgd_mpi.protocol import messages
 
 RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
 NONSENSE = {"bytes": None, "worker": {"worker": 77}, "lease": {"lease": 999}, "count": {"count": 10**9},
-            "future": {"read_version": 10**9}, "goodbye": {"kind": wire.Kind.GOODBYE}}
+            "future": {"read_version": 10**9}, "goodbye": {"kind": messages.Kind.GOODBYE}}
 
 if __name__ == "__main__":
     fault = ["nothing", *os.environ["GARBLE"].split(",")][RANK]
-    pack, packets = wire.pack_header, 0
+    pack, packets = messages.pack_header, 0
 
     def garble(header):
         global packets
@@ -21,7 +21,7 @@ if __name__ == "__main__":
         if packets != 10 or fault == "nothing":
             return pack(header)
         other = NONSENSE[fault]
-        return os.urandom(wire.HEADER_BYTES) if other is None else pack(dataclasses.replace(header, **other))
+        return os.urandom(messages.HEADER_BYTES) if other is None else pack(dataclasses.replace(header, **other))
 
-    wire.pack_header = garble
+    messages.pack_header = garble
     sys.exit(train.main())

@@ -10,9 +10,9 @@ is_it = os.environ.get("OMPI_COMM_WORLD_RANK") == "1"
 if what == "dies while it loads" and is_it:
     os.kill(os.getpid(), signal.SIGKILL)
 
+from asgd_mpi.comm.mpi import start_limit_s  # noqa: E402 - MPI begins here
+from asgd_mpi.comm.world import World  # noqa: E402
 from asgd_mpi.errors import RanksLost  # noqa: E402
-from asgd_mpi.exchange.mpi import start_limit_s  # noqa: E402 - MPI begins here
-from asgd_mpi.exchange.world import World  # noqa: E402
 
 world = World(start_limit_s(sys.argv))
 if what == "dies before all have met" and is_it:

@@ -11,19 +11,19 @@ AWARE = "ASGD_TEST_CUDA_AWARE"
 
 
 def pretend() -> None:
-    from asgd_mpi import signals
+    from asgd_mpi.process import signals
 
     signals.install()              # as the program does, before anything heavy is imported
     import torch
 
-    from asgd_mpi import gpus
-    from asgd_mpi.topology import Gpu
+    from asgd_mpi.config.topology import Gpu
+    from asgd_mpi.runtime import devices
 
-    tokens = [token for token in os.environ.get(gpus.VARIABLE, "").split(",") if token]
-    gpus.visible = lambda: [Gpu(f"{os.uname().nodename}-{token}", "fake") for token in tokens]
-    gpus.take = lambda places, rank: torch.device("cpu")
+    tokens = [token for token in os.environ.get(devices.VARIABLE, "").split(",") if token]
+    devices.visible = lambda: [Gpu(f"{os.uname().nodename}-{token}", "fake") for token in tokens]
+    devices.take = lambda places, rank: torch.device("cpu")
     if AWARE in os.environ:        # an MPI library that sends from the memory of these GPUs
-        from asgd_mpi.exchange import world
+        from asgd_mpi.comm import world
 
         world.takes_gpu_memory = lambda: True
 

@@ -3,9 +3,9 @@
 import sys
 
 from asgd_mpi import train
-from asgd_mpi.exchange import reader
+from asgd_mpi.comm import worker_window
 
-reader.CLEARLY = float("inf")
+worker_window.CLEARLY = float("inf")
 
 if __name__ == "__main__":
     sys.exit(train.main())

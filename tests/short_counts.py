@@ -2,11 +2,11 @@
 
 import sys
 
+import two_hosts  # noqa: F401 - every other rank is on another host
 from mpi4py import MPI
 
-import two_hosts  # noqa: F401 - every other rank is on another host
 from asgd_mpi import train
-from asgd_mpi.exchange import world
+from asgd_mpi.comm import world
 
 
 class Short(MPI.Intracomm):

@@ -3,8 +3,8 @@
 import json
 import time
 
-from asgd_mpi.exchange import clock
-from asgd_mpi.exchange.world import World
+from asgd_mpi.comm import clock
+from asgd_mpi.comm.world import World
 
 if __name__ == "__main__":
     world = World()

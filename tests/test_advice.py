@@ -2,15 +2,15 @@
 
 import msgspec
 import pytest
+from test_compare import make_summary as make_compared
+from test_report import T0, make_pushes, make_run, write_log
 
 from asgd_mpi.record.events import End, Interval, Start
 from asgd_mpi.record.summary import summarize
+from asgd_mpi.report import units
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.compare import compare
 from asgd_mpi.report.cost import price
-from asgd_mpi.report import units
-from test_compare import make_summary as make_compared
-from test_report import T0, make_pushes, make_run, write_log
 
 
 def make_summary(path, config=(), **phases):

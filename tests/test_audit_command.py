@@ -2,10 +2,10 @@
 
 import msgspec
 import pytest
+from test_report import EPOCH, PUSHES, T0, cut, make_pushes, make_run, write_log
 
 from asgd_mpi import report
 from asgd_mpi.record.events import End, Start, read_events
-from test_report import EPOCH, PUSHES, T0, cut, make_pushes, make_run, write_log
 
 
 def audited(capsys, *runs):

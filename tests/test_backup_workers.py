@@ -3,16 +3,16 @@
 import random
 
 import pytest
+from test_pace import cast, moves
+from test_simulate import play
 
 from asgd_mpi import replay
+from asgd_mpi.protocol.ledger import LedgerError
+from asgd_mpi.protocol.messages import Header, Kind
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import GIVEN_UP, Refusal, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
-from asgd_mpi.server.ledger import LedgerError
-from asgd_mpi.exchange.wire import Header, Kind
-from test_pace import cast, moves
-from test_simulate import play
 
 
 def seconds_a_step(workers, backup, samples, seed, n_push=1):

@@ -5,9 +5,9 @@ import sys
 import time
 
 import pytest
-
-from asgd_mpi.exchange.mpi import START_S, start_limit_s
 from conftest import TESTS, finish
+
+from asgd_mpi.comm.mpi import START_S, start_limit_s
 
 PROGRAM = str(TESTS / "last_words.py")
 

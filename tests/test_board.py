@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-
-from asgd_mpi import prepare
-from asgd_mpi.errors import ConfigError
-from asgd_mpi.record.board import WRITERS, Board, find_writer
-from asgd_mpi.record.events import End, EventLog, Interval, Resume, Validation
 from test_report import BATCH, T0, make_pushes
+
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.record.events import End, EventLog, Interval, Resume, Validation
+from asgd_mpi.record.tensorboard import WRITERS, TensorBoard, find_writer
+from asgd_mpi.runtime import prepare
 
 
 class Writer:
@@ -40,7 +40,7 @@ def writers(request, monkeypatch):
 
 
 def test_an_interval_writes_the_means_of_its_pushes_at_the_samples_applied(writers, tmp_path):
-    board, pushes = Board(tmp_path / "board"), make_pushes()[:6]
+    board, pushes = TensorBoard(tmp_path / "board"), make_pushes()[:6]
     log = EventLog(tmp_path / "log.jsonl", board.add)
     for push in pushes:
         log.write(push)
@@ -57,7 +57,7 @@ def test_an_interval_writes_the_means_of_its_pushes_at_the_samples_applied(write
 
 
 def test_images_that_were_left_out_are_samples_and_no_images(writers, tmp_path):
-    board, push = Board(tmp_path), msgspec.structs.replace(make_pushes()[0], skipped=4)
+    board, push = TensorBoard(tmp_path), msgspec.structs.replace(make_pushes()[0], skipped=4)
     board.add(push)
     board.add(Interval(T0, T0 + 2, apply=1.0, idle=1.0))
     [writer] = writers
@@ -66,7 +66,7 @@ def test_images_that_were_left_out_are_samples_and_no_images(writers, tmp_path):
 
 
 def test_a_validation_is_written_at_its_own_samples_and_the_end_closes(writers, tmp_path):
-    board = Board(tmp_path)
+    board = TensorBoard(tmp_path)
     board.add(Validation(T0, 3, 120, 1.0, 50, 0.25, 0.05, None))
     board.add(End(T0 + 1, "finished"))
     [writer] = writers
@@ -75,7 +75,7 @@ def test_a_validation_is_written_at_its_own_samples_and_the_end_closes(writers, 
 
 
 def test_a_resumed_run_goes_on_at_its_samples_and_drops_what_was_forgotten(writers, tmp_path):
-    board = Board(tmp_path)
+    board = TensorBoard(tmp_path)
     board.add(Resume(T0, 1, 0, 40, 400, 3, []))
     board.add(make_pushes()[0])
     board.add(Interval(T0, T0 + 1))

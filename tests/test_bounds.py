@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from test_checkpoint import write
 
-from asgd_mpi import bounded, evaluate, report
-from asgd_mpi import config as configuration
+from asgd_mpi import evaluate, report
+from asgd_mpi.config import options as configuration
 from asgd_mpi.data.manifest import MANIFEST, read_manifest
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError, DataError, RunDirError
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.events import read_events, read_log
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.untrusted import bounded
 from data_prep import digits as digits_prep
 from data_prep.verify import verify
-from test_checkpoint import write
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{one}: &{one} [{', '.join([f'*{before}'] * 9)}]\n" for before, one in zip("abcdefgh", "bcdefghi"))

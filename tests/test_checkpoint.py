@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from asgd_mpi import resume
 from asgd_mpi.errors import RunDirError
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.checkpoint import LEDGER, MANIFEST, MODEL, SERVER, Manifest
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.runtime import resume
 
 LEDGER_TEXT = (b'{"version": %d, "samples": 16, "lent": 16, "todo": [], "later": [], "given_up": [], "validations_due": 0,'
                b' "finished": false, "best": null}')

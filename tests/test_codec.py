@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgd_mpi import config, forecast
-from asgd_mpi.exchange import codec
-from asgd_mpi.exchange.codec import BLOCK
+from asgd_mpi.config import options
+from asgd_mpi.offline import forecast
+from asgd_mpi.vector import codec
+from asgd_mpi.vector.codec import BLOCK
 
 PRECISION = {"float32": 0.0, "bfloat16": 2.0 ** -8, "float16": 2.0 ** -11}    # relative error of rounding, at most
 LEAST = {"float32": 0.0, "bfloat16": 2.0 ** -147, "float16": 2.0 ** -38}      # ... and beside that, of a block's largest
@@ -21,7 +22,7 @@ numbers = st.floats(-2.0 ** 127, 2.0 ** 127, width=32)
 
 
 def test_the_formats_are_those_that_can_be_configured_and_planned():
-    assert set(codec.DTYPES) == set(config.WIRES) == set(PRECISION) == set(forecast.WIRES) - set(forecast.FUTURE_WIRES)
+    assert set(codec.DTYPES) == set(options.WIRES) == set(PRECISION) == set(forecast.WIRES) - set(forecast.FUTURE_WIRES)
     assert all(forecast.WIRES[wire] == dtype.itemsize for wire, dtype in codec.DTYPES.items())
 
 

@@ -4,21 +4,21 @@ import copy
 
 import pytest
 import torch
+from networks_for_tests import columned
 from torch import nn
 
-from asgd_mpi import config as configuration
-from asgd_mpi.config import ComputeConfig
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
 from asgd_mpi.model.columns import TwoColumns
-from asgd_mpi.model.flat import FlatModel, places_of
-from asgd_mpi.stages.columns import ColumnAtWork, columns_of, put_to_work, rows
-from asgd_mpi.stages.pipeline import run_in_turn_
-from asgd_mpi.stages.plan import render
-from asgd_mpi.stages.schedule import by_segments
-from asgd_mpi.worker.step import Parts, compute_gradient_, looking
-from networks_for_tests import columned
+from asgd_mpi.optim.step import Parts, compute_gradient_, looking
+from asgd_mpi.pipeline.columns import ColumnAtWork, columns_of, put_to_work, rows
+from asgd_mpi.pipeline.pipeline import run_in_turn_
+from asgd_mpi.pipeline.plan import render
+from asgd_mpi.pipeline.schedule import by_segments
+from asgd_mpi.vector.flat import FlatModel, places_of
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")

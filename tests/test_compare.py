@@ -6,13 +6,13 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_page import Reader
+from test_report import T0, make_pushes, make_run
 
 from asgd_mpi import report
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report.compare import Fit, compare, fit
 from asgd_mpi.report.comparison import page
-from test_page import Reader
-from test_report import T0, make_pushes, make_run
 
 
 def make_summary(path, num_workers, images_per_s, errors, **changes):

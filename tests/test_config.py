@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from asgd_mpi import config as configuration
+from asgd_mpi.config import options as configuration
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
 

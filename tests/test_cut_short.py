@@ -37,7 +37,7 @@ def test_it_is_the_newest_checkpoint_that_can_be_resumed_and_no_best_model(serve
 
 def test_what_was_being_written_is_removed_at_the_end(server):
     server.save()
-    server.saver.announce(9)
+    server.checkpointer.announce(9)
     assert list(server.run_directory.checkpoints.glob(".*"))
-    server.saver.close()
+    server.checkpointer.close()
     assert not list(server.run_directory.checkpoints.glob(".*"))

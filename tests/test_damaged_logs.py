@@ -8,14 +8,15 @@ import random
 import pytest
 import torch
 
-from asgd_mpi import report, resume
+from asgd_mpi import report
 from asgd_mpi.errors import DiskRefuses, RunDirError
-from asgd_mpi.record import checkpoint, disk, history, ranklog
+from asgd_mpi.record import checkpoint, disk, history, tee
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, Manifest
-from asgd_mpi.record.events import End, EventLog, Member, Push, Resume, Start, read_log
 from asgd_mpi.record.disk import write_whole
+from asgd_mpi.record.events import End, EventLog, Member, Push, Resume, Start, read_log
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.runtime import resume
 
 LINES, LAST = 40, 3          # of the first log; resumable checkpoints at 10, 20 and 30
 
@@ -224,6 +225,6 @@ def test_a_full_disk_is_told_as_such_though_torch_raises_an_error_of_its_own(tmp
 
 def test_what_is_printed_goes_on_to_the_terminal_when_the_disk_is_full(tmp_path):
     terminal = io.StringIO()
-    lines = ranklog.Lines(terminal, Full(open(tmp_path / "rank000.txt", "w")))
+    lines = tee.Lines(terminal, Full(open(tmp_path / "rank000.txt", "w")))
     print("step 1", file=lines)
     assert terminal.getvalue() == "step 1\n"

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-
-from asgd_mpi.config import RuleConfig
-from asgd_mpi.errors import ConfigError
-from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.server import rulebook
-from asgd_mpi.server.ledger import Ledger, LedgerError, Verdict
-from asgd_mpi.server.rules import make_rule
-from asgd_mpi.simulation import Times
 from test_pace import ENDLESS, completed
 from test_simulate import play
+
+from asgd_mpi.config import rulebook
+from asgd_mpi.config.options import RuleConfig
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.offline.simulation import Times
+from asgd_mpi.optim.rules import make_rule
+from asgd_mpi.protocol.ledger import Ledger, LedgerError
+from asgd_mpi.protocol.messages import Header, Kind, Verdict
 
 LAMBDA = {"dc_asgd_c": 0.04, "dc_asgd_a": 2.0}
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asgd_mpi import findings
+from asgd_mpi.comm import stage_group, world
+from asgd_mpi.config.topology import Gpu
 from asgd_mpi.doctor import render
-from asgd_mpi.exchange import team, world
-from asgd_mpi.findings import NOTE, PROBLEM, Findings, Link, Locking, Need, Rank
-from asgd_mpi.topology import Gpu
+from asgd_mpi.runtime import findings
+from asgd_mpi.runtime.findings import NOTE, PROBLEM, Findings, Link, Locking, Need, Rank
 from benchmarks import hosts
 
 ILL = str(Path(__file__).parent / "doctor_for_tests.py")
@@ -24,7 +24,7 @@ LINK = Link(1, "a", 1e-6, 5e9, 1e-6, 1e10)
 LOSSY = """
 import torch
 from asgd_mpi.exchange import probe
-from asgd_mpi.exchange.world import World
+from asgd_mpi.comm.world import World
 
 class Lossy:
     def __init__(self, comm):
@@ -139,10 +139,10 @@ def test_the_library_is_asked_whether_it_sends_gpu_memory(monkeypatch, answer):
     asked = SimpleNamespace(MPIX_Query_cuda_support=lambda: answer) if answer is not None else SimpleNamespace()
     monkeypatch.setattr(world.ctypes, "CDLL", lambda path: asked)
     assert world.takes_gpu_memory() == (answer == 1)
-    monkeypatch.setattr(team, "takes_gpu_memory", world.takes_gpu_memory)
+    monkeypatch.setattr(stage_group, "takes_gpu_memory", world.takes_gpu_memory)
     gpu = torch.device("cuda", 1)
-    assert team.memory_of_messages(gpu) == ({"device": gpu} if answer == 1 else {"pin_memory": True})
-    assert team.memory_of_messages(torch.device("cpu")) == {}
+    assert stage_group.memory_of_messages(gpu) == ({"device": gpu} if answer == 1 else {"pin_memory": True})
+    assert stage_group.memory_of_messages(torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize(("library", "step", "rank"), [

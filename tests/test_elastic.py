@@ -5,9 +5,9 @@ The simulation computes; the algorithms are written down again here, in the pape
 
 import pytest
 import torch
-
-from asgd_mpi.simulation import Times
 from test_simulate import play
+
+from asgd_mpi.offline.simulation import Times
 
 TOGETHER = Times(1.0, 0.01, 0.0, 0.001)         # all workers fetch before the first push arrives
 

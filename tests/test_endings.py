@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from asgd_mpi import ending, plan, report
-from asgd_mpi.errors import ConfigError
 from test_plan import RUN
 from test_report import make_pushes, make_run
+
+from asgd_mpi import plan, report
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.process import ending
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for room in ("asgd_mpi", "data_prep", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from test_checkpoint import write
 
 from asgd_mpi import evaluate, plan, report
 from asgd_mpi.errors import LONGEST, one_line, printable
@@ -14,7 +15,6 @@ from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.report import svg
 from asgd_mpi.report.follow import follow
 from asgd_mpi.report.markdown import _plain
-from test_checkpoint import write
 
 HOSTILE = ("\x1b[2J\x1b]0;owned\x07\u202egnp.\u2066\u200f\x9b31m\r\n| a | b |\n# head <script>alert(1)</script><img src=x onerror=y>"
            "\" onload=\"z ![i](http://evil.example/x) [l](javascript:1) `code` $x^{2}_{$ www.evil.example @someone \ufeff\u2028")

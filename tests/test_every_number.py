@@ -203,8 +203,9 @@ def test_a_rank_that_changed_its_role_has_a_row_for_each_and_a_worker_is_as_fast
 
 
 def test_a_file_of_the_users_beside_the_metrics_is_no_rank(tmp_path):
-    from asgd_mpi.report.trace import write_trace
     from test_report import make_pushes, make_run
+
+    from asgd_mpi.report.trace import write_trace
 
     run = make_run(tmp_path / "run", make_pushes())
     for name in ("rank001.old.jsonl", "rank1.jsonl", "rank001.jsonl.jsonl"):

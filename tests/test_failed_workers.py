@@ -4,10 +4,10 @@ import pytest
 from test_loops import Cluster, make_task
 
 from asgd_mpi.errors import TrainingDiverged, WorkersLost
-from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.record import ranklog
+from asgd_mpi.protocol.messages import Header, Kind
+from asgd_mpi.record import tee
 from asgd_mpi.record.events import Retirement
-from asgd_mpi.server import losses
+from asgd_mpi.runtime import losses
 
 SHAPES = "RuntimeError: mat1 and mat2 shapes cannot be multiplied (16x64 and 63x10)"
 
@@ -64,8 +64,8 @@ def test_gradients_that_are_not_finite_blame_the_rate_and_an_error_that_says_so_
 def test_the_server_takes_the_error_out_of_the_file_and_names_no_file_that_is_not_there(digits, tmp_path):
     server = Cluster(make_task(digits), 2, tmp_path).server
     path = tmp_path / "error.rank001.txt"
-    ranklog.write_error(path, "ValueError: two\nlines \x1b[31m", "rank 1 failed:\nTraceback ...")
-    server.error_of = lambda rank: ranklog.read_error(tmp_path / f"error.rank{rank:03d}.txt")
+    tee.write_error(path, "ValueError: two\nlines \x1b[31m", "rank 1 failed:\nTraceback ...")
+    server.error_of = lambda rank: tee.read_error(tmp_path / f"error.rank{rank:03d}.txt")
     for worker in (0, 1):
         server._listen(Header(Kind.FAILED, worker, 1, 0, 0, 0, 0))
     assert server.losses[0].error == "ValueError: two lines \\x1b[31m"

@@ -4,13 +4,13 @@ import threading
 import time
 
 import pytest
+from test_report import T0, cut, make_pushes, make_run, write_log
 
 from asgd_mpi import report
 from asgd_mpi.record.events import End
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report import follow
-from test_report import T0, cut, make_pushes, make_run, write_log
 
 
 @pytest.fixture

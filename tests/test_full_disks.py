@@ -15,17 +15,17 @@ import torch
 from conftest import kill_session
 from test_loops import Cluster, make_task
 
-from asgd_mpi import config as configuration
 from asgd_mpi import train
+from asgd_mpi.config import options as configuration
 from asgd_mpi.errors import DiskRefuses, RunDirError, WorkersLost
 from asgd_mpi.model import networks
-from asgd_mpi.prepare import _demand_room
-from asgd_mpi.record import board, checkpoint, disk, history
+from asgd_mpi.record import checkpoint, disk, history, tensorboard
 from asgd_mpi.record.events import Checkpoint, Note, Validation, read_events
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.server import saver
+from asgd_mpi.runtime import checkpointer
+from asgd_mpi.runtime.prepare import _demand_room
+from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
 from asgd_mpi.task import complete
-from asgd_mpi.worker.keeper import Keeper
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
 
@@ -90,7 +90,7 @@ def test_a_resume_on_a_read_only_disk_is_refused_in_one_line(openmpi, tmp_path, 
 
 def room_of_digits(num_workers):
     config = complete(configuration.parse(["--model", "digits_cnn"]))
-    return saver.room_for(networks.build("digits_cnn", 10, 1, 8), [], config, num_workers)
+    return checkpointer.room_for(networks.build("digits_cnn", 10, 1, 8), [], config, num_workers)
 
 
 def test_the_room_that_is_asked_for_is_what_a_checkpoint_takes_and_little_more(digits, tmp_path):
@@ -99,7 +99,7 @@ def test_the_room_that_is_asked_for_is_what_a_checkpoint_takes_and_little_more(d
     [took] = [event.num_bytes for event in read_events(cluster.run.metrics_of(0)) if isinstance(event, Checkpoint) and event.version
               == cluster.server.ledger.version]
     model = (cluster.run.checkpoint(cluster.server.ledger.version) / "model.pt").stat().st_size
-    room = saver.room_for(cluster.task.build_module(), [], cluster.task.config, 2)
+    room = checkpointer.room_for(cluster.task.build_module(), [], cluster.task.config, 2)
     assert took + model <= room
 
 
@@ -122,8 +122,8 @@ def test_free_space_is_that_of_the_nearest_directory_that_is_there(tmp_path):
 
 def test_a_server_leaves_while_a_last_checkpoint_fits_and_says_so(digits, tmp_path, monkeypatch):
     cluster = Cluster(make_task(digits, "--epochs", "50"), 2, tmp_path)
-    cluster.server.saver._room = 1000
-    monkeypatch.setattr("asgd_mpi.server.serve.ROOM_LOOK_S", 0.0)
+    cluster.server.checkpointer._room = 1000
+    monkeypatch.setattr("asgd_mpi.runtime.server.ROOM_LOOK_S", 0.0)
     monkeypatch.setattr(disk, "free_bytes", lambda path: 999 if cluster.server.ledger.version > 20 else 1000)
     with pytest.raises(DiskRefuses, match="ends while it can still be saved"):
         cluster.train()
@@ -168,12 +168,12 @@ def test_a_best_model_that_is_refused_is_told_once(tmp_path):
         raise DiskRefuses("cannot write model.pt: No space left on device")
 
     said = []
-    keeper = Keeper(RunDir(tmp_path), 0, 0, said.append)
-    keeper._write_best = refuse
+    checkpointer = WorkerCheckpointer(RunDir(tmp_path), 0, 0, said.append)
+    checkpointer._write_best = refuse
     for version in (5, 9):
-        keeper.save_best(version, {"x": torch.zeros(3)})
-        assert keeper.take_done(wait=True) == []
-    keeper.close()
+        checkpointer.save_best(version, {"x": torch.zeros(3)})
+        assert checkpointer.take_done(wait=True) == []
+    checkpointer.close()
     assert len(said) == 1 and "version 5" in said[0] and "No space left" in said[0]
 
 
@@ -228,9 +228,9 @@ def test_a_board_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, 
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(board, "find_writer", lambda: refuse)
+    monkeypatch.setattr(tensorboard, "find_writer", lambda: refuse)
     said = []
-    shown = board.Board(tmp_path / "tensorboard", said.append)
+    shown = tensorboard.TensorBoard(tmp_path / "tensorboard", said.append)
     for version in (3, 4):
         shown.add(Validation(0.0, version, 120, 1.0, 50, 0.25, 0.05, None))
     assert len(said) == 1 and "TensorBoard: OSError: [Errno 28] No space left on device" in said[0]

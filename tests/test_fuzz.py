@@ -9,17 +9,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_checkpoint import write
 
-from asgd_mpi import config as configuration
-from asgd_mpi import report, resume
+from asgd_mpi import report
+from asgd_mpi.config import options as configuration
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError, DataError, RunDirError, UserError
-from asgd_mpi.exchange import wire
-from asgd_mpi.exchange.wire import Header, Kind
+from asgd_mpi.protocol import messages
+from asgd_mpi.protocol.messages import Header, Kind
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.report.page import page
-from test_checkpoint import write
+from asgd_mpi.runtime import resume
 
 FEW = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
 DAMAGE = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4)
@@ -33,21 +34,21 @@ def damage(content: bytes, where) -> bytes:
 
 
 @FEW
-@given(st.binary(min_size=wire.HEADER_BYTES, max_size=wire.HEADER_BYTES))
+@given(st.binary(min_size=messages.HEADER_BYTES, max_size=messages.HEADER_BYTES))
 def test_random_bytes_are_no_header(packet):
     with pytest.raises(ValueError):
-        wire.unpack_header(packet)
+        messages.unpack_header(packet)
 
 
 @FEW
 @given(st.tuples(*[st.integers(-2**63, 2**63 - 1)] * 8), st.floats(), st.tuples(*[st.integers(-2**63, 2**63 - 1)] * 3))
 def test_a_header_of_any_numbers_is_read_or_refused(words, loss, guesses):
-    packet = struct.pack("<9qd3q", wire.MAGIC, *words, loss, *guesses).ljust(wire.HEADER_BYTES, b"\0")
+    packet = struct.pack("<9qd3q", messages.MAGIC, *words, loss, *guesses).ljust(messages.HEADER_BYTES, b"\0")
     if words[0] in set(Kind):
-        assert isinstance(wire.unpack_header(packet), Header)
+        assert isinstance(messages.unpack_header(packet), Header)
     else:
         with pytest.raises(ValueError):
-            wire.unpack_header(packet)
+            messages.unpack_header(packet)
 
 
 @FEW

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_loops import Cluster, make_task
 
-from asgd_mpi.exchange.link import Arrival
-from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.server.ledger import Ledger, LedgerError, Orders, Plan
+from asgd_mpi.comm.packets import Arrival
+from asgd_mpi.protocol.ledger import Ledger, LedgerError, Plan
+from asgd_mpi.protocol.messages import Header, Kind, Orders
 
 GOODBYE = Header(Kind.GOODBYE, 0, 1, 0, 0, 0, 0)
 

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from conftest import finish
 
 from asgd_mpi import replay
 from asgd_mpi.record.audit import audit
@@ -12,7 +13,6 @@ from asgd_mpi.record.events import Fetch, Member, Publish, Retirement, Start, re
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from benchmarks import hosts
-from conftest import finish
 
 NUM_WORKERS = 4   # ranks 0, 1 on the first host, 2, 3 on the second, 4 on the third; with 2 servers 4 is on the second, and serves
 

@@ -7,20 +7,21 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from photos import write_tree
 from PIL import Image
 from torchvision import models
 from torchvision.transforms import functional as theirs
 
-from asgd_mpi import config as configuration
-from asgd_mpi import evaluate, resume, simulate
-from asgd_mpi.config import parse
+from asgd_mpi import evaluate, simulate
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import parse
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks, pretrained
 from asgd_mpi.record import checkpoint
+from asgd_mpi.runtime import resume
 from asgd_mpi.task import complete, open_task, told
 from data_prep import arrays, imagenet
-from photos import write_tree
 
 RNG = np.random.default_rng(3)
 

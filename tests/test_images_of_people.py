@@ -11,12 +11,12 @@ from PIL import Image
 
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.decode import check_end, decode
+from asgd_mpi.data.folder import FolderSet
 from asgd_mpi.data.loader import Loader
-from asgd_mpi.data.order import Sequential
 from asgd_mpi.data.manifest import read_manifest
+from asgd_mpi.data.order import Sequential
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.data.tree import list_tree
-from asgd_mpi.data.trials import FolderSet
 from asgd_mpi.errors import DataError
 from data_prep.encode import mean_and_std
 from data_prep.imagenet import prepare

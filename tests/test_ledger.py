@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgd_mpi.exchange import wire
-from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.server.ledger import Ledger, LedgerError, Mail, Plan, Work
+from asgd_mpi.protocol import messages
+from asgd_mpi.protocol.ledger import Ledger, LedgerError, Plan
+from asgd_mpi.protocol.messages import Header, Kind, Mail, Work
 
 PLAN = Plan(num_workers=3, num_samples=50, num_validation=10, total_samples=120, batch_size=4, lease_batches=3,
             validate_every=1.0)
@@ -168,10 +168,10 @@ def test_a_lease_holds_several_pushes_like_the_last_one_but_near_the_end_no_more
 
 def test_a_header_survives_the_wire():
     header = Header(Kind.VALIDATION, 3, 17, 2**40, 5, 64, 128, 1, -0.125, 60, 63)
-    packed = wire.pack_header(header)
-    assert len(packed) == wire.HEADER_BYTES and wire.unpack_header(packed) == header
+    packed = messages.pack_header(header)
+    assert len(packed) == messages.HEADER_BYTES and messages.unpack_header(packed) == header
     with pytest.raises(ValueError, match="not one of asgd_mpi's"):
-        wire.unpack_header(b"\1" * wire.HEADER_BYTES)
+        messages.unpack_header(b"\1" * messages.HEADER_BYTES)
 
 
 def test_mail_survives_the_window_and_half_written_mail_is_told_from_mail():
@@ -179,8 +179,8 @@ def test_mail_survives_the_window_and_half_written_mail_is_told_from_mail():
     old = dict(ledger.take_news())[0]
     ledger.judge(Header(Kind.GRADIENT, 0, 1, 0, 1, 0, 4))
     new = dict(ledger.take_news())[0]
-    words = [wire.pack_mail(mail) for mail in (old, new)]
-    assert [wire.unpack_mail(word) for word in words] == [old, new]
-    for length in range(1, wire.MAIL_WORDS):
+    words = [messages.pack_mail(mail) for mail in (old, new)]
+    assert [messages.unpack_mail(word) for word in words] == [old, new]
+    for length in range(1, messages.MAIL_WORDS):
         mixed = words[1][:length] + words[0][length:]
-        assert wire.unpack_mail(mixed) in (None, old, new)
+        assert messages.unpack_mail(mixed) in (None, old, new)

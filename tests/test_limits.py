@@ -5,11 +5,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from asgd_mpi import config as configuration
-from asgd_mpi import limits
-from asgd_mpi.config import Config
+from asgd_mpi.config import limits
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import Config
 from asgd_mpi.errors import ConfigError, UserError
-from asgd_mpi.prepare import prepare
+from asgd_mpi.runtime.prepare import prepare
 
 RANK = [{"host": "here", "gpus": []}]
 FIELDS = {option: kinds for option, _, kinds in limits.values(Config())}

@@ -7,12 +7,12 @@ import re
 import sys
 
 import pytest
+from test_endings import ROOT, SOURCES, guard
 
 import asgd_mpi
 from asgd_mpi import __main__ as overview
-from asgd_mpi import command_line, config
+from asgd_mpi.config import command_line, options
 from asgd_mpi.report import command
-from test_endings import ROOT, SOURCES, guard
 
 WITHOUT_OPTIONS = ("asgd_mpi.local", "asgd_mpi.segments", "asgd_mpi.launch", "asgd_mpi.__main__")
 TRAINING = ("asgd_mpi.train",)                      # its options: test_limits
@@ -70,7 +70,7 @@ def others(parser, option):
 def refusal(parser, arguments):
     try:
         parser.read(arguments)
-    except config.ConfigError as error:
+    except options.ConfigError as error:
         return str(error)
 
 
@@ -148,7 +148,7 @@ def test_a_command_without_options_says_what_it_is_and_takes_none(name, capsys):
 
 @pytest.mark.parametrize("text", ["", "0", "1,,2", "1,-2", "1;2", "1.5", "5000", "1,5000", "1e3"])
 def test_numbers_of_workers_are_whole_within_the_limit_and_have_commas_between_them(text):
-    with pytest.raises(config.ConfigError, match="^--workers .*: give whole numbers from 1 to 4096 with commas"):
+    with pytest.raises(options.ConfigError, match="^--workers .*: give whole numbers from 1 to 4096 with commas"):
         command_line.counts("--workers", text, 4096)
     assert command_line.counts("--workers", "8, 1,2,2", 4096) == [1, 2, 8]
 

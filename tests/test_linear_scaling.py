@@ -3,9 +3,10 @@
 import pytest
 
 from asgd_mpi import simulate
-from asgd_mpi.config import RuleConfig
+from asgd_mpi.config import rulebook
+from asgd_mpi.config.options import RuleConfig
 from asgd_mpi.record.events import Retirement
-from asgd_mpi.server import losses, rulebook
+from asgd_mpi.runtime import losses
 
 
 @pytest.mark.parametrize("name, num_workers, batch_size, num_samples, is_told", [

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from asgd_mpi.exchange import link, world
-from asgd_mpi.exchange.wire import HEADER_BYTES
+from asgd_mpi.comm import packets, world
+from asgd_mpi.protocol.messages import HEADER_BYTES
 
 
 @pytest.mark.parametrize("size, parts", [(0, 0), (1, 1), (999, 1), (1000, 1), (1001, 2), (5000, 5)])
@@ -22,7 +22,7 @@ def test_memory_is_cut_into_parts_that_one_call_carries(monkeypatch, size, parts
 def test_a_packet_has_as_many_messages_whatever_its_payload(monkeypatch, num_bytes):
     """MPI keeps their order, so that each is received where it belongs."""
     monkeypatch.setattr(world, "MAX_BYTES", 1000)
-    sent, received = link._Packet(2000, None), link._Packet(2000, None)
+    sent, received = packets._Packet(2000, None), packets._Packet(2000, None)
     sent.bytes[:] = np.random.default_rng(0).integers(1, 255, len(sent.bytes))
     messages = sent.messages(num_bytes)
     assert sum(map(len, messages)) == HEADER_BYTES + num_bytes and len(messages) == len(received.messages()) == 3

@@ -12,11 +12,11 @@ import torch
 
 from asgd_mpi import report
 from asgd_mpi.errors import RunDirError
-from asgd_mpi.record import checkpoint, disk, ranklog
+from asgd_mpi.record import checkpoint, disk, tee
 from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.record.watch import Watch
+from asgd_mpi.record.watchdog import Watch
 from asgd_mpi.report.trace import write_trace
 
 FINISHED = Path(__file__).parent / "runs" / "finished"
@@ -96,7 +96,7 @@ def test_no_file_is_opened_through_a_link_though_it_was_put_there_after_the_look
     for path in (run.lock, run.pushes, run.metrics_of(0), run.log_of(1), run.error_of(2)):
         path.symlink_to(mine)
     for act in (lambda: run.locked().__enter__(), lambda: EventLog(run.pushes), lambda: EventLog(run.metrics_of(0)),
-                lambda: ranklog.keep(run.log_of(1), "rank 1"), lambda: ranklog.write_error(run.error_of(2), "short", "long")):
+                lambda: tee.keep(run.log_of(1), "rank 1"), lambda: tee.write_error(run.error_of(2), "short", "long")):
         with pytest.raises(RunDirError, match=f"is a symbolic link to {mine}"):
             act()
 
@@ -128,7 +128,7 @@ def test_a_file_with_another_name_is_not_written_in_place_and_not_emptied(run, m
     with pytest.raises(RunDirError, match="lock is a hard link: the same file has another name.*cp lock new"):
         run.locked().__enter__()
     with pytest.raises(RunDirError, match="error.rank001.txt is a hard link"):
-        ranklog.write_error(run.error_of(1), "short", "long")
+        tee.write_error(run.error_of(1), "short", "long")
     with pytest.raises(RunDirError, match="is a hard link"):
         run.demand_own(1, 2)
 

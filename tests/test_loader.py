@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from photos import encoded, photo, write_odd_files, write_tree
 from PIL import Image
 
-from asgd_mpi.data.augment import (COLOUR, POLICIES, Normalise, Touch, Touches, add_levels, make_policy, resize,
-                                   sample_rng, whole_levels)
+from asgd_mpi.data.augment import (
+    COLOUR,
+    POLICIES,
+    Normalise,
+    Touch,
+    Touches,
+    add_levels,
+    make_policy,
+    resize,
+    sample_rng,
+    whole_levels,
+)
 from asgd_mpi.data.decode import DECODER, decode, decode_pillow
 from asgd_mpi.data.loader import Loader, ReadAhead, ranges
 from asgd_mpi.data.order import Order, Sequential

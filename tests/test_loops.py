@@ -5,33 +5,33 @@ import time
 
 import pytest
 import torch
+from fakes import Exchange, FakeInbox, FakeOutbox, FakeServerWindow, FakeWorkerWindow
 from torch import nn
 
-from asgd_mpi import config as configuration
+from asgd_mpi.comm.packets import Arrival
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.rulebook import RULEBOOK, workers_keep_state
 from asgd_mpi.errors import RunDirError, TrainingDiverged
-from asgd_mpi.exchange import codec
-from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.record.audit import audit
+from asgd_mpi.optim.replica import Replica
+from asgd_mpi.optim.rules import make_rule
+from asgd_mpi.protocol.ledger import Ledger
+from asgd_mpi.protocol.messages import Header, Kind, Mail, Orders, Score
 from asgd_mpi.record import checkpoint
+from asgd_mpi.record.audit import audit
+from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.events import Checkpoint, EventLog, Fetch, Interval, Publish, Validation, read_events, read_log, read_pushes
 from asgd_mpi.record.meter import Meter
-from asgd_mpi.record.checkpoint import Manifest
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.replay import replay
-from asgd_mpi.exchange.link import Arrival
-from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.server.ledger import Ledger, Mail, Orders, Score
-from asgd_mpi.server.rulebook import RULEBOOK, workers_keep_state
-from asgd_mpi.server.rules import make_rule
-from asgd_mpi.server.saver import Saver
-from asgd_mpi.server.serve import Server
+from asgd_mpi.runtime.checkpointer import Checkpointer
+from asgd_mpi.runtime.client import ServerClient
+from asgd_mpi.runtime.server import Server
+from asgd_mpi.runtime.worker import Worker
+from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
 from asgd_mpi.task import complete, open_task
-from asgd_mpi.worker.courier import Courier
-from asgd_mpi.worker.keeper import Keeper
-from asgd_mpi.worker.loop import Worker
-from asgd_mpi.worker.replica import Replica
-from fakes import Exchange, FakeInbox, FakeOutbox, FakeServerWindow, FakeWorkerWindow
+from asgd_mpi.vector import codec
+from asgd_mpi.vector.flat import FlatModel
 
 CPU = torch.device("cpu")
 ABOUT = Manifest(0, 0, "digits_cnn", 10, 1, 8, "", [0.0], [1.0])
@@ -51,12 +51,12 @@ class Cluster:
             flat.save_statistics(statistics)
         self.log, self.pushes = EventLog(self.run.metrics_of(0)), EventLog(self.run.pushes)
         rule = make_rule(flat.num_floats, task.config.rule, num_workers)
-        saver = Saver(self.run, 0, ABOUT, FlatModel(task.build_module(), CPU), rule, keep=3, sync=self.pushes.sync)
+        checkpointer = Checkpointer(self.run, 0, ABOUT, FlatModel(task.build_module(), CPU), rule, keep=3, sync=self.pushes.sync)
         self.server = Server(
             FakeServerWindow(self.exchange), FakeInbox(self.exchange), Ledger(self.plan, task.schedule(num_workers)),
             rule, Meter(self.log, 1.0), self.log, self.pushes,
             Progress("none", self.plan.total_samples, self.plan.num_samples), 20, task.config.failure,
-            task.config.checkpoint, saver, hash_snapshots=True, wire=task.config.exchange.wire,
+            task.config.checkpoint, checkpointer, hash_snapshots=True, wire=task.config.exchange.wire,
             statistics=statistics,
             averages_statistics=task.config.model.batchnorm == "server_ema",
             workers_keep_momentum=workers_keep_state(task.config.rule),
@@ -71,10 +71,10 @@ class Cluster:
         log = EventLog(self.run.metrics_of(number + 1))
         loaders = self.task.train_loader(), self.task.val_loader()
         outbox, meter = FakeOutbox(self.exchange), Meter(log, 1.0)
-        courier = Courier(FakeWorkerWindow(self.exchange, number), outbox, flat, meter, exchange.overlap, elastic,
+        client = ServerClient(FakeWorkerWindow(self.exchange, number), outbox, flat, meter, exchange.overlap, elastic,
                           exchange.wire)
-        Worker(number, courier, replica, self.task.normalise, loaders, self.task.config, meter,
-               Keeper(self.run, 0, number), log).run()
+        Worker(number, client, replica, self.task.normalise, loaders, self.task.config, meter,
+               WorkerCheckpointer(self.run, 0, number), log).run()
         log.close()
 
     def train(self):
@@ -238,15 +238,15 @@ def test_statistics_that_are_no_numbers_or_unasked_for_do_no_harm(digits, tmp_pa
 def test_two_workers_may_both_write_the_best_version(digits, tmp_path):
     """Seen after a resume: a validation was lent again, and another one was due at the same version."""
     cluster = Cluster(make_task(digits), 2, tmp_path)
-    saver, score = cluster.server.saver, Score(5, 360, 0.1, 0.2, 0.1, final=False)
+    checkpointer, score = cluster.server.checkpointer, Score(5, 360, 0.1, 0.2, 0.1, final=False)
     for worker in (0, 1):
-        keeper = Keeper(cluster.run, 0, worker)
-        keeper.save_best(5, FlatModel(cluster.task.build_module(), CPU).module.state_dict())
-        assert keeper.take_done(wait=True) == [(Kind.BEST, 5)]
-        keeper.close()
+        best = WorkerCheckpointer(cluster.run, 0, worker)
+        best.save_best(5, FlatModel(cluster.task.build_module(), CPU).module.state_dict())
+        assert best.take_done(wait=True) == [(Kind.BEST, 5)]
+        best.close()
     for worker in (0, 1):
-        saver.keep_best(worker, 5, score, 800)
-    events = saver.finish(5, 20)
+        checkpointer.keep_best(worker, 5, score, 800)
+    events = checkpointer.finish(5, 20)
     assert [event.version for event in events] == [5] and events[0].num_bytes > 0
     assert checkpoint.verify(cluster.run.checkpoint(5)).top1_error == 0.2 and not list(cluster.run.checkpoints.glob(".*"))
 

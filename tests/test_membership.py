@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.server.ledger import Ledger, LedgerError, Orders, Plan, Work
-from asgd_mpi.server.pace import Pacing
+from asgd_mpi.protocol.barrier import Pacing
+from asgd_mpi.protocol.ledger import Ledger, LedgerError, Plan
+from asgd_mpi.protocol.messages import Header, Kind, Orders, Work
 
 PLAN = Plan(num_workers=3, num_samples=50, num_validation=10, total_samples=120, batch_size=4, lease_batches=3,
             validate_every=1.0)

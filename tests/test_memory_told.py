@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-
-from asgd_mpi.model import networks
-from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.server.rulebook import MOMENTA, RULEBOOK, vectors
-from asgd_mpi.server.rules import make_rule
-from asgd_mpi.worker.replica import Replica
 from test_pace import completed
+
+from asgd_mpi.config.rulebook import MOMENTA, RULEBOOK, vectors
+from asgd_mpi.model import networks
+from asgd_mpi.optim.replica import Replica
+from asgd_mpi.optim.rules import make_rule
+from asgd_mpi.vector.flat import FlatModel
 
 
 def held(*things, size):

@@ -6,8 +6,8 @@ from torch import nn
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import batchnorm, networks
-from asgd_mpi.model.flat import ALIGNMENT, FlatModel, demand_trained
 from asgd_mpi.model.weights import load_weights_
+from asgd_mpi.vector.flat import ALIGNMENT, FlatModel, demand_trained
 
 CPU = torch.device("cpu")
 

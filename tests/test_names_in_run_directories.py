@@ -8,12 +8,12 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from asgd_mpi import resume
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, Manifest
 from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.runtime import resume
 
 USERS_OWN = ["v000000105.release", "v000000105.r1.old", "v105", "v000000105 copy", "vnotes", "v000000105.r", "v000000105.r01",
              ".snapshot", ".savingmine", ".best", ".removed-by-me", ".replaced-vold"]

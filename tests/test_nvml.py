@@ -4,6 +4,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from test_page import Reader
+from test_report import T0, cells, make_pushes, make_run, write_log
 
 from asgd_mpi import report
 from asgd_mpi.record import nvml
@@ -12,8 +14,6 @@ from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report.cost import price
 from asgd_mpi.report.page import page
-from test_page import Reader
-from test_report import T0, cells, make_pushes, make_run, write_log
 
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
 GB = 10**9

@@ -5,13 +5,14 @@ import json
 import pytest
 import yaml
 
-from asgd_mpi import config as configuration
-from asgd_mpi import resume, simulate
+from asgd_mpi import simulate
+from asgd_mpi.config import options as configuration
 from asgd_mpi.record.events import EventLog, Push, Resume, Start
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report.compare import compare
 from asgd_mpi.report.trace import write_trace
+from asgd_mpi.runtime import resume
 from asgd_mpi.task import complete
 
 FREE = """run.dir run.resume run.override run.accept_gaps run.dry_run run.inject run.timeout_s run.progress data.path data.threads

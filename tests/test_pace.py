@@ -4,15 +4,15 @@ import dataclasses
 import math
 
 import pytest
-
-from asgd_mpi import config as configuration
-from asgd_mpi.errors import ConfigError
-from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.model import networks
-from asgd_mpi.server import rulebook
-from asgd_mpi.server.ledger import Ledger, Plan
-from asgd_mpi.server.pace import Pacing
 from test_membership import Cast
+
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config import rulebook
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.model import networks
+from asgd_mpi.protocol.barrier import Pacing
+from asgd_mpi.protocol.ledger import Ledger, Plan
+from asgd_mpi.protocol.messages import Header, Kind
 
 ENDLESS = Plan(num_workers=3, num_samples=10_000, num_validation=0, total_samples=10_000, batch_size=1, lease_batches=50,
                validate_every=10.0)

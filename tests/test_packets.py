@@ -4,12 +4,16 @@ import dataclasses
 from contextlib import suppress
 
 import pytest
+import test_loops
 import torch
+from fakes import FakeOutbox
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_loops import make_task
 
 from asgd_mpi.errors import TrainingDiverged
-from asgd_mpi.exchange.wire import Header, Kind
+from asgd_mpi.protocol.ledger import Ledger, LedgerError, Plan
+from asgd_mpi.protocol.messages import Header, Kind, Work
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import Retirement, read_events, read_log
@@ -17,12 +21,8 @@ from asgd_mpi.record.history import pushes as pushes_of
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.replay import main as replay_main
 from asgd_mpi.replay import replay
-from asgd_mpi.server import finite
-from asgd_mpi.server.ledger import Ledger, LedgerError, Plan, Work
-from asgd_mpi.server.slices import PIECE
-import test_loops
-from fakes import FakeOutbox
-from test_loops import make_task
+from asgd_mpi.vector import finite
+from asgd_mpi.vector.partition import PIECE
 
 PLAN = Plan(num_workers=3, num_samples=50, num_validation=10, total_samples=120, batch_size=4, lease_batches=3, validate_every=0.5)
 FIELDS = [field.name for field in dataclasses.fields(Header)]
@@ -201,7 +201,7 @@ def test_one_nan_in_a_payload_whose_loss_is_finite_ends_the_run_and_is_in_no_che
     with pytest.raises(TrainingDiverged, match="no longer finite on the server.*--resume"):
         cluster.train()
     cluster.server.save()
-    cluster.server.saver.close()
+    cluster.server.checkpointer.close()
     states = [checkpoint.load(path)[0] for path in cluster.run.checkpoints.glob("v*")]
     assert all(tensor.isfinite().all() for state in states for tensor in state.values())
 

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_report import T0, cut, make_pushes, make_run, raw, write_log
 
 from asgd_mpi import report
 from asgd_mpi.record.events import End, Interval, Note, Push, Start
@@ -24,7 +25,6 @@ from asgd_mpi.report.advice import advise
 from asgd_mpi.report.cost import price
 from asgd_mpi.report.page import page
 from asgd_mpi.report.svg import VARIABLES
-from test_report import T0, cut, make_pushes, make_run, raw, write_log
 
 RUNS = Path(__file__).parent / "runs"
 VOID = {"meta", "br", "link", "img", "input", "hr"}

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from asgd_mpi import config as configuration
+from asgd_mpi.config import options as configuration
 from asgd_mpi.errors import ConfigError
 
 BASE = configuration.to_yaml(configuration.parse([]))

@@ -11,14 +11,14 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from asgd_mpi import plan
-from asgd_mpi.forecast import Costs, Observation, calibrate, simulate, what_moves
-from asgd_mpi.record.events import Cut, Interval
-from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.stages.schedule import bubble, one_f_one_b, timeline
 from test_page import Reader
 from test_report import raw
+
+from asgd_mpi import plan
+from asgd_mpi.offline.forecast import Costs, Observation, calibrate, simulate, what_moves
+from asgd_mpi.pipeline.schedule import bubble, one_f_one_b, timeline
+from asgd_mpi.record.events import Cut, Interval
+from asgd_mpi.record.rundir import RunDir
 
 RUN = Path(__file__).parent / "runs" / "finished"
 COSTS = Costs(batch=32, step_s=0.05, apply_s=0.004, fetch_s=0.003, travel_s=0.002, overhead_s=0.001)   # a knee of 12 workers

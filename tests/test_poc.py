@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from asgd_mpi import poc, supervise
-from asgd_mpi.config import Config, ExchangeConfig, RuleConfig
-from asgd_mpi.exchange import wait
+from asgd_mpi import poc
+from asgd_mpi.comm import wait
+from asgd_mpi.config.options import Config, ExchangeConfig, RuleConfig
+from asgd_mpi.config.rulebook import linear_scale
 from asgd_mpi.launch import Allocation
 from asgd_mpi.poc import Trial, left_s, trials
-from asgd_mpi.server.rulebook import linear_scale
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.runtime import supervise
 
 TESTS = Path(__file__).parent
 LAUNCHER = f"{sys.executable} {TESTS / 'fake_launcher.py'}"

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from asgd_mpi import config as configuration
-from asgd_mpi import preflight
-from asgd_mpi.config import ComputeConfig
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.prepare import prepare
+from asgd_mpi.optim.step import compute_gradient_
+from asgd_mpi.runtime import preflight
+from asgd_mpi.runtime.prepare import prepare
 from asgd_mpi.task import complete, open_task
-from asgd_mpi.worker.step import compute_gradient_
+from asgd_mpi.vector.flat import FlatModel
 
 RANKS = [{"host": "here", "gpus": []}] * 2
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from asgd_mpi.record import ranklog
+from asgd_mpi.record import tee
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
@@ -44,7 +44,7 @@ def lines(path) -> list[str]:
 
 def test_both_places_get_whole_lines_each_in_one_write(streams, tmp_path):
     out, err = streams()
-    ranklog.keep(tmp_path / "log" / "rank003.txt", "rank 3 on n2, worker, cpu")
+    tee.keep(tmp_path / "log" / "rank003.txt", "rank 3 on n2, worker, cpu")
     print("a", "b", 3)
     print("half ", end="")
     print("an error\nin two lines", file=sys.stderr)
@@ -57,7 +57,7 @@ def test_both_places_get_whole_lines_each_in_one_write(streams, tmp_path):
 
 def test_threads_do_not_mix_their_lines(streams, tmp_path):
     streams()
-    ranklog.keep(tmp_path / "log.txt", "rank 0")
+    tee.keep(tmp_path / "log.txt", "rank 0")
     threads = [threading.Thread(target=lambda i=i: [sys.stdout.write(f"{i}" * 50 + "\n") for _ in range(200)])
                for i in range(4)]
     for thread in threads:
@@ -69,7 +69,7 @@ def test_threads_do_not_mix_their_lines(streams, tmp_path):
 
 def test_a_progress_bar_leaves_its_last_state_only(streams, tmp_path):
     streams()
-    ranklog.keep(tmp_path / "log.txt", "rank 0")
+    tee.keep(tmp_path / "log.txt", "rank 0")
     sys.stderr.write("\r10 %")
     sys.stderr.write("\r100 %\n")
     assert lines(tmp_path / "log.txt")[1:] == ["100 %"]
@@ -78,14 +78,14 @@ def test_a_progress_bar_leaves_its_last_state_only(streams, tmp_path):
 def test_a_restarted_job_goes_on_in_the_same_file_and_says_so(streams, tmp_path, monkeypatch):
     streams()
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    ranklog.keep(tmp_path / "log.txt", "rank 0")
+    tee.keep(tmp_path / "log.txt", "rank 0")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    ranklog.keep(tmp_path / "log.txt", "rank 0")
+    tee.keep(tmp_path / "log.txt", "rank 0")
     assert [line.partition("job ")[2] for line in lines(tmp_path / "log.txt")] == ["17, start 1", "17, start 2"]
 
 
 def test_a_log_that_cannot_be_written_is_told_and_done_without(tmp_path, streams):
     (tmp_path / "log").write_text("")
     out, _ = streams()
-    why = ranklog.keep(tmp_path / "log" / "rank000.txt", "rank 0")
+    why = tee.keep(tmp_path / "log" / "rank000.txt", "rank 0")
     assert "rank000.txt: File exists" in why and sys.stdout is out

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from asgd_mpi import config as configuration
-from asgd_mpi.config import with_recipe
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import with_recipe
+from asgd_mpi.config.rulebook import in_flight, linear_scale
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.model import networks
-from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.server.ledger import Verdict
-from asgd_mpi.server.rulebook import in_flight, linear_scale
-from asgd_mpi.server.rules import make_rule
-from asgd_mpi.server.slices import pieces
-from asgd_mpi.server.schedule import Schedule
-from asgd_mpi.worker.replica import Replica
+from asgd_mpi.optim.lr_schedule import Schedule
+from asgd_mpi.optim.replica import Replica
+from asgd_mpi.optim.rules import make_rule
+from asgd_mpi.protocol.messages import Verdict
+from asgd_mpi.vector.flat import FlatModel
+from asgd_mpi.vector.partition import pieces
 
 STEPS, EPOCH = 50, 28         # images of an epoch: so few that 50 steps pass the changes of each schedule
 CPU = torch.device("cpu")

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import finish, ranks_of
 
-from asgd_mpi import replay, resume
+from asgd_mpi import replay
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import Refusal, Retirement, Validation, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
-from conftest import finish, ranks_of
+from asgd_mpi.runtime import resume
+from asgd_mpi.runtime.prepare import prepare
 
 SAMPLES, EPOCHS = 1437, 3
 ULFM = ("--with-ft", "ulfm")

@@ -146,8 +146,8 @@ def test_the_bubble_of_stages_is_the_sum_over_the_raw_lines(tmp_path):
     assert (found.num_stages, found.num_parts, found.schedule, found.expected) == (2, 4, "gpipe", 0.2)
     assert [(use.rank, use.worker, use.stage) for use in found.stages] == [(1, 0, 0), (2, 1, 0), (3, 0, 1), (4, 1, 1)]
     for use in found.stages:
-        leader = total[use.worker + 1]
-        assert use.waits == pytest.approx(leader["pipelined"] - total[use.rank]["passes"])
+        lead = total[use.worker + 1]
+        assert use.waits == pytest.approx(lead["pipelined"] - total[use.rank]["passes"])
         assert use.passes + use.waits + use.validate + use.rest == pytest.approx(use.seconds)
         assert use.seconds == pytest.approx(sum(line["t1"] - line["t0"] for line in lines[use.rank]))
     markdown, html = report.render(summarize(run)), page(summarize(run))

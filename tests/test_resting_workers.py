@@ -8,18 +8,17 @@ import torch
 from test_loops import CPU, make_task
 from test_window import make_pair
 
+from asgd_mpi.comm import wait
 from asgd_mpi.errors import DeadlineExceeded
-from asgd_mpi.exchange import wait
-from asgd_mpi.exchange.wire import Kind
-from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.optim.replica import Replica
+from asgd_mpi.protocol.messages import Kind, Lease, Mail, Orders, Work
 from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.server.ledger import Lease, Mail, Orders, Work
-from asgd_mpi.worker.courier import Courier
-from asgd_mpi.worker.keeper import Keeper
-from asgd_mpi.worker.loop import Worker
-from asgd_mpi.worker.replica import Replica
+from asgd_mpi.runtime.client import ServerClient
+from asgd_mpi.runtime.worker import Worker
+from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
+from asgd_mpi.vector.flat import FlatModel
 
 HOUR_S, LIMIT_S, STALL_S, STEP_S = 3600.0, 600.0, 120.0, 5.0
 QUIET = -1.0     # of a meter that has seen no progress since
@@ -93,9 +92,9 @@ def make_worker(digits, directory, monkeypatch, what, **more):
     run = RunDir.create(directory / "run", "test")
     run.staging(1).mkdir()
     meter = Meter(EventLog(run.metrics_of(1)), 1e9)
-    courier = Courier(reader, server, flat, meter, overlap=False)
-    worker = Worker(0, courier, Replica(flat, task.config, 1, task.schedule(1)), task.normalise,
-                    (task.train_loader(), task.val_loader()), task.config, meter, Keeper(run, 0, 0),
+    client = ServerClient(reader, server, flat, meter, overlap=False)
+    worker = Worker(0, client, Replica(flat, task.config, 1, task.schedule(1)), task.normalise,
+                    (task.train_loader(), task.val_loader()), task.config, meter, WorkerCheckpointer(run, 0, 0),
                     asked_to_leave=lambda: "SIGTERM" if "signal" in what else "")
     server.meter = meter
     return server, worker.rest if what == "failed" else worker.run

@@ -1,59 +1,96 @@
-"""The rooms of the package: which may know which."""
+"""The rooms of the package: what each may import, in one line a room; type hints are imports like others."""
 
 import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "asgd_mpi"
-# A room may import from those before it in this list, and from itself.
-ORDER = ["errors", "bounded", "plausible", "ending", "signals", "launch", "local", "segments", "inject", "server.pace", "server.rulebook", "limits", "command_line", "config", "topology", "gpus",
-         "forecast", "record.disk", "record.rundir", "trust", "record.ranklog", "record.events", "record.metrics", "record.starts", "record.history", "record.audit", "record.timeline",
-         "record.readings", "record.validations", "record.pipelines", "record.summary", "record.nvml", "record.board",
-         "record.meter", "record.watch", "record.progress", "record.tensors", "record.checkpoint", "data", "model", "stages",
-         "server.claims", "server.ledger", "server.losses", "server.versions", "server.slices", "server.rules", "server.finite", "server.schedule", "server.stability", "exchange", "server.saver", "server.serve", "server.fellow", "worker", "images", "task", "preflight",
-         "resume", "report", "evaluate", "computation", "simulation", "replay", "supervise", "plan", "simulate", "poc",
-         "prepare", "crew", "train", "findings", "doctor", "__main__"]
+VERBS = ["train", "evaluate", "replay", "simulate", "plan", "poc", "doctor", "launch", "local", "segments"]
+
+# From the ground up: a room may import from those named beside it, which stand above it in this list, and from itself.
+MAY_IMPORT = {
+    "errors": "",
+    "process": "errors",
+    "untrusted": "",
+    "launch": "errors process",
+    "local": "process",
+    "segments": "process",
+    "protocol": "",
+    "config": "errors untrusted protocol",
+    "record": "errors process untrusted protocol config",
+    "model": "errors config record",
+    "data": "errors untrusted config model",
+    "vector": "errors model",
+    "pipeline": "errors model vector",
+    "optim": "protocol config record data vector pipeline",
+    "comm": "errors launch protocol config vector",
+    "task": "errors protocol config model data vector pipeline optim",
+    "runtime": "errors process untrusted launch local protocol config record model data vector pipeline optim comm task",
+    "offline": "errors protocol config record model data vector optim task runtime",
+    "report": "errors process untrusted config record offline",
+    "evaluate": "errors process config record model data vector optim task runtime report",
+    "plan": "errors process config record model runtime offline report",
+    "replay": "errors process untrusted protocol config record vector optim task runtime offline",
+    "simulate": "process config record task runtime offline report plan",
+    "poc": "errors process untrusted config record task runtime report",
+    "train": "errors process launch segments protocol config record model vector optim comm task runtime report",
+    "doctor": "errors process launch segments config model vector comm runtime",
+}
+PURE = {"protocol": "torch numpy mpi4py time random os socket threading", "config": "torch numpy mpi4py time random"}
+ONLY_IN = {"mpi4py": {"comm"}}
 
 
-def place(module: str) -> int | None:
-    """The position in ORDER of a module such as `asgd_mpi.server.ledger`."""
-    name = module.removeprefix("asgd_mpi.")
-    return next((i for i, room in enumerate(ORDER) if name == room or name.startswith(room + ".")), None)
+def room_of(name: str) -> str:
+    """Return the room of a dotted name such as `asgd_mpi.protocol.ledger.Plan`; '' for the package itself."""
+    first = name.removeprefix("asgd_mpi").lstrip(".").split(".")[0]
+    return first if first in MAY_IMPORT else ""
 
 
-def imports(path: Path):
-    """(module, whether for type hints only) for each import."""
-    tree = ast.parse(path.read_text())
-    hints = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    hinted = {id(child) for node in hints for child in ast.walk(node)}
-    for node in ast.walk(tree):
+def modules() -> list[tuple[Path, str]]:
+    """Return (file, room) of every module."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found.append((path, "" if parts[0].startswith("__") else parts[0]))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Return the dotted names that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in hinted) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield whole if place(whole) is not None else node.module, id(node) in hinted
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-def modules():
-    return [(path, ".".join(["asgd_mpi", *path.relative_to(PACKAGE).with_suffix("").parts]))
-            for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" and path.stem != "local"]
+def test_every_room_has_a_line_and_stands_above_what_it_may_not_import():
+    assert {room for _, room in modules()} - {""} == set(MAY_IMPORT)
+    for number, (room, others) in enumerate(MAY_IMPORT.items()):
+        assert set(others.split()) <= set(list(MAY_IMPORT)[:number]), f"{room} may import a room that stands below it: a circle"
 
 
-def test_every_module_imports_only_from_rooms_before_it():
-    for path, name in modules():
-        assert place(name) is not None, f"{name} has no place in ORDER: give it one"
-        for module, for_hints in imports(path):
-            if module.startswith("asgd_mpi.") and not for_hints:
-                assert place(module) is not None and place(module) <= place(name), f"{name} imports {module}"
+def test_every_room_imports_only_from_the_rooms_of_its_line():
+    wrong = [f"{path.relative_to(PACKAGE)} imports {name}" for path, room in modules() if room for name in imports(path)
+             if name.startswith("asgd_mpi.") and room_of(name) not in {"", room, *MAY_IMPORT[room].split()}]
+    assert not wrong, "\n".join(wrong)
 
 
-def test_mpi4py_is_imported_in_the_exchange_only():
-    where = {name for path, name in modules() for module, _ in imports(path) if module.split(".")[0] == "mpi4py"}
-    assert where and all(name.startswith("asgd_mpi.exchange.") for name in where)
+def test_no_line_names_a_room_that_is_not_imported():
+    used = {room: {room_of(name) for path, here in modules() if here == room for name in imports(path)
+                   if name.startswith("asgd_mpi.")} for room in MAY_IMPORT}
+    assert {room: set(others.split()) - used[room] for room, others in MAY_IMPORT.items()} == {room: set() for room in MAY_IMPORT}
 
 
-def test_the_decisions_of_the_server_and_the_order_of_the_stages_are_pure():
-    for name in ("server/claims", "server/ledger", "server/losses", "server/versions", "server/pace", "server/rulebook", "server/schedule", "stages/balance", "stages/schedule"):
-        path = PACKAGE / f"{name}.py"
-        assert not {module.split(".")[0] for module, for_hints in imports(path) if not for_hints} & {
-            "torch", "time", "mpi4py", "numpy", "random"}, name
+def test_at_the_root_lie_the_verbs_and_the_public_face_only():
+    at_root = {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    assert at_root == {*VERBS, "errors", "task"}
+
+
+def test_the_rooms_of_decisions_are_pure_and_mpi_is_in_one_room():
+    for path, room in modules():
+        top = {name.split(".")[0] for name in imports(path)}
+        assert not top & set(PURE.get(room, "").split()), f"{path.relative_to(PACKAGE)} is to be pure"
+        for package, rooms in ONLY_IN.items():
+            assert package not in top or room in rooms, f"{path.relative_to(PACKAGE)} imports {package}"

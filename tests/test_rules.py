@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from asgd_mpi.config import RuleConfig, ScheduleConfig
-from asgd_mpi.server import stability
-from asgd_mpi.server.ledger import Verdict
-from asgd_mpi.server.rules import Rule
-from asgd_mpi.server.slices import PIECE, pieces
-from asgd_mpi.server.schedule import WEIGHTS, Schedule
-from asgd_mpi.worker.momentum import Momentum
+from asgd_mpi.config.options import RuleConfig, ScheduleConfig
+from asgd_mpi.optim import stability
+from asgd_mpi.optim.lr_schedule import WEIGHTS, Schedule
+from asgd_mpi.optim.momentum import Momentum
+from asgd_mpi.optim.rules import Rule
+from asgd_mpi.protocol.messages import Verdict
+from asgd_mpi.vector.partition import PIECE, pieces
 
 
 def step(rule, weights, gradient, lr):

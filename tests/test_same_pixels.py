@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from photos import photo
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as theirs
 
 from asgd_mpi.data.augment import RandomResizedCrop as OurRandomResizedCrop
 from asgd_mpi.data.augment import make_policy, padded, resize
-from photos import photo
 
 SIDES = [(256, 341), (375, 500), (500, 375), (333, 500), (224, 224), (225, 300), (100, 150), (150, 101), (31, 97), (32, 32), (257, 256),
          (640, 427)]

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from asgd_mpi.exchange.wire import Header, Kind, pack_header, unpack_header
+from asgd_mpi.protocol.messages import Header, Kind, Segment, Verdict, pack_header, unpack_header
+from asgd_mpi.record.aggregate import Bins, Training
 from asgd_mpi.record.events import Push
-from asgd_mpi.record.readings import Bins, Training
 from asgd_mpi.report.advice import _scaled
-from asgd_mpi.server.ledger import Segment, Verdict
 
 
 def push(version, scale):

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from asgd_mpi import findings, segments
-from asgd_mpi.findings import NOTE, Findings, Rank
+from asgd_mpi import segments
+from asgd_mpi.runtime import findings
+from asgd_mpi.runtime.findings import NOTE, Findings, Rank
 
 UID = os.getuid()
 OURS = [f"sm_segment.node7.cluster.{UID}.40b40001.0", f"vader_segment.vm.{UID}.7f2a0001.3", "osc_sm.vm.40b40001.0.4",

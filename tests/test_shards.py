@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from photos import write_tree
 
-from asgd_mpi.data import patient
+from asgd_mpi.data import retrying_file
 from asgd_mpi.data.manifest import MANIFEST
 from asgd_mpi.data.shards import DamagedSample, ShardSet
 from asgd_mpi.errors import DataError
@@ -30,7 +30,7 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(patient, "WAITS_S", (0.0, 0.05, 0.2))
+    monkeypatch.setattr(retrying_file, "WAITS_S", (0.0, 0.05, 0.2))
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_shard_truncated_while_it_is_read_is_an_error_that_is_never_skipped(ro
 
 def test_a_shard_that_is_gone_while_it_is_read_is_an_error_with_its_name(root, monkeypatch):
     shards = ShardSet.open(root, "train", on_retry=lambda message: None)
-    monkeypatch.setattr(patient.PatientFile, "_try_to_read", lambda *_: "Stale file handle")
+    monkeypatch.setattr(retrying_file.RetryingFile, "_try_to_read", lambda *_: "Stale file handle")
     (root / SHARD).unlink()
     with pytest.raises(DataError, match=f"sample 2 of shard .*{SHARD} cannot be read: No such file or directory, after 4"):
         shards.read(12)

@@ -9,26 +9,28 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_loops import EXCHANGES, RULES, Cluster, make_task
 from torch import nn
 
-from asgd_mpi import inject, replay, simulate
-from asgd_mpi.computation import Computation, Computed, Snapshot
-from asgd_mpi.config import Config, DataConfig, ExchangeConfig, RuleConfig, ScheduleConfig
+from asgd_mpi import replay, simulate
+from asgd_mpi.config.options import Config, DataConfig, ExchangeConfig, RuleConfig, ScheduleConfig
+from asgd_mpi.config.rulebook import RULEBOOK, pacing
 from asgd_mpi.errors import TrainingDiverged, WorkersLost
-from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.offline.simulation import Simulation, Times
+from asgd_mpi.offline.simulation import simulate as train
+from asgd_mpi.offline.trainer import Computed, SingleProcessTrainer, Snapshot
+from asgd_mpi.optim.lr_schedule import Schedule
+from asgd_mpi.optim.replica import Replica
+from asgd_mpi.optim.rules import make_rule
+from asgd_mpi.optim.step import ScaledLoss
+from asgd_mpi.protocol.ledger import Plan
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import Push
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
-from asgd_mpi.server.ledger import Plan
-from asgd_mpi.server.rulebook import RULEBOOK, pacing
-from asgd_mpi.server.rules import make_rule
-from asgd_mpi.server.schedule import Schedule
+from asgd_mpi.runtime import fault_injection
 from asgd_mpi.simulate import write_run
-from asgd_mpi.simulation import Simulation, Times, simulate as train
-from asgd_mpi.worker.replica import Replica
-from asgd_mpi.worker.step import ScaledLoss
-from test_loops import EXCHANGES, RULES, Cluster, make_task
+from asgd_mpi.vector.flat import FlatModel
 
 TIMES = Times(0.01, 0.001, 0.0001, 0.001, spread=0.3)
 AT_ONCE = Times(1.0, 0.0, 0.0, 0.0)
@@ -155,7 +157,7 @@ def test_the_command_prints_accuracy_against_virtual_time_and_takes_the_times_of
 # ---- rules on a parabola: x0 = 1, gradient x
 
 
-class Parabola(Computation):
+class Parabola(SingleProcessTrainer):
     """A network of one weight, whose gradient is the weight itself; `seen`: the weight after each step."""
 
     def __init__(self, config, num_workers, lr_at=None):
@@ -200,7 +202,7 @@ def play(num_workers, pushes, eta=0.5, times=AT_ONCE, failures="", n_push=1, n_f
                     schedule=ScheduleConfig(name="constant", lr=eta, warmup_epochs=0.0))
     plan = Plan(num_workers, 1000, 0, pushes, 1, max(4, n_push), 1e9, pacing=pacing(rule, num_workers))
     game = Simulation(plan, exchange, Parabola(config, num_workers, lr_at), times, RULEBOOK[rule.name].moves,
-                      failures=inject.parse(failures))
+                      failures=fault_injection.parse(failures))
     watch(game)
     with mock.patch.object(ScaledLoss, "compute_gradient_", staticmethod(compute_gradient_)):
         game.run()
@@ -351,7 +353,7 @@ def test_no_rule_deadlocks_or_loses_a_sample_whoever_is_slow_dies_or_finishes_ea
                   spread=draw(st.sampled_from([0.0, 0.4])))
     nonfinite, seed = draw(st.sampled_from([0.0, 0.0, 0.15])), draw(st.integers(0, 9))
     game = Simulation(plan, exchange, NoArithmetic(num_workers, nonfinite, seed), times, entry.moves, seed,
-                      inject.parse(",".join(failures)))
+                      fault_injection.parse(",".join(failures)))
     try:
         game.run()
     except (TrainingDiverged, WorkersLost):

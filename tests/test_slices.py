@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from asgd_mpi import config as configuration
+from asgd_mpi.config import options as configuration
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.exchange import codec
-from asgd_mpi.server.ledger import Verdict
-from asgd_mpi.server.rules import make_rule
-from asgd_mpi.server.slices import PIECE, STEP, cut, pieces
+from asgd_mpi.optim.rules import make_rule
+from asgd_mpi.protocol.messages import Verdict
+from asgd_mpi.vector import codec
+from asgd_mpi.vector.partition import PIECE, STEP, cut, pieces
 
 SETTINGS = {"asgd": (), "heavy ball": ("--rule.momentum_at", "server"), "nesterov": ("--rule.momentum_at", "server_nag"),
             "softsync": (), "adagrad": (), "dc_asgd_c": (), "dc_asgd_a": ("--rule.momentum_at", "server"), "easgd": ()}

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-
 import slurm_cluster
+from photos import write_tree
+
 from asgd_mpi.record.events import Start, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
-from photos import write_tree
 
 TESTS = Path(__file__).parent
 JOB_S = 240.0                                # of any job here; on a quiet machine they take 5 to 40 s

@@ -4,12 +4,12 @@
 import h5py
 import pytest
 
-from asgd_mpi import config as configuration
-from asgd_mpi import preflight
-from asgd_mpi.computation import Computation
+from asgd_mpi.config import options as configuration
 from asgd_mpi.data.loader import ranges
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.server.ledger import Ledger, Plan
+from asgd_mpi.offline.trainer import SingleProcessTrainer
+from asgd_mpi.protocol.ledger import Ledger, Plan
+from asgd_mpi.runtime import preflight
 from asgd_mpi.task import complete, open_task
 
 
@@ -57,7 +57,7 @@ def test_the_trial_step_finds_how_many_images_a_network_needs(digits):
 
 
 def test_micro_batches_of_a_rest_are_fewer_and_none_has_one_image(digits):
-    computation = Computation(task_of(digits, "--batch-size", "8", "--compute.micro_batches", "4"), 1)
+    computation = SingleProcessTrainer(task_of(digits, "--batch-size", "8", "--compute.micro_batches", "4"), 1)
     computed = computation.compute_(0, [(0, 1432, 1437)], computation.first)       # 5 images: 2 and 3
     assert computed.is_finite and computed.skipped == 0
     computation.close()
@@ -93,7 +93,7 @@ def test_a_batch_without_an_image_counts_its_positions_and_its_step_is_one_of_a_
     assert (whole.skipped, len(whole.labels), len(whole.images)) == (4, 0, 0)
     assert any("1 whole images" in text and "min_batch" in text for text in said)
     loader.close()
-    computation = Computation(task, 1)
+    computation = SingleProcessTrainer(task, 1)
     computed = computation.compute_(0, [(0, 48, 52)], computation.first)
     assert computed.is_finite and computed.skipped == 4 and computed.loss == 0.0
     assert not computation.flat.gradient.any()

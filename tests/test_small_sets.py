@@ -8,8 +8,8 @@ import pytest
 import scipy.io
 from photos import write_tree
 
+from asgd_mpi.data.folder import FolderSet
 from asgd_mpi.data.shards import ShardSet
-from asgd_mpi.data.trials import FolderSet
 from asgd_mpi.errors import UserError
 from data_prep import imagenet, small
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from asgd_mpi import config as configuration
-from asgd_mpi.config import Recipe, ScheduleConfig, with_recipe
-from asgd_mpi.server import rulebook
-from asgd_mpi.server.schedule import Schedule
-from asgd_mpi.server.stability import limit
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config import rulebook
+from asgd_mpi.config.options import Recipe, ScheduleConfig, with_recipe
+from asgd_mpi.optim.lr_schedule import Schedule
+from asgd_mpi.optim.stability import limit
 
 
 def spectral_radius(n, rate, momentum, momentum_at):

@@ -8,23 +8,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks_for_tests import crossed
 from torch import nn
 from torch.nn import functional
 
-from asgd_mpi import config as configuration
-from asgd_mpi.config import ComputeConfig
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
-from asgd_mpi.model.flat import FlatModel, num_floats, places_of
 from asgd_mpi.model.memory import materialise_
-from asgd_mpi.stages.balance import SLACK, balance
-from asgd_mpi.stages.cut import adopt_, cut, whole
-from asgd_mpi.stages.graph import Graph, trace
-from asgd_mpi.stages.plan import Batch, Seconds, StagePlan, measure, predicted_bubble, render
-from asgd_mpi.stages.schedule import SCHEDULES, bubble, gpipe, held, idle_share, one_f_one_b, timeline
+from asgd_mpi.optim.step import compute_gradient_, validate
+from asgd_mpi.pipeline.balance import SLACK, balance
+from asgd_mpi.pipeline.cut import adopt_, cut, whole
+from asgd_mpi.pipeline.graph import Graph, trace
+from asgd_mpi.pipeline.plan import Batch, Seconds, StagePlan, measure, predicted_bubble, render
+from asgd_mpi.pipeline.schedule import SCHEDULES, bubble, gpipe, held, idle_share, one_f_one_b, timeline
 from asgd_mpi.task import complete, open_task
-from asgd_mpi.worker.step import compute_gradient_, validate
-from networks_for_tests import crossed
+from asgd_mpi.vector.flat import FlatModel, num_floats, places_of
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")

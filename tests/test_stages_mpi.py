@@ -5,18 +5,18 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from conftest import finish
 
-from asgd_mpi import config as configuration
 from asgd_mpi import evaluate, replay
+from asgd_mpi.comm.stage_group import pack, unpack
+from asgd_mpi.config import options as configuration
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.exchange.team import pack, unpack
-from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.events import Fetch, Publish, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
-from conftest import finish
+from asgd_mpi.runtime.prepare import prepare
 
 CPU = torch.device("cpu")
 OPTIONS = ["--compute.threads", "1", "--compute.micro_batches", "3", "--stages.balance", "memory", "--run.dir", "run",

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from asgd_mpi import config as configuration
-from asgd_mpi.config import ComputeConfig
-from asgd_mpi.model.flat import FlatModel
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import ComputeConfig
+from asgd_mpi.optim.step import ScaledLoss, compute_gradient_
 from asgd_mpi.task import complete, open_task
-from asgd_mpi.worker.step import ScaledLoss, compute_gradient_
+from asgd_mpi.vector.flat import FlatModel
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from photos import photo
 from PIL import Image, ImageOps
 
 from asgd_mpi.data.decode import decode
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError
 from data_prep import imagenet
-from photos import photo
 
 
 def tree_of(root, sides, orientation=1):

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import tiers
 from tiers import Seen
 

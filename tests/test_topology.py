@@ -2,9 +2,10 @@
 
 import pytest
 
-from asgd_mpi import gpus, topology
+from asgd_mpi.config import topology
+from asgd_mpi.config.topology import Gpu, Topology
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.topology import Gpu, Topology
+from asgd_mpi.runtime import devices
 
 A, B, C, D, E, F = (Gpu(name) for name in "ABCDEF")
 
@@ -81,15 +82,15 @@ def test_the_table_says_which_rank_drives_what():
 def test_slices_of_a_gpu_are_told_apart_by_the_list_that_shows_them(monkeypatch):
     """CUDA counts one slice at most, whatever the list holds, and reads the list once."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
-    monkeypatch.setattr(gpus.torch.cuda, "device_count", lambda: pytest.fail("CUDA was started before a slice was chosen"))
-    seen = tuple(Gpu(*gpu) for gpu in gpus.visible())
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: pytest.fail("CUDA was started before a slice was chosen"))
+    seen = tuple(Gpu(*gpu) for gpu in devices.visible())
     assert [gpu.id for gpu in seen] == ["MIG-a", "MIG-b"]
     chosen = []
-    monkeypatch.setattr(gpus.torch.cuda, "set_device",
-                        lambda device: chosen.append((gpus.os.environ[gpus.VARIABLE], str(device))))
+    monkeypatch.setattr(devices.torch.cuda, "set_device",
+                        lambda device: chosen.append((devices.os.environ[devices.VARIABLE], str(device))))
     places = Topology(("a",) * 3, (seen,) * 3)
     for rank in places.workers:
-        gpus.take(places, rank)
+        devices.take(places, rank)
     assert chosen == [("MIG-a", "cuda:0"), ("MIG-b", "cuda:0")]
 
 
@@ -99,9 +100,9 @@ def test_gpus_bound_to_single_tasks_are_told_apart_by_their_uuid(monkeypatch):
         uuid, name = "77", "H200"
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr(gpus.torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(gpus.torch.cuda, "get_device_properties", lambda index: Properties)
-    assert gpus.visible() == [Gpu("GPU-77", "H200")]
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(devices.torch.cuda, "get_device_properties", lambda index: Properties)
+    assert devices.visible() == [Gpu("GPU-77", "H200")]
 
 
 def test_cores_are_shared_among_the_ranks_of_a_host():

@@ -4,12 +4,12 @@ import json
 
 import msgspec
 import pytest
+from test_report import PUSHES, T0, cut, make_pushes, make_run, write_log
 
 from asgd_mpi import report
 from asgd_mpi.record.events import EventLog, Interval, Span, read_events
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.report import trace
-from test_report import PUSHES, T0, cut, make_pushes, make_run, write_log
 
 SKEW = 100.0  # seconds that the clock of rank 2 is behind
 

@@ -10,19 +10,19 @@ import msgspec
 import pytest
 import torch
 import torchvision
+from photos import write_odd_files, write_tree
 
-from asgd_mpi import config as configuration
 from asgd_mpi import evaluate, replay
+from asgd_mpi.config import options as configuration
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import RunDirError
+from asgd_mpi.optim.step import compute_gradient_
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.audit import audit
 from asgd_mpi.record.events import End, Fetch, Interval, Publish, Validation, read_events, read_pushes
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.task import open_task
-from asgd_mpi.worker.step import compute_gradient_
-from photos import write_odd_files, write_tree
 
 ONE_HOST, TWO_HOSTS, SHORT_COUNTS, FOLLOWS = "asgd_mpi.train", "two_hosts", "short_counts", "follows_closely"
 HEAVY_BALL, STOCK = ["--rule.momentum_at", "server"], ["--rule", "asgd"]       # torch.optim.SGD, and with nesterov

@@ -5,12 +5,12 @@ import pytest
 from photos import write_odd_files, write_tree
 
 from asgd_mpi import evaluate
-from asgd_mpi.config import parse
+from asgd_mpi.config.options import parse
 from asgd_mpi.data.augment import make_policy
+from asgd_mpi.data.folder import FolderSet, SyntheticSet
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.order import Order
 from asgd_mpi.data.shards import DamagedSample
-from asgd_mpi.data.trials import FolderSet, SyntheticSet
 from asgd_mpi.errors import DataError
 from asgd_mpi.record import checkpoint
 from asgd_mpi.task import complete, open_task

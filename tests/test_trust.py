@@ -7,11 +7,12 @@ import sys
 import msgspec
 import pytest
 
-from asgd_mpi import evaluate, replay, simulate, trust
+from asgd_mpi import evaluate, replay, simulate
 from asgd_mpi.errors import ConfigError, UserError
-from asgd_mpi.prepare import prepare
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.runtime import trust
+from asgd_mpi.runtime.prepare import prepare
 
 NETWORK = "import pathlib\nfrom asgd_mpi.model.networks import digits_cnn as net\n(pathlib.Path(__file__).parent / 'RAN').touch()\n"
 OPTIONS = ["--workers", "2", "--epochs", "0.1", "--run.progress", "none"]

@@ -5,25 +5,26 @@ import weakref
 
 import pytest
 import torch
+from networks_for_tests import Keeping, keeping, moving
 from torch import nn
 
-from asgd_mpi import config as configuration
-from asgd_mpi import replay, resume
-from asgd_mpi.config import ComputeConfig
+from asgd_mpi import replay
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import batchnorm, networks
 from asgd_mpi.model.buffers import moved_by_training_
-from asgd_mpi.model.flat import FlatModel, demand_trained, num_floats, num_statistics
+from asgd_mpi.optim.carried import Carried
+from asgd_mpi.optim.rules import make_rule
+from asgd_mpi.optim.step import compute_gradient_
+from asgd_mpi.pipeline.cut import cut
+from asgd_mpi.pipeline.graph import Graph, trace
+from asgd_mpi.pipeline.plan import Batch, StagePlan
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.rundir import RunDir
-from asgd_mpi.server.rules import make_rule
-from asgd_mpi.stages.cut import cut
-from asgd_mpi.stages.graph import Graph, trace
-from asgd_mpi.stages.plan import Batch, StagePlan
+from asgd_mpi.runtime import resume
 from asgd_mpi.task import complete, open_task
-from asgd_mpi.worker.carried import Carried
-from asgd_mpi.worker.step import compute_gradient_
-from networks_for_tests import Keeping, keeping, moving
+from asgd_mpi.vector.flat import FlatModel, demand_trained, num_floats, num_statistics
 
 CPU = torch.device("cpu")
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))

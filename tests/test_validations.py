@@ -4,16 +4,16 @@ import itertools
 
 import msgspec
 import pytest
+from test_loops import make_task
 
+from asgd_mpi.offline.simulation import Times, simulate
+from asgd_mpi.protocol.ledger import LedgerError
+from asgd_mpi.protocol.versions import LOOK, Versions
 from asgd_mpi.record.events import EventLog, Push, Resume, Start, Validation, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report import render
-from asgd_mpi.server.ledger import LedgerError
-from asgd_mpi.server.versions import LOOK, Versions
 from asgd_mpi.simulate import describe, write_run
-from asgd_mpi.simulation import Times, simulate
-from test_loops import make_task
 
 TIMES = Times(0.01, 0.001, 0.0001, 0.001, spread=0.3)
 

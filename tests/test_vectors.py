@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asgd_mpi.config import Config, ExchangeConfig, RuleConfig
-from asgd_mpi.exchange import codec
+from asgd_mpi.config.options import Config, ExchangeConfig, RuleConfig
 from asgd_mpi.model import networks
-from asgd_mpi.model.flat import FlatModel, norm_of, num_floats, places_of
 from asgd_mpi.model.memory import materialise_
+from asgd_mpi.optim.local_state import SpreadVectors
+from asgd_mpi.optim.replica import Replica
+from asgd_mpi.pipeline.cut import cut
+from asgd_mpi.pipeline.graph import Graph, trace
 from asgd_mpi.record import checkpoint
-from asgd_mpi.stages.cut import cut
-from asgd_mpi.stages.graph import Graph, trace
-from asgd_mpi.worker.replica import Replica
-from asgd_mpi.worker.team import _StageVectors
-from asgd_mpi.worker.vectors import SpreadVectors
+from asgd_mpi.runtime.stages import _StageVectors
+from asgd_mpi.vector import codec
+from asgd_mpi.vector.flat import FlatModel, norm_of, num_floats, places_of
 
 CPU = torch.device("cpu")
 CUTS, NUM_WORKERS, RATE = [2, 6], 4, 0.1
@@ -78,7 +78,7 @@ def make_pair(precision="float32", **rule):
 
 def step(pair, number, size=1.0, batches=1, loss=1.0, ill=0.0):
     """Both push a gradient on a snapshot; returns the two pushes, or None if it is not finite. ill: in the last stage."""
-    whole, leader, stages = pair
+    whole, lead, stages = pair
     generator = torch.Generator().manual_seed(number)
     snapshot = torch.randn(whole.flat.num_floats, generator=generator)
     whole.flat.weights.copy_(snapshot)
@@ -86,7 +86,7 @@ def step(pair, number, size=1.0, batches=1, loss=1.0, ill=0.0):
     gradients = [size * torch.randn(whole.flat.num_floats, generator=generator) for _ in range(batches)]
     gradients[0][-16] += ill                # of the last bias: the rest of it are gaps
     finished = []
-    for replica in (whole, leader):
+    for replica in (whole, lead):
         replica.fetched_(number, number, replica.flat.weights)
         for gradient in gradients:
             replica.add(SimpleNamespace(gradient=gradient, loss=loss, labels=[0]), None)
@@ -100,18 +100,18 @@ def step(pair, number, size=1.0, batches=1, loss=1.0, ill=0.0):
     {"name": "downpour"}, {"name": "ringmaster"}])
 def test_what_is_pushed_is_the_same_to_the_bit_however_the_vectors_are_spread(rule):
     pair = make_pair(**rule)
-    whole, leader, stages = pair
+    whole, lead, stages = pair
     for number, (size, batches) in enumerate([(1e-3, 1), (1.0, 2), (1e3, 1)]):       # the first is shorter than any limit
         one, other = step(pair, number, size, batches)
         assert torch.equal(one, other)
         assert torch.equal(whole.flat.weights, stages.joined(lambda stage: stage.flat.weights))     # a rule may have moved them
-    whole.undo_(), leader.undo_()
+    whole.undo_(), lead.undo_()
     one, other = step(pair, 7)
     assert torch.equal(one, other)
-    assert whole.keeps_state == leader.keeps_state == bool(whole.state)
+    assert whole.keeps_state == lead.keeps_state == bool(whole.state)
     if whole.state:
-        assert torch.equal(whole.state["velocity"], leader.state["velocity"])
-    whole.load_({}), leader.load_({})
+        assert torch.equal(whole.state["velocity"], lead.state["velocity"])
+    whole.load_({}), lead.load_({})
     assert torch.equal(*step(pair, 8))
 
 

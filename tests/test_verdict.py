@@ -2,10 +2,10 @@
 
 import msgspec
 import pytest
+from test_compare import make_summary
 
 from asgd_mpi.report.compare import Entry, Reached, compare
 from asgd_mpi.report.verdict import judge
-from test_compare import make_summary
 
 TARGET = 0.97
 

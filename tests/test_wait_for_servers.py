@@ -1,11 +1,11 @@
 """The wait of rank 0 for other servers is no update: it is a phase of its own, and the advice does not ask for more of them."""
 
 import pytest
+from test_report import T0, make_pushes, make_run, write_log
 
 from asgd_mpi.record.events import Interval, Start
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.report.advice import advise
-from test_report import T0, make_pushes, make_run, write_log
 
 
 def make(path, apply, servers):

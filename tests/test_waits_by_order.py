@@ -6,9 +6,9 @@ import time
 import pytest
 from test_window import make_pair
 
+from asgd_mpi.comm import wait
 from asgd_mpi.errors import DeadlineExceeded
-from asgd_mpi.exchange import wait
-from asgd_mpi.server.ledger import Lease, Mail, Orders, Work
+from asgd_mpi.protocol.messages import Lease, Mail, Orders, Work
 
 LIMIT_S = 0.4
 LEASE = Lease(1, Work.TRAIN, 0, 0, 16)

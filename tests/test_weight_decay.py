@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from asgd_mpi import config as configuration
-from asgd_mpi.config import RULES, Recipe, with_recipe
-from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.server.ledger import Verdict
-from asgd_mpi.server.rulebook import RULEBOOK, pacing
-from asgd_mpi.server.rules import make_rule
-from asgd_mpi.server.slices import pieces
-from asgd_mpi.worker.replica import Replica
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config.options import RULES, Recipe, with_recipe
+from asgd_mpi.config.rulebook import RULEBOOK, pacing
+from asgd_mpi.optim.replica import Replica
+from asgd_mpi.optim.rules import make_rule
+from asgd_mpi.protocol.messages import Verdict
+from asgd_mpi.vector.flat import FlatModel
+from asgd_mpi.vector.partition import pieces
 
 CPU = torch.device("cpu")
 RATE, MOMENTUM, DECAY = 0.02, 0.8, 0.02

@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from asgd_mpi.comm import worker_window
+from asgd_mpi.comm.layout import PAGE, Layout
+from asgd_mpi.comm.server_window import ServerWindow
+from asgd_mpi.comm.worker_window import Snapshot, WorkerWindow
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.exchange import reader
-from asgd_mpi.exchange.codec import BLOCK, rounded, vector_in
-from asgd_mpi.exchange.layout import PAGE, Layout
-from asgd_mpi.exchange.reader import Snapshot, WorkerWindow
-from asgd_mpi.exchange.window import ServerWindow
-from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.model.flat import FlatModel
-from asgd_mpi.server.ledger import Mail
-from asgd_mpi.server.slices import pieces
-from asgd_mpi.worker.courier import Courier
+from asgd_mpi.protocol.messages import Header, Kind, Mail
+from asgd_mpi.runtime.client import ServerClient
+from asgd_mpi.vector.codec import BLOCK, rounded, vector_in
+from asgd_mpi.vector.flat import FlatModel
+from asgd_mpi.vector.partition import pieces
 
 WIRES = ["float32", "bfloat16", "float16"]
 
@@ -72,7 +71,7 @@ def publish(server: ServerWindow, version: int, packet: int | None = None):
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_a_worker_copies_an_update_behind_the_server_that_writes_it(wire, monkeypatch):
-    monkeypatch.setattr(reader, "STRIDE", BLOCK)
+    monkeypatch.setattr(worker_window, "STRIDE", BLOCK)
     size = 3 * BLOCK + 16
     server, worker = make_pair(size, wire=wire)
     list(publish(server, 4))
@@ -94,7 +93,7 @@ def test_a_worker_copies_an_update_behind_the_server_that_writes_it(wire, monkey
 
 
 def test_a_worker_whose_slot_is_needed_again_while_it_follows_reads_anew_and_counts_it(monkeypatch):
-    monkeypatch.setattr(reader, "STRIDE", BLOCK)
+    monkeypatch.setattr(worker_window, "STRIDE", BLOCK)
     server, worker = make_pair(3 * BLOCK, ring=2)
     list(publish(server, 1))
     writing = publish(server, 2, packet=1)
@@ -114,10 +113,10 @@ def test_a_worker_whose_slot_is_needed_again_while_it_follows_reads_anew_and_cou
 
 
 def test_there_is_nothing_to_follow_for_a_packet_that_is_not_applied_or_a_vector_that_is_short():
-    server, worker = make_pair(2 * reader.STRIDE)
+    server, worker = make_pair(2 * worker_window.STRIDE)
     server.post(0, Mail(judged=3, version=0))
-    assert worker.follow(3, torch.zeros(8 * reader.STRIDE, dtype=torch.uint8)) is None
-    assert make_pair(reader.STRIDE)[1].follow(1, torch.zeros(4 * reader.STRIDE, dtype=torch.uint8)) is None
+    assert worker.follow(3, torch.zeros(8 * worker_window.STRIDE, dtype=torch.uint8)) is None
+    assert make_pair(worker_window.STRIDE)[1].follow(1, torch.zeros(4 * worker_window.STRIDE, dtype=torch.uint8)) is None
 
 
 @pytest.mark.parametrize("latest, fetches", [(5, 0), (6, 1)])
@@ -128,7 +127,7 @@ def test_what_a_worker_followed_is_fetched_anew_if_it_was_held_until_there_was_a
         is_latest=lambda version: version == latest, fetch=lambda into, at_least, whole: Snapshot(6, 60, 0))
     outbox = SimpleNamespace(payload=flat.gradient.view(torch.uint8), sent=1, send=lambda *_: None, wait=lambda: None)
     counts = {}
-    courier = Courier(window, outbox, flat, SimpleNamespace(add=lambda **more: counts.update(more)), overlap=False)
-    courier.push_gradient(Header(Kind.GRADIENT, 0, 1, 4, 1, 0, 1), fetch=True)
-    assert courier.wait() and courier.version == latest and courier.samples == 10 * latest
+    client = ServerClient(window, outbox, flat, SimpleNamespace(add=lambda **more: counts.update(more)), overlap=False)
+    client.push_gradient(Header(Kind.GRADIENT, 0, 1, 4, 1, 0, 1), fetch=True)
+    assert client.wait() and client.version == latest and client.samples == 10 * latest
     assert counts["followed"] == 1 - fetches and counts["fetches"] == 1

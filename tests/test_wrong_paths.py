@@ -5,12 +5,12 @@ import shutil
 import sys
 
 import pytest
+from test_plan import RUN
 
 import data_prep
 from asgd_mpi import evaluate, plan, poc, replay, report, simulate
 from asgd_mpi.record.rundir import RunDir
 from data_prep import fashion_mnist, imagenet, inspect, small, verify
-from test_plan import RUN
 
 KINDS = ("nowhere", "empty", "file", "file/below", "loop", "x" * 300, "/dev/null", "Gr\u00fc\u00dfe und mehr")
 

@@ -3,7 +3,7 @@
 import sys
 
 from asgd_mpi import train
-from asgd_mpi.exchange.world import World
+from asgd_mpi.comm.world import World
 
 
 def on_this_host(self):

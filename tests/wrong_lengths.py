@@ -6,11 +6,11 @@ Each does so with its 10th payload: rank 1 sends 1000 bytes too many, rank 3 as 
 import sys
 
 import numpy as np
+import two_hosts  # noqa: F401 - ranks 1 and 3 are on another host than rank 0
 from mpi4py import MPI
 
-import two_hosts  # noqa: F401 - ranks 1 and 3 are on another host than rank 0
 from asgd_mpi import train
-from asgd_mpi.exchange import link, world
+from asgd_mpi.comm import packets, world
 
 MORE = {1: 1000, 3: -1000}
 payloads = 0
@@ -20,8 +20,8 @@ class Comm(MPI.Intracomm):
     def Isend(self, buf, dest, tag=0):
         global payloads
         num_bytes = memoryview(buf[0]).nbytes
-        payloads += tag == link.TAG and num_bytes > 1000
-        if tag == link.TAG and num_bytes > 1000 and payloads == 10 and self.rank in MORE:
+        payloads += tag == packets.TAG and num_bytes > 1000
+        if tag == packets.TAG and num_bytes > 1000 and payloads == 10 and self.rank in MORE:
             self.sent = np.zeros(num_bytes + MORE[self.rank], np.uint8)
             room = min(num_bytes, len(self.sent))
             self.sent[:room] = np.frombuffer(buf[0], np.uint8)[:room]

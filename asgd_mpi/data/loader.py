@@ -21,7 +21,6 @@ from asgd_mpi.data.decode import decode
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.data.shards import DamagedSample, ShardSet
 
-
 Range = tuple[int, int, int]  # of one batch: epoch, start, stop
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from asgd_mpi import bounded
 from asgd_mpi.errors import DataError, one_line
-from asgd_mpi.plausible import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, impossible_moments, out_of_range
+from asgd_mpi.untrusted import bounded
+from asgd_mpi.untrusted.plausible import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, impossible_moments, out_of_range
 
 FORMAT = "asgd-shard"
 FORMAT_VERSION = 1

@@ -27,11 +27,11 @@ import h5py
 import numpy as np
 import xxhash
 
-from asgd_mpi import bounded
 from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Manifest, read_manifest
-from asgd_mpi.data.patient import PatientFile
+from asgd_mpi.data.retrying_file import RetryingFile
 from asgd_mpi.errors import DataError
+from asgd_mpi.untrusted import bounded
 
 
 class DamagedSample(DataError):
@@ -48,7 +48,7 @@ class _Shard:
     """Where one shard's samples lie: an open file and the small arrays."""
 
     path: Path
-    file: PatientFile
+    file: RetryingFile
     offset: np.ndarray  # (n + 1,) uint64: sample i is bytes offset[i] to offset[i + 1] of the file
     label: np.ndarray  # (n,) int64
     xxh3: np.ndarray  # (n,) uint64
@@ -215,7 +215,7 @@ def _read_index(path: Path, file: h5py.File, manifest: Manifest, num_samples: in
         raise ValueError(f"its samples end at byte {offset.max()} of {samples.size}, or before they begin")
     return _Shard(
         path=path,
-        file=PatientFile(path, on_retry),
+        file=RetryingFile(path, on_retry),
         offset=offset + np.uint64(samples.id.get_offset()),
         label=label.astype(np.int64),
         xxh3=xxh3,

@@ -4,7 +4,7 @@ constant     frozen parameters (requires_grad=False) and buffers that training l
              from the first weights on
 statistics   of batch norm: see `batchnorm`
 moved        what a forward pass in training changes and may read again: the vectors of spectral norm, a code book, a counter,
-             an average of weights. Every worker keeps its own, as it keeps a velocity (see worker.carried).
+             an average of weights. Every worker keeps its own, as it keeps a velocity (see optim.carried).
 """
 
 from __future__ import annotations

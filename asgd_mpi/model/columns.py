@@ -1,4 +1,4 @@
-"""What a network in two columns is: one that can be computed on two ranks at the same time (see stages.columns)."""
+"""What a network in two columns is: one that can be computed on two ranks at the same time (see pipeline.columns)."""
 
 from __future__ import annotations
 

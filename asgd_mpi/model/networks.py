@@ -12,7 +12,7 @@ import inspect
 import torch
 from torch import nn
 
-from asgd_mpi.config import Config, Recipe
+from asgd_mpi.config.options import Config, Recipe
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model.blame import blamed
 from asgd_mpi.model.columns import TwoColumns

@@ -30,13 +30,13 @@ import msgspec
 import torch
 
 import asgd_mpi
-from asgd_mpi import bounded
 from asgd_mpi.errors import RunDirError, one_line
-from asgd_mpi.plausible import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, MAX_WORKERS, impossible_moments, out_of_range
 from asgd_mpi.record import disk
 from asgd_mpi.record.disk import unwritable, write_whole
 from asgd_mpi.record.rundir import LEFT_OVER, REMOVED, REPLACED, RunDir, version_and_restart
 from asgd_mpi.record.tensors import read_tensors
+from asgd_mpi.untrusted import bounded
+from asgd_mpi.untrusted.plausible import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, MAX_WORKERS, impossible_moments, out_of_range
 
 MODEL, SERVER, LEDGER, MANIFEST = "model.pt", "server.pt", "ledger.json", "manifest.json"
 _FILE = re.compile(r"model\.pt|server\.pt|ledger\.json|worker[0-9]{3,7}\.pt")

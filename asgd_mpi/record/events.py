@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Literal, Union
 
 import msgspec
 
-from asgd_mpi import bounded
 from asgd_mpi.record.disk import make_directory, open_own, unwritable
+from asgd_mpi.untrusted import bounded
 
 if TYPE_CHECKING:
-    from asgd_mpi.exchange.wire import Header
-    from asgd_mpi.server.ledger import Score, Verdict
-    from asgd_mpi.server.versions import Made
+    from asgd_mpi.protocol.messages import Header, Score, Verdict
+    from asgd_mpi.protocol.versions import Made
 
 FORMAT = 1
 PHASES = ("data", "compute", "push", "fetch", "validate", "apply", "servers", "checkpoint", "idle")  # where a rank's time goes

@@ -18,20 +18,19 @@ from typing import Any
 import msgspec
 import yaml
 
-from asgd_mpi import bounded
-from asgd_mpi import config as configuration
+from asgd_mpi.config import options as configuration
+from asgd_mpi.config import rulebook
 from asgd_mpi.errors import printable
-from asgd_mpi.server import rulebook
-from asgd_mpi.record.audit import Audit, audit
 from asgd_mpi.record import history
+from asgd_mpi.record.aggregate import COUNTERS, Epoch, GpuUse, Lines, Metrics, Rank, RankNote, Status, Training
+from asgd_mpi.record.audit import Audit, audit
+from asgd_mpi.record.bubble import Pipelines, pipelines
 from asgd_mpi.record.events import Checkpoint, Push, Retirement, Validation, read_events
-from asgd_mpi.record.pipelines import Pipelines, pipelines
-from asgd_mpi.record.readings import (
-    COUNTERS, Epoch, GpuUse, Lines, Metrics, Rank, RankNote, Status, Training)
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.starts import Restart, gaps_s, seconds_outside, starts_of
 from asgd_mpi.record.timeline import Bins, Timeline
 from asgd_mpi.record.validations import Validations
+from asgd_mpi.untrusted import bounded
 
 CONFIG_KEYS = ("model.name", "data.path", "data.batch_size", "run.epochs", "run.seed", "rule.name", "rule.momentum",
                "rule.warm_start_epochs", "schedule.lr", "exchange.n_push", "exchange.n_fetch", "exchange.overlap",

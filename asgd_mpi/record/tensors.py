@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from asgd_mpi import bounded
 from asgd_mpi.errors import RunDirError, one_line
+from asgd_mpi.untrusted import bounded
 
 
 def read_tensors(path: Path, is_mapped: bool = False) -> dict[str, torch.Tensor]:

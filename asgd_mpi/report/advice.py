@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import statistics
 
+from asgd_mpi.config.rulebook import WAITING
 from asgd_mpi.record.events import PHASES
 from asgd_mpi.record.summary import Summary
 from asgd_mpi.report.cost import Cost, cost_until
 from asgd_mpi.report.units import count, number, percent, seconds, short
-from asgd_mpi.server.rulebook import WAITING
 
 SHARED_OUT = 1_000_000   # parameters, from which several servers are proposed: an update of fewer is a matter of some ms
 SATURATED = 0.8       # share of the time that the server is busy, from which more workers hardly help

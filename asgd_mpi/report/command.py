@@ -16,8 +16,9 @@ from typing import Optional
 import jsonargparse
 import msgspec
 
-from asgd_mpi import command_line, ending, limits
+from asgd_mpi.config import command_line, limits
 from asgd_mpi.errors import ConfigError, RunDirError, tell
+from asgd_mpi.process import ending
 from asgd_mpi.record import history
 from asgd_mpi.record.disk import make_directory, write_whole
 from asgd_mpi.record.rundir import RunDir
@@ -30,7 +31,6 @@ from asgd_mpi.report.follow import follow
 from asgd_mpi.report.markdown import render, render_comparison
 from asgd_mpi.report.trace import write_trace
 from asgd_mpi.report.units import size
-
 
 PRICE = limits.at_least(0), "a price is 0 or more, in any currency"
 ACCURACY = limits.above(0, 100), "give a top-1 accuracy in percent, above 0 and up to 100"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from asgd_mpi.config import Config, options, settings
+from asgd_mpi.config.options import Config, options, settings
 from asgd_mpi.record.events import Validation
 from asgd_mpi.record.summary import CONFIG_KEYS, Summary
 from asgd_mpi.report import cost as costs

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import matplotlib
 from matplotlib.figure import Figure
 
-from asgd_mpi.forecast import Costs, Observation, Outcome
+from asgd_mpi.offline.forecast import Costs, Observation, Outcome
 from asgd_mpi.report.figures import BLUE, ORANGE, PURPLE, RED, Picture, canvas, in_thousands
 from asgd_mpi.report.page import css, template
 from asgd_mpi.report.svg import FAINT, SETTINGS, to_svg

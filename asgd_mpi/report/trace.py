@@ -18,14 +18,26 @@ from pathlib import Path
 
 import msgspec
 
-from asgd_mpi import bounded
 from asgd_mpi.errors import one_line
-from asgd_mpi.record.events import (PHASES, Checkpoint, End, Event, Interval, Note, Push, Span, Start, Validation,
-                                    read_events, read_pushes)
-from asgd_mpi.record.history import lineage
-from asgd_mpi.record.readings import COUNTERS, Lines
+from asgd_mpi.record.aggregate import COUNTERS, Lines
 from asgd_mpi.record.disk import open_own, unwritable
+from asgd_mpi.record.events import (
+    PHASES,
+    Checkpoint,
+    End,
+    Event,
+    Interval,
+    Note,
+    Push,
+    Span,
+    Start,
+    Validation,
+    read_events,
+    read_pushes,
+)
+from asgd_mpi.record.history import lineage
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.untrusted import bounded
 
 MAX_EVENTS = 200_000                      # of intervals, and of pushes: a file of some 50 MB
 SPANS, INTERVALS, PUSHES = 1, 2, 3        # threads

@@ -17,10 +17,10 @@ from torch import multiprocessing, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from asgd_mpi.config import Config, ScheduleConfig
+from asgd_mpi.config.options import Config, ScheduleConfig
 from asgd_mpi.data.loader import Range
 from asgd_mpi.model.networks import DIGITS
-from asgd_mpi.server.schedule import Schedule
+from asgd_mpi.optim.lr_schedule import Schedule
 from asgd_mpi.task import Task, complete, open_task
 from benchmarks.networks import sleeping_digits
 

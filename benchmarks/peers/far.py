@@ -7,8 +7,8 @@ import json
 import statistics
 import time
 
-from asgd_mpi.exchange.wire import Header
-from asgd_mpi.worker.courier import Courier
+from asgd_mpi.protocol.messages import Header
+from asgd_mpi.runtime.client import ServerClient
 from benchmarks.peers import ours
 
 
@@ -18,13 +18,13 @@ class Apart:
     def __init__(self):
         self.push_s, self.fetch_s = [], []
 
-    def __call__(self, courier: Courier, header: Header) -> None:
+    def __call__(self, client: ServerClient, header: Header) -> None:
         times = [time.perf_counter()]
-        courier.push_gradient(header, fetch=False)
-        courier.wait()
+        client.push_gradient(header, fetch=False)
+        client.wait()
         times.append(time.perf_counter())
-        courier.start(None, lambda payload: 0)
-        courier.wait()
+        client.start(None, lambda payload: 0)
+        client.wait()
         times.append(time.perf_counter())
         self.push_s.append(times[1] - times[0])
         self.fetch_s.append(times[2] - times[1])

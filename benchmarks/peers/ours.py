@@ -1,4 +1,4 @@
-"""asgd_mpi itself: `mpirun -np N+1`. The package's own server, ledger, window and courier; only computing is left out.
+"""asgd_mpi itself: `mpirun -np N+1`. The package's own server, ledger, window and client; only computing is left out.
 
 The gradient lies where a training on the CPU computes it: in the memory that the server reads in place.
 """
@@ -12,21 +12,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asgd_mpi.config import CheckpointConfig, FailureConfig, RuleConfig
-from asgd_mpi.exchange.layout import Layout
-from asgd_mpi.exchange.link import Inbox, Outbox
-from asgd_mpi.exchange.reader import WorkerWindow
-from asgd_mpi.exchange.window import ServerWindow
-from asgd_mpi.exchange.wire import Header, Kind
-from asgd_mpi.exchange.world import World
-from asgd_mpi.model.flat import FlatModel, num_floats
+from asgd_mpi.comm.layout import Layout
+from asgd_mpi.comm.packets import Inbox, Outbox
+from asgd_mpi.comm.server_window import ServerWindow
+from asgd_mpi.comm.worker_window import WorkerWindow
+from asgd_mpi.comm.world import World
+from asgd_mpi.config.options import CheckpointConfig, FailureConfig, RuleConfig
+from asgd_mpi.optim.rules import Rule
+from asgd_mpi.protocol.ledger import Ledger, Plan
+from asgd_mpi.protocol.messages import Header, Kind, Lease, Mail, Orders, Verdict
 from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.server.ledger import Ledger, Lease, Mail, Orders, Plan, Verdict
-from asgd_mpi.server.rules import Rule
-from asgd_mpi.server.serve import Server
-from asgd_mpi.worker.courier import Courier
+from asgd_mpi.runtime.client import ServerClient
+from asgd_mpi.runtime.server import Server
+from asgd_mpi.vector.flat import FlatModel, num_floats
 from benchmarks.peers import protocol
 
 ENDLESS = 1 << 40     # samples
@@ -89,15 +89,15 @@ def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, optio
     return server.ledger.version
 
 
-def push_and_fetch(courier: Courier, header: Header) -> None:
-    courier.push_gradient(header, fetch=True)
-    courier.wait()
+def push_and_fetch(client: ServerClient, header: Header) -> None:
+    client.push_gradient(header, fetch=True)
+    client.wait()
 
 
-def work(world: World, courier: Courier, clock: protocol.Clock, exchange: Callable[[Courier, Header], None]) -> None:
+def work(world: World, client: ServerClient, clock: protocol.Clock, exchange: Callable[[ServerClient, Header], None]) -> None:
     """Push and fetch, one sample of a lease each time, until the server says stop."""
     def granted() -> Lease | None:
-        return next((lease for lease in courier.mail.leases if lease.number == number), None)
+        return next((lease for lease in client.mail.leases if lease.number == number), None)
 
     def is_news(mail: Mail) -> bool:
         return mail.orders == Orders.STOP or any(lease.number == number for lease in mail.leases)
@@ -105,17 +105,17 @@ def work(world: World, courier: Courier, clock: protocol.Clock, exchange: Callab
     number = 1
     while True:
         if not granted():                              # else it came with the last trip, as it does in a training
-            courier.await_mail(is_news, "grant it a lease")
+            client.await_mail(is_news, "grant it a lease")
         lease = granted()
         if lease is None:
-            courier.say(Header(Kind.GOODBYE, world.worker, courier.sent + 1, 0, 0, 0, 0))
+            client.say(Header(Kind.GOODBYE, world.worker, client.sent + 1, 0, 0, 0, 0))
             return
-        exchange(courier, Header(Kind.GRADIENT, world.worker, courier.sent + 1, courier.version, number, lease.start, 1))
+        exchange(client, Header(Kind.GRADIENT, world.worker, client.sent + 1, client.version, number, lease.start, 1))
         clock.tick()
         number += 1
 
 
-def main(exchange: Callable[[Courier, Header], None] = push_and_fetch) -> World:
+def main(exchange: Callable[[ServerClient, Header], None] = push_and_fetch) -> World:
     """How a worker makes an exchange may be given; the world, when all is over."""
     options, world = protocol.options(), World(timeout_s=60)
     torch.set_num_threads(options.threads if world.is_server else 1)
@@ -132,13 +132,13 @@ def main(exchange: Callable[[Courier, Header], None] = push_and_fetch) -> World:
             outbox = Outbox(world, window)
             flat = FlatModel(module, torch.device("cpu"), outbox.payload.view(torch.float32))
             flat.gradient[:options.parameters].copy_(protocol.make_gradient(options.parameters))
-            courier = Courier(window, outbox, flat, meter, overlap=False)
+            client = ServerClient(window, outbox, flat, meter, overlap=False)
             clock = protocol.Clock(options.warmup, options.seconds)
-            work(world, courier, clock, exchange)
+            work(world, client, clock, exchange)
             result = {"rate": clock.rate, "pushes": clock.exchanges}
             weights = flat.weights                     # now of this worker's last push: get those of everybody's
             if window.near[0]:                         # one alone on another host, whom nobody answers any more, has them
-                window.fetch(weights.view(torch.uint8), at_least=courier.mail.version)
+                window.fetch(weights.view(torch.uint8), at_least=client.mail.version)
         log.close()
     results = world.gather(result)
     pushes = results[0]["pushes"]

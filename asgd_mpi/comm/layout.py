@@ -1,0 +1,124 @@
+"""Where things lie in the memory that a server shows.
+
+Rank 0, and every further server, for its slice of the weights (P is then the length of the slice), owns, in bytes:
+
+    control   32 words of int64: latest version, its slot; and for each slot of the ring its version, its sample clock, the
+              version that is or was written last, and how many of its numbers are there; the last word is the server's beat
+    promises  N x 2 words: the packet of a worker that is being applied, and the slot whose next version will hold it
+    mail      N x 24 words: see wire.pack_mail
+    ring      K slots of P float32, each on a page of its own; in a narrower wire format (see codec) followed by what workers
+              read of them
+    statistics  2 words: how often a write of them has begun, and ended; then batch-norm statistics, float32 (rank 0)
+
+Pure: numbers in, places out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.protocol import messages
+from asgd_mpi.vector import codec, partition
+
+PAGE = 4096
+CONTROL_WORDS = 32
+PROMISE_WORDS = 2
+PACKET, PROMISED_SLOT = range(PROMISE_WORDS)
+LATEST, SLOT, FIRST_WORD = 0, 1, 2   # positions of the control words
+BEAT = CONTROL_WORDS - 1             # counts up for as long as the server's loop turns
+WORDS_OF_SLOT = 4
+VERSION, SAMPLES, COMING, WRITTEN = range(WORDS_OF_SLOT)
+WORD = 8                             # bytes
+STATISTICS_FROM = 2 * WORD           # behind their words
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie in a server's memory, in bytes. Raises ConfigError if the ring is too long for its words.
+
+    With several servers this is the layout of the whole; `of` gives that of one server's memory.
+    """
+
+    num_parameters: int       # P
+    ring: int                 # K
+    num_workers: int          # N
+    num_statistics: int = 0   # batch-norm statistics of the network, floats
+    wire: str = "float32"     # format of what travels, one of codec.DTYPES
+    num_servers: int = 1      # S
+
+    def __post_init__(self):
+        room = (BEAT - FIRST_WORD) // WORDS_OF_SLOT
+        if self.ring > room:
+            raise ConfigError(f"--exchange.ring {self.ring}: the window has room for {room} slots.")
+
+    @cached_property
+    def slices(self) -> list[slice]:
+        """The numbers that each server serves."""
+        return partition.cut(self.num_parameters, self.num_servers, self.wire)
+
+    def of(self, number: int) -> Layout:
+        """Of the memory of the server of a slice. Statistics go to the first one."""
+        own = self.slices[number]
+        return replace(self, num_parameters=own.stop - own.start, num_servers=1,
+                       num_statistics=0 if number else self.num_statistics)
+
+    def travels(self, number: int) -> slice:
+        """The bytes of a slice, within a vector as it travels."""
+        start = codec.num_bytes(self.slices[number].start, self.wire)
+        return slice(start, start + self.of(number).vector_bytes)
+
+    def promise(self, worker: int) -> int:
+        return WORD * (CONTROL_WORDS + PROMISE_WORDS * worker)
+
+    def mail(self, worker: int) -> int:
+        return self.promise(self.num_workers) + WORD * messages.MAIL_WORDS * worker
+
+    def slot(self, index: int) -> int:
+        """The weights, (P,) float32."""
+        return _to_page(self.mail(self.num_workers)) + index * (self._whole + self._shown)
+
+    def shown(self, index: int) -> int:
+        """The weights as they travel."""
+        return self.slot(index) + (self._whole if self._shown else 0)
+
+    @property
+    def statistics(self) -> int:
+        return self.slot(self.ring)
+
+    @property
+    def server_bytes(self) -> int:
+        return self.statistics + (_to_page(STATISTICS_FROM + 4 * self.num_statistics) if self.num_statistics else 0)
+
+    @property
+    def vector_bytes(self) -> int:
+        """A vector as it travels."""
+        return codec.num_bytes(self.num_parameters, self.wire)
+
+    @property
+    def payload_bytes(self) -> int:
+        """The longest payload of a packet."""
+        return max(self.vector_bytes, 4 * self.num_statistics)
+
+    @property
+    def worker_bytes(self) -> int:
+        """A worker on a server's host: its gradient."""
+        return _to_page(self.payload_bytes)
+
+    @property
+    def _whole(self) -> int:
+        return _to_page(4 * self.num_parameters)
+
+    @property
+    def _shown(self) -> int:
+        return 0 if self.wire == "float32" else _to_page(self.vector_bytes)
+
+
+def words_of_slot(slot: int) -> slice:
+    first = FIRST_WORD + WORDS_OF_SLOT * slot
+    return slice(first, first + WORDS_OF_SLOT)
+
+
+def _to_page(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE) * PAGE

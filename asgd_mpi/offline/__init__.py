@@ -1,0 +1,1 @@
+"""A run in one process: replay, simulation and forecast."""

@@ -1,0 +1,1 @@
+"""What the ranks of a run do: servers, workers, stages, and what is checked before they start."""

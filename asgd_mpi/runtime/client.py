@@ -1,0 +1,206 @@
+"""Trips to the server and back: a gradient goes out, the server judges it, a newer snapshot comes in.
+
+Without overlap a trip is made on the spot. With overlap it is made by one thread, to which all of the worker's MPI
+calls then belong, while the next gradient is computed: on weights that do not hold the push that is under way. Two
+buffers each of weights and gradient are then swapped, never copied. An MPI library moves nothing on its own while
+nobody is inside it; the thread is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from asgd_mpi.comm.packets import Outbox
+from asgd_mpi.comm.worker_window import Snapshot, WorkerWindow
+from asgd_mpi.protocol.messages import Header, Kind, Mail, Orders
+from asgd_mpi.record.meter import Meter
+from asgd_mpi.vector import codec
+from asgd_mpi.vector.flat import FlatModel
+
+if TYPE_CHECKING:
+    from asgd_mpi.runtime.stages import LeadStage
+
+
+@dataclass
+class RoundTrip:
+    """What a trip brought, and the seconds it took."""
+
+    mail: Mail
+    snapshot: Snapshot | None = None
+    num_bytes: int = 0        # of it
+    push_s: float = 0.0
+    fetch_s: float = 0.0
+
+
+class ServerClient:
+    """Owns the worker's MPI calls. `version` is that of the fetched weights; `mail` came with the last trip.
+
+    What is fetched is in flat.weights, or, with `fetches_aside`, in flat.spare_weights. leader: of the stages, if the network
+    is cut: each fetches its own part, and they put the gradient together.
+    """
+
+    def __init__(self, window: WorkerWindow, outbox: Outbox, flat: FlatModel, meter: Meter, overlap: bool,
+                 fetches_aside: bool = False, wire: str = "float32", lead: LeadStage | None = None):
+        self._leader = lead
+        self._window, self._outbox, self._flat, self._meter, self._wire = window, outbox, flat, meter, wire
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="client") if overlap else None
+        self._trip: Future[RoundTrip] | None = None
+        on_gpu = flat.device.type == "cuda"
+        num_bytes = codec.num_bytes(flat.num_floats, "float32" if on_gpu else wire)
+        is_staged = (on_gpu or wire != "float32") and not lead
+        self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu) if is_staged else None
+        self._stream = torch.cuda.Stream(flat.device) if on_gpu and overlap else None
+        self._aside = fetches_aside
+        self.version = self.samples = 0
+        self.mail = Mail(judged=0, version=0)
+
+    @property
+    def sent(self) -> int:
+        """Packets that have been given to the client."""
+        return self._outbox.sent
+
+    def is_back(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._trip is None or self._trip.done()
+
+    def start(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool = True,
+              whole: bool = False) -> None:
+        """Set out, with a packet unless `header` is None; the last trip must have been waited for.
+
+        `fill` writes the payload, uint8, and returns its bytes; it is called on the way, by whoever makes the trip. `whole`:
+        fetch the weights as the server holds them, not in the format that travels.
+        """
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self._flat.device))     # which may still fill the gradient
+        self._trip = self._run(self._go, header, fill, fetch, whole)
+
+    def push_gradient(self, header: Header, fetch: bool) -> None:
+        """Set out with the gradient of `flat`; with overlap, `flat` gets another one to fill."""
+        if self._thread:
+            self._flat.swap_gradients_()
+        flat = self._leader or self._flat
+        gradient = flat.spare_gradient if self._thread else flat.gradient
+
+        def fill(payload: torch.Tensor) -> int:
+            if payload.data_ptr() != gradient.data_ptr():
+                codec.copy_(codec.vector_in(payload, len(gradient), self._wire), gradient)
+            return codec.num_bytes(len(gradient), self._wire)
+
+        self.start(header, fill, fetch)
+
+    @property
+    def fetched(self) -> torch.Tensor:
+        """The weights that the last fetch brought, (P,) float32 on the device of `flat`; of a leader its own part."""
+        return self._flat.spare_weights if self._aside else self._flat.weights
+
+    def wait(self) -> bool:
+        """Wait for the trip to end, and take what it brought; whether the weights are new."""
+        if self._trip is None:
+            return False
+        started = time.perf_counter()
+        trip, self._trip = self._trip.result(), None
+        if self._thread:
+            waited = time.perf_counter() - started
+            self._meter.add(push=waited, hidden=max(0.0, trip.push_s + trip.fetch_s - waited))
+        else:
+            self._meter.add(push=trip.push_s, fetch=trip.fetch_s)
+        self.mail = trip.mail
+        if trip.snapshot is None:
+            return False
+        self.version, self.samples = trip.snapshot.version, trip.snapshot.samples
+        self._meter.add(fetches=1, followed=int(trip.snapshot.followed), torn_reads=trip.snapshot.torn_reads,
+                        bytes_fetched=trip.num_bytes)
+        if self._thread:
+            self._flat.swap_weights_()
+        return True
+
+    def say(self, header: Header) -> None:
+        """Send a packet without a payload, and wait until the server has taken note of it."""
+        self.start(header, lambda payload: 0, fetch=False)
+        self.wait()
+
+    def await_mail(self, until: Callable[[Mail], bool], for_what: str) -> None:
+        """Wait for mail of which `until` holds, for as long as the server lives."""
+        self.mail = self._run(self._window.await_mail, self.sent, self._by_order(until), for_what).result()
+
+    def _by_order(self, until: Callable[[Mail], bool]) -> Callable[[Mail], bool]:
+        """Return `until` for a wait that the server has ordered: that is no stall."""
+        def look(mail: Mail) -> bool:
+            self._meter.add()
+            return until(mail)
+
+        return look
+
+    def is_overtaken(self) -> bool:
+        """Return whether a gradient on the weights that were fetched last cannot count any more. Not with overlap."""
+        mail = self._window.read_mail()
+        return mail is not None and self.version < mail.oldest
+
+    def read_statistics(self) -> torch.Tensor:
+        """The batch-norm statistics that the server keeps, float32."""
+        return self._run(self._window.read_statistics).result()
+
+    def close(self) -> None:
+        if self._thread:
+            self._thread.shutdown()
+
+    def _run(self, work: Callable, *arguments: object) -> Future:
+        if self._thread:
+            return self._thread.submit(work, *arguments)
+        done: Future = Future()
+        done.set_result(work(*arguments))
+        return done
+
+    def _go(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool, whole: bool) -> RoundTrip:
+        started = time.perf_counter()
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if header is not None:
+                self._outbox.send(header, fill(self._outbox.payload))
+                self._outbox.wait()
+            followed = self._follow(whole) if header is not None and fetch else None
+            until = _may_go_on if header and header.kind in (Kind.GRADIENT, Kind.NONFINITE) else lambda mail: True
+            trip = RoundTrip(self._window.await_mail(self.sent, self._by_order(until), "let it go on"), push_s=time.perf_counter() - started)
+            if fetch:
+                trip.snapshot, trip.num_bytes = self._fetch(trip.mail.version, whole, followed)
+        if self._stream:
+            self._stream.synchronize()
+        trip.fetch_s = time.perf_counter() - started - trip.push_s
+        return trip
+
+    def _follow(self, whole: bool) -> Snapshot | None:
+        """Read the snapshot that will hold the packet which has left, while it is written, if that can be."""
+        return None if self._leader else self._window.follow(self.sent, self._memory(whole), whole)
+
+    def _fetch(self, at_least: int, whole: bool, followed: Snapshot | None) -> tuple[Snapshot, int]:
+        """Read a snapshot, unless the one that was `followed` is still the latest; also returns its bytes."""
+        if self._leader:
+            return self._leader.fetch(at_least, whole)
+        memory = self._memory(whole)
+        snapshot = followed if followed and self._window.is_latest(followed.version) else self._window.fetch(
+            memory, at_least, whole)
+        weights = self._into
+        if memory.data_ptr() != weights.data_ptr():
+            codec.copy_(weights, codec.vector_in(memory, len(weights), "float32" if whole else self._wire))
+        return snapshot, len(memory)
+
+    @property
+    def _into(self) -> torch.Tensor:
+        """Where the next weights are to be, (P,) float32."""
+        return self._flat.spare_weights if self._thread or self._aside else self._flat.weights
+
+    def _memory(self, whole: bool) -> torch.Tensor:
+        """Where they arrive, uint8 on the host."""
+        if self._staging is None or (whole and self._flat.device.type == "cpu"):
+            return self._into.view(torch.uint8)
+        return self._staging[:codec.num_bytes(len(self._into), "float32" if whole else self._wire)]
+
+
+def _may_go_on(mail: Mail) -> bool:
+    return not mail.hold or mail.orders != Orders.GO_ON
