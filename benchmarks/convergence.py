@@ -1,19 +1,20 @@
 """How accurate each update rule is, by number of workers, rate, start and n_sync; sequential SGD is the line to meet.
 
-    python -m benchmarks.convergence --parts stock,digits,rates,momentum,starts,real,fashion,fashion_real --processes 2
+    python -m benchmarks.convergence --parts stock,digits,rates,sync,momentum,starts,real,fashion,fashion_real --processes 2
 
 Each part adds rows to benchmarks/results/convergence.json; those that are there already are not computed again, so that it
 goes on where it was interrupted. `real` and `fashion_real` start mpirun, the others run `asgd_mpi.simulate` in process: steps of 10 ms with a
 spread of 30 % and exchanges of 2 ms on a virtual clock. At the end the tables of docs/convergence.md and its figure are made anew.
 
-stock     what comes without any option: asgd for the 40 epochs of the digits, 1, 8, 16 and 32 workers, 5 seeds
-digits    every rule, 8, 16, 32 and 64 workers, 5 seeds, 20 epochs
+stock     what comes without any option: asgd for the 40 epochs of the digits, 1, 8, 16 and 32 workers, 3 seeds
+digits    every rule, 8, 16, 32 and 64 workers, 3 seeds, 20 epochs
 rates     every rule at a tenth and at ten times its rate
+sync      synchronous training at its scaled rate and at 1/2, 1/4, 1/8 and 1/16 of it, 3 seeds: linear scaling ends somewhere
 momentum  who keeps the velocity, with and without a limit to what a push moves
 starts    cold and warm start by workers and n_sync, as figures 3 and 4 of Paine et al. 2013 (arXiv:1312.6186)
-real      every rule, 4 workers, mpirun, 5 seeds
-fashion   every rule on Fashion-MNIST (make data/fashion-mnist with data_prep.fashion_mnist first), 4 epochs, 5 seeds;
-          `fashion_real` with 4 workers, mpirun, 5 seeds
+real      every rule, 4 workers, mpirun, one seed
+fashion   every rule on Fashion-MNIST (make data/fashion-mnist with data_prep.fashion_mnist first), 4 epochs, 3 seeds;
+          `fashion_real` with 4 workers, mpirun, one seed
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "convergence.md"
 FIGURE = DOCUMENT.with_suffix(".png")
 TIMES = Times(step_s=0.010, push_s=0.001, apply_s=0.0001, fetch_s=0.001, spread=0.3)
 TARGET = {"digits": 0.97, "fashion": 0.86}
-WORKERS, SEEDS = (8, 16, 32, 64), 5
+WORKERS, SEEDS = (8, 16, 32, 64), 3
 FASHION = ["--data", "data/fashion-mnist", "--model", "benchmarks.networks:fashion_cnn", "--run.validate_every", "0.5"]
 FASHION_RATE = 0.02    # with momentum 0.9
 REAL_S = 300.0         # deadline of a real run
 KEEPERS = tuple(f"--rule.momentum_at {place}" for place in ("server", "worker", "dana")) + ("--rule.momentum_at none --rule.momentum 0",)
 DRIFTS = (0, 0.25)
+SYNC_FACTORS = (1.0, 0.5, 0.25, 0.125, 0.0625)    # of the rate that linear scaling gives
 TABLE = re.compile(r"(?:^\|.*$\n?)+", re.MULTILINE)
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 
@@ -101,6 +103,8 @@ def settings(part: str) -> Iterator[Setting]:
     elif part == "rates":
         yield from (Setting(part, rule, n, 0, factor) for rule in rules for n in (8, 32) for factor in (0.1, 10.0))
         yield from (Setting(part, "asgd", 1, 0, factor) for factor in (0.1, 10.0))
+    elif part == "sync":
+        yield from (Setting(part, "sync", n, seed, factor) for factor in SYNC_FACTORS for n in WORKERS for seed in range(3))
     elif part == "momentum":
         yield from (Setting(part, "asgd", n, 0, 10.0 if "none" in keeper else 1.0, more=f"--rule.max_drift {drift} {keeper}")
                     for n in (1, 8, 16, 32) for drift in DRIFTS for keeper in KEEPERS)
@@ -108,12 +112,12 @@ def settings(part: str) -> Iterator[Setting]:
         yield from (Setting(part, "downpour", n, seed, 0.1, n_sync, warm, "--rule.max_drift 0") for seed in range(2) for n in (1, 4, 8, 16)
                     for n_sync in (1, 10, 100, 300) for warm in (0.0, 4.0) if n > 1 or not warm)
     elif part in ("real", "fashion_real"):
-        yield from (Setting(part, rule, 4, seed) for seed in range(SEEDS) for rule in rules)
+        yield from (Setting(part, rule, 4, 0) for rule in rules)
     elif part == "fashion":
         yield from (Setting(part, "asgd", n, seed) for seed in range(SEEDS) for n in (1, *WORKERS))
         yield from (Setting(part, rule, n, seed) for seed in range(SEEDS) for n in WORKERS for rule in rules)
     else:
-        raise SystemExit(f"there is no part {part}: choose of stock, digits, rates, momentum, starts, real, fashion, fashion_real")
+        raise SystemExit(f"there is no part {part}: choose of stock, digits, rates, sync, momentum, starts, real, fashion, fashion_real")
 
 
 def train(setting: Setting) -> dict:
@@ -223,6 +227,9 @@ def tables(rows: list[dict]) -> str:
         parts.append(machine.table(["rule", *(f"{factor}x rate, {n} workers" for n in (8, 32) for factor in ("0.1", "1", "10"))], [
             [rule, *(cell("rates" if factor != 1 else "digits", rule=rule, workers=n, factor=factor, seed=0)
                      for n in (8, 32) for factor in (0.1, 1.0, 10.0))] for rule in rules]))
+    if "sync" in there:
+        parts.append(machine.table(["rate, of the scaled one", *map(str, WORKERS)], [
+            [f"{factor:g}", *(cell("sync", workers=n, factor=factor) for n in WORKERS)] for factor in SYNC_FACTORS]))
     if "momentum" in there:
         parts.append(machine.table(["workers", "limit", "server", "worker", "dana", "none, 10x rate"], [
             [n, drift or "none", *(cell("momentum", workers=n, more=f"--rule.max_drift {drift} {keeper}") for keeper in KEEPERS)]
@@ -271,7 +278,7 @@ def main(parts: str = "", processes: int = 1) -> None:
     """Compute the rows of some parts that are not there yet; none: only the tables and the figure.
 
     Args:
-        parts: of stock, digits, rates, momentum, starts, real, fashion, fashion_real; separated by commas
+        parts: of stock, digits, rates, sync, momentum, starts, real, fashion, fashion_real; separated by commas
         processes: trainings at a time; of real runs always one
     """
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "made": {}}

@@ -21,7 +21,7 @@ def test_the_limit_of_the_first_meeting_is_that_of_the_command_line(arguments, s
 
 @pytest.mark.parametrize("seconds, status, said", [(0.2, 4, "rank 1 waits"), (20, 0, "")])
 def test_a_call_that_blocks_for_longer_than_its_limit_ends_the_process_with_a_word(seconds, status, said):
-    code = ("import time; from asgd_mpi.exchange import wait\n"
+    code = ("import time; from asgd_mpi.comm import wait\n"
             f"with wait.at_most({seconds}, 'rank 1 waits', status=4): time.sleep(1)\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.strip()) == (status, said)

@@ -155,7 +155,7 @@ def test_a_full_disk_is_an_error_with_the_reason_and_the_previous_checkpoint_sta
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunDirError, match="cannot write .*model.pt: No space left on device.*--run.dir"):
+    with pytest.raises(RunDirError, match="cannot write .*model.pt: No space left on device.*free some space"):
         write(run.path, 2)
     assert resume.find(run).version == 1
 

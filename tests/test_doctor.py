@@ -23,7 +23,7 @@ LINK = Link(1, "a", 1e-6, 5e9, 1e-6, 1e10)
 
 LOSSY = """
 import torch
-from asgd_mpi.exchange import probe
+from asgd_mpi.comm import probe
 from asgd_mpi.comm.world import World
 
 class Lossy:

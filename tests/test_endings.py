@@ -20,7 +20,7 @@ SOURCES = [path for room in ("asgd_mpi", "data_prep", "benchmarks") for path in 
            if "peers" not in path.parts]                 # those are the ranks of a benchmark
 COMMAND = """
 import sys
-from asgd_mpi import ending
+from asgd_mpi.process import ending
 from asgd_mpi.errors import ConfigError
 
 @ending.of_command
@@ -85,7 +85,7 @@ def test_a_mistake_of_the_user_is_a_line_and_a_fault_of_ours_keeps_its_traceback
 
 
 def test_a_name_that_the_terminal_cannot_show_is_written_out(tmp_path):
-    code = "import sys; from asgd_mpi import ending; sys.exit(ending.of_command(lambda: print('Gr\\u00fc\\udce4e'))())"
+    code = "import sys; from asgd_mpi.process import ending; sys.exit(ending.of_command(lambda: print('Gr\\u00fc\\udce4e'))())"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "Gr\\xfc\\udce4e\n")

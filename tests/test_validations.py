@@ -89,7 +89,7 @@ def test_of_a_resumed_run_the_validations_of_forgotten_versions_are_left_out_and
     summary = summarize(run)
     assert [(score.version, score.samples, score.made) for score in summary.validations] == [
         (2, 32, 11.0), (4, 64, 13.0), (6, 96, 105.0)]
-    assert summary.forgotten_validations == 1 and "1 validations of versions that were forgotten" in render(summary)
+    assert summary.forgotten_validations == 1 and "1 validation of versions that were forgotten" in render(summary)
 
 
 class Lends:

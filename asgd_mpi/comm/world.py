@@ -1,6 +1,6 @@
 """The world of ranks: who is here, and the few words they exchange before and after training.
 
-mpi4py is imported in this room (`asgd_mpi.exchange`) only. Collectives are nonblocking and polled with a deadline;
+mpi4py is imported in this room (`asgd_mpi.comm`) only. Collectives are nonblocking and polled with a deadline;
 texts travel as bytes, never as pickles. Constructing a World communicates nothing; `start` does.
 """
 
