@@ -122,7 +122,7 @@ def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers
     [], ["--exchange.n_push", "auto"], ["--rule", "ssp", "--rule.slack", "1"], ["--rule", "sync"],
     ["--rule.warm_start_epochs", "3"]], ids=["default", "auto", "ssp", "sync", "warm start"])
 def test_workers_that_are_killed_are_retired_and_the_others_go_on(site, options):
-    site.train(3, *options, "--inject", "kill@step30:rank2,kill@t=1s:rank3", status=3, ulfm=True, epochs=6)
+    site.train(3, *options, "--inject", "kill@step30:rank2,kill@step50:rank3", status=3, ulfm=True, epochs=6)
     assert sorted(site.check(epochs=6)["retired"]) == [2, 3]
     assert {loss.rank: loss.reason for loss in site.events(Retirement)} == dict.fromkeys((2, 3), "its process has ended")
     assert "its process has ended" in (site.run.report / "report.md").read_text()
@@ -185,7 +185,7 @@ def test_a_stall_is_written_down_with_the_stacks_of_all_ranks(site):
     first = sorted(path.name.split(".")[0] for path in site.run.stalls.iterdir())[0]
     texts = [(site.run.stalls / f"{first}.rank{rank:03d}.txt").read_text() for rank in range(3)]
     assert all("no progress for" in text and "most recent call first" in text for text in texts)
-    assert "in compute" in texts[1] and "inject.py" in texts[1] and "stall: rank 1" in done.stderr
+    assert "in compute" in texts[1] and "fault_injection.py" in texts[1] and "stall: rank 1" in done.stderr
 
 
 def test_when_the_server_dies_the_workers_end_and_only_what_came_after_the_checkpoint_is_lost(site):
@@ -242,7 +242,7 @@ def test_settings_that_differ_are_refused_with_both_values_unless_they_are_meant
     site.train(1, "--inject", "term@step20:rank1", status=75)
     monkeypatch.chdir(site.directory)
     refused = site.refusal("--lr", "0.5", "--seed", "3")
-    assert "--schedule.lr was 0.0125, is 0.5" in refused and "--run.seed was 0, is 3" in refused
+    assert "--schedule.lr was 0.025, is 0.5" in refused and "--run.seed was 0, is 3" in refused
     assert "--override run.seed,schedule.lr" in refused, refused
     assert "--model.name was 'networks_for_tests:restless', is 'digits_cnn'" in site.refusal("--model", "digits_cnn")
     site.train(1, "--lr", "0.5", "--override", "schedule.lr", status=0)

@@ -134,7 +134,9 @@ def test_a_log_with_one_entry_changed_does_not_replay(finished):
     if finished.options == SYNC:
         pytest.skip("within a round all versions hold the same weights")
     torch.set_num_threads(1)
-    at, push = next((i, push) for i, push in enumerate(finished.pushes) if push.version > 5)
+    first = 2 if "easgd" in finished.options else 5            # pushes of ten batches are few, and an elastic worker must push again
+    at, push = next((i, push) for i, push in enumerate(finished.pushes) if push.version > first and any(
+        later.worker == push.worker for later in finished.pushes[i + 1:]))
     other = msgspec.structs.replace(push, read_version=push.read_version + (1 if push.staleness else -1))
     # An elastic worker computes on its own weights: they show it only at its next push.
     version = r"\d+" if "easgd" in finished.options else push.version
@@ -325,5 +327,5 @@ def test_reads_that_had_to_be_repeated_are_counted_noted_and_reported(openmpi, d
     reads = 1437 + 2 * 360 + summary.read_retries              # at least: both validations, or one
     assert reads // 80 <= summary.read_retries <= reads // 40
     assert summary.read_retries == len(summary.notes) + summary.notes_left_out == done.stderr.count("Input/output error")
-    assert f"{summary.read_retries} reads failed and were repeated" in (run.report / "report.md").read_text()
+    assert f"{summary.read_retries} reads failed and repeated" in (run.report / "report.md").read_text()
     assert "Input/output error" in summary.notes[0].text and not summary.audit.violations
