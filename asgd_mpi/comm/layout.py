@@ -5,7 +5,7 @@ Rank 0, and every further server, for its slice of the weights (P is then the le
     control   32 words of int64: latest version, its slot; and for each slot of the ring its version, its sample clock, the
               version that is or was written last, and how many of its numbers are there; the last word is the server's beat
     promises  N x 2 words: the packet of a worker that is being applied, and the slot whose next version will hold it
-    mail      N x 24 words: see wire.pack_mail
+    mail      N x 24 words: see messages.pack_mail
     ring      K slots of P float32, each on a page of its own; in a narrower wire format (see codec) followed by what workers
               read of them
     statistics  2 words: how often a write of them has begun, and ended; then batch-norm statistics, float32 (rank 0)

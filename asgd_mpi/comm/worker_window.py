@@ -2,7 +2,7 @@
 
 On the server's host a read is a plain copy out of shared memory; from a server of another host it is a one-sided call, or, if
 that was measured to be faster, a question that the server answers with plain messages. What is read, and how a torn read
-is told, is written in `window`.
+is told, is written in `server_window`.
 """
 
 from __future__ import annotations

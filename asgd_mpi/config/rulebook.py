@@ -1,7 +1,7 @@
 """The update rules by name: what each asks of the server, the ledger and the workers, its defaults, and its source.
 
-Pure: no MPI, no torch. The vectors are moved in `rules` (server) and `optim.replica`; who waits for whom, and which
-gradients make a step together, is decided in `pace`.
+Pure: no MPI, no torch. The vectors are moved in `optim.rules` (server) and `optim.replica`; who waits for whom, and which
+gradients make a step together, is decided in `protocol.barrier`.
 """
 
 from __future__ import annotations

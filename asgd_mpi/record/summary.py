@@ -2,7 +2,7 @@
 
 In: `config.yaml`, `versions.json`, `metrics/rankNNN.jsonl`, `pushes.log`, any of the last three missing or damaged.
 Out: one `Summary`, with what is missing or damaged named in `problems`. The files are read once, line by line, and
-added up while they are read (`readings`): memory grows with the ranks, the epochs and the validations, never with the
+added up while they are read (`aggregate`): memory grows with the ranks, the epochs and the validations, never with the
 pushes. No text is laid out here (`report`), nothing is written, and neither MPI nor torch is needed.
 
 Images are those applied at the server (`pushes.log`) or, without that file, those trained by the workers (metrics).
