@@ -7,13 +7,22 @@ traceback. A message says what is wrong with the numbers, why it matters, and wh
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from itertools import islice
+from pathlib import Path
 from typing import TextIO
 
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f"                  # what a terminal obeys, all but \\t and \\n
-                     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"   # changes of the direction of writing
-                     "\u2028\u2029\ufeff\U000e0000-\U000e007f"        # ends of lines, and what is not seen
-                     "\ud800-\udfff]")                               # halves of characters: bytes of names that are no UTF-8
-LONGEST = 2000        # characters of one value that are shown
+# what a terminal obeys, all but \\t and \\n
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
+    # changes of the direction of writing
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+    # ends of lines, and what is not seen
+    "\u2028\u2029\ufeff\U000e0000-\U000e007f"
+    # halves of characters: bytes of names that are no UTF-8
+    "\ud800-\udfff]"
+)
+LONGEST = 2000  # characters of one value that are shown
 
 
 def printable(text: str) -> str:
@@ -23,8 +32,25 @@ def printable(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Return a name, a reason or another value as it is shown on a line of its own or in a cell: printable, and not too long."""
-    cut = f"... ({len(text)} characters)" if len(text) > LONGEST else ""
-    return printable(" ".join(text[:LONGEST].splitlines()).replace("\t", " ")) + cut
+    line = printable(" ".join(text[:LONGEST].splitlines()).replace("\t", " "))
+    if len(text) > LONGEST:
+        line += f"... ({len(text)} characters)"
+    return line
+
+
+def plural(number: float, one: str, many: str = "") -> str:
+    """Return the word or words for a number of things; `many` is `one` with an s unless it is given."""
+    if number == 1:
+        return one
+    return many or f"{one}s"
+
+
+def few(names: Collection[object], most: int = 3) -> str:
+    """Return the first of some names, and how many more there are: `a, b, c and 5 more`."""
+    shown = ", ".join(str(name) for name in islice(names, most))
+    if len(names) > most:
+        shown += f" and {len(names) - most} more"
+    return shown
 
 
 def tell(*values: object, file: TextIO | None = None) -> None:
@@ -62,7 +88,8 @@ class TrainingDiverged(UserError):
 TOO_FAST = (
     "The learning rate is too high for this staleness: try --schedule.lr at a third of its value, --schedule.warmup_epochs, a "
     "lower --rule.momentum, or fewer workers. Momentum on the server is the first suspect: with 8 workers and momentum 0.9 the "
-    "stable rate is 13 times lower than without.")
+    "stable rate is 13 times lower than without."
+)
 
 
 class DeadlineExceeded(UserError):
@@ -75,6 +102,14 @@ class ServerLost(UserError):
 
 class RanksLost(UserError):
     """Processes have ended while all ranks were still getting ready; there is nothing to go on with."""
+
+
+class RankFailed(Exception):
+    """An exception on a rank that asgd_mpi.launch has started; the message has its traceback. `directory`: of the run, if any."""
+
+    def __init__(self, message: str, directory: Path | None = None):
+        super().__init__(message)
+        self.directory = directory
 
 
 class StageLost(UserError):

@@ -11,132 +11,46 @@ used here, so that it runs where the packages are not.
 
 from __future__ import annotations
 
-import re
-import subprocess
+import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from os import environ
+from types import ModuleType
+from typing import Any
 
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.process import ending
-
-TIMEOUT_S = 90.0      # Python starts late from a busy file system
-TRIES = 2             # srun has been seen not to come back though all ranks of a heterogeneous step had ended
-RANK = ("import os, socket; from mpi4py import MPI; "            # one write: launchers mix the lines of ranks
-        "os.write(1, f'<rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} on {socket.gethostname()}>\\n'.encode())")
-SEEN = re.compile(r"<rank (\d+) of (\d+) on ([^<>\s]+)>")
-VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")    # a process's number, as its launcher has it
+from asgd_mpi.process import ending, launchers
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """What Slurm gave: tasks and nodes, over all groups of a heterogeneous job."""
+class _Verb(ModuleType):
+    """This module, which is called, too: `asgd_mpi.launch(train, ranks=4)` in a script or a notebook."""
 
-    num_tasks: int
-    num_nodes: int
-    num_groups: int = 1
-    is_part: bool = False
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from asgd_mpi.launched import launch  # brings torch, which the command does without
 
-    @classmethod
-    def of(cls, env: Mapping[str, str]) -> Allocation | None:
-        """From the variables of a job; None outside of one."""
-        if "SLURM_JOB_ID" not in env:
-            return None
-        groups = int(env.get("SLURM_HET_SIZE", 1))
-        suffixes = [""] if groups == 1 else [f"_HET_GROUP_{group}" for group in range(groups)]
-        nodes = [int(env.get(f"SLURM_JOB_NUM_NODES{suffix}", 1)) for suffix in suffixes]
-        tasks = [int(env.get(f"SLURM_NTASKS{suffix}", number)) for suffix, number in zip(suffixes, nodes)]
-        return cls(sum(tasks), sum(nodes), groups)
-
-    def part(self, num_tasks: int) -> Allocation:
-        """So many of the tasks, on as few of the nodes as hold them."""
-        per_node = -(-self.num_tasks // self.num_nodes)
-        return Allocation(num_tasks, -(-num_tasks // per_node), self.num_groups, is_part=True)
-
-    def launchers(self) -> list[str]:
-        """What to try, the best first: srun passes signals on, and its status is that of the ranks."""
-        if self.num_groups > 1:          # mpirun sees the first group only
-            groups = ",".join(map(str, range(self.num_groups)))
-            return [f"srun --mpi={kind} --het-group={groups}" for kind in ("pmix", "pmi2")]
-        mpirun = f"env SLURM_MPI_TYPE=none mpirun -n {self.num_tasks}"     # mpirun starts its own daemons with srun
-        size = f" --nodes={self.num_nodes} --ntasks={self.num_tasks}" if self.is_part else ""
-        return [f"srun --mpi=pmix{size}", f"srun --mpi=pmi2{size}", mpirun]
+        return launch(*arguments, **options)
 
 
-def rank_by_launcher(env: Mapping[str, str] = environ) -> int:
-    """Return this process's number as its launcher has it, before MPI runs; 0 without a launcher."""
-    return next((int(env[name]) for name in VARIABLES if env.get(name, "").isdecimal()), 0)
-
-
-def is_first_process(env: Mapping[str, str] = environ) -> bool:
-    """Whether the launcher takes this for its first process: of separate worlds of one rank, one should speak."""
-    return all(env.get(name, "0") == "0" for name in VARIABLES)
-
-
-def own_launcher(library: str, in_slurm: bool) -> str:
-    """What starts programs of this MPI library ("Open MPI v5.0.11"), in words."""
-    kind = "pmix" if library.startswith("Open MPI") else "pmi2"
-    mpirun = f"the mpirun that came with {library}"
-    return f"`srun --mpi={kind}`, or {mpirun}; `python -m asgd_mpi.launch` tries all" if in_slurm else mpirun
-
-
-def judge(allocation: Allocation, status: int | None, output: str) -> str:
-    """What is wrong with a launcher, from how it ended (None: it did not) and what it printed; empty if it works."""
-    ranks = SEEN.findall(output)
-    sizes, hosts = {int(size) for _, size, _ in ranks}, {host for *_, host in ranks}
-    said = [line.strip() for line in SEEN.sub("", output).splitlines()
-            if re.search("[a-z]{3}", line) and "arning" not in line]
-    if status is None:
-        return f"hangs: not all {allocation.num_tasks} ranks had started and ended after {TIMEOUT_S:.0f} s, {TRIES} times"
-    if sizes == {1} and allocation.num_tasks > 1:
-        return f"every process is rank 0 of 1 ({len(ranks)} of them): it does not start the MPI that mpi4py uses"
-    if status or sizes != {allocation.num_tasks}:
-        return f"status {status}, {len(ranks)} of {allocation.num_tasks} ranks came up" + (f": {said[0]}" if said else "")
-    if len(hosts) < allocation.num_nodes:
-        return f"puts all ranks on {len(hosts)} of {allocation.num_nodes} nodes: {', '.join(sorted(hosts))}"
-    return ""
-
-
-def attempt(launcher: str, python: list[str], allocation: Allocation) -> str:
-    """Start all ranks by a launcher, again if it hangs; what is wrong with it, or empty."""
-    for _ in range(TRIES):
-        try:
-            done = subprocess.run([*launcher.split(), *python, "-c", RANK], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, text=True, errors="replace", timeout=TIMEOUT_S)
-            return judge(allocation, done.returncode, done.stdout)
-        except subprocess.TimeoutExpired:
-            continue
-        except FileNotFoundError as error:
-            return f"there is no {error.filename}"
-    return judge(allocation, None, "")
-
-
-def find(allocation: Allocation, python: list[str]) -> int | None:
-    """The position in `launchers` of the first that works; what is wrong with those before it goes to standard error."""
-    for number, launcher in enumerate(allocation.launchers()):
-        wrong = attempt(launcher, python, allocation)
-        if not wrong:
-            return number
-        print(f"{launcher}: {wrong}", file=sys.stderr)
-    return None
+sys.modules[__name__].__class__ = _Verb
 
 
 @ending.of_command
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = ending.words(arguments)
     if arguments[:1] != ["--"]:
         ending.demand_no_options(arguments, __doc__)
-    allocation = Allocation.of(environ)
+    allocation = launchers.Allocation.of(os.environ)
     if allocation is None:
-        raise ConfigError("there is no Slurm job here: call this within one (sbatch, salloc); elsewhere `mpirun` starts the ranks.")
-    number = find(allocation, arguments[1:] or [sys.executable])
+        raise ConfigError(
+            "there is no Slurm job here: call this within one (sbatch, salloc); elsewhere `mpirun` starts the ranks."
+        )
+    number = launchers.find(allocation, arguments[1:] or [sys.executable])
     if number is not None:
         print(allocation.launchers()[number])
         return 0
-    print(f"no launcher brings {allocation.num_tasks} ranks on {allocation.num_nodes} nodes into one world. Load the MPI "
-          "that mpi4py was built with in slurm/env.sh, or set LAUNCH there to what your site starts MPI programs with.",
-          file=sys.stderr)
+    print(
+        f"no launcher brings {allocation.num_tasks} ranks on {allocation.num_nodes} nodes into one world. Load the MPI "
+        "that mpi4py was built with in slurm/env.sh, or set LAUNCH there to what your site starts MPI programs with.",
+        file=sys.stderr,
+    )
     return 1
 
 

@@ -10,24 +10,13 @@ import os
 import shlex
 import sys
 
-from asgd_mpi.process import ending
-
-
-def settings(is_root: bool) -> dict[str, str]:
-    """Environment variables for the launcher; MPICH reads none of them and needs none."""
-    variables = {
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # more ranks than cores
-        "OMPI_MCA_osc": "^ucx",                                     # silences a component that is not used here
-    }
-    if is_root:
-        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return variables
+from asgd_mpi.process import ending, mpirun_env
 
 
 @ending.of_command
 def main(arguments: list[str] | None = None) -> int:
-    ending.demand_no_options(sys.argv[1:] if arguments is None else arguments, __doc__)
-    for name, value in settings(is_root=os.geteuid() == 0).items():
+    ending.demand_no_options(ending.words(arguments), __doc__)
+    for name, value in mpirun_env.settings(is_root=os.geteuid() == 0).items():
         print(f"export {name}={shlex.quote(value)}")
     return 0
 

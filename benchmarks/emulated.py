@@ -22,7 +22,8 @@ def sleep_(*_: object, **__: object) -> float:
 
 
 if __name__ == "__main__":
-    assert callable(step.compute_gradient_) and callable(FlatModel.is_finite)     # what is replaced is what the worker calls
+    # what is replaced is what the worker calls
+    assert callable(step.compute_gradient_) and callable(FlatModel.is_finite)
     step.compute_gradient_ = sleep_
     FlatModel.is_finite = lambda flat: True
     sys.exit(train.main())

@@ -16,8 +16,10 @@ from pathlib import Path
 from asgd_mpi.process import ending
 from benchmarks import launch, machine
 
-STARTUP_S = 90.0          # before a deadline begins to count: imports, first touches, on a busy machine
-LIMIT_BYTES = 7 * 4       # of an exchange, a parameter: apply reads g, v, w and writes v, w'; fetch reads and writes
+# before a deadline begins to count: imports, first touches, on a busy machine
+STARTUP_S = 90.0
+# of an exchange, a parameter: apply reads g, v, w and writes v, w'; fetch reads and writes
+LIMIT_BYTES = 7 * 4
 MEMORY = ("triad_1", "triad_2", "copy_1", "copy_2")
 
 
@@ -25,8 +27,8 @@ MEMORY = ("triad_1", "triad_2", "copy_1", "copy_2")
 class Peer:
     module: str
     what: str
-    ranks_more: int | None = None    # than workers, under mpirun; None: it starts its own processes
-    needs: str = "torch"             # a package
+    ranks_more: int | None = None  # than workers, under mpirun; None: it starts its own processes
+    needs: str = "torch"  # a package
 
 
 PEERS = {
@@ -55,60 +57,97 @@ def main() -> int:
             try:
                 rate = _measure(PEERS[name], num_parameters, num_workers, options)
             except launch.Failed as failure:
-                failures.append(f"round {round_ + 1}, {name}, P = {num_parameters}, {num_workers} workers: {failure}")
+                failures.append(
+                    f"round {round_ + 1}, {name}, P = {num_parameters}, {num_workers} workers: {failure}"
+                )
                 print(failures[-1], file=sys.stderr)
                 continue
             values.setdefault((num_parameters, num_workers, name), []).append(rate)
-            print(f"round {round_ + 1}: P = {num_parameters}, {num_workers} workers, {name}: {rate:.1f}/s", flush=True)
+            print(
+                f"round {round_ + 1}: P = {num_parameters}, {num_workers} workers, {name}: {rate:.1f}/s",
+                flush=True,
+            )
         result = _result(sizes, peers, values)
-        machine.write(options.out, described | {"skipped": skipped, "failures": failures} | result)   # a run is long
+        # a run is long
+        machine.write(options.out, described | {"skipped": skipped, "failures": failures} | result)
     print("\n" + "\n\n".join(_tables(result, peers)))
     return int(bool(failures))
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.exchange", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--parameters", type=machine.integers, default=[1_000_000, 11_700_000, 61_000_000])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.exchange", description=__doc__.partition("\n\n")[0]
+    )
+    parser.add_argument(
+        "--parameters", type=machine.integers, default=[1_000_000, 11_700_000, 61_000_000]
+    )
     parser.add_argument("--workers", type=machine.integers, default=[1, 2, 4, 7])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5.0, help="timed, of each system in each round")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="timed, of each system in each round"
+    )
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds before that")
     parser.add_argument("--threads", type=int, default=1, help="of the process that applies")
-    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help=",".join(PEERS))
-    parser.add_argument("--mpirun", default="mpirun --bind-to none", help="the launcher, with its options")
+    parser.add_argument(
+        "--peers", type=lambda text: text.split(","), default=list(PEERS), help=",".join(PEERS)
+    )
+    parser.add_argument(
+        "--mpirun", default="mpirun --bind-to none", help="the launcher, with its options"
+    )
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "exchange.json")
     options = parser.parse_args()
     unknown = set(options.peers) - set(PEERS)
     if unknown:
-        parser.error(f"there is no peer {', '.join(sorted(unknown))}; there are: {', '.join(PEERS)}")
+        parser.error(
+            f"there is no peer {', '.join(sorted(unknown))}; there are: {', '.join(PEERS)}"
+        )
     return options
 
 
 def _present(names: list[str]) -> tuple[list[str], dict[str, str]]:
     """The peers that can run here, and why the others cannot."""
-    skipped = {name: f"{PEERS[name].needs} is not installed" for name in names
-               if importlib.util.find_spec(PEERS[name].needs) is None}
+    skipped = {
+        name: f"{PEERS[name].needs} is not installed"
+        for name in names
+        if importlib.util.find_spec(PEERS[name].needs) is None
+    }
     for name, reason in skipped.items():
         print(f"{name} is skipped: {reason}", file=sys.stderr)
     return [name for name in names if name not in skipped], skipped
 
 
-def _measure(peer: Peer, num_parameters: int, num_workers: int, options: argparse.Namespace) -> float:
+def _measure(
+    peer: Peer, num_parameters: int, num_workers: int, options: argparse.Namespace
+) -> float:
     """Exchanges per second. Raises Failed, also if the weights are not those of momentum SGD."""
     command = launch.python(
-        f"benchmarks.peers.{peer.module}", "--parameters", num_parameters, "--workers", num_workers, "--seconds",
-        options.seconds, "--warmup", options.warmup, "--threads", options.threads)
+        f"benchmarks.peers.{peer.module}",
+        "--parameters",
+        num_parameters,
+        "--workers",
+        num_workers,
+        "--seconds",
+        options.seconds,
+        "--warmup",
+        options.warmup,
+        "--threads",
+        options.threads,
+    )
     if peer.ranks_more is not None:
         command = launch.mpirun(num_workers + peer.ranks_more, options.mpirun) + command
     done = launch.last_json(launch.run(command, STARTUP_S + 4 * (options.warmup + options.seconds)))
     if not done["right"]:
-        raise launch.Failed(f"the weights after {done['exchanges']} exchanges are not those of momentum SGD")
+        raise launch.Failed(
+            f"the weights after {done['exchanges']} exchanges are not those of momentum SGD"
+        )
     return done["exchanges_per_s"]
 
 
 def _measure_memory(options: argparse.Namespace) -> dict[str, float]:
     """Bytes/s."""
-    command = launch.python("benchmarks.peers.memory", "--parameters", 0, "--workers", 0, "--seconds", options.seconds)
+    command = launch.python(
+        "benchmarks.peers.memory", "--parameters", 0, "--workers", 0, "--seconds", options.seconds
+    )
     return launch.last_json(launch.run(command, STARTUP_S + 4 * options.seconds))
 
 
@@ -118,24 +157,57 @@ def _result(sizes: list, peers: list[str], values: dict) -> dict:
     cells = []
     for num_parameters, num_workers in sizes:
         limits = {name: memory[name]["median"] / (LIMIT_BYTES * num_parameters) for name in MEMORY}
-        rates = {name: machine.summary(values[num_parameters, num_workers, name]) for name in peers
-                 if (num_parameters, num_workers, name) in values}
-        cells.append({"parameters": num_parameters, "workers": num_workers, "exchanges_per_s": rates,
-                      "limit_exchanges_per_s": limits})
+        rates = {
+            name: machine.summary(values[num_parameters, num_workers, name])
+            for name in peers
+            if (num_parameters, num_workers, name) in values
+        }
+        cells.append(
+            {
+                "parameters": num_parameters,
+                "workers": num_workers,
+                "exchanges_per_s": rates,
+                "limit_exchanges_per_s": limits,
+            }
+        )
     return {"memory_bytes_per_s": memory, "cells": cells}
 
 
 def _tables(result: dict, peers: list[str]) -> list[str]:
     """Exchanges per second, and ours over each of the others."""
-    columns = ["parameters", "workers", *(PEERS[name].what for name in peers), "memory limit (triad, 1 thread)"]
-    rates = [[cell["parameters"], cell["workers"], *(_rate(cell["exchanges_per_s"].get(name)) for name in peers),
-              f"{cell['limit_exchanges_per_s']['triad_1']:.1f}"] for cell in result["cells"]]
+    columns = [
+        "parameters",
+        "workers",
+        *(PEERS[name].what for name in peers),
+        "memory limit (triad, 1 thread)",
+    ]
+    rates = [
+        [
+            cell["parameters"],
+            cell["workers"],
+            *(_rate(cell["exchanges_per_s"].get(name)) for name in peers),
+            f"{cell['limit_exchanges_per_s']['triad_1']:.1f}",
+        ]
+        for cell in result["cells"]
+    ]
     tables = ["Exchanges per second, median (range):\n\n" + machine.table(columns, rates)]
     if "ours" in peers:
         others = [name for name in peers if name != "ours"]
-        columns = ["parameters", "workers", *(f"over {PEERS[name].what}" for name in others), "over the memory limit"]
-        ratios = [[cell["parameters"], cell["workers"], *(_ratio(cell, name) for name in others),
-                   _over(cell, cell["limit_exchanges_per_s"]["triad_1"])] for cell in result["cells"]]
+        columns = [
+            "parameters",
+            "workers",
+            *(f"over {PEERS[name].what}" for name in others),
+            "over the memory limit",
+        ]
+        ratios = [
+            [
+                cell["parameters"],
+                cell["workers"],
+                *(_ratio(cell, name) for name in others),
+                _over(cell, cell["limit_exchanges_per_s"]["triad_1"]),
+            ]
+            for cell in result["cells"]
+        ]
         tables.append("asgd_mpi, times the other's median:\n\n" + machine.table(columns, ratios))
     return tables
 

@@ -1,6 +1,7 @@
 """Several hosts on one machine: network namespaces with a link each to a switch, for what crosses a network.
 
-Needs root, and iproute2. Every host has its own network and host name; the file system is shared, as on a cluster.
+Needs root, and iproute2. Every host has its own network and host name; the file system is shared, as on a cluster. Hosts may
+stand at several sites: each site has a switch, and a link of its own to the switch of the first.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,40 +33,64 @@ def why_not() -> str | None:
 
 
 class Hosts:
-    """`count` hosts; `directory` holds the script that the launcher takes for ssh."""
+    """`count` hosts; `directory` holds the script that the launcher takes for ssh. site_of: each one's site, from 0."""
 
-    def __init__(self, count: int, directory: Path):
+    def __init__(self, count: int, directory: Path, site_of: Sequence[int] = ()):
         self.prefix = f"asgd{os.getpid()}"
         self.names = [f"{self.prefix}h{number}" for number in range(count)]
         self.addresses = [f"{SUBNET}.{number + 1}" for number in range(count)]
+        self.site_of = site_of or [0] * count
         self.agent = directory / "agent"
 
+    @property
+    def switch(self) -> str:
+        """The namespace in which the switches of all sites stand."""
+        return f"{self.prefix}sw"
+
     def make(self) -> None:
-        switch = f"{self.prefix}sw"
-        _ip(f"netns add {switch}")
-        _ip(f"-n {switch} link add br0 type bridge")
-        _ip(f"-n {switch} link set br0 up")
-        for name, address in zip(self.names, self.addresses):
+        _ip(f"netns add {self.switch}")
+        for site in sorted(set(self.site_of)):
+            _ip(f"-n {self.switch} link add br{site} type bridge")
+            _ip(f"-n {self.switch} link set br{site} up")
+            if site:
+                _ip(f"-n {self.switch} link add to{site} type veth peer name from{site}")
+                _ip(f"-n {self.switch} link set to{site} master br0 up")
+                _ip(f"-n {self.switch} link set from{site} master br{site} up")
+        for name, address, site in zip(self.names, self.addresses, self.site_of):
             _ip(f"netns add {name}")
-            _ip(f"-n {name} link add eth0 type veth peer name {name[-6:]} netns {switch}")
-            _ip(f"-n {switch} link set {name[-6:]} master br0 up")
+            _ip(f"-n {name} link add eth0 type veth peer name {name[-6:]} netns {self.switch}")
+            _ip(f"-n {self.switch} link set {name[-6:]} master br{site} up")
             _ip(f"-n {name} addr add {address}/24 dev eth0")
             _ip(f"-n {name} link set eth0 up")
             _ip(f"-n {name} link set lo up")
-        cases = "\n".join(f"  {address}) name={name};;" for name, address in zip(self.names, self.addresses))
-        self.agent.write_text(f"#!/bin/sh\ncase $1 in\n{cases}\nesac\nshift\nexec {self._inside('$name', '$*')}\n")
+        cases = "\n".join(
+            f"  {address}) name={name};;" for name, address in zip(self.names, self.addresses)
+        )
+        self.agent.write_text(
+            f"#!/bin/sh\ncase $1 in\n{cases}\nesac\nshift\nexec {self._inside('$name', '$*')}\n"
+        )
         self.agent.chmod(0o755)
 
     def shape(self, rule: str) -> bool:
         """Put a rule of `tc` on every link, such as `netem delay 1ms rate 1gbit`; whether the kernel can do that."""
-        commands = [["ip", "netns", "exec", name, "tc", "qdisc", "replace", "dev", "eth0", "root", *rule.split()]
-                    for name in self.names]
-        return bool(shutil.which("tc")) and not any(subprocess.run(each, capture_output=True).returncode for each in commands)
+        return all([_shape(name, "eth0", rule) for name in self.names])
+
+    def shape_both_ways(self, number: int, rule: str) -> bool:
+        """Put a rule of `tc` on what a host sends and on what it gets; whether the kernel can do that."""
+        name = self.names[number]
+        return _shape(name, "eth0", rule) and _shape(self.switch, name[-6:], rule)
+
+    def shape_site(self, site: int, rule: str) -> bool:
+        """Put a rule of `tc` on the link between a site and the first one, both ways; whether the kernel can do that."""
+        return all([_shape(self.switch, f"{end}{site}", rule) for end in ("to", "from")])
 
     def num_bytes_sent(self) -> int:
         """By all hosts together, since they were made."""
-        return sum(int(subprocess.run(["ip", "netns", "exec", name, "cat", "/sys/class/net/eth0/statistics/tx_bytes"],
-                                      check=True, capture_output=True, text=True).stdout) for name in self.names)
+        return sum(_num_bytes_sent(name, "eth0") for name in self.names)
+
+    def num_bytes_between(self, site: int) -> int:
+        """Over the link between a site and the first one, both ways, since they were made."""
+        return sum(_num_bytes_sent(self.switch, f"{end}{site}") for end in ("to", "from"))
 
     def connect(self, number: int, is_up: bool) -> None:
         """Cut a host off from the others, or join it again."""
@@ -74,13 +100,35 @@ class Hosts:
         """`command`, to be run on the first host."""
         return ["sh", "-c", f"exec {self._inside(self.names[0], shlex.join(command))}"]
 
+    def enter(self) -> list[str]:
+        """What stands before a command that is to run on the first host, in its place: signals reach it."""
+        name = self.names[0]
+        run = ["sh", "-c", f'hostname {name}; exec "$@"', "sh"]
+        return ["ip", "netns", "exec", name, "unshare", "--uts", *run]
+
     def mpirun_options(self, ranks_per_host: int) -> list[str]:
         slots = ",".join(f"{address}:{ranks_per_host}" for address in self.addresses)
-        return ["--prtemca", "plm_ssh_agent", str(self.agent), "--prtemca", "prte_if_include", "eth0",
-                "--mca", "btl", "tcp,self,sm", "--mca", "btl_tcp_if_include", "eth0", "--host", slots, "--map-by", f"ppr:{ranks_per_host}:node:oversubscribe"]
+        return [
+            "--prtemca",
+            "plm_ssh_agent",
+            str(self.agent),
+            "--prtemca",
+            "prte_if_include",
+            "eth0",
+            "--mca",
+            "btl",
+            "tcp,self,sm",
+            "--mca",
+            "btl_tcp_if_include",
+            "eth0",
+            "--host",
+            slots,
+            "--map-by",
+            f"ppr:{ranks_per_host}:node:oversubscribe",
+        ]
 
     def remove(self) -> None:
-        for name in [*self.names, f"{self.prefix}sw"]:
+        for name in [*self.names, self.switch]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
     @staticmethod
@@ -90,13 +138,26 @@ class Hosts:
 
 
 @contextmanager
-def hosts(count: int, directory: Path):
-    made = Hosts(count, directory)
+def hosts(count: int, directory: Path, site_of: Sequence[int] = ()):
+    made = Hosts(count, directory, site_of)
     try:
         made.make()
         yield made
     finally:
         made.remove()
+
+
+def _shape(namespace: str, device: str, rule: str) -> bool:
+    if not shutil.which("tc"):
+        return False
+    command = f"ip netns exec {namespace} tc qdisc replace dev {device} root {rule}"
+    return not subprocess.run(command.split(), capture_output=True).returncode
+
+
+def _num_bytes_sent(namespace: str, device: str) -> int:
+    counter = f"/sys/class/net/{device}/statistics/tx_bytes"
+    command = ["ip", "netns", "exec", namespace, "cat", counter]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def _ip(arguments: str) -> None:

@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from asgd_mpi import local
+from asgd_mpi.process import mpirun_env
 
 ROOT = Path(__file__).parent.parent
-TAIL = 2000       # characters of output to show of a program that failed
+TAIL = 2000  # characters of output to show of a program that failed
 PATIENCE_S = 5.0  # for a program that was asked to end
 
 
@@ -34,12 +34,21 @@ def python(module: str, *arguments: object) -> list[str]:
 
 def run(command: Sequence[str], deadline_s: float, env: dict[str, str] | None = None) -> str:
     """The standard output of `command`. Raises Failed. Whoever ends this process with SIGTERM ends the program, too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))    # runs the `finally` below
-    environment = os.environ | local.settings(is_root=os.geteuid() == 0) | (env or {})
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    # runs the `finally` below
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    environment = os.environ | mpirun_env.settings(is_root=os.geteuid() == 0) | (env or {})
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    )
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=environment,
+            start_new_session=True,
+        )
         try:
             process.wait(deadline_s)
             problem = f"exit status {process.returncode}" if process.returncode else ""

@@ -27,7 +27,17 @@ from benchmarks.loader_peers import Contender
 from data_prep import imagenet, run, synthetic
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
-PACKAGES = ("torch", "torchvision", "simplejpeg", "pillow", "h5py", "numpy", "webdataset", "ffcv", "xxhash")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "simplejpeg",
+    "pillow",
+    "h5py",
+    "numpy",
+    "webdataset",
+    "ffcv",
+    "xxhash",
+)
 CLASSES, PER_CLASS = 10, 100
 # figure -> (whose time, over whose time, at least)
 TARGETS = {
@@ -35,9 +45,17 @@ TARGETS = {
     "short side 256, float32, against torchvision": ("image_folder", "ours_256", 3.8),
     "original JPEGs, against webdataset": ("web_dataset", "ours", 2.0),
     "max side 500, quality 90, against ffcv": ("ffcv", "ours_500", 1.0),
-    "decode and crop alone, over the loader's uint8 batches": ("decoder_alone", "ours_uint8", 1 / 1.1),
+    "decode and crop alone, over the loader's uint8 batches": (
+        "decoder_alone",
+        "ours_uint8",
+        1 / 1.1,
+    ),
     "reading, against opening and reading files": ("open_and_read", "read_shards", 4.0),
-    "  the same of a copy out of the page cache: the limit": ("open_and_read", "copy_from_cache", 4.0),
+    "  the same of a copy out of the page cache: the limit": (
+        "open_and_read",
+        "copy_from_cache",
+        4.0,
+    ),
 }
 
 
@@ -134,7 +152,13 @@ def benchmark(work: Path = Path("loader_benchmark"), rounds: int = 5, out: Path 
     if only:
         made[only]()
         # Not getrusage: its peak counts what the process was forked from.
-        print(next(int(line.split()[1]) / 1e3 for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
+        print(
+            next(
+                int(line.split()[1]) / 1e3
+                for line in Path("/proc/self/status").open()
+                if line.startswith("VmHWM")
+            )
+        )
         return
     load = [os.getloadavg()[0]]
     times = measure(made, rounds)
@@ -143,13 +167,29 @@ def benchmark(work: Path = Path("loader_benchmark"), rounds: int = 5, out: Path 
     table = compare(times) | {
         "1 to 2 decode threads, images per wall second": (scaling, 1.8),
         "  the same of a hash without locks: the machine's limit now": (limit, 2.0),
-        "waiting of an emulated GPU at 90 % of the rate, at most": (loader_properties.data_wait(work), 0.02),
-        "reading from a cold disk, against files, wall time": (loader_properties.cold_reading(work), 1.0),
-        "packing as it is, images per CPU second": (median(loader_properties.packing_rate(work, num_images) for _ in range(5)), 4000),
-        "class chi2/df of batches of 256, 1000 classes (0.98 to 1.02)": (loader_properties.shuffle_quality(), 1.0),
+        "waiting of an emulated GPU at 90 % of the rate, at most": (
+            loader_properties.data_wait(work),
+            0.02,
+        ),
+        "reading from a cold disk, against files, wall time": (
+            loader_properties.cold_reading(work),
+            1.0,
+        ),
+        "packing as it is, images per CPU second": (
+            median(loader_properties.packing_rate(work, num_images) for _ in range(5)),
+            4000,
+        ),
+        "class chi2/df of batches of 256, 1000 classes (0.98 to 1.02)": (
+            loader_properties.shuffle_quality(),
+            1.0,
+        ),
         "share of flipped bits noticed": (loader_properties.detected(work), 1.0),
     }
-    peak_mb = {name: memory(work, name) for name in ("ours", "image_folder", "web_dataset", "ffcv") if name in made}
+    peak_mb = {
+        name: memory(work, name)
+        for name in ("ours", "image_folder", "web_dataset", "ffcv")
+        if name in made
+    }
     for name, (figure, target) in table.items():
         print(f"{name:62}{figure:10.3f}   target {target:.2f}")
     for name, one in times.items():
@@ -164,7 +204,11 @@ def benchmark(work: Path = Path("loader_benchmark"), rounds: int = 5, out: Path 
 
 def machine() -> dict:
     """Return where this was measured, with what."""
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    model = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     versions = {"python": platform.python_version(), "decoder": DECODER}
     for name in PACKAGES:
         try:

@@ -28,7 +28,9 @@ Contender = Callable[[], int]
 def ours(root: Path, threads: int = 1, normalise: bool = True) -> Contender:
     """Shards, read and checked, decoded, cropped, batched; ahead of time in `threads`, or in the caller's if 0."""
     shards = ShardSet.open(root, "train")
-    loader = Loader(shards, Order(shards.num_samples, 0), make_policy("reference", SIZE), 0, max(1, threads))
+    loader = Loader(
+        shards, Order(shards.num_samples, 0), make_policy("reference", SIZE), 0, max(1, threads)
+    )
     to_float = Normalise(MEAN, STD) if normalise else lambda images: images
     epochs = iter(range(10**9))
 
@@ -57,7 +59,9 @@ def decoder_alone(root: Path) -> Contender:
 def _torchvision_transform():
     from torchvision import transforms as T
 
-    return T.Compose([T.RandomResizedCrop(SIZE), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
+    return T.Compose(
+        [T.RandomResizedCrop(SIZE), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)]
+    )
 
 
 def image_folder(tree: Path) -> Contender:
@@ -65,7 +69,9 @@ def image_folder(tree: Path) -> Contender:
     from torchvision.datasets import ImageFolder
 
     dataset = ImageFolder(tree / "train", _torchvision_transform())
-    return lambda: sum(len(images) for images, _ in torch.utils.data.DataLoader(dataset, BATCH, shuffle=True))
+    return lambda: sum(
+        len(images) for images, _ in torch.utils.data.DataLoader(dataset, BATCH, shuffle=True)
+    )
 
 
 def web_dataset(tree: Path, work: Path) -> Contender:
@@ -80,9 +86,15 @@ def web_dataset(tree: Path, work: Path) -> Contender:
                     entry = tarfile.TarInfo(f"{number:06d}.{name}")
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
-    stages = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False).shuffle(1000).decode("pil")
+    stages = (
+        webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+        .shuffle(1000)
+        .decode("pil")
+    )
     stages = stages.to_tuple("jpg", "cls").map_tuple(_torchvision_transform(), int).batched(BATCH)
-    return lambda: sum(len(images) for images, _ in torch.utils.data.DataLoader(stages, batch_size=None))
+    return lambda: sum(
+        len(images) for images, _ in torch.utils.data.DataLoader(stages, batch_size=None)
+    )
 
 
 def ffcv(tree: Path, work: Path) -> Contender:
@@ -98,10 +110,17 @@ def ffcv(tree: Path, work: Path) -> Contender:
     path = work / "ffcv.beton"
     if not path.exists():
         field = RGBImageField(write_mode="jpg", max_resolution=500, jpeg_quality=90)
-        DatasetWriter(str(path), {"image": field, "label": IntField()}, num_workers=1).from_indexed_dataset(
-            ImageFolder(tree / "train"))
+        DatasetWriter(
+            str(path), {"image": field, "label": IntField()}, num_workers=1
+        ).from_indexed_dataset(ImageFolder(tree / "train"))
     scale = NormalizeImage(np.array(MEAN) * 255, np.array(STD) * 255, np.float32)
-    steps = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), scale, ToTensor(), ToTorchImage()]
+    steps = [
+        RandomResizedCropRGBImageDecoder((SIZE, SIZE)),
+        RandomHorizontalFlip(),
+        scale,
+        ToTensor(),
+        ToTorchImage(),
+    ]
     loader = FFCVLoader(str(path), batch_size=BATCH, num_workers=1, order=OrderOption.RANDOM, drop_last=False,
                         os_cache=True, pipelines={"image": steps, "label": None})  # fmt: skip
     return lambda: sum(len(batch[0]) for batch in loader)
@@ -139,7 +158,10 @@ def read_shards(root: Path) -> Contender:
 
 def copy_from_cache(root: Path) -> Contender:
     """The limit of any reader that calls the system: the same bytes into memory that is there, unchecked."""
-    blobs = [(open(path, "rb", buffering=0), path.stat().st_size) for path in sorted(root.glob("train-*.h5"))]
+    blobs = [
+        (open(path, "rb", buffering=0), path.stat().st_size)
+        for path in sorted(root.glob("train-*.h5"))
+    ]
     room, piece = memoryview(bytearray(1 << 20)), 113_000
 
     def run() -> int:
@@ -160,5 +182,7 @@ def shrink_tree(tree: Path, out: Path, max_side: int, quality: int) -> Path:
         scale = min(1.0, max_side / max(image.size))
         target = out / path.relative_to(tree)
         target.parent.mkdir(parents=True, exist_ok=True)
-        image.resize([round(side * scale) for side in image.size]).save(target, "JPEG", quality=quality)
+        image.resize([round(side * scale) for side in image.size]).save(
+            target, "JPEG", quality=quality
+        )
     return out

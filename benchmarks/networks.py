@@ -8,11 +8,11 @@ from torch import nn
 
 from asgd_mpi.model import networks
 
-STEPS_MS = "ASGD_BENCH_STEPS_MS"          # of each worker, "20,20,20,100"
-PARAMETERS = "ASGD_BENCH_PARAMETERS"      # P of `vector`
-IMAGE_MS = "ASGD_BENCH_IMAGE_MS"          # forward and backward of one image through `chain`
-NUM_LINKS = 4                             # of `chain`
-BACKWARD = 2 / 3                          # share of the backward pass in a step
+STEPS_MS = "ASGD_BENCH_STEPS_MS"  # of each worker, "20,20,20,100"
+PARAMETERS = "ASGD_BENCH_PARAMETERS"  # P of `vector`
+IMAGE_MS = "ASGD_BENCH_IMAGE_MS"  # forward and backward of one image through `chain`
+NUM_LINKS = 4  # of `chain`
+BACKWARD = 2 / 3  # share of the backward pass in a step
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
@@ -43,8 +43,16 @@ def sleeping(num_classes: int, channels: int) -> nn.Module:
 def fashion_cnn(num_classes: int, channels: int) -> nn.Module:
     """A small convolutional network for images of 28 x 28 pixels, quick on a CPU."""
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Dropout(0.25), nn.Linear(128, num_classes))
+        nn.Conv2d(channels, 16, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 128),
+        nn.ReLU(),
+        nn.Dropout(0.25),
+        nn.Linear(128, num_classes),
+    )
 
 
 class Vector(nn.Module):

@@ -1,7 +1,8 @@
 """What this machine and its file system give of a data set: `python -m benchmarks.loader --data DIR --gpus 4 --gpu-rate 1200`.
 
 In: a packed data set, the number of GPUs of a node and the images a second that one of them takes (as a run tells). Out: images
-a second read from the file system with nothing in this host's page cache, and decoded and cropped with all cores.
+a second read from the file system with nothing in this host's page cache, and decoded and cropped with all cores, as a training
+that leaves the options of its data open does it.
 """
 
 import os
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from asgd_mpi.config import options as configuration
 from asgd_mpi.data.augment import make_policy
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.manifest import read_manifest
 from asgd_mpi.data.order import Order
 from asgd_mpi.data.shards import ShardSet
+from asgd_mpi.task import complete
 
 BLOCK = 32  # images that lie side by side, as an epoch reads them
 SECONDS = 5.0
@@ -26,14 +29,22 @@ def tell(data: Path, gpus: int, gpu_rate: float) -> None:
         _evict(data / shard.file)
     shards = ShardSet.open(data, "train")
     read, megabytes = _reading(shards)
-    decoded, threads = _decoding(shards)
+    settings = complete(configuration.parse(["--data", str(data), "--model", "resnet50"])).data
+    decoded, threads = _decoding(shards, settings)
     print(f"{data}: {read:,.0f} images/s ({megabytes:,.0f} MB/s) read by one thread, with nothing in this host's "
           f"page cache; a file server's own cache may have helped")  # fmt: skip
-    print(f"{decoded:,.0f} images/s read, decoded and cropped to 224 pixels with {threads} threads")
+    print(f"{decoded:,.0f} images/s read, decoded and cropped to {settings.image_size} pixels "
+          f"(augment {settings.augment}) with {threads} threads")  # fmt: skip
     if gpus and gpu_rate:
         asked = gpus * gpu_rate
         verdict = "is enough" if min(decoded, read * threads) >= asked else "is not enough"
-        less = "" if verdict == "is enough" else "; more cores, --short-side 256 or fewer GPUs a node would help" if decoded < asked else ""
+        less = (
+            ""
+            if verdict == "is enough"
+            else "; more cores, --short-side 256 or fewer GPUs a node would help"
+            if decoded < asked
+            else ""
+        )
         print(f"{gpus} GPUs at {gpu_rate:,.0f} images/s ask for {asked:,.0f}: this {verdict}{less}")
 
 
@@ -59,12 +70,18 @@ def _reading(shards: ShardSet) -> tuple[float, float]:
     return images / elapsed, num_bytes / elapsed / 1e6
 
 
-def _decoding(shards: ShardSet) -> tuple[float, int]:
+def _decoding(shards: ShardSet, settings: configuration.DataConfig) -> tuple[float, int]:
     threads = len(os.sched_getaffinity(0))
-    loader = Loader(shards, Order(shards.num_samples, 0), make_policy("reference", 224), 0, threads)
+    policy = make_policy(
+        settings.augment, settings.image_size, shards.image_shape, settings.resize or 0
+    )
+    loader = Loader(shards, Order(shards.num_samples, 0), policy, 0, threads)
     batch, images, epoch, begin = min(BLOCK, shards.num_samples), 0, 0, time.perf_counter()
     while time.perf_counter() - begin < SECONDS:
         starts = range(0, shards.num_samples - batch + 1, batch)[: 8 * threads]
-        images += sum(len(future.result().images) for future in [loader.submit(epoch, at, at + batch) for at in starts])
+        images += sum(
+            len(future.result().images)
+            for future in [loader.submit(epoch, at, at + batch) for at in starts]
+        )
         epoch += 1
     return images / (time.perf_counter() - begin), threads

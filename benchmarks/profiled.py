@@ -15,7 +15,7 @@ from asgd_mpi.data.folder import SyntheticSet
 from benchmarks.networks import RANKS
 
 TRACE = "ASGD_BENCH_TRACE"
-NUM_VALIDATED = 64      # images: a run ends with a validation, which is not what is measured
+NUM_VALIDATED = 64  # images: a run ends with a validation, which is not what is measured
 
 
 def profiled() -> int:

@@ -25,7 +25,7 @@ class Emulated(nn.Module):
 
 def _network(num_classes: int, num_ballast: int) -> nn.Module:
     network = Emulated(num_classes, num_ballast).eval()
-    network(torch.zeros(1, 1, 8, 8))           # gives the head its shape
+    network(torch.zeros(1, 1, 8, 8))  # gives the head its shape
     return network.train()
 
 

@@ -25,7 +25,11 @@ MEMORY, IMAGES = "ASGD_BENCH_MEMORY", "ASGD_BENCH_IMAGES"
 
 def status(name: str) -> int:
     """A line of /proc/self/status in bytes, such as VmHWM."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    [line] = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{name}:")
+    ]
     return 1024 * int(line.split()[1])
 
 

@@ -45,15 +45,29 @@ class Member(NamedTuple):
 def members(archive: Path, begin: int = 0, num_bytes: int | None = None) -> list[Member]:
     """Return each file in a tar, which may lie inside another file; raise DataError if it is no tar or not whole."""
     what = f"{archive}, the archive at byte {begin}," if begin else str(archive)
-    with readable(archive), open(archive, "rb", buffering=HEADER_BUFFER, opener=_without_readahead) as file:
+    with (
+        readable(archive),
+        open(archive, "rb", buffering=HEADER_BUFFER, opener=_without_readahead) as file,
+    ):
         end = begin + num_bytes if num_bytes is not None else os.fstat(file.fileno()).st_size
         file.seek(begin)
         try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # its offsets count from the start of `file`
-            found = [Member(str(archive), entry.offset_data, entry.size, entry.name) for entry in tar if entry.isfile()]
-            whole = bool(found) and found[-1].at + found[-1].num_bytes <= end and tar.offset + 512 <= end
+            # its offsets count from the start of `file`
+            tar = tarfile.open(fileobj=file, mode="r:")
+            found = [
+                Member(str(archive), entry.offset_data, entry.size, entry.name)
+                for entry in tar
+                if entry.isfile()
+            ]
+            whole = (
+                bool(found)
+                and found[-1].at + found[-1].num_bytes <= end
+                and tar.offset + 512 <= end
+            )
         except tarfile.TarError as error:
-            raise DataError(f"{what} is no tar or is cut off ({error}); get it again{right_size(archive)}") from error
+            raise DataError(
+                f"{what} is no tar or is cut off ({error}); get it again{right_size(archive)}"
+            ) from error
     if not whole:
         raise DataError(f"{what} is cut off or empty: {len(found)} files, and no end mark in {end - begin} bytes; get it "
                         f"again{right_size(archive)}")  # fmt: skip
@@ -63,7 +77,11 @@ def members(archive: Path, begin: int = 0, num_bytes: int | None = None) -> list
 def right_size(archive: Path) -> str:
     """Return, for a message, the size that an archive should have."""
     official = OFFICIAL.get(archive.name)
-    return f": the official one has {official.num_bytes:,} bytes" if official else " and compare its size"
+    return (
+        f": the official one has {official.num_bytes:,} bytes"
+        if official
+        else " and compare its size"
+    )
 
 
 def read_at(file: str, at: int, num_bytes: int) -> bytes:
@@ -87,7 +105,7 @@ def check_md5(archive: Path, count: Callable[[int], None]) -> None:
     right = OFFICIAL[archive.name].md5
     if digest.hexdigest() != right:
         raise DataError(f"{archive} has the right size, but its md5 sum is {digest.hexdigest()} and not {right}: it is damaged, and "
-                        f"which images are, nobody can tell; get it again")  # fmt: skip
+                        f"where, nobody can tell; get it again")  # fmt: skip
 
 
 _open: dict[str, int] = {}  # path -> descriptor; the oldest first

@@ -8,11 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from asgd_mpi.data.tree import some
-from asgd_mpi.errors import DataError
+from asgd_mpi.errors import DataError, few
 
 # n01440764_10026, or ILSVRC2012_val_00000001; Hugging Face puts the synset after both.
-NAME = re.compile(r"(?:(?P<of_train>n\d{8})_\d+|ILSVRC2012_val_(?P<number>\d{8}))(?:_(?P<added>n\d{8}))?")
+NAME = re.compile(
+    r"(?:(?P<of_train>n\d{8})_\d+|ILSVRC2012_val_(?P<number>\d{8}))(?:_(?P<added>n\d{8}))?"
+)
 
 
 def unique_names(synsets: list[str], words: dict[str, str]) -> list[str]:
@@ -20,9 +21,15 @@ def unique_names(synsets: list[str], words: dict[str, str]) -> list[str]:
     they share all (crane)."""
     first = [words[synset].split(",")[0] for synset in synsets]
     count = Counter(first)
-    names = [word if count[word] == 1 else words[synset] for word, synset in zip(first, synsets, strict=True)]
+    names = [
+        word if count[word] == 1 else words[synset]
+        for word, synset in zip(first, synsets, strict=True)
+    ]
     count = Counter(names)
-    return [name if count[name] == 1 else f"{name} ({synset})" for name, synset in zip(names, synsets, strict=True)]
+    return [
+        name if count[name] == 1 else f"{name} ({synset})"
+        for name, synset in zip(names, synsets, strict=True)
+    ]
 
 
 def official_name(stem: str, extension: str) -> str:
@@ -55,7 +62,9 @@ def synsets_of_labels(labelled: Iterable[tuple[str, int]], num_classes: int) -> 
                             f"not belong together; get the set again")  # fmt: skip
     if len(set(found.values())) != len(found):
         twice = [synset for synset, count in Counter(found.values()).items() if count > 1]
-        raise DataError(f"{len(twice)} synsets have two labels ({some(sorted(twice))}); get the set again")
+        raise DataError(
+            f"{len(twice)} synsets have two labels ({few(sorted(twice))}); get the set again"
+        )
     return [found[label] for label in range(num_classes)] if len(found) == num_classes else None
 
 

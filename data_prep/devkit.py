@@ -51,7 +51,8 @@ def read_devkit(source: Path) -> Devkit | None:
 
 def _parse(path: Path, read: Callable[[str], bytes]) -> Devkit:
     meta = scipy.io.loadmat(io.BytesIO(read(META)), squeeze_me=True)["synsets"]
-    leaves = [row for row in meta.reshape(-1) if row["num_children"] == 0]  # the other synsets are their ancestors
+    # the other synsets are their ancestors
+    leaves = [row for row in meta.reshape(-1) if row["num_children"] == 0]
     synset_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
     numbers = [int(line) for line in read(GROUND_TRUTH).decode().split()]
     unknown = sorted(set(numbers) - set(synset_of))
@@ -59,7 +60,8 @@ def _parse(path: Path, read: Callable[[str], bytes]) -> Devkit:
         raise DataError(f"{path}: {GROUND_TRUTH} names the class ids {unknown[:3]}, which {META} does not have; "
                         f"get the development kit again")  # fmt: skip
     return Devkit(
-        words={str(row["WNID"]): str(row["words"]) for row in leaves}, truth=[synset_of[number] for number in numbers]
+        words={str(row["WNID"]): str(row["words"]) for row in leaves},
+        truth=[synset_of[number] for number in numbers],
     )
 
 
@@ -68,8 +70,17 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn what a damaged kit may raise into DataError."""
     try:
         yield
-    except (OSError, tarfile.TarError, EOFError, zlib.error, LookupError, ValueError, AttributeError, TypeError) as error:
+    except (
+        OSError,
+        tarfile.TarError,
+        EOFError,
+        zlib.error,
+        LookupError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise DataError(
             f"{path} is no development kit of ILSVRC2012, or is damaged ({type(error).__name__}: {error}); "
-            f"it should hold {META} and {GROUND_TRUTH}"
+            f"get the one that holds {META} and {GROUND_TRUTH}"
         ) from error

@@ -27,12 +27,15 @@ def prepare(out: Path) -> None:
         out: directory for the data set; created if missing, refused if it already holds one
     """
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # values 0..16 become 0..255
+    # values 0..16 become 0..255
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     train, val = train_test_split(
         np.arange(len(images)), test_size=NUM_VAL, stratify=digits.target, random_state=arrays.SEED
     )
-    splits = {name: (images[rows], digits.target[rows], [f"digits/{row}" for row in rows])
-              for name, rows in (("train", train), ("val", val))}
+    splits = {
+        name: (images[rows], digits.target[rows], [f"digits/{row}" for row in rows])
+        for name, rows in (("train", train), ("val", val))
+    }
     arrays.write(out, splits, [str(name) for name in digits.target_names], SHARD_SIZE)
 
 
@@ -42,7 +45,7 @@ def prepare_once(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = open(out.with_name(f".{out.name}.lock"), "w")
     with lock:
-        with suppress(OSError):           # a file system without locks
+        with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not (out / MANIFEST).exists():
             prepare(out)

@@ -14,7 +14,18 @@ from data_prep import arrays, run
 from data_prep.idx import read_idx
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
 FILES = {"train": "train", "val": "t10k"}
 SHARD_SIZE = 8192
 RANGES = {"limit": (limits.at_least(0), "give images of each split, or 0 for all")}
@@ -25,15 +36,20 @@ def prepare(out: Path, source: Path = DEBIAN, limit: int = 0) -> None:
 
     Args:
         out: directory for the data set; created if missing, refused if it already holds one
-        source: directory with the IDX files, compressed by gzip or not
+        source: directory with the IDX files, compressed by gzip or not (default: that of Debian's package dataset-fashion-mnist)
         limit: images of each split, from the beginning; 0 for all
     """
     splits = {}
     for split, stem in FILES.items():
-        images, labels = read_idx(source, f"{stem}-images-idx3-ubyte"), read_idx(source, f"{stem}-labels-idx1-ubyte")
+        images, labels = (
+            read_idx(source, f"{stem}-images-idx3-ubyte"),
+            read_idx(source, f"{stem}-labels-idx1-ubyte"),
+        )
         if len(images) != len(labels) or labels.max(initial=0) >= len(CLASSES):
-            raise UserError(f"{source}: the {split} split has {len(images)} images and {len(labels)} labels up to "
-                            f"{labels.max(initial=0)}; it must have one label from 0 to 9 for each. Fetch the files again.")
+            raise UserError(
+                f"{source}: the {split} split has {len(images)} images and {len(labels)} labels up to "
+                f"{labels.max(initial=0)}; it must have one label from 0 to 9 for each. Fetch the files again."
+            )
         count = limit or len(images)
         names = [f"{stem}/{row}" for row in range(len(images))]
         splits[split] = images[:count, ..., None], labels[:count], names[:count]

@@ -2,8 +2,8 @@
 
 import time
 
-from asgd_mpi.data.tree import some
-from data_prep.encode import BadImage
+from asgd_mpi.errors import few
+from data_prep.encode import AGAIN, ENLARGED, REMARKS, TURNED, BadImage, Encoding
 from data_prep.plan import Done, Plan
 
 SAMPLED = 32  # images
@@ -27,10 +27,31 @@ def forecast(plan: Plan, left: set[tuple[str, int]], num_bytes: int, processes: 
             f"{processes} processes, if the disk keeps up")  # fmt: skip
 
 
-def encoded_again(split: str, shards: list[Done]) -> list[str]:
-    """Say how many images were not kept as they were, and which first; nothing if all were."""
-    names = [name for done in shards for name in done.encoded_again]
-    return [f"{split}: {len(names)} images were encoded again, not being grey or RGB JPEGs: {some(names)}"] if names else []
+def remarked(shards: list[Done], skipped: list[str]) -> dict[str, list[str]]:
+    """Return the names of the images that something is remarked of, by what it is, in the order of packing."""
+    found = {
+        remark: [name for done in shards for name in done.remarks.get(remark, [])]
+        for remark in REMARKS
+    }
+    return {what: names for what, names in (found | {"skipped": skipped}).items() if names}
+
+
+def in_words(split: str, remarks: dict[str, list[str]], encoding: Encoding) -> list[str]:
+    """Say how many images were not kept as they were, why, and which first; nothing if all were."""
+    if encoding.orientation == "turn":
+        turned = "have an EXIF orientation and were turned"
+    else:
+        turned = "have an EXIF orientation and were kept as they are stored (--orientation turn turns them)"
+    words = {
+        AGAIN: "were encoded again, not being grey or RGB JPEGs",
+        TURNED: turned,
+        ENLARGED: f"were smaller than --raw-size {encoding.raw_size} and were enlarged",
+    }
+    return [
+        f"{split}: {len(remarks[what])} images {said}: {few(remarks[what])}"
+        for what, said in words.items()
+        if what in remarks
+    ]
 
 
 def _minutes(seconds: float) -> str:

@@ -11,10 +11,14 @@ from asgd_mpi.errors import UserError
 
 def read_idx(source: Path, name: str) -> np.ndarray:
     """Return what an IDX file of unsigned bytes holds, compressed by gzip (NAME.gz) or not; raise UserError."""
-    path = next((path for path in (source / name, source / f"{name}.gz") if os.path.exists(path)), None)
+    path = next(
+        (path for path in (source / name, source / f"{name}.gz") if os.path.exists(path)), None
+    )
     if path is None:
-        raise UserError(f"there is no {name} (or {name}.gz) in {source}: give --source DIR with the four IDX files of the set "
-                        "(Debian has those of Fashion-MNIST in dataset-fashion-mnist).")
+        raise UserError(
+            f"there is no {name} (or {name}.gz) in {source}: give --source DIR with the four IDX files of the set "
+            "(Debian has those of Fashion-MNIST in dataset-fashion-mnist)."
+        )
     try:
         data = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
         dimensions = data[3]

@@ -16,11 +16,21 @@ from asgd_mpi.config import limits
 from asgd_mpi.data.channels import note_flat_channels
 from asgd_mpi.data.manifest import Manifest, SplitEntry
 from asgd_mpi.data.tree import readable
-from asgd_mpi.errors import DataError
+from asgd_mpi.errors import DataError, tell
 from data_prep import run
 from data_prep.encode import BadImage, Encoding, mean_and_std
-from data_prep.forecast import encoded_again, forecast
-from data_prep.packing import clear, finish, is_complete, pack, read_done, start, unchecked, unfinished
+from data_prep.forecast import forecast, in_words, remarked
+from data_prep.packing import (
+    clear,
+    REPORT,
+    finish,
+    is_complete,
+    pack,
+    read_done,
+    start,
+    unchecked,
+    unfinished,
+)
 from data_prep.plan import Done, Plan
 from data_prep.shared_listing import list_once
 from data_prep.sources import SPLITS, WHOLE, Source, leave_out
@@ -32,13 +42,19 @@ T = TypeVar("T")
 SAMPLED = 1000  # files that are asked for their sizes
 
 RANGES = {
-    "short-side": (limits.at_least(1, 65500), "give pixels, 1 or more; a JPEG file has 65,500 at most"),
+    "short-side": (
+        limits.at_least(1, 65500),
+        "give pixels, 1 or more; a JPEG file has 65,500 at most",
+    ),
     "quality": (limits.at_least(1, 95), "the quality of a JPEG file is 1 to 95"),
     "raw-size": (limits.at_least(1, 8192), "give the side of a square in pixels, 1 to 8192"),
     "shard-size": (limits.at_least(1), "a shard has 1 image or more"),
     "seed": limits.RANGES["run.seed"],
     "num-measured": (limits.at_least(1), "mean and deviation need 1 image or more"),
-    "workers": (limits.at_least(1, 1024), "somebody has to pack; give 1 process or more, 1024 at most"),
+    "workers": (
+        limits.at_least(1, 1024),
+        "somebody has to pack; give 1 process or more, 1024 at most",
+    ),
 }
 
 
@@ -53,7 +69,7 @@ def prepare(
     seed: int = 0,
     orientation: Literal["keep", "turn"] = "keep",
     check: Literal["full", "header"] = "full",
-    on_bad_image: Literal["stop", "skip"] = "stop",
+    on_bad_image: Literal["fail", "skip"] = "fail",
     num_measured: int = 20_000,
     workers: int | None = None,
     blacklist: Path | None = None,
@@ -88,7 +104,7 @@ def prepare(
     if is_complete(out):
         clear(out)
     if size > 1 and is_complete(out):
-        print(f"{out} holds a complete data set; task {rank} of {size} has nothing to do")
+        tell(f"{out} holds a complete data set; task {rank} of {size} has nothing to do")
         return
     out, found = _list(source, out)
     if blacklist:
@@ -98,16 +114,25 @@ def prepare(
     plan = Plan(out, photos, found.synsets, encoding, shard_size, seed, num_measured, official)
     for line in survey(photos["train"], encoding):
         if rank == 0:
-            print(line)
+            tell(line)
     num_bytes = _estimate_bytes(plan, unfinished(plan))
     check_space(out, num_bytes)
     left = start(plan)
     processes = workers or len(os.sched_getaffinity(0))
     if rank == 0:
-        print(forecast(plan, left, num_bytes, processes * size))
-    mine = [shard for place, shard in enumerate(plan.shards) if place % size == rank and shard in left]
+        tell(forecast(plan, left, num_bytes, processes * size))
+    mine = [
+        shard for place, shard in enumerate(plan.shards) if place % size == rank and shard in left
+    ]
     archives = [archive for place, archive in enumerate(unchecked(plan)) if place % size == rank]
-    pack(plan, mine, on_bad_image == "skip", processes, f"task {rank} of {size}" if size > 1 else "packing", archives)
+    pack(
+        plan,
+        mine,
+        on_bad_image == "skip",
+        processes,
+        f"task {rank} of {size}" if size > 1 else "packing",
+        archives,
+    )
     _finish_if_done(plan, found)
 
 
@@ -129,8 +154,11 @@ def read_numbers(path: Path) -> set[int]:
     with readable(path):
         words = path.read_text(errors="replace").split()
     if not words or not all(word.isdigit() for word in words):
-        raise DataError(f"{path} should have the numbers of validation images to leave out, one a line, like "
-                        f"ILSVRC2014_clsloc_validation_blacklist.txt of the development kit of 2014")  # fmt: skip
+        raise DataError(
+            f"{path} is no list of validation images to leave out; give one with a number on each line, like "
+            # fmt: skip
+            f"ILSVRC2014_clsloc_validation_blacklist.txt of the development kit of 2014"
+        )
     return {int(word) for word in words}
 
 
@@ -145,7 +173,11 @@ def _estimate_bytes(plan: Plan, shards: set[tuple[str, int]]) -> int:
     photos = [photo for shard in shards for photo in plan.slice(*shard)]
     if plan.encoding.mode == "raw":
         return len(photos) * 3 * plan.encoding.raw_size**2
-    few = photos[:: max(1, len(photos) // SAMPLED)] if any(photo.num_bytes == WHOLE for photo in photos) else photos
+    few = (
+        photos[:: max(1, len(photos) // SAMPLED)]
+        if any(photo.num_bytes == WHOLE for photo in photos)
+        else photos
+    )
     total = sum(photo.size() for photo in few) * len(photos) // max(1, len(few))
     if plan.encoding.short_side is None:
         return total
@@ -164,35 +196,52 @@ def _finish_if_done(plan: Plan, found: Source) -> None:
     missing = sum(one is None for one in done.values())
     waiting = unchecked(plan)
     if is_complete(plan.out):
-        print(f"{plan.out} is complete: another packer has finished it")
+        tell(f"{plan.out} is complete: another packer has finished it")
         clear(plan.out)
         return
     if missing:
-        print(f"{plan.out}: {missing} of {len(done)} shards are still left to other tasks")
+        tell(f"{plan.out}: {missing} of {len(done)} shards are still left to other tasks")
         return
     if waiting:
-        print(f"{plan.out}: the md5 sum of {', '.join(map(os.path.basename, waiting))} is still left to another task")
+        tell(
+            f"{plan.out}: the md5 sum of {', '.join(map(os.path.basename, waiting))} is still left to another task"
+        )
         return
-    splits = {split: _entry([done[shard] for shard in plan.shards if shard[0] == split]) for split in SPLITS}
+    splits = {
+        split: _entry([done[shard] for shard in plan.shards if shard[0] == split])
+        for split in SPLITS
+    }
     counts = np.sum([one.histogram for one in done.values()], axis=0)
     if not counts.any():
-        raise DataError(f"not one of the training images that mean and deviation are measured on decodes (--num-measured "
-                        f"{plan.num_measured}); delete {plan.out} and pack again with more of them")  # fmt: skip
+        raise DataError(
+            f"not one of the training images that mean and deviation are measured on decodes (--num-measured "
+            # fmt: skip
+            f"{plan.num_measured}); delete {plan.out} and pack again with more of them"
+        )
     mean, std = mean_and_std(counts)
     for note in note_flat_channels(std):
-        print(note)
+        tell(note)
     side = plan.encoding.raw_size
     raw = plan.encoding.mode == "raw"
-    finish(plan, Manifest(
+    remarks = {
+        split: remarked(
+            [done[shard] for shard in plan.shards if shard[0] == split], splits[split].skipped
+        )
+        for split in SPLITS
+    }
+    manifest = Manifest(
         encoding=plan.encoding.mode, image_shape=(side, side, 3) if raw else None, class_names=found.class_names,
         synsets=found.synsets, mean=mean, std=std, seed=plan.seed, splits=splits, software=software(),
-    ))  # fmt: skip
+    )  # fmt: skip
+    finish(plan, manifest, remarks)
     for split, entry in splits.items():
-        for note in encoded_again(split, [done[shard] for shard in plan.shards if shard[0] == split]):
-            print(note)
+        for note in in_words(split, remarks[split], plan.encoding):
+            tell(note)
         num_bytes = sum(shard.num_bytes for shard in entry.shards)
-        print(f"{split}: {entry.num_samples} images of {len(found.synsets)} classes in {len(entry.shards)} shards, "
+        tell(f"{split}: {entry.num_samples} images of {len(found.synsets)} classes in {len(entry.shards)} shards, "
               f"{num_bytes / 1e6:,.1f} MB, {len(entry.skipped)} skipped")  # fmt: skip
+    if any(remarks.values()):
+        tell(f"{plan.out / REPORT} lists them all")
 
 
 def _entry(shards: list[Done]) -> SplitEntry:

@@ -12,8 +12,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from asgd_mpi.data.tree import readable, some
-from asgd_mpi.errors import DataError
+from asgd_mpi.data.tree import readable
+from asgd_mpi.errors import DataError, few
 
 IMAGES = Path("ILSVRC/Data/CLS-LOC")
 SOLUTION, WORDS = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
@@ -30,8 +30,11 @@ class Kaggle:
         stems = [os.path.splitext(name)[0] for name in names]
         unknown = [name for name, stem in zip(names, stems, strict=True) if stem not in self.truth]
         if unknown or len(names) != len(self.truth):
-            raise DataError(f"there are {len(names)} validation images, and {self.path} has the classes of {len(self.truth)}; "
-                            f"{len(unknown)} have none ({some(unknown)}); get both again")  # fmt: skip
+            raise DataError(
+                f"there are {len(names)} validation images, and {self.path} has the classes of {len(self.truth)}; "
+                # fmt: skip
+                f"{len(unknown)} have none ({few(unknown)}); get both again"
+            )
         return [self.truth[stem] for stem in stems]
 
 
@@ -60,7 +63,9 @@ def read_kaggle(root: Path) -> Kaggle | None:
     try:
         truth = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
     except (KeyError, AttributeError, IndexError):
-        raise DataError(f"{path} is not Kaggle's table of ImageId,PredictionString, or is damaged; get it again") from None
+        raise DataError(
+            f"{path} is not Kaggle's table of ImageId,PredictionString, or is damaged; get it again"
+        ) from None
     return Kaggle(path, read_words(root), truth)
 
 

@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from asgd_mpi.data.tree import is_image, some
-from asgd_mpi.errors import DataError
+from asgd_mpi.data.tree import is_image
+from asgd_mpi.errors import DataError, few, tell
 from data_prep.archives import members, read_at
 from data_prep.classes import numbered, official_name, synsets_of_labels
 from data_prep.kaggle import read_words
@@ -56,36 +56,46 @@ def rows_of_tar(archive: Path) -> list[Row]:
         stem, _, extension = base.partition(".")
         key = os.path.join(directory, stem)
         if extension.lower() == "cls":
-            labels[key] = _label(read_at(member.file, member.at, min(member.num_bytes, MAX_LABEL_BYTES)), archive, member.name)
+            labels[key] = _label(
+                read_at(member.file, member.at, min(member.num_bytes, MAX_LABEL_BYTES)),
+                archive,
+                member.name,
+            )
         elif is_image(base):
             if key in images:
-                raise DataError(f"{archive} has two images of the name {key}; each needs a name of its own")
+                raise DataError(
+                    f"{archive} has two images of the name {key}; name each otherwise, or get it again"
+                )
             images[key] = (member, stem, extension)
         else:
             others[extension] += 1
     if images.keys() != labels.keys():
         alone = sorted(images.keys() ^ labels.keys())
-        raise DataError(f"{archive}: {len(images)} images and {len(labels)} labels (.cls) are no pairs ({some(alone)}); pairs of an "
-                        f"image and a .cls of the same name are read")  # fmt: skip
+        raise DataError(f"{archive}: {len(images)} images and {len(labels)} labels (.cls) are no pairs ({few(alone)}); give an image "
+                        f"and a .cls of the same name for each")  # fmt: skip
     if set(others) - {"json"}:
-        print(f"{archive.name}: other files stay out: {dict(others)}", file=sys.stderr)
+        tell(f"{archive.name}: other files stay out: {dict(others)}", file=sys.stderr)
     return [Row(member.file, member.at, member.num_bytes, stem, extension, labels[key])
             for key, (member, stem, extension) in images.items()]  # fmt: skip
 
 
 def _label(text: bytes, archive: Path, name: str) -> int:
     if not text.strip().isdigit():
-        raise DataError(f"{name} in {archive} holds {text!r} and no number of a class; pack the tar again")
+        raise DataError(
+            f"{name} in {archive} holds {text!r} and no number of a class; pack the tar again"
+        )
     return int(text)
 
 
-def synsets_of(root: Path, rows: dict[str, list[Row]], words: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+def synsets_of(
+    root: Path, rows: dict[str, list[Row]], words: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
     """Return the synset of each label, and words of the synsets if they are known. `words` are by number."""
     num_classes = 1 + max(row.label for part in rows.values() for row in part)
     absent = set(range(num_classes)) - {row.label for row in rows["train"]}
     if absent:
-        raise DataError(f"{len(absent)} of {num_classes} labels have no training image ({some([str(one) for one in sorted(absent)])}); "
-                        f"are all files of {root} there?")  # fmt: skip
+        raise DataError(f"{len(absent)} of {num_classes} labels have no training image ({few(sorted(absent))}); "
+                        f"see that all files of {root} are there, and get the set again")  # fmt: skip
     by_synset = read_words(root)
     synsets = synsets_of_labels(((row.stem, row.label) for row in rows["train"]), num_classes)
     if synsets is None and len(by_synset) == num_classes:
@@ -95,7 +105,9 @@ def synsets_of(root: Path, rows: dict[str, list[Row]], words: dict[str, str]) ->
     if synsets != sorted(synsets):
         raise DataError(f"the labels of {root} are not in the order of the synsets, so a label would change its meaning; unpack "
                         f"them into train/<synset>/ and val/<synset>/")  # fmt: skip
-    by_number = {synset: words[str(label)] for label, synset in enumerate(synsets) if str(label) in words}
+    by_number = {
+        synset: words[str(label)] for label, synset in enumerate(synsets) if str(label) in words
+    }
     return synsets, by_synset if set(synsets) <= set(by_synset) else by_number
 
 

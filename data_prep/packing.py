@@ -12,21 +12,21 @@ So tasks that a killed launcher left behind may go on beside the same command st
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
-from tqdm import tqdm
 
 from asgd_mpi.data.manifest import MANIFEST, Manifest, ShardEntry
 from asgd_mpi.errors import DataError
+from asgd_mpi.record import progress
 from data_prep.archives import OFFICIAL, check_md5
-from data_prep.encode import BadImage, histogram
+from data_prep.encode import REMARKS, BadImage, histogram
 from data_prep.plan import Done, Plan, PlanFile
 from data_prep.shared_listing import remove_listings
 from data_prep.takeover import fsync, making, own, put_away, sweep, take
@@ -35,6 +35,7 @@ from data_prep.writer import explained, replacing, write_shard
 
 ROOM = ".packing"  # inside the data set directory
 PLAN, DONE = "plan.json", "done.json"  # inside of it, and of the directory of a shard there
+REPORT = "packed.json"  # beside the manifest
 COUNT_EVERY = 16  # images between two signs of life of a worker process
 
 
@@ -59,8 +60,11 @@ def _check_plan(plan: Plan, path: Path) -> None:
     if theirs.photos != ours.photos:
         differ.append("other images")
     if differ:
-        raise DataError(f"{plan.out} holds part of a data set that was packed otherwise ({'; '.join(differ)}); go on "
-                        f"with the options from there, choose another --out, or delete that directory")  # fmt: skip
+        raise DataError(
+            f"{plan.out} holds part of a data set that was packed otherwise ({'; '.join(differ)}); go on "
+            # fmt: skip
+            f"with the options from there, choose another --out, or delete that directory"
+        )
 
 
 def unfinished(plan: Plan, discard_damaged: bool = False) -> set[tuple[str, int]]:
@@ -85,6 +89,15 @@ def _word_of(plan: Plan, archive: str) -> Path:
     return plan.out / ROOM / f"{os.path.basename(archive)}.md5.json"
 
 
+class Report(msgspec.Struct, frozen=True):
+    """What the packing was asked for, and what it did to which images."""
+
+    options: dict[str, str]
+    images: dict[
+        str, dict[str, list[str]]
+    ]  # names, by split and remark (see encode); those skipped, too
+
+
 class DamagedArchive(DataError):
     """An official archive with another md5 sum: whatever was packed from it may be damaged, too."""
 
@@ -94,7 +107,9 @@ def check_archive(plan: Plan, archive: str, count: Callable[[int], None]) -> lis
     try:
         check_md5(Path(archive), lambda num_bytes: count(0))
     except DataError as damaged:
-        raise DamagedArchive(f"{damaged}. What was packed from it is dropped.") from damaged
+        raise DamagedArchive(
+            f"{damaged}. What was packed from it is dropped: start again."
+        ) from damaged
     write_json(_word_of(plan, archive), OFFICIAL[os.path.basename(archive)].md5)
     return []
 
@@ -136,26 +151,36 @@ def pack(plan: Plan, shards: list[tuple[str, int]], skip: bool, workers: int, la
         raise
     except DataError as error:
         if is_complete(plan.out):
-            return  # `.packing` has gone from under a shard: another packer has finished the set, and ours is not needed
+            # `.packing` has gone from under a shard: another packer has finished the set, and ours is not needed
+            return
         if not (plan.out / ROOM).exists():
             raise DataError(f"{plan.out / ROOM} has gone while shards were written: another task found an archive damaged (its error says "
                             f"which), or somebody removed it; start again") from error  # fmt: skip
         raise
 
 
-def _pack(plan: Plan, shards: list, archives: Sequence[str], skip: bool, workers: int, total: int, label: str) -> None:
-    often_s = 0.1 if sys.stderr.isatty() else 30.0  # a line each time, in the log of a job
-    with tqdm(total=total, desc=label, unit="img", mininterval=often_s, smoothing=0.05) as progress:
+def _pack(
+    plan: Plan,
+    shards: list,
+    archives: Sequence[str],
+    skip: bool,
+    workers: int,
+    total: int,
+    label: str,
+) -> None:
+    with progress.Counter(total, "images", label) as counter:
         if workers == 1:
             for shard in shards:
-                _report(pack_shard(plan, *shard, skip, progress.update))
+                _report(pack_shard(plan, *shard, skip, counter.update), counter)
             for archive in archives:
-                check_archive(plan, archive, progress.update)
+                check_archive(plan, archive, counter.update)
         else:
-            _pack_in_processes(plan, [*archives, *shards], skip, workers, progress)
+            _pack_in_processes(plan, [*archives, *shards], skip, workers, counter)
 
 
-def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[[int], None]) -> list[str]:
+def pack_shard(
+    plan: Plan, split: str, number: int, skip: bool, count: Callable[[int], None]
+) -> list[str]:
     """Write one shard and then the word that it is done; return what was skipped, and why.
 
     `count` is told of images as they are read.
@@ -164,21 +189,23 @@ def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[
     if (plan.out / ROOM / plan.file(split, number)).is_dir() or is_complete(plan.out):
         count(len(photos))  # by another packer
         return []
-    labels, again = {synset: label for label, synset in enumerate(plan.synsets)}, []
-    keeps = plan.encoding.mode == "jpeg" and plan.encoding.short_side is None
+    labels = {synset: label for label, synset in enumerate(plan.synsets)}
+    remarks: dict[str, list[str]] = {remark: [] for remark in REMARKS}
     counts, measured = np.zeros((3, 256), dtype=np.int64), set(plan.measured(split, number))
     for place, photo in enumerate(photos):
         try:
             data = photo.read()
             sample = plan.encoding.sample(photo, data, labels[photo.synset])
-            if keeps and sample.image.tobytes() != data:
-                again.append(photo.name)
+            for remark in sample.remarks:
+                remarks[remark].append(photo.name)
             if place in measured:
                 counts += histogram(sample)
             samples.append(sample)
         except BadImage as bad:
             if not skip:
-                raise DataError(f"{bad}; replace the file, or leave such images out with --on-bad-image skip") from bad
+                raise DataError(
+                    f"{bad}; replace the file, or leave such images out with --on-bad-image skip"
+                ) from bad
             skipped.append(bad)
         if place % COUNT_EVERY == COUNT_EVERY - 1:
             count(COUNT_EVERY)
@@ -189,27 +216,38 @@ def pack_shard(plan: Plan, split: str, number: int, skip: bool, count: Callable[
     name = plan.file(split, number)
     place = plan.out / ROOM / name
     with explained(place), making(place) as mine:
-        entry = write_shard(mine / name, name, samples, split, number, plan.num_shards(split), len(plan.synsets), plan.seed)
+        entry = write_shard(
+            mine / name,
+            name,
+            samples,
+            split,
+            number,
+            plan.num_shards(split),
+            len(plan.synsets),
+            plan.seed,
+        )
         fsync(mine / name)
-        (mine / DONE).write_bytes(as_json(Done(entry, [bad.name for bad in skipped], counts.tolist(), again)))
+        (mine / DONE).write_bytes(
+            as_json(Done(entry, [bad.name for bad in skipped], counts.tolist(), remarks))
+        )
         fsync(mine / DONE)
         fsync(mine)
         take(mine, place)  # or it has come into place meanwhile, and ours is dropped
     return [str(bad) for bad in skipped]
 
 
-def write_json(path: Path, content: msgspec.Struct | str) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Put a file in its place at once, even if several tasks do so."""
     with replacing(path, own(path)) as temporary:
         temporary.write_bytes(as_json(content))
 
 
-def as_json(content: msgspec.Struct | str) -> bytes:
+def as_json(content: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
-def finish(plan: Plan, manifest: Manifest) -> None:
-    """Move the shards out of `.packing`, write the manifest, from then on the data set is complete, and clear up.
+def finish(plan: Plan, manifest: Manifest, remarks: dict[str, dict[str, list[str]]]) -> None:
+    """Move the shards out of `.packing`, write the report and the manifest, which completes the data set, and clear up.
 
     Several tasks may be at it: they move the same shards and write the same manifest.
     """
@@ -217,6 +255,7 @@ def finish(plan: Plan, manifest: Manifest) -> None:
         for entry in manifest.splits.values():
             for shard in entry.shards:
                 _move_out(plan.out, shard)
+    write_json(plan.out / REPORT, Report(plan.describe().options, remarks))
     write_json(plan.out / MANIFEST, manifest)
     room = plan.out / ROOM
     for shard in plan.shards:  # with fewer operations on metadata than `clear` would need
@@ -253,17 +292,25 @@ class Stopped(Exception):
 _in_process: tuple = ()  # (plan, skip, counter, stop), handed to a worker process by its fork
 
 
-def _pack_in_processes(plan: Plan, work: list, skip: bool, workers: int, progress: tqdm) -> None:
-    fork = multiprocessing.get_context("fork")  # the plan is inherited and not sent; neither MPI nor a thread runs here
+def _pack_in_processes(
+    plan: Plan, work: list, skip: bool, workers: int, shown: progress.Counter
+) -> None:
+    # the plan is inherited and not sent; neither MPI nor a thread runs here
+    fork = multiprocessing.get_context("fork")
     counter, stop = fork.Value("q", 0), fork.Event()
-    with ProcessPoolExecutor(workers, fork, _start_process, (os.getpid(), plan, skip, counter, stop)) as pool:
+    with ProcessPoolExecutor(
+        workers, fork, _start_process, (os.getpid(), plan, skip, counter, stop)
+    ) as pool:
         futures = [pool.submit(_pack_in_process, one) for one in work]
         try:
-            for done in _as_they_finish(futures, lambda: progress.update(counter.value - progress.n)):
-                _report(done.result())
+            for done in _as_they_finish(futures, lambda: shown.update(counter.value - shown.n)):
+                _report(done.result(), shown)
         except BrokenProcessPool as error:
-            raise DataError("a packing process was killed, most likely for want of memory: each holds one shard; give "
-                            "fewer --workers or a smaller --shard-size, and start again to go on") from error  # fmt: skip
+            raise DataError(
+                "a packing process was killed, most likely for want of memory: each holds one shard; give "
+                # fmt: skip
+                "fewer --workers or a smaller --shard-size, and start again to go on"
+            ) from error
         finally:
             stop.set()
             for future in futures:
@@ -283,7 +330,8 @@ def _start_process(parent: int, *inherited) -> None:
     _in_process = inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it, and stops
     end_with_parent()  # or a killed parent would leave them behind, writing
-    if os.getppid() != parent:  # it was killed before, and nobody will ever send this process work, or a signal
+    # it was killed before, and nobody will ever send this process work, or a signal
+    if os.getppid() != parent:
         os._exit(1)
 
 
@@ -296,9 +344,13 @@ def _pack_in_process(work: tuple[str, int] | str) -> list[str]:
         with counter.get_lock():
             counter.value += images
 
-    return check_archive(plan, work, count) if isinstance(work, str) else pack_shard(plan, *work, skip, count)
+    return (
+        check_archive(plan, work, count)
+        if isinstance(work, str)
+        else pack_shard(plan, *work, skip, count)
+    )
 
 
-def _report(skipped: list[str]) -> None:
+def _report(skipped: list[str], shown: progress.Counter) -> None:
     for reason in skipped:
-        tqdm.write(f"skipped: {reason}", file=sys.stderr)
+        shown.say(f"skipped: {reason}")

@@ -31,10 +31,16 @@ def unpack(file: Path, scratch: Path, count: Callable[[int], None]) -> list[Row]
                 for image, label in zip(batch.column("image"), batch.column("label"), strict=True):
                     data, path = image["bytes"].as_buffer(), image["path"].as_py()
                     if data is None or label.as_py() is None or label.as_py() < 0:
-                        raise DataError(f"row {len(rows)} of {file} has no image or no label; get the files of train and validation")
-                    stem, extension = os.path.splitext(os.path.basename(path or f"{file.stem}_{len(rows):06d}"))
+                        raise DataError(
+                            f"row {len(rows)} of {file} has no image or no label; get the files of train and validation"
+                        )
+                    stem, extension = os.path.splitext(
+                        os.path.basename(path or f"{file.stem}_{len(rows):06d}")
+                    )
                     out.write(data)
-                    rows.append(Row(str(place), at, data.size, stem, extension.lstrip("."), label.as_py()))
+                    rows.append(
+                        Row(str(place), at, data.size, stem, extension.lstrip("."), label.as_py())
+                    )
                     at += data.size
                 count(batch.num_rows)
             out.flush()
@@ -59,15 +65,17 @@ def _check_columns(file: Path, schema) -> None:
     names = set(schema.names)
     inside = {field.name for field in schema.field("image").type} if "image" in names else set()
     if "label" not in names or not {"bytes", "path"} <= inside:
-        raise DataError(f"{file} has the columns {', '.join(schema.names)}; `image` of bytes and path, and `label`, are expected, as "
-                        f"Hugging Face writes image sets")  # fmt: skip
+        raise DataError(f"{file} has the columns {', '.join(schema.names)}; give files with `image` (bytes and path) and "
+                        f"`label`, as Hugging Face writes image sets")  # fmt: skip
 
 
 def _pyarrow():
     try:
         from pyarrow import parquet  # an extra, and slow to import
     except ImportError:
-        raise ConfigError("parquet files need pyarrow to be read: pip install 'asgd_mpi[parquet]', or pip install pyarrow") from None
+        raise ConfigError(
+            "parquet files need pyarrow to be read: pip install 'asgd_mpi[parquet]', or pip install pyarrow"
+        ) from None
     return parquet
 
 
@@ -81,4 +89,6 @@ def _explained(file: Path) -> Iterator[None]:
     except Exception as error:
         if getattr(error, "errno", None):  # of the disk
             raise
-        raise DataError(f"{file} is no parquet file or is damaged ({str(error).splitlines()[0]}); get it again") from error
+        raise DataError(
+            f"{file} is no parquet file or is damaged ({str(error).splitlines()[0]}); get it again"
+        ) from error

@@ -13,7 +13,7 @@ from asgd_mpi.data.manifest import ShardEntry
 from data_prep.encode import Encoding
 from data_prep.sources import Photo
 
-LAYOUT = 2  # of what packing keeps beside the shards until all are done
+LAYOUT = 3  # of what packing keeps beside the shards until all are done
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -22,12 +22,13 @@ class Done(msgspec.Struct, frozen=True):
     entry: ShardEntry
     skipped: list[str]
     histogram: list[list[int]]  # (3, 256): of the images that mean and std are measured on
-    encoded_again: list[str] = []  # of JPEG shards of unshrunk images: those that could not be kept as they are
+    remarks: dict[str, list[str]] = {}  # names of images, by what is remarked of them (see encode)
 
 
 class PlanFile(msgspec.Struct, frozen=True):
     options: dict[str, str]
-    photos: str  # xxh3 of every photo's name, in order; not of its size, so that a bad file may be replaced
+    # xxh3 of every photo's name, in order; not of its size, so that a bad file may be replaced
+    photos: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Plan:
     @property
     def shards(self) -> list[tuple[str, int]]:
         """(split, number) of every shard."""
-        return [(split, number) for split in self.photos for number in range(self.num_shards(split))]
+        return [
+            (split, number) for split in self.photos for number in range(self.num_shards(split))
+        ]
 
     def num_shards(self, split: str) -> int:
         return -(-len(self.photos[split]) // self.shard_size)
@@ -67,5 +70,10 @@ class Plan:
         digest = xxhash.xxh3_64()
         for photos in self.photos.values():
             digest.update("\n".join(photo.name for photo in photos).encode())
-        options = {"layout": LAYOUT, "shard_size": self.shard_size, "seed": self.seed, "num_measured": self.num_measured} | vars(self.encoding)
+        options = {
+            "layout": LAYOUT,
+            "shard_size": self.shard_size,
+            "seed": self.seed,
+            "num_measured": self.num_measured,
+        } | vars(self.encoding)
         return PlanFile({name: str(value) for name, value in options.items()}, digest.hexdigest())

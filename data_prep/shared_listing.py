@@ -18,6 +18,7 @@ import msgspec
 import xxhash
 
 from asgd_mpi.data.tree import directory_of, readable
+from asgd_mpi.errors import tell
 from data_prep.kaggle import SOLUTION, WORDS, directory_of_images
 from data_prep.labelled import files_of
 from data_prep.sources import SPLITS, Photo, Source, Tick, find_source
@@ -53,9 +54,9 @@ def list_once(root: Path, out: Path) -> Source:
     place = out / f"{PREFIX}{_state(root)}"
     claim = place.with_name(f"{place.name}.claim")
     while not (place / LISTING).exists():
-        with _claimed(claim) as tell:
-            if tell:
-                _list(root, place, tell)
+        with _claimed(claim) as note:
+            if note:
+                _list(root, place, note)
             else:
                 _wait(place, claim)
     return _read(place / LISTING)
@@ -67,9 +68,9 @@ def remove_listings(out: Path) -> None:
             remove(Path(entry.path))
 
 
-def _list(root: Path, place: Path, tell: Callable[[str], None]) -> None:
+def _list(root: Path, place: Path, note: Callable[[str], None]) -> None:
     with explained(place), making(place) as mine:
-        found = find_source(root, mine, _ticker(tell))
+        found = find_source(root, mine, _ticker(note))
         # What was unpacked lies in our directory until it is taken.
         moved = {split: [photo._replace(file=photo.file.replace(str(mine), str(place), 1)) for photo in photos]
                  for split, photos in found.photos.items()}  # fmt: skip
@@ -89,13 +90,13 @@ def _wait(place: Path, claim: Path) -> None:
             said, since = word, time.monotonic()
         owner, _, progress = word.partition(" ")
         if not is_alive(owner) or time.monotonic() - since > PATIENCE_S:
-            print(f"the task that lists the source ({progress or 'nothing so far'}) is gone or has said nothing for {PATIENCE_S:.0f} s; "
+            tell(f"the task that lists the source ({progress or 'nothing so far'}) is gone or has said nothing for {PATIENCE_S:.0f} s; "
                   "another one lists", file=sys.stderr)  # fmt: skip
             remove(claim)
             return
         if time.monotonic() - told > TOLD_EVERY_S:
             told = time.monotonic()
-            print(f"waiting for the task that lists the source: {progress}", file=sys.stderr)
+            tell(f"waiting for the task that lists the source: {progress}", file=sys.stderr)
         time.sleep(0.2 if time.monotonic() - since < 5 else 1)
 
 
@@ -111,12 +112,12 @@ def _claimed(claim: Path) -> Iterator[Callable[[str], None] | None]:
         yield None
         return
 
-    def tell(progress: str) -> None:
+    def note(progress: str) -> None:
         os.pwrite(file, f"{whoami()} {progress}".ljust(300).encode(), 0)
 
     try:
-        tell("")
-        yield tell
+        note("")
+        yield note
     finally:
         os.close(file)
         remove(claim)
@@ -128,7 +129,7 @@ def _word(claim: Path) -> str | None:
     return None
 
 
-def _ticker(tell: Callable[[str], None]) -> Tick:
+def _ticker(note: Callable[[str], None]) -> Tick:
     """Return what counts images, tells the other tasks each second, and the user every ten."""
     counts: dict[str, int] = {}
     told = {"others": time.monotonic(), "user": time.monotonic()}
@@ -138,10 +139,10 @@ def _ticker(tell: Callable[[str], None]) -> Tick:
         now, progress = time.monotonic(), f"{counts['images']:,} images, in {what}"
         if now - told["others"] > 1:
             told["others"] = now
-            tell(progress)
+            note(progress)
         if now - told["user"] > TOLD_EVERY_S:
             told["user"] = now
-            print(f"listing: {progress}", file=sys.stderr)
+            tell(f"listing: {progress}", file=sys.stderr)
 
     return tick
 
@@ -151,17 +152,33 @@ def _state(root: Path) -> str:
     root = root.resolve()
     digest = xxhash.xxh3_64()
     images = directory_of_images(root)
-    paths = [entry.path for entry in os.scandir(root) if entry.is_file()] if os.path.isdir(root) else []
-    paths += [str(path) for extension in (".parquet", ".tar") for path in chain(*files_of(root, extension).values())]
-    paths += [str(path) for name in (SOLUTION, WORDS) for path in (root.parents[2:3] and [root.parents[2] / name]) if path.is_file()]
+    paths = (
+        [entry.path for entry in os.scandir(root) if entry.is_file()] if os.path.isdir(root) else []
+    )
+    paths += [
+        str(path)
+        for extension in (".parquet", ".tar")
+        for path in chain(*files_of(root, extension).values())
+    ]
+    paths += [
+        str(path)
+        for name in (SOLUTION, WORDS)
+        for path in (root.parents[2:3] and [root.parents[2] / name])
+        if path.is_file()
+    ]
     for split in SPLITS:
         directory = directory_of(images, split)
         if directory.is_dir():
-            paths += [str(directory), *(entry.path for entry in os.scandir(directory) if entry.is_dir())]
+            paths += [
+                str(directory),
+                *(entry.path for entry in os.scandir(directory) if entry.is_dir()),
+            ]
     for path in sorted(set(paths)):
         with readable(path):
             status = os.stat(path)
-        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        digest.update(
+            f"{path} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()[:12]
 
 

@@ -54,14 +54,19 @@ def read(source: Path) -> tuple[dict[str, arrays.Split], list[str]]:
     if any(_find(source, name) for name in PICKLED):
         raise DataError(f"{source} holds the python version of CIFAR, which is pickled: to read it would run what the file says. "
                         f"Get the binary version ({BINARY}) and give its directory.")  # fmt: skip
-    raise DataError(f"{source} holds none of {', '.join(READERS)}, so no set that is known here; give the directory with the "
-                    f"files of CIFAR-10 or -100 (binary version), SVHN (cropped) or MNIST, or a tree to data_prep.imagenet")  # fmt: skip
+    raise DataError(
+        f"{source} holds none of {', '.join(READERS)}, so no set that is known here; give the directory with the "
+        # fmt: skip
+        f"files of CIFAR-10 or -100 (binary version), SVHN (cropped) or MNIST, or a tree to data_prep.imagenet"
+    )
 
 
 def _find(source: Path, marker: str) -> Path | None:
     """Return the directory, `source` or one at most two below it, that holds a file or directory of this name."""
     if not os.path.isdir(source):
-        raise DataError(f"{source} is not a directory; give the one that holds the files of the set")
+        raise DataError(
+            f"{source} is not a directory; give the one that holds the files of the set"
+        )
     for pattern in (marker, f"*/{marker}", f"*/*/{marker}"):
         for path in sorted(source.glob(pattern)):
             return path.parent
@@ -70,19 +75,28 @@ def _find(source: Path, marker: str) -> Path | None:
 
 def _cifar10(directory: Path) -> tuple[dict[str, arrays.Split], list[str]]:
     names = _names(directory / "batches.meta.txt")
-    batches = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "val": ["test_batch.bin"]}
-    return {split: _records(directory, files, label_at=0, num_labels=1, num_classes=len(names))
-            for split, files in batches.items()}, names
+    batches = {
+        "train": [f"data_batch_{number}.bin" for number in range(1, 6)],
+        "val": ["test_batch.bin"],
+    }
+    return {
+        split: _records(directory, files, label_at=0, num_labels=1, num_classes=len(names))
+        for split, files in batches.items()
+    }, names
 
 
 def _cifar100(directory: Path) -> tuple[dict[str, arrays.Split], list[str]]:
     names = _names(directory / "fine_label_names.txt")
     batches = {"train": ["train.bin"], "val": ["test.bin"]}
-    return {split: _records(directory, files, label_at=1, num_labels=2, num_classes=len(names))
-            for split, files in batches.items()}, names
+    return {
+        split: _records(directory, files, label_at=1, num_labels=2, num_classes=len(names))
+        for split, files in batches.items()
+    }, names
 
 
-def _records(directory: Path, files: list[str], label_at: int, num_labels: int, num_classes: int) -> arrays.Split:
+def _records(
+    directory: Path, files: list[str], label_at: int, num_labels: int, num_classes: int
+) -> arrays.Split:
     """Return the records of some files: `num_labels` labels, a byte each, and the planes of an image."""
     images, labels, names = [], [], []
     for file in files:
@@ -94,7 +108,13 @@ def _records(directory: Path, files: list[str], label_at: int, num_labels: int, 
         images.append(records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(records[:, label_at])
         names += [f"{file}/{row}" for row in range(len(records))]
-    return _checked(directory, np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels), names, num_classes)
+    return _checked(
+        directory,
+        np.ascontiguousarray(np.concatenate(images)),
+        np.concatenate(labels),
+        names,
+        num_classes,
+    )
 
 
 def _svhn(directory: Path) -> tuple[dict[str, arrays.Split], list[str]]:
@@ -105,7 +125,9 @@ def _svhn(directory: Path) -> tuple[dict[str, arrays.Split], list[str]]:
             images = np.ascontiguousarray(found["X"].transpose(3, 0, 1, 2), dtype=np.uint8)
             labels = found["y"].reshape(-1) % 10  # a zero is written as 10
         except Exception as error:  # scipy raises what it likes on a file that is cut off
-            raise DataError(f"{directory / file} is missing or damaged ({type(error).__name__}: {error}); get it again") from error
+            raise DataError(
+                f"{directory / file} is missing or damaged ({type(error).__name__}: {error}); get it again"
+            ) from error
         names = [f"{file}/{row}" for row in range(len(images))]
         splits[split] = _checked(directory, images, labels, names, 10)
     return splits, [str(digit) for digit in range(10)]
@@ -114,7 +136,10 @@ def _svhn(directory: Path) -> tuple[dict[str, arrays.Split], list[str]]:
 def _mnist(directory: Path) -> tuple[dict[str, arrays.Split], list[str]]:
     splits = {}
     for split, stem in (("train", "train"), ("val", "t10k")):
-        images, labels = read_idx(directory, f"{stem}-images-idx3-ubyte"), read_idx(directory, f"{stem}-labels-idx1-ubyte")
+        images, labels = (
+            read_idx(directory, f"{stem}-images-idx3-ubyte"),
+            read_idx(directory, f"{stem}-labels-idx1-ubyte"),
+        )
         names = [f"{stem}/{row}" for row in range(len(images))]
         splits[split] = _checked(directory, images[..., None], labels, names, 10)
     return splits, [str(label) for label in range(10)]
@@ -128,7 +153,11 @@ READERS = {  # by a file that tells the set
 
 def _names(path: Path) -> list[str]:
     """Return the names of the classes, one a line."""
-    names = [line.strip() for line in _bytes(path).tobytes().decode(errors="replace").splitlines() if line.strip()]
+    names = [
+        line.strip()
+        for line in _bytes(path).tobytes().decode(errors="replace").splitlines()
+        if line.strip()
+    ]
     if not names:
         raise DataError(f"{path} names no classes; get it again")
     return names
@@ -141,10 +170,15 @@ def _bytes(path: Path) -> np.ndarray:
         raise DataError(f"cannot read {path}: {error.strerror}; get the set again") from error
 
 
-def _checked(directory: Path, images: np.ndarray, labels: np.ndarray, names: list[str], num_classes: int) -> arrays.Split:
+def _checked(
+    directory: Path, images: np.ndarray, labels: np.ndarray, names: list[str], num_classes: int
+) -> arrays.Split:
     if len(images) != len(labels) or not len(labels) or int(labels.max()) >= num_classes:
-        raise DataError(f"{directory}: {len(images)} images and {len(labels)} labels up to {labels.max(initial=0)} for "
-                        f"{num_classes} classes do not fit together; get the set again")  # fmt: skip
+        raise DataError(
+            f"{directory}: {len(images)} images and {len(labels)} labels up to {labels.max(initial=0)} for "
+            # fmt: skip
+            f"{num_classes} classes do not fit together; get the set again"
+        )
     return images, labels, names
 
 

@@ -23,10 +23,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from asgd_mpi.data.tree import directory_of, is_class, is_image, list_tree, listing, note_files, readable, some
-from asgd_mpi.errors import DataError
+from asgd_mpi.data.tree import (
+    directory_of,
+    is_class,
+    is_image,
+    list_tree,
+    listing,
+    note_files,
+    readable,
+)
+from asgd_mpi.errors import DataError, few, tell
 from data_prep import labelled, parquet
-from data_prep.archives import OFFICIAL, is_official, members, read_at
+from data_prep.archives import OFFICIAL, check_md5, is_official, members, read_at
 from data_prep.classes import number_of, unique_names
 from data_prep.devkit import NAME as DEVKIT
 from data_prep.devkit import Devkit, read_devkit
@@ -76,22 +84,36 @@ class Source:
     official: list[str] = field(default_factory=list)  # archives whose md5 sums are known
 
 
-def find_source(root: Path, scratch: Path | None = None, tick: Tick = lambda what, images: None) -> Source:
+def find_source(
+    root: Path, scratch: Path | None = None, tick: Tick = lambda what, images: None
+) -> Source:
     """List all images under `root`; raise DataError if classes are missing, empty or unknown.
 
     What cannot be read in place is unpacked into `scratch`.
     """
     for extension, lister in ((".parquet", _from_parquet), (".tar", _from_tars)):
-        files = labelled.files_of(root, extension) if not (root / ARCHIVE.format("train")).exists() else {}
+        files = (
+            labelled.files_of(root, extension)
+            if not (root / ARCHIVE.format("train")).exists()
+            else {}
+        )
         if files:
             return _checked(root, lister(root, files, scratch, tick))
+    kit = root / f"{DEVKIT}.tar.gz"
+    if kit.exists() and _said_official(kit):
+        check_md5(kit, lambda num_bytes: None)
     truth = read_devkit(root) or read_kaggle(root)
     images = directory_of_images(root)
-    photos = {split: sorted(_find(images, split, truth, tick), key=lambda photo: photo.name) for split in SPLITS}
+    photos = {
+        split: sorted(_find(images, split, truth, tick), key=lambda photo: photo.name)
+        for split in SPLITS
+    }
     synsets = sorted({photo.synset for photo in photos["train"]})
     words = truth.words if truth else read_words(root)
     archives = [root / ARCHIVE.format(split) for split in SPLITS]
-    official = [str(archive) for archive in archives if archive.exists() and _said_official(archive)]
+    official = [
+        str(archive) for archive in archives if archive.exists() and _said_official(archive)
+    ]
     return _checked(root, Source(photos, synsets, _class_names(synsets, words), official))
 
 
@@ -99,8 +121,12 @@ def leave_out(photos: list[Photo], numbers: set[int]) -> list[Photo]:
     """Return the validation photos without those of some numbers; raise DataError if they are not all there."""
     kept = [photo for photo in photos if number_of(os.path.basename(photo.name)) not in numbers]
     if len(photos) - len(kept) != len(numbers):
-        raise DataError(f"{len(photos) - len(kept)} of the {len(numbers)} validation images to leave out are there: images are known by "
-                        f"names like ILSVRC2012_val_00000001.JPEG, and the source has {some([photo.name for photo in photos])}")  # fmt: skip
+        raise DataError(
+            f"{len(photos) - len(kept)} of the {len(numbers)} validation images to leave out are there: images are known by "
+            # fmt: skip
+            f"names like ILSVRC2012_val_00000001.JPEG, and the source has {few([photo.name for photo in photos])}; "
+            "give the validation images under their names, or no list"
+        )
     return kept
 
 
@@ -109,28 +135,38 @@ def _checked(root: Path, source: Source) -> Source:
     unknown = sorted({photo.synset for photo in source.photos["val"]} - set(source.synsets))
     if unknown:
         raise DataError(
-            f"val has {len(unknown)} classes that are not in train ({some(unknown)}), so they have no label; "
+            f"val has {len(unknown)} classes that are not in train ({few(unknown)}), so they have no label; "
             f"train and val of {root} need the same {len(source.synsets)} classes"
         )
     for split, photos in source.photos.items():
         if not photos:
             raise DataError(f"{root} has no {split} images")
         if len({photo.name for photo in photos}) != len(photos):
-            twice = sorted(name for name, count in Counter(photo.name for photo in photos).items() if count > 1)
-            raise DataError(f"{split} of {root} has {len(twice)} names twice ({some(twice)}); each image needs a name of its own")
+            twice = sorted(
+                name for name, count in Counter(photo.name for photo in photos).items() if count > 1
+            )
+            raise DataError(
+                f"{split} of {root} has {len(twice)} names twice ({few(twice)}); rename one of each"
+            )
     return source
 
 
-def _from_parquet(root: Path, files: dict[str, list[Path]], scratch: Path | None, tick: Tick) -> Source:
+def _from_parquet(
+    root: Path, files: dict[str, list[Path]], scratch: Path | None, tick: Tick
+) -> Source:
     if scratch is None:
-        raise DataError(f"{root} holds parquet files, which are unpacked before they are packed: python -m data_prep.imagenet does it")
+        raise DataError(
+            f"{root} holds parquet files, which are unpacked before they are packed: python -m data_prep.imagenet does it"
+        )
     check_space(scratch, sum(path.stat().st_size for part in files.values() for path in part))
     rows = {split: [row for path in part for row in parquet.unpack(path, scratch, lambda num, path=path: tick(path.name, num))]
             for split, part in files.items()}  # fmt: skip
     return _of_rows(root, rows, parquet.class_words(files["train"][0]))
 
 
-def _from_tars(root: Path, files: dict[str, list[Path]], scratch: Path | None, tick: Tick) -> Source:
+def _from_tars(
+    root: Path, files: dict[str, list[Path]], scratch: Path | None, tick: Tick
+) -> Source:
     rows: dict[str, list[labelled.Row]] = {}
     for split, part in files.items():
         rows[split] = []
@@ -145,7 +181,9 @@ def _of_rows(root: Path, rows: dict[str, list[labelled.Row]], words: dict[str, s
     photos = {}
     for split, part in rows.items():
         if not part:
-            raise DataError(f"{root} has no {split} images; files with {split} in their names are expected beside the others")
+            raise DataError(
+                f"{root} has no {split} images; put the files with {split} in their names beside the others"
+            )
         found = (Photo(row.file, row.at, row.num_bytes, synsets[row.label], labelled.name_of(split, synsets[row.label], row))
                  for row in part)  # fmt: skip
         photos[split] = sorted(found, key=lambda photo: photo.name)
@@ -155,17 +193,21 @@ def _of_rows(root: Path, rows: dict[str, list[labelled.Row]], words: dict[str, s
 def _find(root: Path, split: str, truth: Devkit | Kaggle | None, tick: Tick) -> Iterator[Photo]:
     archive, directory = root / ARCHIVE.format(split), directory_of(root, split)
     if os.path.exists(archive):
-        return _train_archive(archive, tick) if split == "train" else _flat(root, _images("val", _members(archive)), truth, tick)
+        return (
+            _train_archive(archive, tick)
+            if split == "train"
+            else _flat(root, _images("val", _members(archive)), truth, tick)
+        )
     if not os.path.isdir(directory):
         raise DataError(
-            f"{root} has neither {archive.name} nor a directory {split}; images are expected in that archive, or in "
+            f"{root} has neither {archive.name} nor a directory {split}; put that archive there, or unpack it into "
             f"{directory}/<synset>/*.JPEG"
         )
     entries = listing(directory)
     if any(entry.is_dir() and is_class(entry.name) for entry in entries):
         return _tree(directory, tick)
     if split == "train":
-        raise DataError(f"{directory} has {len(entries)} files and no class directory; images are expected in "
+        raise DataError(f"{directory} has {len(entries)} files and no class directory; put the images into "
                         f"{directory}/<synset>/*.JPEG")  # fmt: skip
     files = [(entry.path, 0, WHOLE, entry.name) for entry in entries if entry.is_file()]
     return _flat(root, _images(split, files), truth, tick)
@@ -174,21 +216,32 @@ def _find(root: Path, split: str, truth: Devkit | Kaggle | None, tick: Tick) -> 
 def _train_archive(archive: Path, tick: Tick) -> Iterator[Photo]:
     for _, begin, num_bytes, name in _members(archive):
         if not name.endswith(".tar"):
-            print(f"train: {name} in {archive.name} is no archive of a class and stays out", file=sys.stderr)
+            tell(
+                f"train: {name} in {archive.name} is no archive of a class and stays out",
+                file=sys.stderr,
+            )
             continue
         synset = name.removesuffix(".tar")
         images = _images(f"train/{synset}", _members(archive, begin, num_bytes))
         if not images:
             raise DataError(f"{name} in {archive} has no image; get the archive again")
         tick(archive.name, len(images))
-        yield from (Photo(file, at, size, synset, f"train/{synset}/{image}") for file, at, size, image in images)
+        yield from (
+            Photo(file, at, size, synset, f"train/{synset}/{image}")
+            for file, at, size, image in images
+        )
 
 
 def _members(archive: Path, begin: int = 0, num_bytes: int | None = None) -> list[Entry]:
-    return [(file, at, size, os.path.basename(name)) for file, at, size, name in members(archive, begin, num_bytes)]
+    return [
+        (file, at, size, os.path.basename(name))
+        for file, at, size, name in members(archive, begin, num_bytes)
+    ]
 
 
-def _flat(root: Path, files: list[Entry], truth: Devkit | Kaggle | None, tick: Tick) -> Iterator[Photo]:
+def _flat(
+    root: Path, files: list[Entry], truth: Devkit | Kaggle | None, tick: Tick
+) -> Iterator[Photo]:
     """Yield the validation images, with the synsets that the development kit or Kaggle's table gives them."""
     if truth is None:
         raise DataError(
@@ -196,24 +249,28 @@ def _flat(root: Path, files: list[Entry], truth: Devkit | Kaggle | None, tick: T
             f"development kit: put {DEVKIT}.tar.gz into {root}, or {SOLUTION} if the images are Kaggle's"
         )
     tick("val", len(files))
-    for synset, (file, at, num_bytes, name) in zip(truth.classes_of([entry[3] for entry in files]), files, strict=True):
+    for synset, (file, at, num_bytes, name) in zip(
+        truth.classes_of([entry[3] for entry in files]), files, strict=True
+    ):
         yield Photo(file, at, num_bytes, synset, f"val/{synset}/{name}")
 
 
 def _tree(directory: Path, tick: Tick) -> Iterator[Photo]:
     found = list_tree(directory)
     for note in found.notes:
-        print(note, file=sys.stderr)
+        tell(note, file=sys.stderr)
     for synset, paths in found.images.items():
         tick(directory.name, len(paths))
         for path in paths:
-            yield Photo(path, 0, WHOLE, synset, f"{directory.name}/{synset}/{os.path.basename(path)}")
+            yield Photo(
+                path, 0, WHOLE, synset, f"{directory.name}/{synset}/{os.path.basename(path)}"
+            )
 
 
 def _images(where: str, files: list[Entry]) -> list[Entry]:
     """Return those files that are images; say which are not."""
     for note in note_files(where, [name for _, _, _, name in files if not is_image(name)]):
-        print(note, file=sys.stderr)
+        tell(note, file=sys.stderr)
     return [entry for entry in files if is_image(entry[3])]
 
 
@@ -221,7 +278,7 @@ def _said_official(archive: Path) -> bool:
     """Return whether an archive is the official one by its size; say what its size would be if it is not."""
     if is_official(archive):
         return True
-    print(f"{archive.name} has {archive.stat().st_size:,} bytes, the official one {OFFICIAL[archive.name].num_bytes:,}: so it is another, "
+    tell(f"{archive.name} has {archive.stat().st_size:,} bytes, the official one {OFFICIAL[archive.name].num_bytes:,}: so it is another, "
           f"and no md5 sum of it is known", file=sys.stderr)  # fmt: skip
     return False
 

@@ -18,7 +18,11 @@ NUM_LOOKED_AT = 256
 
 def survey(photos: Sequence[Photo], encoding: Encoding) -> Iterator[str]:
     """Yield what should be known before the packing; raise ConfigError if most photos would be enlarged."""
-    seen = [one for one in map(_look_at, photos[:: max(1, len(photos) // NUM_LOOKED_AT)][:NUM_LOOKED_AT]) if one]
+    seen = [
+        one
+        for one in map(_look_at, photos[:: max(1, len(photos) // NUM_LOOKED_AT)][:NUM_LOOKED_AT])
+        if one
+    ]
     if not seen:
         return
     sides, pixels, turned = (np.array(column) for column in zip(*seen, strict=True))
@@ -34,8 +38,12 @@ def survey(photos: Sequence[Photo], encoding: Encoding) -> Iterator[str]:
         if small := int((sides < side).sum()):
             yield f"{small} of {len(seen)} photos that were looked at are smaller than --raw-size {side} and are enlarged to it"
     if count := int(turned.sum()):
-        does = "they are turned (--orientation turn)" if encoding.orientation == "turn" else (
-            "they are kept as they are stored, as torchvision reads them; --orientation turn turns them"
+        does = (
+            "they are turned (--orientation turn)"
+            if encoding.orientation == "turn"
+            else (
+                "they are kept as they are stored, as torchvision reads them; --orientation turn turns them"
+            )
         )
         yield f"{count} of {len(seen)} photos that were looked at have an EXIF orientation, so lie on their side or are mirrored: {does}"
 

@@ -16,13 +16,15 @@ import scipy.io
 from PIL import Image
 
 from asgd_mpi.config import limits
-from asgd_mpi.errors import ConfigError
+from asgd_mpi.errors import ConfigError, tell
 from data_prep import run
 from data_prep.devkit import GROUND_TRUTH, META
 from data_prep.devkit import NAME as DEVKIT
 
 MEAN = np.array([0.485, 0.456, 0.406])
-COLOURS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+COLOURS = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
 CONTRAST = (0.25, 0.045, 0.02)  # deviation along each colour axis
 SLOPE = 1.2  # of the spectrum's amplitude
 NOISE = 3.0  # levels
@@ -30,7 +32,10 @@ _SIDE = limits.at_least(1, 30000), "give pixels, 1 to 30000"
 _IMAGES = limits.at_least(1, 2**24), "a class has 1 image or more; 2^24 at most"
 RANGES = {
     "classes": (limits.at_least(1, 2**20), "give 1 class or more; 2^20 at most"),
-    "train": _IMAGES, "val": _IMAGES, "width": _SIDE, "height": _SIDE,
+    "train": _IMAGES,
+    "val": _IMAGES,
+    "width": _SIDE,
+    "height": _SIDE,
     "seed": limits.RANGES["run.seed"],
     "broken": (limits.at_least(0), "give images, or 0 for none"),
 }
@@ -53,8 +58,18 @@ def generate(
         odd: make the first images of the first class what ImageNet also has: a grey one, a CMYK one, a PNG named .JPEG
         broken: training images that are cut off, from the last class backwards; one of them is empty
     """
-    limits.demand(not odd or train >= 3, "--train", train, "the odd images are the first 3 of a class; give 3 or more, or --odd false")
-    limits.demand(broken <= classes * train, "--broken", broken, f"that is more than there are, {classes} classes of {train}")
+    limits.demand(
+        not odd or train >= 3,
+        "--train",
+        train,
+        "the odd images are the first 3 of a class; give 3 or more, or --odd false",
+    )
+    limits.demand(
+        broken <= classes * train,
+        "--broken",
+        broken,
+        f"that is more than there are, {classes} classes of {train}",
+    )
     archives, tree = out / "archives", out / "tree"
     if archives.exists() or tree.exists():
         raise ConfigError(f"{out} already holds archives or a tree; choose another --out")
@@ -67,7 +82,9 @@ def generate(
     truth = np.random.default_rng([seed, 8]).permutation(np.repeat(np.arange(classes), val))
     _write_val(archives, tree, synsets, maker, truth)
     _write_devkit(archives, synsets, ids, [int(ids[label]) for label in truth])
-    print(f"{archives} and {tree}: {classes * train} train and {classes * val} val images of {classes} classes")
+    tell(
+        f"{archives} and {tree}: {classes * train} train and {classes * val} val images of {classes} classes"
+    )
 
 
 class _Maker:
@@ -78,14 +95,21 @@ class _Maker:
 
     def file(self, number: int, label: int, odd: str = "") -> bytes:
         rng = np.random.default_rng([self.seed, 9, number])
-        width, height = (max(1, round(side * rng.uniform(0.9, 1.1))) for side in (self.width, self.height))
+        width, height = (
+            max(1, round(side * rng.uniform(0.9, 1.1))) for side in (self.width, self.height)
+        )
         if rng.random() < 0.25:
             width, height = height, width
         image = photo(rng, width, height, label / max(1, self.classes - 1))
-        subsampling = 0 if rng.random() < 0.77 else 2  # 77 % of ImageNet's files keep the full colour resolution
+        # 77 % of ImageNet's files keep the full colour resolution
+        subsampling = 0 if rng.random() < 0.77 else 2
         kind = {"grey": "L", "cmyk": "CMYK"}.get(odd, "RGB")
         file = io.BytesIO()
-        options = {} if odd == "png" else {"quality": 93} | ({"subsampling": subsampling} if kind == "RGB" else {})
+        options = (
+            {}
+            if odd == "png"
+            else {"quality": 93} | ({"subsampling": subsampling} if kind == "RGB" else {})
+        )
         image.convert(kind).save(file, "PNG" if odd == "png" else "JPEG", **options)
         return file.getvalue()
 
@@ -105,7 +129,9 @@ def photo(rng: np.random.Generator, width: int, height: int, tint: float = 0.5) 
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _write_train(archives: Path, tree: Path, synsets: list, maker: _Maker, train: int, odd: bool, broken: int) -> None:
+def _write_train(
+    archives: Path, tree: Path, synsets: list, maker: _Maker, train: int, odd: bool, broken: int
+) -> None:
     oddities = {0: "grey", 1: "cmyk", 2: "png"} if odd else {}
     total = len(synsets) * train
     with tarfile.open(archives / "ILSVRC2012_img_train.tar", "w") as outer:
@@ -123,7 +149,9 @@ def _write_train(archives: Path, tree: Path, synsets: list, maker: _Maker, train
             _add(outer, f"{synset}.tar", inner.getvalue())
 
 
-def _write_val(archives: Path, tree: Path, synsets: list[str], maker: _Maker, truth: np.ndarray) -> None:
+def _write_val(
+    archives: Path, tree: Path, synsets: list[str], maker: _Maker, truth: np.ndarray
+) -> None:
     with tarfile.open(archives / "ILSVRC2012_img_val.tar", "w") as tar:
         for number, label in enumerate(truth.tolist(), start=1):
             data, name = maker.file(-number % 2**32, label), f"ILSVRC2012_val_{number:08d}.JPEG"
@@ -133,14 +161,37 @@ def _write_val(archives: Path, tree: Path, synsets: list[str], maker: _Maker, tr
 
 def _write_devkit(archives: Path, synsets: list[str], ids: np.ndarray, truth: list[int]) -> None:
     """Write the two files that are read, with the real kit's fields; one synset more is an ancestor of all."""
-    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train_images"]
+    fields = [
+        "ILSVRC2012_ID",
+        "WNID",
+        "words",
+        "gloss",
+        "num_children",
+        "children",
+        "wordnet_height",
+        "num_train_images",
+    ]
     rows = [(int(number), synset, f"class {synset}, tint {synset}", "made up", 0, np.zeros(0), 0, 0)
             for number, synset in sorted(zip(ids, synsets, strict=True))]  # fmt: skip
-    rows.append((len(synsets) + 1, "n00000001", "anything", "made up", len(synsets), ids.astype(float), 1, 0))
+    rows.append(
+        (
+            len(synsets) + 1,
+            "n00000001",
+            "anything",
+            "made up",
+            len(synsets),
+            ids.astype(float),
+            1,
+            0,
+        )
+    )
     table = np.array(rows, dtype=[(name, object) for name in fields]).reshape(-1, 1)
     meta = io.BytesIO()
     scipy.io.savemat(meta, {"synsets": table})
-    with gzip.GzipFile(archives / f"{DEVKIT}.tar.gz", "wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
+    with (
+        gzip.GzipFile(archives / f"{DEVKIT}.tar.gz", "wb", mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
         _add(tar, f"{DEVKIT}/{META}", meta.getvalue())
         _add(tar, f"{DEVKIT}/{GROUND_TRUTH}", "".join(f"{number}\n" for number in truth).encode())
 

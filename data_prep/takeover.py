@@ -16,7 +16,8 @@ from pathlib import Path
 OWN = ".own"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 PROCESSES = Path("/proc/self/ns/pid")
-FORGOTTEN_S = 3600.0  # nothing was written for so long: it belongs to nobody, even if its host cannot be asked
+# nothing was written for so long: it belongs to nobody, even if its host cannot be asked
+FORGOTTEN_S = 3600.0
 
 
 def own(place: Path) -> Path:
@@ -78,7 +79,10 @@ def sweep(directory: Path) -> None:
     now = _touched(directory) if left else 0.0
     for path in left:
         with suppress(OSError, ValueError):
-            if not is_alive(".".join(path.name.split(".")[-4:-2])) or now - _changed(path) > FORGOTTEN_S:
+            if (
+                not is_alive(".".join(path.name.split(".")[-4:-2]))
+                or now - _changed(path) > FORGOTTEN_S
+            ):
                 remove(path)
 
 

@@ -32,6 +32,7 @@ class Sample:
     label: int
     size: tuple[int, int]  # width, height
     source: str  # e.g. train/n01440764/n01440764_10026.JPEG
+    remarks: tuple[str, ...] = ()  # what is told of it afterwards (see encode); not stored
 
 
 def make_root(root: Path) -> None:
@@ -66,13 +67,17 @@ def write_shard(path: Path, name: str, samples: list[Sample], split: str, number
     return ShardEntry(name, len(samples), path.stat().st_size, file_xxh3(path))
 
 
-def write_split(root: Path, split: str, shards: list[list[Sample]], num_classes: int, seed: int) -> list[ShardEntry]:
+def write_split(
+    root: Path, split: str, shards: list[list[Sample]], num_classes: int, seed: int
+) -> list[ShardEntry]:
     """Write all shards of a small split and return their manifest entries; raise DataError."""
     entries = []
     for number, samples in enumerate(shards):
         name = f"{split}-{number:05d}-of-{len(shards):05d}.h5"
         with replacing(root / name) as temporary:
-            entries.append(write_shard(temporary, name, samples, split, number, len(shards), num_classes, seed))
+            entries.append(
+                write_shard(temporary, name, samples, split, number, len(shards), num_classes, seed)
+            )
     return entries
 
 
@@ -84,7 +89,9 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 def software() -> dict[str, str]:
     """Return the versions that the content of the shards depends on."""
-    return {"asgd_mpi": __version__} | {name: version(name) for name in ("h5py", "numpy", "pillow", "scikit-learn")}
+    return {"asgd_mpi": __version__} | {
+        name: version(name) for name in ("h5py", "numpy", "pillow", "scikit-learn")
+    }
 
 
 def _write_shard(path: Path, samples: list[Sample], attributes: dict, num_classes: int) -> None:
@@ -93,7 +100,8 @@ def _write_shard(path: Path, samples: list[Sample], attributes: dict, num_classe
     HDF5 2.0 crashes when the program ends if one of its own writes met a full disk; a plain write just raises.
     """
     index = _index(samples, num_classes)
-    path.write_bytes(bytes(sum(array.nbytes for array in index.values()) + 65536))  # room for all that HDF5 will write
+    # room for all that HDF5 will write
+    path.write_bytes(bytes(sum(array.nbytes for array in index.values()) + 65536))
     if attributes["encoding"] == "jpeg":
         name, shape = b"jpeg", (int(index["offset"][-1]),)
     else:
@@ -125,7 +133,9 @@ def _index(samples: list[Sample], num_classes: int) -> dict[str, np.ndarray]:
         "offset": np.cumsum([0] + [sample.image.nbytes for sample in samples], dtype=np.uint64),
         "label": np.array(labels, dtype=np.uint16 if num_classes <= 1 << 16 else np.int32),
         "size": np.array([sample.size for sample in samples], dtype=np.uint16),
-        "xxh3": np.array([checksum(sample.image, sample.label) for sample in samples], dtype=np.uint64),
+        "xxh3": np.array(
+            [checksum(sample.image, sample.label) for sample in samples], dtype=np.uint64
+        ),
         "source": np.array([os.fsencode(sample.source) for sample in samples]),
     }
 
@@ -161,7 +171,11 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         code, text = getattr(error, "errno", None), str(error)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota exceeded" in text.lower():
+        if (
+            code in (errno.ENOSPC, errno.EDQUOT)
+            or "No space left" in text
+            or "quota exceeded" in text.lower()
+        ):
             raise DataError(
                 f"the disk or quota is full while writing {path}; nothing incomplete was kept under that name; "
                 f"free some space or choose an --out on another disk, and start again"

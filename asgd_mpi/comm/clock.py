@@ -23,16 +23,18 @@ TAG = 7
 
 
 class Offset(NamedTuple):
-    seconds: float   # to add to this rank's time
-    error: float     # at most, seconds
+    seconds: float  # to add to this rank's time
+    error: float  # at most, seconds
 
 
 def measure(world: World) -> Offset:
-    """The offset of this rank's clock; all ranks call it. Raises DeadlineExceeded."""
+    """Return the offset of this rank's clock; all ranks call it. Raises DeadlineExceeded."""
     if not world.is_server:
         return min((_ask(world) for _ in range(NUM_PINGS)), key=lambda offset: offset.error)
     for rank in range(world.size):
-        for _ in range(NUM_PINGS if rank != topology.SERVER else 0):
+        if rank == topology.SERVER:
+            continue
+        for _ in range(NUM_PINGS):
             _receive(world, rank)
             _send(world, rank, time.time())
     return Offset(0.0, 0.0)
@@ -58,4 +60,6 @@ def _receive(world: World, rank: int) -> float:
 
 
 def _complete(world: World, request: MPI.Request, rank: int) -> None:
-    wait.until(request.Test, world.timeout_s, f"rank {world.rank} waits for the clock of rank {rank}")
+    wait.until(
+        request.Test, world.timeout_s, f"rank {world.rank} waits for the clock of rank {rank}"
+    )

@@ -21,53 +21,76 @@ from functools import cached_property
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.protocol import messages
 from asgd_mpi.vector import codec, partition
+from asgd_mpi.vector.push_format import PushFormat
 
 PAGE = 4096
 CONTROL_WORDS = 32
 PROMISE_WORDS = 2
 PACKET, PROMISED_SLOT = range(PROMISE_WORDS)
-LATEST, SLOT, FIRST_WORD = 0, 1, 2   # positions of the control words
-BEAT = CONTROL_WORDS - 1             # counts up for as long as the server's loop turns
+LATEST, SLOT, FIRST_WORD = 0, 1, 2  # positions of the control words
+BEAT = CONTROL_WORDS - 1  # counts up for as long as the server's loop turns
 WORDS_OF_SLOT = 4
 VERSION, SAMPLES, COMING, WRITTEN = range(WORDS_OF_SLOT)
-WORD = 8                             # bytes
-STATISTICS_FROM = 2 * WORD           # behind their words
+WORD = 8  # bytes
+STATISTICS_FROM = 2 * WORD  # behind their words
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in a server's memory, in bytes. Raises ConfigError if the ring is too long for its words.
+    """Where things lie in a server's memory, in bytes. Raises ConfigError if the ring is too long for its words, or
+    the vector too short for so many servers.
 
     With several servers this is the layout of the whole; `of` gives that of one server's memory.
     """
 
-    num_parameters: int       # P
-    ring: int                 # K
-    num_workers: int          # N
-    num_statistics: int = 0   # batch-norm statistics of the network, floats
-    wire: str = "float32"     # format of what travels, one of codec.DTYPES
-    num_servers: int = 1      # S
+    num_parameters: int  # P
+    ring: int  # K
+    num_workers: int  # N
+    num_statistics: int = 0  # batch-norm statistics of the network, floats
+    wire: str = "float32"  # format of what workers read, one of codec.DTYPES
+    num_servers: int = 1  # S
+    push: PushFormat | None = None  # of what they push; None: the same
 
     def __post_init__(self):
         room = (BEAT - FIRST_WORD) // WORDS_OF_SLOT
         if self.ring > room:
-            raise ConfigError(f"--exchange.ring {self.ring}: the window has room for {room} slots.")
+            raise ConfigError(
+                f"--exchange.ring {self.ring}: the window has room for {room} slots; give fewer."
+            )
+        _ = self.slices
 
     @cached_property
     def slices(self) -> list[slice]:
         """The numbers that each server serves."""
-        return partition.cut(self.num_parameters, self.num_servers, self.wire)
+        wires = {self.wire, self.pushed.wire} - {"float32"}
+        return partition.cut(self.num_parameters, self.num_servers, *sorted(wires)[:1])
+
+    @property
+    def pushed(self) -> PushFormat:
+        """The format of what is pushed."""
+        return self.push or PushFormat(self.num_parameters, self.wire)
 
     def of(self, number: int) -> Layout:
-        """Of the memory of the server of a slice. Statistics go to the first one."""
+        """Return the layout of the memory of the server of a slice. Statistics go to the first one."""
         own = self.slices[number]
-        return replace(self, num_parameters=own.stop - own.start, num_servers=1,
-                       num_statistics=0 if number else self.num_statistics)
+        return replace(
+            self,
+            num_parameters=own.stop - own.start,
+            num_servers=1,
+            num_statistics=0 if number else self.num_statistics,
+            push=self.pushed.part(own),
+        )
 
-    def travels(self, number: int) -> slice:
-        """The bytes of a slice, within a vector as it travels."""
+    def read_at(self, number: int) -> slice:
+        """The bytes of a slice, within a vector as workers read it."""
         start = codec.num_bytes(self.slices[number].start, self.wire)
         return slice(start, start + self.of(number).vector_bytes)
+
+    def pushed_at(self, number: int, kept: int) -> slice:
+        """The bytes of a slice, within a vector as it is pushed, with so many numbers of a chunk (see PushFormat)."""
+        own = self.slices[number]
+        start = self.pushed.part(slice(0, own.start)).num_bytes(kept)
+        return slice(start, start + self.pushed.part(own).num_bytes(kept))
 
     def promise(self, worker: int) -> int:
         return WORD * (CONTROL_WORDS + PROMISE_WORDS * worker)
@@ -76,12 +99,14 @@ class Layout:
         return self.promise(self.num_workers) + WORD * messages.MAIL_WORDS * worker
 
     def slot(self, index: int) -> int:
-        """The weights, (P,) float32."""
+        """Return the weights, (P,) float32."""
         return _to_page(self.mail(self.num_workers)) + index * (self._whole + self._shown)
 
     def shown(self, index: int) -> int:
-        """The weights as they travel."""
-        return self.slot(index) + (self._whole if self._shown else 0)
+        """Return the weights as they travel."""
+        if not self._shown:
+            return self.slot(index)
+        return self.slot(index) + self._whole
 
     @property
     def statistics(self) -> int:
@@ -89,17 +114,19 @@ class Layout:
 
     @property
     def server_bytes(self) -> int:
-        return self.statistics + (_to_page(STATISTICS_FROM + 4 * self.num_statistics) if self.num_statistics else 0)
+        if not self.num_statistics:
+            return self.statistics
+        return self.statistics + _to_page(STATISTICS_FROM + 4 * self.num_statistics)
 
     @property
     def vector_bytes(self) -> int:
-        """A vector as it travels."""
+        """A vector as workers read it."""
         return codec.num_bytes(self.num_parameters, self.wire)
 
     @property
     def payload_bytes(self) -> int:
         """The longest payload of a packet."""
-        return max(self.vector_bytes, 4 * self.num_statistics)
+        return max(self.pushed.longest, 4 * self.num_statistics)
 
     @property
     def worker_bytes(self) -> int:

@@ -13,15 +13,18 @@ import sys
 
 import mpi4py
 
-mpi4py.rc.initialize, mpi4py.rc.finalize = False, True      # what is begun here is ended by mpi4py, unless `end` was called
+# what is begun here is ended by mpi4py, unless `end` was called
+mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
 from mpi4py import MPI  # noqa: E402
 
-from asgd_mpi import launch  # noqa: E402
 from asgd_mpi.comm import wait  # noqa: E402
+from asgd_mpi.process import launchers  # noqa: E402
 
-START_S = 600.0              # from the first rank that is ready to the last one; `--run.timeout_s` of the command line, if given
+# from the first rank that is ready to the last one; `--run.timeout_s` of the command line, if given
+START_S = 600.0
 OPTION = "--run.timeout_s"
-LATER_S = 2.0                # the first process speaks first: without fault tolerance the job ends with it
+# the first process speaks first: without fault tolerance the job ends with it
+LATER_S = 2.0
 
 
 def start_limit_s(arguments: list[str]) -> float:
@@ -31,36 +34,44 @@ def start_limit_s(arguments: list[str]) -> float:
         if name == OPTION:
             try:
                 return float(value if is_whole else following)
-            except ValueError:             # rank 0 will say so
+            except ValueError:  # rank 0 will say so
                 break
     return START_S
 
 
 def end(limit_s: float, who: str, status: int) -> None:
     """End the library; a process whose end takes longer than the limit, since another one does not come, ends the job."""
-    with wait.at_most(limit_s, f"{who} waits for all ranks to end MPI, and one does not come: the job is ended with it", status):
+    with wait.at_most(
+        limit_s,
+        f"{who} waits for all ranks to end MPI, and one does not come: the job is ended with it",
+        status,
+    ):
         _call("MPI_Finalize")
 
 
 def _call(name: str, *arguments: object) -> None:
     """Call a function of the library that mpi4py has loaded. Raises RuntimeError if it fails."""
-    loaded = (ctypes.CDLL(MPI.__file__), ctypes.CDLL(None))       # linked to it, or loaded for all (MPI4PY_LIBMPI)
+    # linked to it, or loaded for all (MPI4PY_LIBMPI)
+    loaded = (ctypes.CDLL(MPI.__file__), ctypes.CDLL(None))
     function = next(getattr(library, name) for library in loaded if hasattr(library, name))
     if (code := function(*arguments)) != 0:
         raise RuntimeError(f"{name} of {MPI.Get_library_version()} failed with code {code}")
 
 
 def _begin() -> None:
-    number = launch.rank_by_launcher()
+    number = launchers.rank_by_launcher()
     who = f"rank {number} on {socket.gethostname()}"
     limit_s = start_limit_s(sys.argv)
-    with wait.at_most(limit_s + (LATER_S if number else 0),
-                      f"error: {who} has waited {limit_s:g} s for all ranks to start MPI ({OPTION}, {START_S:g} s unless it is on the "
-                      "command line): one of them has ended, or is stuck, while Python was loading. See the launcher's output "
-                      "for who it was, and start the job again; raise the limit if a slow file system only needs longer."):
+    later_s = LATER_S if number else 0
+    with wait.at_most(
+        limit_s + later_s,
+        f"error: {who} has waited {limit_s:g} s for all ranks to start MPI ({OPTION}, {START_S:g} s unless it is on the "
+        "command line): one of them has ended, or is stuck, while Python was loading. See the launcher's output "
+        "for who it was, and start the job again; raise the limit if a slow file system only needs longer.",
+    ):
         _call("MPI_Init_thread", None, None, int(MPI.THREAD_MULTIPLE), ctypes.byref(ctypes.c_int()))
     for comm in (MPI.COMM_WORLD, MPI.COMM_SELF):
-        comm.Set_errhandler(MPI.ERRORS_RETURN)        # mpi4py makes exceptions of them
+        comm.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py makes exceptions of them
 
 
 if not MPI.Is_initialized():

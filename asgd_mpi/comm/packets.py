@@ -15,12 +15,12 @@ a message of its own behind the header; all other packets go to rank 0 alone.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from asgd_mpi.comm import wait
+from asgd_mpi.comm.arrival import Arrival
 from asgd_mpi.comm.mpi import MPI
 from asgd_mpi.comm.server_window import ServerWindow
 from asgd_mpi.comm.worker_window import WorkerWindow
@@ -36,22 +36,38 @@ TAG = 1
 class _Packet:
     """A header's bytes and its payload, uint8: `shared` memory, or behind the header in the message.
 
-    apart: the payload is a message of its own, from or into the memory given.
+    apart: the payload is a message of its own, of up to num_bytes, from or into the memory given.
     """
 
-    def __init__(self, num_bytes: int, shared: torch.Tensor | None, apart: torch.Tensor | None = None):
+    def __init__(
+        self, num_bytes: int, shared: torch.Tensor | None, apart: torch.Tensor | None = None
+    ):
         self.is_shared = shared is not None
-        self.bytes = np.zeros(HEADER_BYTES + (0 if self.is_shared or apart is not None else num_bytes), np.uint8)
-        self.payload = shared if self.is_shared else apart if apart is not None else torch.from_numpy(self.bytes[HEADER_BYTES:])
-        self._apart = None if self.is_shared or apart is None else apart.numpy()
+        elsewhere = apart if shared is None else shared
+        behind = num_bytes if elsewhere is None else 0
+        self.bytes = np.zeros(HEADER_BYTES + behind, np.uint8)
+        if elsewhere is None:
+            elsewhere = torch.from_numpy(self.bytes[HEADER_BYTES:])
+        self.payload: torch.Tensor = elsewhere
+        self._num_bytes = num_bytes
+        self._apart: np.ndarray | None = None
+        if shared is None and apart is not None:
+            self._apart = apart.numpy()
 
-    def messages(self, num_bytes: int | None = None) -> list[np.ndarray]:
-        """What is sent for a payload of `num_bytes`, or received, of any length."""
-        num_bytes = len(self.payload) if num_bytes is None else num_bytes
+    def messages(self, num_bytes: int | None = None, begin: int = 0) -> list[np.ndarray]:
+        """Return what is sent for a payload of `num_bytes` from `begin` on (apart), or received, of any length."""
+        if num_bytes is None:
+            num_bytes = len(self.payload)
         if self._apart is not None:
-            return [self.bytes, *(part[:max(0, num_bytes - start)] for start, part in cut(self._apart))]
-        left = HEADER_BYTES + (0 if self.is_shared else num_bytes)
-        return [part[:max(0, left - start)] for start, part in cut(self.bytes)]
+            payload, room = self._apart[begin : begin + num_bytes], self._apart[: self._num_bytes]
+            return [
+                self.bytes,
+                *(payload[start : start + len(part)] for start, part in cut(room)),
+            ]
+        left = HEADER_BYTES
+        if not self.is_shared:
+            left += num_bytes
+        return [part[: max(0, left - start)] for start, part in cut(self.bytes)]
 
 
 class Outbox:
@@ -59,39 +75,58 @@ class Outbox:
 
     def __init__(self, world: World, window: WorkerWindow):
         self.world, self._servers = world, window.servers
-        self.sent = 0                         # packets so far
+        self.sent = 0  # packets so far
         layout = window.whole
         if layout.num_servers == 1:
             self._packets = [_Packet(layout.payload_bytes, window.payload)]
-            self.payload = self._packets[0].payload     # (payload_bytes,) uint8 on the host; to be written only when the last
-        else:                                           # ... packet has been judged
-            self.payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8) if window.payload is None else window.payload
-            self._packets = [self._packet_of_slice(window, number) for number in range(layout.num_servers)]
+            # (payload_bytes,) uint8 on the host; to be written only when the last
+            self.payload = self._packets[0].payload
+        else:  # ... packet has been judged
+            if window.payload is None:
+                self.payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
+            else:
+                self.payload = window.payload
+            self._packets = [
+                self._packet_of_slice(window, number) for number in range(layout.num_servers)
+            ]
+        self._layout = layout
         self._requests: list[MPI.Request] = []
 
     def _packet_of_slice(self, window: WorkerWindow, number: int) -> _Packet:
-        start, num_bytes = window.whole.travels(number).start, window.whole.of(number).payload_bytes
-        part = self.payload[start:start + num_bytes]
-        return _Packet(num_bytes, part) if window.near[number] else _Packet(num_bytes, None, apart=part)
+        num_bytes = window.whole.of(number).payload_bytes
+        if window.near[number]:
+            return _Packet(num_bytes, self.payload)
+        return _Packet(num_bytes, None, apart=self.payload)
 
     def send(self, header: Header, num_bytes: int) -> None:
-        """Start to send the header and the first `num_bytes` of the payload. Raises ServerLost."""
+        """Start to send the header and the first `num_bytes` of the payload, which hold all of it. Raises ServerLost."""
         self.sent += 1
         if header.kind == Kind.GOODBYE:
             self.world.let_go_of(self._servers[1:])
         with self.world.as_loss_of_server():
             self._requests = []
-            for packet, server in zip(self._packets, self._servers if header.kind == Kind.GRADIENT else self._servers[:1]):
+            is_shared_out = header.kind == Kind.GRADIENT and len(self._servers) > 1
+            packets = self._packets if is_shared_out else self._packets[:1]
+            own = slice(0, num_bytes)
+            for number, packet in enumerate(packets):
                 packet.bytes[:HEADER_BYTES] = np.frombuffer(messages.pack_header(header), np.uint8)
-                self._requests += [self.world.comm.Isend([message, MPI.BYTE], dest=server, tag=TAG)
-                                   for message in packet.messages(min(num_bytes, len(packet.payload)))]
+                if is_shared_out:
+                    own = self._layout.pushed_at(number, header.kept)
+                self._requests += [
+                    self.world.comm.Isend([message, MPI.BYTE], dest=self._servers[number], tag=TAG)
+                    for message in packet.messages(own.stop - own.start, own.start)
+                ]
 
     def wait(self) -> None:
         """Return when the packet has left. Raises ServerLost."""
         with self.world.as_loss_of_server():
-            wait.until(lambda: _are_done(self._requests) or self.world.demand_server(), self.world.timeout_s,
-                       f"rank {self.world.rank} waits for rank {', '.join(map(str, self._servers))} to take its packet "
-                       f"{self.sent}", wait.BUSY_S)
+            wait.until(
+                wait.unless(lambda: _are_done(self._requests), self.world.demand_server),
+                self.world.timeout_s,
+                f"rank {self.world.rank} waits for rank {', '.join(map(str, self._servers))} to take its packet "
+                f"{self.sent}",
+                wait.BUSY_S,
+            )
 
 
 class _Receipt:
@@ -101,42 +136,29 @@ class _Receipt:
         self._comm, self._source = world.comm, worker + 1
         self._rooms = deque(packet.messages())
         self._under_way: tuple[MPI.Request, np.ndarray] | None = None
-        self.num_bytes = 0                    # that have come
-        self.fits = True                      # ... each where it belongs
+        self.num_bytes = 0  # that have come
+        self.fits = True  # ... each where it belongs
 
     def is_whole(self) -> bool:
         """Go on; whether all messages are here."""
         while self._under_way or self._rooms:
-            if not self._under_way and not self._begin():
-                return False
-            if not self._under_way[0].Test():
+            self._under_way = self._under_way or self._begin()
+            if self._under_way is None or not self._under_way[0].Test():
                 return False
             self._under_way = None
         return True
 
-    def _begin(self) -> bool:
-        """Begin to receive the next message, if it is there."""
+    def _begin(self) -> tuple[MPI.Request, np.ndarray] | None:
+        """Begin to receive the next message, if it is there: the request, and the memory that it fills."""
         status = MPI.Status()
         message = self._comm.Improbe(source=self._source, tag=TAG, status=status)
         if message is None:
-            return False
+            return None
         room, length = self._rooms.popleft(), status.Get_count(MPI.BYTE)
         self.fits = self.fits and length <= len(room)
         into = room[:length] if length <= len(room) else np.empty(length, np.uint8)
-        self._under_way = message.Irecv([into, MPI.BYTE]), into
         self.num_bytes += length
-        return True
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A received packet. Its payload is valid until the arrival is released, and one of the two."""
-
-    worker: int
-    header: Header | None                 # None if it could not be read: then `fault` says why
-    gradient: Vector                      # (P,)
-    statistics: torch.Tensor              # float32
-    fault: str = ""
+        return message.Irecv([into, MPI.BYTE]), into
 
 
 class Inbox:
@@ -147,14 +169,22 @@ class Inbox:
         self._layout = layout = window.layout
         workers = range(layout.num_workers)
         is_apart, size = window.whole.num_servers > 1, layout.payload_bytes
-        self._packets = [_Packet(size, window.payloads.get(worker),
-                                 torch.zeros(size, dtype=torch.uint8) if is_apart and worker not in window.payloads else None)
-                         for worker in workers]
-        self._receipts = {worker: _Receipt(world, worker, self._packets[worker]) for worker in workers}   # under way
+        self._packets: list[_Packet] = []
+        for worker in workers:
+            shared, apart = window.payloads.get(worker), None
+            if is_apart and shared is None:
+                apart = torch.zeros(size, dtype=torch.uint8)
+            self._packets.append(_Packet(size, shared, apart))
+        # under way
+        self._receipts = {
+            worker: _Receipt(world, worker, self._packets[worker]) for worker in workers
+        }
         self._arrived: deque[Arrival] = deque()
-        self.dead: set[int] = set()           # workers whose process the MPI library reports as failed
+        # workers whose process the MPI library reports as failed
+        self.dead: set[int] = set()
         serves_other_hosts = len(window.payloads) < layout.num_workers
-        self.longest_s = wait.BUSY_S if serves_other_hosts else wait.LONGEST_S  # their reads need us inside MPI
+        # their reads need us inside MPI
+        self.longest_s = wait.BUSY_S if serves_other_hosts else wait.LONGEST_S
 
     def take(self, seconds: float) -> list[Arrival]:
         """All packets that wait, at most one of a worker; waits so long for the first."""
@@ -171,7 +201,7 @@ class Inbox:
                 if not receipt.is_whole():
                     continue
                 self._arrived.append(self._open(worker, receipt))
-            except MPI.Exception as error:    # under mpirun --with-ft ulfm
+            except MPI.Exception as error:  # under mpirun --with-ft ulfm
                 if error.Get_error_class() not in PROCESS_FAILED:
                     raise
                 self.dead.add(worker)
@@ -180,37 +210,59 @@ class Inbox:
         return bool(self._arrived)
 
     def release(self, arrival: Arrival) -> None:
-        """The payload has been used: the worker's next packet may overwrite it."""
+        """Give back a payload that has been used: the worker's next packet may overwrite it."""
         if arrival.worker not in self.dead:
-            self._receipts[arrival.worker] = _Receipt(self.world, arrival.worker, self._packets[arrival.worker])
+            self._receipts[arrival.worker] = _Receipt(
+                self.world, arrival.worker, self._packets[arrival.worker]
+            )
 
     def close(self) -> None:
         self._receipts.clear()
 
     def _open(self, worker: int, receipt: _Receipt) -> Arrival:
         packet, layout = self._packets[worker], self._layout
-        payload = (codec.vector_in(packet.payload, layout.num_parameters, layout.wire),
-                   codec.vector_in(packet.payload, layout.num_statistics, "float32"))
+        statistics = codec.vector_in(packet.payload, layout.num_statistics, "float32")
         try:
             if receipt.num_bytes < HEADER_BYTES:
-                raise ValueError(f"a packet of {receipt.num_bytes} bytes, where its header alone has {HEADER_BYTES}")
+                raise ValueError(
+                    f"a packet of {receipt.num_bytes} bytes, where its header alone has {HEADER_BYTES}"
+                )
             header = messages.unpack_header(packet.bytes[:HEADER_BYTES].tobytes())
             if header.worker != worker:
-                raise ValueError(f"rank {worker + 1} sent a packet in the name of worker {header.worker}: {header}")
-            found, due = receipt.num_bytes - HEADER_BYTES, 0 if packet.is_shared else self._due_bytes(header.kind)
+                raise ValueError(
+                    f"rank {worker + 1} sent a packet in the name of worker {header.worker}: {header}"
+                )
+            if header.kind == Kind.GRADIENT and not layout.pushed.may_keep(header.kept):
+                raise ValueError(
+                    f"{header.kept} numbers of every chunk, where wire {layout.pushed.wire} sends {layout.pushed.most} at most: {header}"
+                )
+            found = receipt.num_bytes - HEADER_BYTES
+            due = 0 if packet.is_shared else self._due_bytes(header)
             if found != due or not receipt.fits:
                 raise ValueError(f"a payload of {found} bytes, where {due} were due: {header}")
         except ValueError as error:
-            return Arrival(worker, None, *payload, str(error))
-        return Arrival(worker, header, *payload)
+            return Arrival(worker, None, torch.empty(0), statistics, str(error))
+        return Arrival(worker, header, self._gradient(packet, header), statistics)
 
-    def _due_bytes(self, kind: Kind) -> int:
+    def _gradient(self, packet: _Packet, header: Header) -> Vector:
+        """What a packet brings of a gradient; of no other kind is it looked at."""
+        if header.kind != Kind.GRADIENT:
+            return torch.empty(0)
+        payload, kept = packet.payload, header.kept
+        if packet.is_shared:
+            payload = self._window.slice_of(payload, kept)
+        return self._layout.pushed.vector_in(payload, kept)
+
+    def _due_bytes(self, header: Header) -> int:
         """Of the payload of a packet in a message."""
-        layout, vector_bytes = self._layout, self._window.whole.vector_bytes
-        return {Kind.GRADIENT: min(vector_bytes, layout.payload_bytes), Kind.VALIDATION: 4 * layout.num_statistics,
-                Kind.STATISTICS: 4 * layout.num_statistics}.get(kind, 0)
+        match header.kind:
+            case Kind.GRADIENT:
+                return self._layout.pushed.num_bytes(header.kept)
+            case Kind.VALIDATION | Kind.STATISTICS:
+                return 4 * self._layout.num_statistics
+        return 0
 
 
 def _are_done(requests: list[MPI.Request]) -> bool:
-    """Whether all of them are; one by one, so that an error is that of a request and not of its list."""
+    """Return whether all of them are; one by one, so that an error is that of a request and not of its list."""
     return all(request.Test() for request in requests)

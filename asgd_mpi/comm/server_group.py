@@ -16,68 +16,57 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import IntEnum
-from typing import Literal
 
 import msgspec
 import numpy as np
 import torch
 
 from asgd_mpi.comm import wait
+from asgd_mpi.comm.arrival import Arrival, Command
 from asgd_mpi.comm.mpi import MPI
-from asgd_mpi.comm.packets import Arrival, Inbox
+from asgd_mpi.comm.packets import Inbox
 from asgd_mpi.comm.server_window import ServerWindow
 from asgd_mpi.comm.world import PROCESS_FAILED, World, cut
 from asgd_mpi.config.topology import SERVER
 from asgd_mpi.errors import DeadlineExceeded, ServerLost
-from asgd_mpi.protocol.messages import Kind, Verdict
+from asgd_mpi.protocol.messages import Kind
 from asgd_mpi.vector.codec import Vector
 
-COMMAND, WORD, SLICE = 5, 6, 8     # tags
-STAYS = 10                         # words that rank 0 lives, within the time that a slice server waits for one
-WEIGHTS = "weights"                # the name of the latest snapshot among `Command.names`; others are those of the rule's state
+COMMAND, WORD, SLICE = 5, 6, 8  # tags
+# words that rank 0 lives, within the time that a slice server waits for one
+STAYS = 10
+# the name of the latest snapshot among `Command.names`; others are those of the rule's state
 
 
 class Notice(IntEnum):
     """What a slice server tells rank 0, and its two numbers."""
 
-    GOT = 1        # its slice of a gradient: worker, packet
-    GONE = 2       # a worker's process has ended: worker, 0
-    DONE = 3       # a command: its number, 0
-    SIGNAL = 4     # it was asked to end by a signal: 0, 0
-    DAMAGED = 5    # what came in place of its slice of a gradient: worker, 0
-
-
-class Applied(msgspec.Struct):
-    """A gradient that is to be applied."""
-
-    packet: int
-    verdict: Verdict
-
-
-class Command(msgspec.Struct, omit_defaults=True):
-    """What a slice server is to do, in the order in which rank 0 does it."""
-
-    kind: Literal["publish", "apply", "begin", "give", "stay", "end", "leave"]      # stay: nothing is to be done, and rank 0 lives
-    version: int = 0                # publish, apply: of the next snapshot,
-    samples: int = 0                # ... and its sample clock
-    applied: list[Applied] = []     # apply: one after the other; with none nothing is published
-    refused: list[int] = []         # apply: workers whose gradients are not applied
-    worker: int = 0                 # begin: it begins again, with the latest snapshot
-    names: list[str] = []           # give: vectors
+    GOT = 1  # its slice of a gradient: worker, packet
+    GONE = 2  # a worker's process has ended: worker, 0
+    DONE = 3  # a command: its number, 0
+    SIGNAL = 4  # it was asked to end by a signal: 0, 0
+    DAMAGED = 5  # what came in place of its slice of a gradient: worker, 0
 
 
 class ServerGroup:
     """Rank 0's side. `hosts`: of every rank, for messages."""
 
     def __init__(self, world: World, window: ServerWindow, hosts: Sequence[str]):
-        self._world, self._slices, self._hosts = world, dict(zip(window.servers, window.whole.slices)), hosts
+        self._world, self._slices, self._hosts = (
+            world,
+            dict(zip(window.servers, window.whole.slices)),
+            hosts,
+        )
         self.ranks = window.servers[1:]
-        self._number = 0                                       # commands so far
-        self._told_at = time.monotonic()                       # the last one
-        self._done = dict.fromkeys(self.ranks, 0)              # ... as far as a slice server has come
-        self._got = {rank: {} for rank in self.ranks}          # worker -> the last packet that has come there
+        self._number = 0  # commands so far
+        self._told_at = time.monotonic()  # the last one
+        # ... as far as a slice server has come
+        self._done = dict.fromkeys(self.ranks, 0)
+        # worker -> the last packet that has come there
+        self._got: dict[int, dict[int, int]] = {rank: {} for rank in self.ranks}
         self.lost_workers: set[int] = set()
-        self.damaged: dict[int, int] = {}                      # worker -> the slice server that its slice came to damaged
+        # worker -> the slice server that its slice came to damaged
+        self.damaged: dict[int, int] = {}
         self.left_because = ""
         self._words = {rank: np.zeros(3, np.int64) for rank in self.ranks}
         self._heard = {rank: self._listen(rank) for rank in self.ranks}
@@ -90,14 +79,14 @@ class ServerGroup:
                 while self._heard[rank].Test():
                     self._take_note(rank, *self._words[rank].tolist())
                     self._heard[rank] = self._listen(rank)
-            except MPI.Exception as error:      # under mpirun --with-ft ulfm
+            except MPI.Exception as error:  # under mpirun --with-ft ulfm
                 self._raise_lost(error, rank)
         self._sent = [sent for sent in self._sent if not sent[0].Test()]
         if time.monotonic() - self._told_at > self._world.timeout_s / STAYS:
             self.tell(Command("stay"))
 
     def lacking(self, worker: int, packet: int) -> list[int]:
-        """The other servers that have not got their slice of this packet."""
+        """Return the other servers that have not got their slice of this packet."""
         return [rank for rank in self.ranks if self._got[rank].get(worker, 0) < packet]
 
     def tell(self, command: Command) -> None:
@@ -107,28 +96,40 @@ class ServerGroup:
         self._told_at = time.monotonic()
         for rank in self.ranks:
             try:
-                self._sent.append((self._world.comm.Isend([data, MPI.BYTE], dest=rank, tag=COMMAND), data))
+                self._sent.append(
+                    (self._world.comm.Isend([data, MPI.BYTE], dest=rank, tag=COMMAND), data)
+                )
             except MPI.Exception as error:
                 self._raise_lost(error, rank)
 
     def await_done(self, poll: Callable[[], object], what: str) -> None:
         """Wait until all commands have been obeyed. Raises ServerLost, DeadlineExceeded."""
         for rank in self.ranks:
-            wait.until(_after(poll, lambda: self._done[rank] >= self._number), self._world.timeout_s,
-                       f"rank 0 waits for {self._who(rank)} to {what}", wait.BUSY_S)
+            wait.until(
+                wait.after(poll, lambda: self._done[rank] >= self._number),
+                self._world.timeout_s,
+                f"rank 0 waits for {self._who(rank)} to {what}",
+                wait.BUSY_S,
+            )
 
     def gather_(self, into: dict[str, torch.Tensor], poll: Callable[[], object]) -> None:
         """Write their slices of vectors, (P,) float32 each, by name. Raises ServerLost, DeadlineExceeded."""
-        receives = {rank: [] for rank in self.ranks}
+        receives: dict[int, list[MPI.Request]] = {rank: [] for rank in self.ranks}
         for rank in self.ranks:
             for vector in into.values():
-                receives[rank] += [self._world.comm.Irecv([part, MPI.BYTE], source=rank, tag=SLICE)
-                                   for _, part in cut(vector[self._slices[rank]].numpy())]
+                receives[rank] += [
+                    self._world.comm.Irecv([part, MPI.BYTE], source=rank, tag=SLICE)
+                    for _, part in cut(vector[self._slices[rank]].numpy())
+                ]
         self.tell(Command("give", names=list(into)))
         for rank, requests in receives.items():
             try:
-                wait.until(_after(poll, lambda: all(request.Test() for request in requests)), self._world.timeout_s,
-                           f"rank 0 waits for {self._who(rank)} to give its {', '.join(into)}", wait.BUSY_S)
+                wait.until(
+                    wait.after(poll, lambda: all(request.Test() for request in requests)),
+                    self._world.timeout_s,
+                    f"rank 0 waits for {self._who(rank)} to give its {', '.join(into)}",
+                    wait.BUSY_S,
+                )
             except MPI.Exception as error:
                 self._raise_lost(error, rank)
         self.await_done(poll, "go on")
@@ -141,8 +142,11 @@ class ServerGroup:
             request.Cancel()
             request.Free()
         self.tell(Command("leave"))
-        wait.until(lambda: all(request.Test() for request, _ in self._sent), self._world.timeout_s,
-                   f"rank 0 waits for {', '.join(map(self._who, self.ranks))} to leave")
+        wait.until(
+            lambda: all(request.Test() for request, _ in self._sent),
+            self._world.timeout_s,
+            f"rank 0 waits for {', '.join(map(self._who, self.ranks))} to leave",
+        )
 
     def _listen(self, rank: int) -> MPI.Request:
         return self._world.comm.Irecv(self._words[rank], source=rank, tag=WORD)
@@ -168,8 +172,10 @@ class ServerGroup:
         if error.Get_error_class() not in PROCESS_FAILED:
             raise error
         self._world.has_lost_ranks = True
-        raise ServerLost(f"the process of {self._who(rank)} has ended. What came after the last checkpoint is lost; go on from "
-                         "there with --resume RUN_DIR, if need be with fewer --servers.") from None
+        raise ServerLost(
+            f"the process of {self._who(rank)} has ended. What came after the last checkpoint is lost; go on from "
+            "there with --resume RUN_DIR, if need be with fewer --servers."
+        ) from None
 
 
 class ShardedInbox(Inbox):
@@ -178,16 +184,21 @@ class ShardedInbox(Inbox):
     def __init__(self, world: World, window: ServerWindow, group: ServerGroup):
         super().__init__(world, window)
         self._group = group
-        self._waiting: dict[int, Arrival] = {}                # by worker
+        self._waiting: dict[int, Arrival] = {}  # by worker
 
     def poll(self) -> bool:
         super().poll()
         self._group.poll()
         self.dead |= self._group.lost_workers
-        for arrival in [arrival for arrival in self._arrived if arrival.header and arrival.header.kind == Kind.GRADIENT]:
+        for arrival in [
+            arrival
+            for arrival in self._arrived
+            if arrival.header and arrival.header.kind == Kind.GRADIENT
+        ]:
             self._arrived.remove(arrival)
             self._waiting[arrival.worker] = arrival
         for worker, arrival in list(self._waiting.items()):
+            assert arrival.header is not None  # a gradient that could be read
             if worker in self._group.damaged:
                 fault = f"its slice came damaged to rank {self._group.damaged.pop(worker)}: {arrival.header}"
                 self._arrived.append(replace(self._waiting.pop(worker), header=None, fault=fault))
@@ -199,19 +210,21 @@ class ShardedInbox(Inbox):
 class CoordinatorLink:
     """A slice server's side: the slices of gradients that have come, and the commands of rank 0."""
 
-    def __init__(self, world: World, window: ServerWindow, asked_to_leave: Callable[[], str] = lambda: ""):
+    def __init__(
+        self, world: World, window: ServerWindow, asked_to_leave: Callable[[], str] = lambda: ""
+    ):
         self._world, self._asked_to_leave = world, asked_to_leave
         self._inbox, self._servers = Inbox(world, window), window.servers
-        self._held: dict[int, Arrival] = {}                   # by worker
+        self._held: dict[int, Arrival] = {}  # by worker
         self._commands: deque[Command] = deque()
         self._coming: tuple[MPI.Request, np.ndarray] | None = None
         self._sent: list[tuple[MPI.Request, np.ndarray]] = []
         self._gone: set[int] = set()
         self._number, self._told_of_signal = 0, False
-        self._heard_at = time.monotonic()                     # rank 0
+        self._heard_at = time.monotonic()  # rank 0
 
     def take(self, seconds: float) -> Command | None:
-        """The next command, if one comes within so many seconds. Raises ServerLost, DeadlineExceeded."""
+        """Return the next command, if one comes within so many seconds. Raises ServerLost, DeadlineExceeded."""
         wait.for_a_while(self.poll, seconds, self._inbox.longest_s)
         if self._commands:
             self._heard_at = time.monotonic()
@@ -219,7 +232,9 @@ class CoordinatorLink:
         if time.monotonic() - self._heard_at > self._world.timeout_s:
             raise DeadlineExceeded(
                 f"rank {self._world.rank} on {self._world.host}, which serves a slice, waits for rank 0 to say what to do: no "
-                f"sign of life came within {self._world.timeout_s:g} s (--run.timeout_s). Rank 0 may be stuck or dead.")
+                f"sign of life came within {self._world.timeout_s:g} s (--run.timeout_s). Rank 0 may be stuck or dead: "
+                "see its last words."
+            )
         return None
 
     def poll(self) -> bool:
@@ -248,7 +263,9 @@ class CoordinatorLink:
         """This slice of a gradient that has come."""
         arrival = self._held[worker]
         if arrival.header is None or arrival.header.packet != packet:
-            raise RuntimeError(f"packet {packet} of worker {worker} is to be applied, and here is {arrival.header}")
+            raise RuntimeError(
+                f"packet {packet} of worker {worker} is to be applied, and here is {arrival.header}"
+            )
         return arrival.gradient
 
     def release(self, worker: int) -> None:
@@ -259,25 +276,35 @@ class CoordinatorLink:
     def give(self, vectors: list[torch.Tensor]) -> None:
         """Send slices to rank 0, and wait until they have left. Raises ServerLost, DeadlineExceeded."""
         with self._world.as_loss_of_server():
-            requests = [self._world.comm.Isend([part, MPI.BYTE], dest=SERVER, tag=SLICE)
-                        for vector in vectors for _, part in cut(vector.numpy())]
-            wait.until(_after(self.poll, lambda: all(request.Test() for request in requests)), self._world.timeout_s,
-                       f"rank {self._world.rank} waits for rank 0 to take its slices", wait.BUSY_S)
+            requests = [
+                self._world.comm.Isend([part, MPI.BYTE], dest=SERVER, tag=SLICE)
+                for vector in vectors
+                for _, part in cut(vector.numpy())
+            ]
+            wait.until(
+                wait.after(self.poll, lambda: all(request.Test() for request in requests)),
+                self._world.timeout_s,
+                f"rank {self._world.rank} waits for rank 0 to take its slices",
+                wait.BUSY_S,
+            )
 
     def done(self) -> None:
-        """The command that was taken last has been obeyed."""
+        """Tell that the command that was taken last has been obeyed."""
         self._number += 1
         self._say(Notice.DONE, self._number)
 
     def let_go(self) -> None:
-        """The other servers may leave from now on, but for rank 0."""
+        """Let the other servers leave from now on, but for rank 0."""
         self._world.let_go_of(set(self._servers) - {SERVER})
 
     def close(self) -> None:
         """Return when rank 0 knows all that was said."""
         with self._world.as_loss_of_server():
-            wait.until(lambda: all(request.Test() for request, _ in self._sent), self._world.timeout_s,
-                       f"rank {self._world.rank} waits for rank 0 to hear that it ends")
+            wait.until(
+                lambda: all(request.Test() for request, _ in self._sent),
+                self._world.timeout_s,
+                f"rank {self._world.rank} waits for rank 0 to hear that it ends",
+            )
         self._inbox.close()
 
     def _say(self, word: Notice, one: int = 0, other: int = 0) -> None:
@@ -297,12 +324,3 @@ class CoordinatorLink:
                 return
             self._commands.append(msgspec.json.decode(self._coming[1].tobytes(), type=Command))
             self._coming = None
-
-
-def _after(poll: Callable[[], object], is_over: Callable[[], bool]) -> Callable[[], bool]:
-    """What `wait.until` is to call: look around first, whatever that finds."""
-    def look() -> bool:
-        poll()
-        return is_over()
-
-    return look

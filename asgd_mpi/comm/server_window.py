@@ -53,8 +53,8 @@ from asgd_mpi.protocol import messages
 from asgd_mpi.protocol.messages import Mail
 from asgd_mpi.vector import codec
 
-ABSENT = -1                          # the version word of a slot that is being written
-QUESTION, ANSWER = 3, 4              # tags of a read by messages
+ABSENT = -1  # the version word of a slot that is being written
+QUESTION, ANSWER = 3, 4  # tags of a read by messages
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -64,7 +64,7 @@ class Window:
     def __init__(self, world: World, layout: Layout):
         self.world = world
         self.whole = layout
-        self.servers = ranks_of_servers(world.size, layout.num_servers)     # by slice
+        self.servers = ranks_of_servers(world.size, layout.num_servers)  # by slice
         self._windows: list[MPI.Win] = []
 
     def open(self) -> None:
@@ -74,27 +74,37 @@ class Window:
         ranks = MPI.Group.Translate_ranks(node.group, list(range(node.size)), self.world.comm.group)
         near = set(ranks) & set(self.servers)
         if near and self.world.rank == min(near):
-            self._check_shared_memory(sum(SERVER < rank <= self.whole.num_workers for rank in ranks),
-                                      sum(self.whole.of(self.servers.index(rank)).server_bytes for rank in near))
-        info = MPI.Info.Create({"alloc_shared_noncontig": "true"})   # each segment on pages of its own
+            self._check_shared_memory(
+                sum(SERVER < rank <= self.whole.num_workers for rank in ranks),
+                sum(self.whole.of(self.servers.index(rank)).server_bytes for rank in near),
+            )
+        # each segment on pages of its own
+        info = MPI.Info.Create({"alloc_shared_noncontig": "true"})
         with self.world.meeting("all ranks of its host to share memory"):
             shared = MPI.Win.Allocate_shared(self._own_bytes(bool(near)), 1, info, node)
         self._windows.append(shared)
-        self._attach({rank: _bytes(shared.Shared_query(i)[0]) for i, rank in enumerate(ranks)} if near else {})
+        segments = {}
+        if near:
+            segments = {rank: bytes_of(shared.Shared_query(i)[0]) for i, rank in enumerate(ranks)}
+        self._attach(segments)
         if node.size < self.world.size:
+            memory = shared.tomemory() if self.world.rank in self.servers else None
             with self.world.meeting("all ranks to show their memory"):
-                self._windows.append(MPI.Win.Create(shared.tomemory() if self.world.rank in self.servers else None, 1,
-                                                    comm=self.world.comm))
-        self._targets = [(shared, ranks.index(rank)) if rank in near else (self._windows[-1], rank) for rank in self.servers]
+                self._windows.append(MPI.Win.Create(memory, 1, comm=self.world.comm))
+        self._targets = [
+            (shared, ranks.index(rank)) if rank in near else (self._windows[-1], rank)
+            for rank in self.servers
+        ]
         for window in self._windows:
             with self.world.meeting("all ranks to begin to read"):
                 window.Lock_all(MPI.MODE_NOCHECK)
-        self.world.barrier("all ranks to open the window")  # the first access needs the server inside MPI once
+        # the first access needs the server inside MPI once
+        self.world.barrier("all ranks to open the window")
         if node.size < self.world.size:
             self._meet([number for number, rank in enumerate(self.servers) if rank not in near])
 
     def _own_bytes(self, has_server: bool) -> int:
-        """The size of this rank's segment; `has_server`: whether one is on this host."""
+        """Return the size of this rank's segment; `has_server`: whether one is on this host."""
         raise NotImplementedError
 
     def _meet(self, far: list[int]) -> None:
@@ -113,7 +123,10 @@ class Window:
     def _check_shared_memory(self, num_local_workers: int, server_bytes: int) -> None:
         needed = server_bytes + num_local_workers * self.whole.worker_bytes
         demand_shared_memory(
-            self.world.host, needed, f"{self.whole.ring} snapshots and the gradients of {num_local_workers} workers of that host")
+            self.world.host,
+            needed,
+            f"{self.whole.ring} snapshots and the gradients of {num_local_workers} workers of that host",
+        )
 
 
 def demand_shared_memory(host: str, needed: int, what: str) -> None:
@@ -125,11 +138,14 @@ def demand_shared_memory(host: str, needed: int, what: str) -> None:
         raise ConfigError(
             f"{host} has {free / 2**20:.0f} MiB of shared memory left in {SHARED_MEMORY}, but {what} need "
             f"{needed / 2**20:.0f} MiB: the ranks would be killed by a bus error. Make it larger (`mount -o remount,size=...`, "
-            "or --shm-size of a container), lower --exchange.ring, or put fewer workers on the server's host.")
+            "or --shm-size of a container), lower --exchange.ring, or put fewer workers on the server's host."
+        )
 
 
-def _bytes(memory: MPI.buffer) -> np.ndarray:
-    return np.frombuffer(memory, np.uint8)
+def bytes_of(memory: MPI.buffer) -> np.ndarray:
+    """Return MPI's memory as uint8, in place."""
+    # the stubs of mpi4py do not say that it is a buffer
+    return np.frombuffer(memory, np.uint8)  # type: ignore[call-overload]
 
 
 class ServerWindow(Window):
@@ -148,32 +164,60 @@ class ServerWindow(Window):
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         layout, own = self.layout, segments[self.world.rank]
         self._memory = own
-        self._asked: dict[int, MPI.Request] = {}              # by worker: what it is to ask for next,
-        self._answers: dict[int, list[MPI.Request]] = {}      # ... and what it gets
-        self._control = own[:layout.promise(0)].view(np.int64)
+        # by worker: what it is to ask for next,
+        self._asked: dict[int, MPI.Request] = {}
+        self._answers: dict[int, list[MPI.Request]] = {}  # ... and what it gets
+        self._control = own[: layout.promise(0)].view(np.int64)
         self._control[:] = ABSENT
-        self._promises = own[layout.promise(0):layout.mail(0)].view(np.int64).reshape(-1, PROMISE_WORDS)
+        self._promises = (
+            own[layout.promise(0) : layout.mail(0)].view(np.int64).reshape(-1, PROMISE_WORDS)
+        )
         self._promises[:] = ABSENT
-        self._mail = own[layout.mail(0):layout.mail(layout.num_workers)].view(np.int64).reshape(-1, messages.MAIL_WORDS)
+        self._mail = (
+            own[layout.mail(0) : layout.mail(layout.num_workers)]
+            .view(np.int64)
+            .reshape(-1, messages.MAIL_WORDS)
+        )
         memory, size = torch.from_numpy(own), layout.num_parameters
-        self._ring = [codec.vector_in(memory[layout.slot(k):], size, "float32") for k in range(layout.ring)]
-        self._shown = [codec.vector_in(memory[layout.shown(k):], size, layout.wire) for k in range(layout.ring)]
+        self._ring = [
+            codec.vector_in(memory[layout.slot(k) :], size, "float32") for k in range(layout.ring)
+        ]
+        self._shown = [
+            codec.vector_in(memory[layout.shown(k) :], size, layout.wire)
+            for k in range(layout.ring)
+        ]
         if layout.num_statistics:
-            statistics = own[layout.statistics:][:STATISTICS_FROM + 4 * layout.num_statistics]
-            self._writes, self._statistics = statistics[:STATISTICS_FROM].view(np.int64), statistics[STATISTICS_FROM:].view(np.float32)
+            statistics = own[layout.statistics :][: STATISTICS_FROM + 4 * layout.num_statistics]
+            self._writes, self._statistics = (
+                statistics[:STATISTICS_FROM].view(np.int64),
+                statistics[STATISTICS_FROM:].view(np.float32),
+            )
             self._writes[:] = 0
         self._near = {rank - 1 for rank in segments}
-        start = self.whole.travels(self._number).start
-        self.payloads = {rank - 1: torch.from_numpy(segment[start:start + layout.payload_bytes])   # uint8, of each worker of
-                         for rank, segment in segments.items() if SERVER < rank <= layout.num_workers}     # ... this host
+        # of all of what is pushed, uint8, of each worker of this host
+        self.payloads = {
+            rank - 1: torch.from_numpy(segment[: self.whole.payload_bytes])
+            for rank, segment in segments.items()
+            if SERVER < rank <= layout.num_workers
+        }
+
+    def slice_of(self, payload: torch.Tensor, kept: int) -> torch.Tensor:
+        """What a payload of `payloads`, uint8, holds for this server, if so many numbers of a chunk were pushed."""
+        return payload[self.whole.pushed_at(self._number, kept)]
 
     def _meet(self, far: list[int]) -> None:
-        workers = set(range(self.world.size - len(self.servers))) - self._near       # further stages of workers read, too
-        self._questions = {worker: np.empty(2, np.int64) for worker in workers}  # where to read, and how many bytes
+        # further stages of workers read, too
+        workers = set(range(self.world.size - len(self.servers))) - self._near
+        # where to read, and how many bytes
+        self._questions = {worker: np.empty(2, np.int64) for worker in workers}
         self._asked = {worker: self._listen(worker) for worker in self._questions}
         met = self.world.comm.Ibarrier()
-        wait.until(lambda: self.answer() or met.Test(), self.world.timeout_s, f"rank {self.world.rank} waits for workers of "
-                   "other hosts to measure their links", wait.BUSY_S)
+        wait.until(
+            wait.after(self.answer, met.Test),
+            self.world.timeout_s,
+            f"rank {self.world.rank} waits for workers of other hosts to measure their links",
+            wait.BUSY_S,
+        )
 
     def answer(self) -> None:
         """Show that this server lives, and let workers of other hosts read, with messages; to be called often."""
@@ -182,12 +226,14 @@ class ServerWindow(Window):
             try:
                 if request.Test():
                     offset, num_bytes = self._questions[worker].tolist()
-                    self._answers[worker] = [self.world.comm.Isend([part, MPI.BYTE], dest=worker + 1, tag=ANSWER)
-                                             for _, part in cut(self._memory[offset:offset + num_bytes])]
+                    self._answers[worker] = [
+                        self.world.comm.Isend([part, MPI.BYTE], dest=worker + 1, tag=ANSWER)
+                        for _, part in cut(self._memory[offset : offset + num_bytes])
+                    ]
                     self._asked[worker] = self._listen(worker)
                 if all(answer.Test() for answer in self._answers.get(worker, [])):
                     self._answers.pop(worker, None)
-            except MPI.Exception as error:    # under mpirun --with-ft ulfm: the inbox tells of it
+            except MPI.Exception as error:  # under mpirun --with-ft ulfm: the inbox tells of it
                 if error.Get_error_class() not in PROCESS_FAILED:
                     raise
                 del self._asked[worker]
@@ -208,28 +254,35 @@ class ServerWindow(Window):
     @property
     def latest(self) -> torch.Tensor:
         """The latest snapshot, (P,) float32: read it, do not write it."""
-        return self._ring[self._control[SLOT]]
+        return self._ring[int(self._control[SLOT])]
+
+    def snapshot(self, version: int) -> torch.Tensor | None:
+        """Return a snapshot that the ring still holds, (P,) float32, to be read before the next pass; None if it does not."""
+        slots = range(self.layout.ring)
+        held = [slot for slot in slots if self._control[words_of_slot(slot)][VERSION] == version]
+        return self._ring[held[0]] if held else None
 
     @contextmanager
     def next_snapshot(self, version: int, samples: int) -> Iterator[torch.Tensor]:
-        """The slot of the next snapshot, (P,) float32, to be written and shown whole; published on exit as `version`."""
+        """Yield the slot of the next snapshot, (P,) float32, to be written and shown whole; published on exit as `version`."""
         slot, words = self._next_slot, self._control[words_of_slot(self._next_slot)]
         self._set(words, VERSION, ABSENT)
         self._set(words, WRITTEN, 0)
         self._set(words, COMING, version)
         yield self._ring[slot]
         self._set(words, SAMPLES, samples)
-        self._set(words, VERSION, version)    # the weights are there before their version word,
+        self._set(words, VERSION, version)  # the weights are there before their version word,
         self._control[SLOT] = slot
-        self._set(self._control, LATEST, version)            # ... and that before anybody is sent to the slot
+        # ... and that before anybody is sent to the slot
+        self._set(self._control, LATEST, version)
 
     def promise(self, worker: int, packet: int) -> None:
-        """The snapshot that is being written will hold this packet: its worker, if it is of this host, may follow it."""
+        """Say that the snapshot that is being written will hold this packet: its worker, if of this host, may follow it."""
         self._set(self._promises[worker], PROMISED_SLOT, self._next_slot)
         self._set(self._promises[worker], PACKET, packet)
 
     def show(self, piece: slice) -> None:
-        """The next snapshot has been written up to the end of this piece: let it be read, in the format that travels."""
+        """Let the next snapshot be read up to the end of this piece, in the format that travels."""
         slot = self._next_slot
         if self.layout.wire != "float32":
             self._shown[slot][piece] = self._ring[slot][piece]

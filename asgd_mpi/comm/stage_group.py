@@ -13,53 +13,64 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import cast
 
 import numpy as np
 import torch
 
 from asgd_mpi.comm import wait
 from asgd_mpi.comm.mpi import MPI
-from asgd_mpi.comm.server_window import demand_shared_memory
+from asgd_mpi.comm.server_window import bytes_of, demand_shared_memory
 from asgd_mpi.comm.world import PROCESS_FAILED, World, settle, takes_gpu_memory
 from asgd_mpi.errors import StageLost
 
-ACTIVATIONS, GRADIENTS, COMMANDS, REPLIES, SCORES = range(1, 6)     # tags
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)     # that travel
-ALIGNMENT = 64      # bytes; a tensor begins on such a boundary of its message
+ACTIVATIONS, GRADIENTS, COMMANDS, REPLIES, SCORES = range(1, 6)  # tags
+# that travel
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)
+ALIGNMENT = 64  # bytes; a tensor begins on such a boundary of its message
 
 
 def memory_of_messages(device: torch.device) -> dict:
-    """Where `torch.empty` is to make messages to or from a stage that computes on `device`, so that none is copied twice."""
+    """Return where `torch.empty` is to make messages to or from a stage that computes on `device`, so that none is copied twice."""
     if device.type != "cuda":
         return {}
-    return {"device": device} if takes_gpu_memory() else {"pin_memory": True}
+    if takes_gpu_memory():
+        return {"device": device}
+    return {"pin_memory": True}
 
 
 def pack(part: int, tensors: tuple[torch.Tensor, ...], memory: dict) -> torch.Tensor:
     """One message, uint8: words (their count, the part; of each tensor type, layout, dimensions, sizes), then tensors."""
     words, laid_out = [0, part], []
     for tensor in tensors:
-        pixels = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+        pixels = (
+            tensor.dim() == 4
+            and not tensor.is_contiguous()
+            and tensor.is_contiguous(memory_format=torch.channels_last)
+        )
         laid_out.append(tensor.permute(0, 2, 3, 1) if pixels else tensor)
         words += [DTYPES.index(tensor.dtype), int(pixels), tensor.dim(), *laid_out[-1].shape]
     words[0] = len(words)
-    starts = np.cumsum([_aligned(8 * len(words)), *(_aligned(tensor.nbytes) for tensor in laid_out)]).tolist()
+    starts = np.cumsum(
+        [_aligned(8 * len(words)), *(_aligned(tensor.nbytes) for tensor in laid_out)]
+    ).tolist()
     message = torch.empty(starts[-1], dtype=torch.uint8, **memory)
-    message[:8 * len(words)] = torch.tensor(words).view(torch.uint8)
+    message[: 8 * len(words)] = torch.tensor(words).view(torch.uint8)
     for start, tensor in zip(starts, laid_out):
-        message[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        message[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
     return message
 
 
 def unpack(message: torch.Tensor, device: torch.device) -> tuple[int, tuple[torch.Tensor, ...]]:
-    """The part and the tensors of a message; they are views of it if it is on their device."""
-    words = message[:8 * int(message[:8].view(torch.int64))].view(torch.int64).tolist()
+    """Return the part and the tensors of a message; they are views of it if it is on their device."""
+    words = message[: 8 * int(message[:8].view(torch.int64))].view(torch.int64).tolist()
     part, rest, start, tensors = words[1], words[2:], _aligned(8 * len(words)), []
     while rest:
         dtype, pixels, num_dimensions = DTYPES[rest[0]], rest[1], rest[2]
-        shape, rest = rest[3:3 + num_dimensions], rest[3 + num_dimensions:]
+        shape, rest = rest[3 : 3 + num_dimensions], rest[3 + num_dimensions :]
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        tensor = message[start:start + size].view(dtype).view(shape).data.to(device)    # to autograd they are not one tensor
+        # to autograd they are not one tensor
+        tensor = message[start : start + size].view(dtype).view(shape).data.to(device)
         tensors.append(tensor.permute(0, 3, 1, 2) if pixels else tensor)
         start += _aligned(size)
     return part, tuple(tensors)
@@ -76,8 +87,21 @@ class StageChannel:
     known (under `mpirun --with-ft ulfm`).
     """
 
-    def __init__(self, team: StageGroup, stage: int, tag: int, device: torch.device, watch: Callable[[], None]):
-        self._team, self._stage, self._tag, self._device, self._watch = team, stage, tag, device, watch
+    def __init__(
+        self,
+        team: StageGroup,
+        stage: int,
+        tag: int,
+        device: torch.device,
+        watch: Callable[[], None],
+    ):
+        self._team, self._stage, self._tag, self._device, self._watch = (
+            team,
+            stage,
+            tag,
+            device,
+            watch,
+        )
         self._memory = memory_of_messages(device)
         self._sends: list[tuple[MPI.Request, torch.Tensor]] = []
         self._receive: tuple[MPI.Request, torch.Tensor] | None = None
@@ -88,7 +112,12 @@ class StageChannel:
         settle(message)
         with suppress(StageLost), self._alive():
             self._sends = [send for send in self._sends if not send[0].Test()]
-            self._sends.append((self._team.comm.Isend([message, MPI.BYTE], dest=self._stage, tag=self._tag), message))
+            self._sends.append(
+                (
+                    self._team.comm.Isend([message, MPI.BYTE], dest=self._stage, tag=self._tag),
+                    message,
+                )
+            )
 
     def has(self, part: int = 0) -> bool:
         with self._alive():
@@ -102,7 +131,10 @@ class StageChannel:
             if error.Get_error_class() not in PROCESS_FAILED:
                 raise
             self._team.world.has_lost_ranks = True
-            raise StageLost(f"the process of stage {self._stage} of worker {self._team.worker} has ended") from None
+            raise StageLost(
+                f"the process of stage {self._stage} of worker {self._team.worker} has ended; "
+                "see its last words in the run directory (error.rank*.txt)"
+            ) from None
 
     def _has(self) -> bool:
         if self._receive is None:
@@ -117,8 +149,12 @@ class StageChannel:
 
     def take(self, part: int) -> tuple[torch.Tensor, ...]:
         """Raises DeadlineExceeded."""
-        wait.until(lambda: self.has(part) or self._watch(), self._team.timeout_s,
-                   f"{self._team.who} waits for stage {self._stage}")
+        wait.until(
+            lambda: self.has(part) or self._watch(),
+            self._team.timeout_s,
+            f"{self._team.who} waits for stage {self._stage}",
+        )
+        assert self._receive is not None  # it has come
         (_, message), self._receive = self._receive, None
         arrived, tensors = unpack(message, self._device)
         if arrived != part:
@@ -128,8 +164,11 @@ class StageChannel:
     def flush(self) -> None:
         """Return when everything has been sent."""
         with suppress(StageLost), self._alive():
-            wait.until(lambda: all(request.Test() for request, _ in self._sends), self._team.timeout_s,
-                       f"{self._team.who} waits for stage {self._stage} to take what it sent")
+            wait.until(
+                lambda: all(request.Test() for request, _ in self._sends),
+                self._team.timeout_s,
+                f"{self._team.who} waits for stage {self._stage} to take what it sent",
+            )
         self._sends.clear()
 
     def say(self, words: dict) -> None:
@@ -137,7 +176,7 @@ class StageChannel:
         self.put(0, (torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8),))
 
     def hear(self) -> dict:
-        """What `say` sent."""
+        """Return what `say` sent."""
         return json.loads(self.take(0)[0].cpu().numpy().tobytes())
 
 
@@ -149,26 +188,42 @@ class StageGroup:
     has a place already.
     """
 
-    def __init__(self, world: World, worker: int | None, stage: int, num_stages: int, num_floats: int, num_statistics: int,
-                 payload: torch.Tensor | None = None):
+    def __init__(
+        self,
+        world: World,
+        worker: int | None,
+        stage: int,
+        num_stages: int,
+        num_floats: int,
+        num_statistics: int,
+        payload: torch.Tensor | None = None,
+    ):
         self.world, self.worker, self.stage, self.num_stages = world, worker, stage, num_stages
+        colour = MPI.UNDEFINED if worker is None else worker
         with world.meeting("all ranks to form replicas"):
-            self.comm = world.comm.Split(MPI.UNDEFINED if worker is None else worker, stage)
+            comm = world.comm.Split(colour, stage)
+            self.comm = cast(MPI.Intracomm, comm)
         if worker is None:
             return
         counts = (num_floats, num_floats, num_statistics, num_floats if payload is None else 0)
         sizes = [4 * -(-count // ALIGNMENT) * ALIGNMENT for count in counts]
+        num_bytes = 0
         if stage == 0:
-            demand_shared_memory(world.host, sum(sizes), f"the weights and the velocity of worker {worker}")
+            num_bytes = sum(sizes)
+            demand_shared_memory(
+                world.host, num_bytes, f"the weights and the velocity of worker {worker}"
+            )
         with world.meeting("the stages of its replica to share memory"):
-            self._window = MPI.Win.Allocate_shared(sum(sizes) if stage == 0 else 0, 1, MPI.INFO_NULL, self.comm)
+            self._window = MPI.Win.Allocate_shared(num_bytes, 1, MPI.INFO_NULL, self.comm)
             self._window.Lock_all(MPI.MODE_NOCHECK)
-        memory = np.frombuffer(self._window.Shared_query(0)[0], np.uint8)
+        memory = bytes_of(self._window.Shared_query(0)[0])
         starts = np.cumsum([0, *sizes])
         self.weights, self.velocity, self.statistics, self.gradient = (
-            torch.from_numpy(memory[start:start + 4 * count].view(np.float32)) for start, count in zip(starts, counts))
+            torch.from_numpy(memory[start : start + 4 * count].view(np.float32))
+            for start, count in zip(starts, counts)
+        )
         if payload is not None:
-            self.gradient = payload[:4 * num_floats].view(torch.float32)
+            self.gradient = payload[: 4 * num_floats].view(torch.float32)
 
     @property
     def timeout_s(self) -> float:

@@ -18,11 +18,11 @@ from asgd_mpi.errors import DeadlineExceeded
 
 T = TypeVar("T")
 
-SPINS = 50           # polls without a pause: what arrives within microseconds is met at once
-SHARE = 0.05         # then a pause of this share of the time waited so far,
-LONGEST_S = 0.001    # and at most this: a waiting rank leaves its core to those who compute,
-LOOKS = 20           # at a beat, within the time that it may stand still
-BUSY_S = 0.00005     # ... unless data may be moving between hosts, a piece at every poll
+SPINS = 50  # polls without a pause: what arrives within microseconds is met at once
+SHARE = 0.05  # then a pause of this share of the time waited so far,
+LONGEST_S = 0.001  # and at most this: a waiting rank leaves its core to those who compute,
+LOOKS = 20  # at a beat, within the time that it may stand still
+BUSY_S = 0.00005  # ... unless data may be moving between hosts, a piece at every poll
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,16 @@ class Waiting:
     since: float
 
 
-now: Waiting | None = None   # for the watchdog
+now: Waiting | None = None  # for the watchdog
 
 
-def until(poll: Callable[[], T | None], timeout_s: float, who_waits_for_what: str, longest_s: float = LONGEST_S,
-          beat: Callable[[], int] | None = None) -> T:
+def until(
+    poll: Callable[[], T | None],
+    timeout_s: float,
+    who_waits_for_what: str,
+    longest_s: float = LONGEST_S,
+    beat: Callable[[], int] | None = None,
+) -> T:
     """Call `poll` until it returns something that is true, and return that; pause for `longest_s` at most.
 
     Raises DeadlineExceeded after `timeout_s` seconds. beat: a number that changes for as long as the one who is waited for
@@ -48,18 +53,24 @@ def until(poll: Callable[[], T | None], timeout_s: float, who_waits_for_what: st
     if result:
         return result
     now = Waiting(who_waits_for_what, time.monotonic())
-    result = for_a_while(poll, timeout_s, longest_s) if beat is None else _while_it_lives(poll, timeout_s, longest_s, beat)
+    if beat is None:
+        result = for_a_while(poll, timeout_s, longest_s)
+    else:
+        result = _while_it_lives(poll, timeout_s, longest_s, beat)
     now = None
     if not result:
         nothing = "nothing came" if beat is None else "no sign of life came"
         raise DeadlineExceeded(
             f"{who_waits_for_what}: {nothing} within {timeout_s:g} s (--run.timeout_s). A rank that is "
             "named may be stuck or dead, or its step may take longer than the limit: see its metrics file, "
-            "and raise the limit if it was only slow.")
+            "and raise the limit if it was only slow."
+        )
     return result
 
 
-def _while_it_lives(poll: Callable[[], T | None], timeout_s: float, longest_s: float, beat: Callable[[], int]) -> T | None:
+def _while_it_lives(
+    poll: Callable[[], T | None], timeout_s: float, longest_s: float, beat: Callable[[], int]
+) -> T | None:
     """Like `for_a_while`, but gives up only when `beat` has stood still for `timeout_s` seconds."""
     seen, since = beat(), time.monotonic()
     while not (result := for_a_while(poll, timeout_s / LOOKS, longest_s)):
@@ -71,7 +82,9 @@ def _while_it_lives(poll: Callable[[], T | None], timeout_s: float, longest_s: f
     return result
 
 
-def for_a_while(poll: Callable[[], T | None], seconds: float, longest_s: float = LONGEST_S) -> T | None:
+def for_a_while(
+    poll: Callable[[], T | None], seconds: float, longest_s: float = LONGEST_S
+) -> T | None:
     """Like `until`, but returns what `poll` returned last when the time is over."""
     started = time.monotonic()
     polls = 0
@@ -83,6 +96,28 @@ def for_a_while(poll: Callable[[], T | None], seconds: float, longest_s: float =
                 break
             time.sleep(min(longest_s, SHARE * waited))
     return result
+
+
+def unless(poll: Callable[[], T], act: Callable[[], object]) -> Callable[[], T]:
+    """Return a poll that does something each time that nothing has come; `act` may raise."""
+
+    def look() -> T:
+        result = poll()
+        if not result:
+            act()
+        return result
+
+    return look
+
+
+def after(act: Callable[[], object], poll: Callable[[], T]) -> Callable[[], T]:
+    """Return a poll that does something first, whatever comes of that."""
+
+    def look() -> T:
+        act()
+        return poll()
+
+    return look
 
 
 @contextmanager

@@ -41,10 +41,12 @@ from asgd_mpi.vector import codec
 
 T = TypeVar("T")
 
-SHORT = 1 << 16                      # bytes: up to so many are always read one-sided
-SAMPLE, TRIES = 1 << 20, 3           # bytes and repetitions of a measured read,
-CLEARLY = 1.25                       # ... and how much faster one-sided reads must be: they may load the link three times
-STRIDE = 1 << 20                     # floats that a worker which follows waits for: each time it wakes, others must rest
+SHORT = 1 << 16  # bytes: up to so many are always read one-sided
+SAMPLE, TRIES = 1 << 20, 3  # bytes and repetitions of a measured read,
+# ... and how much faster one-sided reads must be: they may load the link three times
+CLEARLY = 1.25
+# floats that a worker which follows waits for: each time it wakes, others must rest
+STRIDE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Snapshot:
     """What a fetch brought beside the weights."""
 
     version: int
-    samples: int              # that the server had applied
+    samples: int  # that the server had applied
     torn_reads: int
-    followed: bool = False    # it was read while it was written
+    followed: bool = False  # it was read while it was written
 
 
 class WorkerWindow(Window):
@@ -64,27 +66,32 @@ class WorkerWindow(Window):
     def __init__(self, world: World, layout: Layout):
         super().__init__(world, layout)
         self._layouts = [layout.of(number) for number in range(layout.num_servers)]
-        self._travels = [layout.travels(number) for number in range(layout.num_servers)]
+        self._read_at = [layout.read_at(number) for number in range(layout.num_servers)]
 
     def _own_bytes(self, has_server: bool) -> int:
-        is_worker = self.world.rank <= self.whole.num_workers                 # and no further stage of one
+        # and no further stage of one
+        is_worker = self.world.rank <= self.whole.num_workers
         return self.whole.worker_bytes if has_server and is_worker else 0
 
     def _attach(self, segments: dict[int, np.ndarray]) -> None:
         self._segments = segments
         self.payload = self.payload_of(self.world.worker)
-        self.near = [rank in segments for rank in self.servers]               # by slice: whether its server shares memory
+        # by slice: whether its server shares memory
+        self.near = [rank in segments for rank in self.servers]
         self._controls = np.empty((len(self.servers), CONTROL_WORDS), np.int64)
-        self._mail = np.empty(messages.MAIL_WORDS, np.int64)      # a copy, or that of rank 0 itself
+        self._mail = np.empty(messages.MAIL_WORDS, np.int64)  # a copy, or that of rank 0 itself
         if self.near[0]:
             layout, worker, memory = self.whole, self.world.worker, segments[SERVER]
-            self._mail = memory[layout.mail(worker):layout.mail(worker + 1)].view(np.int64)
-            self._promise = memory[layout.promise(worker):layout.promise(worker + 1)].view(np.int64)
-            self._control = memory[:layout.promise(0)].view(np.int64)
-        self._torn = 0                                        # what was followed, and could not be used
+            self._mail = memory[layout.mail(worker) : layout.mail(worker + 1)].view(np.int64)
+            self._promise = memory[layout.promise(worker) : layout.promise(worker + 1)].view(
+                np.int64
+            )
+            self._control = memory[: layout.promise(0)].view(np.int64)
+        # what was followed, and could not be used
+        self._torn = 0
         self._questions = np.empty((len(self.servers), 2), np.int64)
         self._asks = [False for _ in self.servers]
-        self.reads = ""                       # of a worker of another host: how it reads, in words
+        self.reads = ""  # of a worker of another host: how it reads, in words
 
     def _meet(self, far: list[int]) -> None:
         self.reads = "\n".join(self._measure(number) for number in far)
@@ -95,9 +102,11 @@ class WorkerWindow(Window):
         read_s, asked_s = (self._time(number, asks) for asks in (False, True))
         self._asks[number] = asked_s < CLEARLY * read_s
         slice_ = f" of slice {number}" if len(self.servers) > 1 else ""
-        return (f"rank {self.world.rank} on {self.world.host} reads weights{slice_} "
-                f"{'by messages' if self._asks[number] else 'one-sided'}: {SAMPLE / 1e9 / asked_s:.2f} GB/s by messages, "
-                f"{SAMPLE / 1e9 / read_s:.2f} GB/s one-sided")
+        way = "by messages" if self._asks[number] else "one-sided"
+        return (
+            f"rank {self.world.rank} on {self.world.host} reads weights{slice_} {way}: {SAMPLE / 1e9 / asked_s:.2f} GB/s by messages, "
+            f"{SAMPLE / 1e9 / read_s:.2f} GB/s one-sided"
+        )
 
     def _time(self, number: int, asks: bool) -> float:
         """Seconds that the best of some reads takes, scaled to SAMPLE bytes."""
@@ -110,9 +119,11 @@ class WorkerWindow(Window):
         return min(times) * SAMPLE / len(into)
 
     def payload_of(self, worker: int) -> torch.Tensor | None:
-        """Where a worker of a server's host leaves its gradient, (payload_bytes,) uint8; None of another host."""
+        """Return where a worker of a server's host leaves its gradient, (payload_bytes,) uint8; None of another host."""
         segment = self._segments.get(worker + 1)
-        return torch.from_numpy(segment[:self.whole.payload_bytes]) if segment is not None and len(segment) else None
+        if segment is not None and len(segment):
+            return torch.from_numpy(segment[: self.whole.payload_bytes])
+        return None
 
     def read_mail(self) -> Mail | None:
         """This worker's mail; None if it was being written."""
@@ -122,14 +133,18 @@ class WorkerWindow(Window):
             self._get({0: (self._mail, self.whole.mail(self.world.worker))}, "its mail")
         return messages.unpack_mail(self._mail.tolist())
 
-    def await_mail(self, packets: int, until: Callable[[Mail], bool] = lambda mail: True, for_what: str = "") -> Mail:
+    def await_mail(
+        self, packets: int, until: Callable[[Mail], bool] = lambda mail: True, for_what: str = ""
+    ) -> Mail:
         """Return the first mail that knows of `packets` judged packets, and of which `until` holds.
 
         A packet is judged within run.timeout_s. What `until` asks for (a lease, the others' step, the end of the run) may take
         as long as the server lives, as its beat shows.
         """
+
         def read() -> Mail | None:
-            if self.near[0] and self._mail[0] < packets:      # a look that costs nothing, the most frequent by far
+            # a look that costs nothing, the most frequent by far
+            if self.near[0] and self._mail[0] < packets:
                 return None
             mail = self.read_mail()
             return mail if mail is not None and mail.judged >= packets else None
@@ -139,11 +154,14 @@ class WorkerWindow(Window):
             return mail if mail is not None and until(mail) else None
 
         mail = self._until(read, f"judge its packet {packets}")
-        return mail if until(mail) else self._until(read_on, for_what, beat=self._beat)
+        if until(mail):
+            return mail
+        return self._until(read_on, for_what, beat=self._beat)
 
     def _beat(self) -> int:
         """A number that changes for as long as rank 0 lives."""
-        return int(self._control[BEAT] if self.near[0] else self._read_controls([0])[0][BEAT])
+        control = self._control if self.near[0] else self._read_controls([0])[0]
+        return int(control[BEAT])
 
     def fetch(self, into: torch.Tensor, at_least: int, whole: bool = False) -> Snapshot:
         """Read the latest snapshot into `into`, uint8 on the host: one version, `at_least` or newer.
@@ -151,18 +169,26 @@ class WorkerWindow(Window):
         It is in the format that travels, (vector_bytes,), or as the server holds it, if `whole`: (P,) float32.
         """
         weights, servers = into.numpy(), range(len(self.servers))
-        return self.fetch_by(lambda slot: self._get({number: self._place(number, slot, weights, whole) for number in servers},
-                                                    "a snapshot"), at_least)
+        return self.fetch_by(
+            lambda slot: self._get(
+                {number: self._place(number, slot, weights, whole) for number in servers},
+                "a snapshot",
+            ),
+            at_least,
+        )
 
     def is_latest(self, version: int) -> bool:
-        """Whether the server, which is on this host, has published nothing newer."""
+        """Return whether the server, which is on this host, has published nothing newer."""
         return int(self._control[LATEST]) == version
 
     def fetch_by(self, read: Callable[[int], None], at_least: int) -> Snapshot:
         """Let `read` read the latest snapshot, which is in the slot that it is told; again, while the read was torn."""
         torn_reads, self._torn = self._torn, 0
         while True:
-            self._until(lambda: self._read_controls([0])[0][LATEST] >= at_least, f"publish version {at_least}")
+            self._until(
+                lambda: self._read_controls([0])[0][LATEST] >= at_least,
+                f"publish version {at_least}",
+            )
             slot = int(self._controls[0][SLOT])
             words = self._controls[:, words_of_slot(slot)]
             version, samples = int(words[0, VERSION]), int(words[0, SAMPLES])
@@ -182,7 +208,10 @@ class WorkerWindow(Window):
         size, format_ = self.whole.num_parameters, "float32" if whole else self.whole.wire
         if size <= STRIDE or self.near != [True]:
             return None
-        self._until(lambda: self._promise[PACKET] == packet or self._mail[0] >= packet, f"judge its packet {packet}")
+        self._until(
+            lambda: self._promise[PACKET] == packet or self._mail[0] >= packet,
+            f"judge its packet {packet}",
+        )
         if self._promise[PACKET] != packet:
             return None
         self._targets[0][0].Sync()
@@ -194,13 +223,20 @@ class WorkerWindow(Window):
         def more() -> int:
             """How many numbers there are, if it is worth the way; ABSENT if it is no longer this version."""
             written = int(words[WRITTEN])
-            return ABSENT if words[COMING] != version else written if written >= min(done + STRIDE, size) else 0
+            if words[COMING] != version:
+                return ABSENT
+            if written >= min(done + STRIDE, size):
+                return written
+            return 0
 
         while done < size and (written := self._until(more, f"write version {version}")) != ABSENT:
             begin, end = codec.num_bytes(done, format_), codec.num_bytes(written, format_)
             self._copy(0, memory[begin:end], offset + begin)
             done = written
-        self._until(lambda: words[VERSION] != ABSENT or words[COMING] != version, f"publish version {version}")
+        self._until(
+            lambda: words[VERSION] != ABSENT or words[COMING] != version,
+            f"publish version {version}",
+        )
         samples = int(words[SAMPLES])
         self._targets[0][0].Sync()
         if words[VERSION] != version:
@@ -208,18 +244,24 @@ class WorkerWindow(Window):
             return None
         return Snapshot(version, samples, 0, followed=True)
 
-    def read_places(self, places: Sequence[tuple[slice, slice]], slot: int, into: torch.Tensor, whole: bool) -> int:
+    def read_places(
+        self, places: Sequence[tuple[slice, slice]], slot: int, into: torch.Tensor, whole: bool
+    ) -> int:
         """Read some places of a slot into those of `into`, (p,) float32 on the host; returns the bytes. See `fetch_by`."""
         num_bytes = 0
         for there, here in places:
             for number, numbers in enumerate(self.whole.slices):
                 start, stop = max(there.start, numbers.start), min(there.stop, numbers.stop)
                 if start < stop:
-                    own = into[here.start + start - there.start:here.start + stop - there.start]
-                    num_bytes += self._read_piece(number, slice(start - numbers.start, stop - numbers.start), slot, own, whole)
+                    own = into[here.start + start - there.start : here.start + stop - there.start]
+                    num_bytes += self._read_piece(
+                        number, slice(start - numbers.start, stop - numbers.start), slot, own, whole
+                    )
         return num_bytes
 
-    def _read_piece(self, number: int, piece: slice, slot: int, into: torch.Tensor, whole: bool) -> int:
+    def _read_piece(
+        self, number: int, piece: slice, slot: int, into: torch.Tensor, whole: bool
+    ) -> int:
         """Read a piece of the slice of a server into all of `into`; returns the bytes."""
         layout, what = self._layouts[number], "its part of a snapshot"
         if whole or layout.wire == "float32":
@@ -228,11 +270,13 @@ class WorkerWindow(Window):
         span = codec.span(layout.num_parameters, piece)
         memory = np.empty(len(span), np.uint8)
         self._get({number: (memory, layout.shown(slot) + span.start)}, what)
-        codec.unpack_(into, piece.start, torch.from_numpy(memory), layout.num_parameters, layout.wire)
+        codec.unpack_(
+            into, piece.start, torch.from_numpy(memory), layout.num_parameters, layout.wire
+        )
         return len(span)
 
     def read_statistics(self) -> torch.Tensor:
-        """The batch-norm statistics that rank 0 shows, (num_statistics,) float32: those of one moment."""
+        """Return the batch-norm statistics that rank 0 shows, (num_statistics,) float32: those of one moment."""
         place, writes = self._layouts[0].statistics, np.empty(2, np.int64)
         found = np.empty(self.whole.num_statistics, np.float32)
         while True:
@@ -243,12 +287,14 @@ class WorkerWindow(Window):
             if writes[0] == seen:
                 return torch.from_numpy(found)
 
-    def _place(self, number: int, slot: int, weights: np.ndarray, whole: bool) -> tuple[np.ndarray, int]:
-        """Where a slice goes to in `weights`, and where it lies in its server's memory."""
+    def _place(
+        self, number: int, slot: int, weights: np.ndarray, whole: bool
+    ) -> tuple[np.ndarray, int]:
+        """Return where a slice goes to in `weights`, and where it lies in its server's memory."""
         layout, numbers = self._layouts[number], self.whole.slices[number]
         if whole:
-            return weights[4 * numbers.start:4 * numbers.stop], layout.slot(slot)
-        return weights[self._travels[number]], layout.shown(slot)
+            return weights[4 * numbers.start : 4 * numbers.stop], layout.slot(slot)
+        return weights[self._read_at[number]], layout.shown(slot)
 
     def _read_controls(self, numbers: Iterable[int]) -> np.ndarray:
         self._get({number: (self._controls[number], 0) for number in numbers}, "the control words")
@@ -258,29 +304,55 @@ class WorkerWindow(Window):
         """Read from several servers at once: (into, from which byte on) of each. Raises ServerLost."""
         far = {number: read for number, read in reads.items() if not self.near[number]}
         with self.world.as_loss_of_server():
-            requests = [request for number, read in far.items() for request in self._begin_to_get(number, *read)]
+            requests = [
+                request
+                for number, read in far.items()
+                for request in self._begin_to_get(number, *read)
+            ]
             for number in reads.keys() - far.keys():
                 self._copy(number, *reads[number])
-            self._until(lambda: all(request.Test() for request in requests), f"let it read {what}", wait.BUSY_S,
-                        [self.servers[number] for number in far])
+            self._until(
+                lambda: all(request.Test() for request in requests),
+                f"let it read {what}",
+                wait.BUSY_S,
+                [self.servers[number] for number in far],
+            )
 
     def _copy(self, number: int, into: np.ndarray, offset: int) -> None:
         """An Rget of memory of this host takes ten times as long to begin, which is all that a look at the mail takes."""
         self._targets[number][0].Sync()
-        into.view(np.uint8)[:] = self._segments[self.servers[number]][offset:offset + into.nbytes]
+        into.view(np.uint8)[:] = self._segments[self.servers[number]][offset : offset + into.nbytes]
 
     def _begin_to_get(self, number: int, into: np.ndarray, offset: int) -> list[MPI.Request]:
         if self._asks[number] and into.nbytes > SHORT:
             question, server = self._questions[number], self.servers[number]
             question[:] = offset, into.nbytes
-            requests = [self.world.comm.Irecv([part, MPI.BYTE], source=server, tag=ANSWER) for _, part in cut(into)]
+            requests = [
+                self.world.comm.Irecv([part, MPI.BYTE], source=server, tag=ANSWER)
+                for _, part in cut(into)
+            ]
             return [*requests, self.world.comm.Isend(question, dest=server, tag=QUESTION)]
         window, target = self._targets[number]
-        return [window.Rget(part, target, target=(offset + start, part.nbytes, MPI.BYTE)) for start, part in cut(into)]
+        return [
+            window.Rget(part, target, target=(offset + start, part.nbytes, MPI.BYTE))
+            for start, part in cut(into)
+        ]
 
-    def _until(self, poll: Callable[[], T | None], what: str, longest_s: float = wait.LONGEST_S,
-               servers: Sequence[int] = (SERVER,), beat: Callable[[], int] | None = None) -> T:
-        worker = self.world.worker % self.whole.num_workers                  # that of a further stage, too: see topology
+    def _until(
+        self,
+        poll: Callable[[], T | None],
+        what: str,
+        longest_s: float = wait.LONGEST_S,
+        servers: Sequence[int] = (SERVER,),
+        beat: Callable[[], int] | None = None,
+    ) -> T:
+        # that of a further stage, too: see topology
+        worker = self.world.worker % self.whole.num_workers
         who = f"rank {self.world.rank} (worker {worker} on {self.world.host})"
-        return wait.until(lambda: poll() or self.world.demand_server(), self.world.timeout_s,
-                          f"{who} waits for rank {', '.join(map(str, servers))} to {what}", longest_s, beat)
+        return wait.until(
+            wait.unless(poll, self.world.demand_server),
+            self.world.timeout_s,
+            f"{who} waits for rank {', '.join(map(str, servers))} to {what}",
+            longest_s,
+            beat,
+        )

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,34 +25,39 @@ from asgd_mpi.comm.mpi import MPI
 from asgd_mpi.config import topology
 from asgd_mpi.errors import RanksLost, ServerLost
 
-PROCESS_FAILED = {getattr(MPI, name) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
-                  if hasattr(MPI, name)} - {MPI.ERR_UNKNOWN}
-MAX_BYTES = 1 << 30   # of one message or read: counts end at 2^31 - 1, unless the MPI library has MPI_Isend_c and the like
-LIFELINE = 2   # tag of a message that never comes: its receive fails when the server's process does
-END = 9        # tag of the last words:
-AT_END, STAY, GO = range(3)   # a rank is at its end; rank 0 is not; all are
+PROCESS_FAILED = {
+    getattr(MPI, name)
+    for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
+    if hasattr(MPI, name)
+} - {MPI.ERR_UNKNOWN}
+# of one message or read: counts end at 2^31 - 1, unless the MPI library has MPI_Isend_c and the like
+MAX_BYTES = 1 << 30
+LIFELINE = 2  # tag of a message that never comes: its receive fails when the server's process does
+END = 9  # tag of the last words:
+AT_END, STAY, GO = range(3)  # a rank is at its end; rank 0 is not; all are
 LONGEST_LAST_WORK_S = 3600.0  # of rank 0, the report
-FORWARDING_S = 0.5  # the launcher forwards output at leisure, and drops what it still holds when the job is aborted
+# the launcher forwards output at leisure, and drops what it still holds when the job is aborted
+FORWARDING_S = 0.5
 
 
 class World:
     """All ranks of the job; `timeout_s` limits every wait."""
 
     def __init__(self, timeout_s: float = 600.0):
-        self.comm = MPI.COMM_WORLD
+        self.comm: MPI.Intracomm = MPI.COMM_WORLD
         self.rank = self.comm.rank
         self.size = self.comm.size
         self.host = socket.gethostname()
         self.timeout_s = timeout_s
-        self.has_lost_ranks = False           # as far as the MPI library has told us
-        self._lifelines: dict[int, MPI.Request] = {}      # by server's rank
+        self.has_lost_ranks = False  # as far as the MPI library has told us
+        self._lifelines: dict[int, MPI.Request] = {}  # by server's rank
         self._last_words: list[tuple[MPI.Request, np.ndarray]] = []
 
     def renumber(self, order: list[int]) -> None:
         """Number the ranks anew: rank order[i] becomes i. All ranks call it."""
         if order != list(range(self.size)):
             with self.meeting("all ranks to take their numbers"):
-                self.comm = self.comm.Split(0, order.index(self.rank))
+                self.comm = cast(MPI.Intracomm, self.comm.Split(0, order.index(self.rank)))
             self.rank = self.comm.rank
 
     @property
@@ -63,22 +69,32 @@ class World:
         """0-based number of this worker, if it is one, or the leader of one."""
         return self.rank - 1
 
-    def on_this_host(self) -> MPI.Comm:
+    def on_this_host(self) -> MPI.Intracomm:
         """A new communicator of the ranks that share memory with this one, in rank order; all ranks call it."""
         with self.meeting("all ranks to say who shares memory"):
-            return self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+            # the stubs of mpi4py name the base class
+            node = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+            return cast(MPI.Intracomm, node)
 
     @contextmanager
     def meeting(self, of_what: str) -> Iterator[None]:
         """Within, all ranks make a call that cannot be polled: it has the limit of every wait. Raises RanksLost."""
-        with wait.at_most(self.timeout_s, f"error: rank {self.rank} on {self.host} waits for {of_what}: not all came within "
-                          f"{self.timeout_s:g} s (--run.timeout_s). One of them may be stuck or dead."), self._as_loss_of_ranks():
+        with (
+            wait.at_most(
+                self.timeout_s,
+                f"error: rank {self.rank} on {self.host} waits for {of_what}: not all came within "
+                f"{self.timeout_s:g} s (--run.timeout_s). One of them may be stuck or dead.",
+            ),
+            self._as_loss_of_ranks(),
+        ):
             yield
 
     def hold_on_to(self, servers: Iterable[int]) -> None:
         """From now on `demand_server` can tell whether the processes of these ranks are alive, where the MPI library can."""
         for rank in set(servers) - {self.rank}:
-            self._lifelines[rank] = self.comm.Irecv([bytearray(1), MPI.BYTE], source=rank, tag=LIFELINE)
+            self._lifelines[rank] = self.comm.Irecv(
+                [bytearray(1), MPI.BYTE], source=rank, tag=LIFELINE
+            )
 
     def let_go_of(self, servers: Iterable[int]) -> None:
         """They may end from now on: a process that leaves before others is taken for one that has failed."""
@@ -94,8 +110,10 @@ class World:
                 lifeline.Test()
             except MPI.Exception as error:
                 self._demand_loss(error)
-                raise ServerLost(f"rank {self.rank} on {self.host}: the server's process (rank {rank}) has ended. What came "
-                                 "after the last checkpoint is lost; go on from there with --resume RUN_DIR.") from None
+                raise ServerLost(
+                    f"rank {self.rank} on {self.host}: the server's process (rank {rank}) has ended. What came "
+                    "after the last checkpoint is lost; go on from there with --resume RUN_DIR."
+                ) from None
 
     @contextmanager
     def as_loss_of_server(self) -> Iterator[None]:
@@ -104,8 +122,10 @@ class World:
             yield
         except MPI.Exception as error:
             self._demand_loss(error)
-            raise ServerLost(f"rank {self.rank} on {self.host}: the process of a server has ended. Go on from the last "
-                             "checkpoint with --resume RUN_DIR.") from None
+            raise ServerLost(
+                f"rank {self.rank} on {self.host}: the process of a server has ended. Go on from the last "
+                "checkpoint with --resume RUN_DIR."
+            ) from None
 
     @contextmanager
     def _as_loss_of_ranks(self) -> Iterator[None]:
@@ -114,8 +134,10 @@ class World:
             yield
         except MPI.Exception as error:
             self._demand_loss(error)
-            raise RanksLost("the process of another rank has ended while all were getting ready. The launcher's output, or "
-                            "error.rankNNN.txt in the run directory, says which; start the job again.") from None
+            raise RanksLost(
+                "the process of another rank has ended while all were getting ready. The launcher's output, or "
+                "error.rankNNN.txt in the run directory, says which; start the job again."
+            ) from None
 
     def _demand_loss(self, error: MPI.Exception) -> None:
         """Raises the error again unless it says that a process has failed."""
@@ -128,7 +150,10 @@ class World:
         data = json.dumps(value).encode() if self.is_server else b""
         length = np.array([len(data)], np.int64)
         self._complete(self.comm.Ibcast(length, root=0), "rank 0 to share a message")
-        buffer = np.frombuffer(data, np.uint8).copy() if self.is_server else np.empty(length[0], np.uint8)
+        if self.is_server:
+            buffer = np.frombuffer(data, np.uint8).copy()
+        else:
+            buffer = np.empty(length[0], np.uint8)
         self._complete(self.comm.Ibcast(buffer, root=0), "rank 0 to share a message")
         return json.loads(buffer.tobytes())
 
@@ -136,7 +161,9 @@ class World:
         """Set a tensor on the host, of a size that all ranks know, to rank 0's: the same bits on every rank."""
         whole = tensor.detach().contiguous()
         for _, part in cut(whole.flatten().view(torch.uint8).numpy()):
-            self._complete(self.comm.Ibcast([part, MPI.BYTE], root=0), "rank 0 to share what is not trained")
+            self._complete(
+                self.comm.Ibcast([part, MPI.BYTE], root=0), "rank 0 to share what is not trained"
+            )
         if whole.data_ptr() != tensor.data_ptr():
             tensor.copy_(whole)
 
@@ -144,11 +171,16 @@ class World:
         """Every rank's `value`, in rank order, on every rank; anything that JSON can hold."""
         data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy()
         lengths = np.empty(self.size, np.int64)
-        self._complete(self.comm.Iallgather(np.array([len(data)], np.int64), lengths), "all ranks to report")
+        self._complete(
+            self.comm.Iallgather(np.array([len(data)], np.int64), lengths), "all ranks to report"
+        )
         everything = np.empty(lengths.sum(), np.uint8)
         self._complete(self.comm.Iallgatherv(data, [everything, lengths]), "all ranks to report")
         ends = np.cumsum(lengths)
-        return [json.loads(everything[end - length:end].tobytes()) for end, length in zip(ends, lengths)]
+        return [
+            json.loads(everything[end - length : end].tobytes())
+            for end, length in zip(ends, lengths)
+        ]
 
     def barrier(self, what: str) -> None:
         self._complete(self.comm.Ibarrier(), what)
@@ -193,7 +225,11 @@ class World:
 
     def end_without(self, ranks: Iterable[int], status: int) -> None:
         """End the job though these ranks do not answer."""
-        print(f"rank {', '.join(map(str, sorted(ranks)))} does not answer: the job is ended with it", file=sys.stderr, flush=True)
+        print(
+            f"rank {', '.join(map(str, sorted(ranks)))} does not answer: the job is ended with it",
+            file=sys.stderr,
+            flush=True,
+        )
         time.sleep(FORWARDING_S)
         sys.stdout.flush()
         MPI.COMM_WORLD.Abort(status)
@@ -203,8 +239,11 @@ class World:
         with self.as_loss_of_server():
             self._say_at_the_end(topology.SERVER, AT_END)
             while word[0] == STAY:
-                wait.until(self.comm.Irecv(word, source=topology.SERVER, tag=END).Test, self.timeout_s,
-                           f"rank {self.rank}, which is at its end, waits for rank 0 to end the job")
+                wait.until(
+                    self.comm.Irecv(word, source=topology.SERVER, tag=END).Test,
+                    self.timeout_s,
+                    f"rank {self.rank}, which is at its end, waits for rank 0 to end the job",
+                )
 
     def _late_at_the_end(self, limit_s: float) -> list[int]:
         """Let all go that are at their end; returns the living ranks that did not come within the limit."""
@@ -225,7 +264,7 @@ class World:
         except MPI.Exception as error:
             self._demand_loss(error)
             return MPI.REQUEST_NULL
-        self._last_words.append((request, message))          # its memory is to stay
+        self._last_words.append((request, message))  # its memory is to stay
         return request
 
     def _pending(self, requests: dict[int, MPI.Request]) -> dict[int, MPI.Request]:
@@ -244,7 +283,8 @@ class World:
         """End every rank of the job, now."""
         sys.stdout.flush()
         sys.stderr.flush()
-        if self.has_lost_ranks:       # after a failure Open MPI makes a status of 0 of it; the others see that we are gone
+        # after a failure Open MPI makes a status of 0 of it; the others see that we are gone
+        if self.has_lost_ranks:
             os._exit(status)
         MPI.COMM_WORLD.Abort(status)
 
@@ -254,19 +294,24 @@ class World:
 
 
 def cut(memory: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """The bytes of `memory` in parts that one call carries each, and where each begins."""
+    """Return the bytes of `memory` in parts that one call carries each, and where each begins."""
     memory = memory.view(np.uint8)
-    return [(start, memory[start:start + MAX_BYTES]) for start in range(0, len(memory), MAX_BYTES)]
+    return [
+        (start, memory[start : start + MAX_BYTES]) for start in range(0, len(memory), MAX_BYTES)
+    ]
 
 
 def tasks_of_scheduler() -> int | None:
     """How many tasks Slurm says it started in this step; None outside Slurm."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_PROCID" in os.environ else None
+    if "SLURM_PROCID" in os.environ:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS")
+    else:
+        tasks = None
     return int(tasks) if tasks else None
 
 
 def takes_gpu_memory() -> bool:
-    """Whether the MPI library says that messages may lie in the memory of an NVIDIA GPU (Open MPI, MPICH and what is made of
+    """Return whether the MPI library says that messages may lie in the memory of an NVIDIA GPU (Open MPI, MPICH and what is made of
     them). It does not if it was built without CUDA, or was told not to (OMPI_MCA_accelerator=null, MPIR_CVAR_ENABLE_GPU=0)."""
     try:
         return ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support() == 1
@@ -281,5 +326,5 @@ def settle(message: torch.Tensor) -> None:
 
 
 def library() -> str:
-    """The MPI library in one line."""
+    """Return the MPI library in one line."""
     return MPI.Get_library_version().split("\n")[0].split(", package")[0].strip("\0 ")

@@ -1,7 +1,7 @@
 """The configuration of a run: nested dataclasses, read from the command line and YAML files by jsonargparse.
 
 Pure: no MPI, no torch. `parse` turns an argument list into a `Config` or raises ConfigError; `to_yaml` writes it back.
-A field that is None stands for the recipe of the chosen network (`Recipe`), and is filled in by `with_recipe`, so that
+A field that is None stands for the recipe of the chosen network (`Recipe`), and is filled in by `resolved.with_recipe`, so that
 the configuration that a run writes down is complete.
 """
 
@@ -12,7 +12,7 @@ import datetime
 import io
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +21,15 @@ from typing import Literal, Optional, Union
 import jsonargparse
 import yaml
 
-from asgd_mpi.config import command_line, limits, rulebook
+from asgd_mpi.config import command_line, help_text, limits, rulebook
 from asgd_mpi.errors import ConfigError, one_line
 from asgd_mpi.untrusted import bounded
 
 RULES = tuple(rulebook.RULEBOOK)
+OPTIMIZERS = tuple(rulebook.OPTIMIZERS)
 WIRES = ("float32", "bfloat16", "float16")
-BY_WORKERS = "# of this number of workers, others would have another one: "     # first line of a record
+# first line of a record
+BY_WORKERS = "# of this number of workers, others would have another one: "
 
 
 def free(default):
@@ -53,7 +55,7 @@ class RunConfig:
         epochs: passes over the training split (default: the network's recipe)
         validate_every: epochs between two validations
         timeout_s: the longest that any rank waits for another one, in seconds
-        progress: a live bar, plain lines for a log file, nothing, or auto (a bar on a terminal)
+        progress: a bar, whole lines every few seconds, nothing, or auto (a bar if rank 0 has a terminal itself; it has none under mpirun)
         resume: run directory to go on with; auto for that of --run.dir, if it holds a run, and a new run otherwise
         override: settings that may differ from those of the resumed run, such as schedule.lr,run.epochs
         accept_gaps: go on from a checkpoint though its pushes are no longer all on record; audit and replay then fail for good
@@ -80,8 +82,10 @@ class DataConfig:
 
     Args:
         path: directory of shards made by data_prep; `digits` is the embedded set, made on first use in data/digits
-        source: shards; folder reads a tree of train/<class>/*.JPEG and val/<class>/*.JPEG, to try; synthetic needs no path
-        batch_size: images a gradient is averaged over, per worker (default: the network's recipe)
+        source: shards; folder reads a tree of train/<class>/*.JPEG and val/<class>/*.JPEG, to try; synthetic needs no path;
+            task takes what the class in model.name brings (--task is short for both), script what a loop of your own gives
+        batch_size: images a gradient is averaged over, per worker (default: the network's recipe; with more than 8 workers in a
+            short run a half, a quarter, ... of it, and of the rate, if both are left open: docs/rules.md)
         min_batch: images that a batch, or a part of one, has at least; a rest that is smaller goes with the batch before, and if
             damaged images leave fewer, all of a batch are left out and counted (default: what the network can be trained on, 2 if its
             batch norm refuses one image, 1 otherwise)
@@ -100,7 +104,9 @@ class DataConfig:
     """
 
     path: str = free("digits")
-    source: Literal["shards", "folder", "synthetic"] = fixed("shards", "the order of the images would be another one")
+    source: Literal["shards", "folder", "synthetic", "task", "script"] = fixed(
+        "shards", "the order of the images would be another one"
+    )
     batch_size: Optional[int] = None
     min_batch: Optional[int] = None
     image_size: Optional[int] = None
@@ -118,9 +124,10 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: digits_cnn, alexnet, alexnet2, resnet18, resnet50, torchvision:NAME, or package.module:function
-        recipe: settings for what is left open: small_images (32 pixels), imagenet_resnet, imagenet_alexnet, digits; auto takes
-            small_images for images of up to 64 pixels, or what the network came with
+        name: digits_cnn, alexnet, alexnet2, resnet18, resnet50, torchvision:NAME, or package.module:function (a class of your own: --task package.module:Class)
+        recipe: settings for what is left open: small_images (32 pixels), small_transformer, imagenet_resnet, imagenet_alexnet,
+            imagenet_transformer, digits; auto takes a transformer's, with AdamW, for torchvision's vit, swin, maxvit and convnext,
+            small ones for images of up to 64 pixels, or what the network came with
         weights: state_dict file (torchvision's or your own), checkpoint, or torchvision's name for weights that torch has
             downloaded (ResNet18_Weights.IMAGENET1K_V1) to begin with, in place of random weights
         partial_weights: take what fits of it, such as all but a head for other classes
@@ -129,8 +136,19 @@ class ModelConfig:
             worker that validates
     """
 
-    name: str = fixed("digits_cnn", "its weights do not fit another network. Begin a new run with --model.weights for what fits")
-    recipe: Literal["auto", "small_images", "imagenet_resnet", "imagenet_alexnet", "digits"] = "auto"
+    name: str = fixed(
+        "digits_cnn",
+        "its weights do not fit another network. Begin a new run with --model.weights for what fits",
+    )
+    recipe: Literal[
+        "auto",
+        "small_images",
+        "small_transformer",
+        "imagenet_resnet",
+        "imagenet_alexnet",
+        "imagenet_transformer",
+        "digits",
+    ] = "auto"
     weights: str = ""
     partial_weights: bool = False
     batchnorm: Literal["recalibrate", "server_ema", "local"] = "recalibrate"
@@ -142,15 +160,32 @@ class RuleConfig:
 
     Args:
         name: asgd applies every gradient on arrival; docs/rules.md tells of all of them
+        own: package.module:Class, a class of your own that inherits from asgd_mpi.Rule and moves the weights in place of asgd, sasgd,
+            ssp or ringmaster; --rule package.module:Class is short for it
+        own_options: of a rule of your own; its settings, such as beta=0.9,steps=3
+        optimizer: whose step a gradient makes, with the rules asgd, sasgd, softsync, ringmaster, ssp, sync, sync_backup and
+            diloco (the inner step): sgd, adagrad, adamw, adam or nadamw. --rule adamw is asgd with adamw (default: the rule's
+            own, or the network's recipe)
         momentum: 0 for plain SGD (default: the network's recipe, if the rule is to have momentum)
         momentum_at: who keeps the velocity; dana (each worker, looking ahead), worker, server or server_nag (the least
-            stable ones), none (default: the rule's own, dana for asgd)
+            stable ones), none (default: the rule's own, dana for asgd). With adamw: dana and worker let each worker keep Adam's
+            means of its own gradients, none lets the server
         staleness: weight of a gradient by its staleness; delay_adaptive, inverse or constant (default: delay_adaptive)
         weight_decay: L2 penalty; so many times the weights is added to each gradient, as by torch.optim.SGD, wherever the
-            momentum is (default: the network's recipe)
+            momentum is (default: the network's recipe). With adamw and nadamw a step shrinks the weights by that times the rate
+            (default: 0.01), as by torch.optim.AdamW
+        no_decay: parameters without weight decay: bias, norm (those of normalisation, and other weights of one dimension) and
+            position (class tokens, embeddings of positions), with commas between them (default: the network's recipe, or none)
+        groups: parameters with a rate, a weight decay or betas of their own, as the optimizer of a loop of your own has them: written
+            down, so that a resume and a replay with others are refused, and not to be given
+        beta1: of adamw, adam and nadamw; decay of the mean of gradients
+        beta2: of adamw, adam and nadamw; decay of the mean of their squares; 0.95 is usual for language
+        eps: of adamw, adam and nadamw; added to the root of that mean
         max_drift: gradients are scaled down, on the worker, so that one push of each worker moves the weights by this share
             of their norm at most; 0 for no limit, by default what suits the rule and the number of workers
         clip_norm: the gradient of a batch is scaled down to this norm, on the worker (default: no limit)
+        ema_samples: samples over which a running mean of the weights forgets, which the server keeps beside them and saves as
+            ema.pt; 0 for none. A fiftieth of the run is a good value
         warm_start_epochs: one worker alone trains so many epochs before the others join
         splits: of softsync; a step is the mean of workers / splits gradients
         max_staleness: of ringmaster; gradients as stale as this are dropped; 0 for twice the number of workers
@@ -159,15 +194,28 @@ class RuleConfig:
         alpha: of easgd and eamsgd; the pull between worker and centre at an exchange; 0 for 0.9 / workers
         dc_lambda: of dc_asgd_c and dc_asgd_a; strength of the compensation (default: 0.04 and 2)
         dc_decay: of dc_asgd_a; decay of the mean square
+        outer_rate: of diloco; share of the way that its workers went, in the mean, that the server goes
+        outer_momentum: of diloco; Nesterov's at the server
+        outer_pushes: of diloco; pushes that make a step of that momentum; 0 for as many as there are workers
     """
 
-    name: Literal[RULES] = "asgd"
+    # mypy takes no Literal that is computed
+    name: Literal[RULES] = "asgd"  # type: ignore[valid-type]
+    own: str = ""
+    own_options: str = ""
+    optimizer: Optional[Literal[OPTIMIZERS]] = None  # type: ignore[valid-type]
     momentum: Optional[float] = None
     momentum_at: Optional[Literal["dana", "worker", "server", "server_nag", "none"]] = None
     staleness: Optional[Literal["delay_adaptive", "inverse", "constant"]] = None
     weight_decay: Optional[float] = None
+    no_decay: Optional[str] = None
+    groups: Optional[str] = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
     max_drift: Optional[float] = None
     clip_norm: Optional[float] = None
+    ema_samples: int = 0
     warm_start_epochs: float = 0.0
     splits: int = 1
     max_staleness: int = 0
@@ -176,6 +224,9 @@ class RuleConfig:
     alpha: float = 0.0
     dc_lambda: Optional[float] = None
     dc_decay: float = 0.95
+    outer_rate: float = 0.7
+    outer_momentum: float = 0.9
+    outer_pushes: int = 0
 
 
 @dataclass
@@ -184,9 +235,10 @@ class ScheduleConfig:
 
     Args:
         name: constant, step (times gamma every step_epochs), cosine or poly (both to 0 at the end) (default: recipe)
-        lr: learning rate of one gradient (default: the network's recipe); a step of sync and sync_backup takes so many times
+        lr: learning rate of one gradient (default: the network's recipe, with data.batch_size); a step of sync and sync_backup takes so many times
             that as it is the mean of gradients
-        warmup_epochs: epochs over which the rate rises linearly from lr / workers (default: the network's recipe)
+        warmup_epochs: epochs over which the rate rises linearly from lr / workers (default: the network's recipe,
+            a tenth of the run at most)
         step_epochs: epochs between two steps of `step`
         gamma: factor of a step of `step`
         power: of `poly`, (1 - the part of the run that is done) ** power
@@ -206,12 +258,19 @@ class ExchangeConfig:
 
     Args:
         ring: snapshots kept in the window; a fetch is torn only if ring - 1 newer ones appear while it is read
-        n_push: batches whose gradients are summed up in one push; auto never waits for the server, and sums on instead
+        n_push: batches whose gradients are summed up in one push; auto never waits for the server, and sums on instead. Of
+            diloco auto is the number of batches, 50 or more, behind which a push and a fetch travel, measured at the start
             (default: 1, or the rule's own)
         n_fetch: batches between two fetches, a multiple of n_push (default: n_push, so that n_push is the paper's n_sync)
         overlap: push and fetch while the next gradient is computed, which makes it staler (default: with n_push auto)
         wire: format of the numbers on their way; in bfloat16 and float16 half of the bytes of float32. Gradients and fetched
-            weights are then rounded to 8 or 11 bits; what the server keeps, validates and saves stays float32
+            weights are then rounded to 8 or 11 bits; what the server keeps, validates and saves stays float32. int8 and int4
+            round what is pushed to whole multiples of a power of two, topk pushes the largest numbers alone; what they leave
+            out a worker adds to its next push. auto measures the links and a step first, and takes the first of float32,
+            bfloat16, int8, int4 and topk that leaves 95 % of the time for steps
+        fetch_wire: format of fetched weights; float32, bfloat16 or float16 (default: wire, bfloat16 if that is for pushes alone)
+        density: of topk; share of the numbers that is pushed
+        density_warmup_epochs: of topk; epochs in which the density falls from 25 % by quarters
         servers: ranks that share the weights out among them, on other hosts than rank 0 if there are any; each applies its
             slice of every gradient, in the order that rank 0 decides. Rank 0 and the last ranks serve, the others compute
     """
@@ -220,7 +279,10 @@ class ExchangeConfig:
     n_push: Union[int, Literal["auto"], None] = None
     n_fetch: Optional[int] = None
     overlap: Optional[bool] = None
-    wire: Literal[WIRES] = "float32"
+    wire: Literal[WIRES + rulebook.COMPRESSED + ("auto",)] = "float32"  # type: ignore[valid-type]
+    fetch_wire: Optional[Literal[WIRES]] = None  # type: ignore[valid-type]
+    density: float = 0.01
+    density_warmup_epochs: float = 0.0
     servers: int = free(1)
 
 
@@ -350,21 +412,85 @@ class Recipe:
     schedule: str
     lr: float
     warmup_epochs: float = 0.0
-    source: str = ""            # who trained with it
+    source: str = ""  # who trained with it
+    # a name of rulebook.OPTIMIZERS; the rate and the decay are for that
+    optimizer: str = "sgd"
+    no_decay: str = ""
+    # share of the run that its warm-up takes at most, however few epochs are asked for
+    most_warmup: float = 0.1
 
 
-SHORTHANDS = {"--data": "--data.path", "--model": "--model.name", "--rule": "--rule.name", "--seed": "--run.seed",
-              "--epochs": "--run.epochs", "--lr": "--schedule.lr", "--batch-size": "--data.batch_size",
-              "--n-sync": "--exchange.n_push", "--resume": "--run.resume", "--override": "--run.override",
-              "--dry-run": "--run.dry_run", "--stages": "--stages.number", "--servers": "--exchange.servers", "--inject": "--run.inject", "--weights": "--model.weights"}
+SHORTHANDS = {
+    "--data": "--data.path",
+    "--model": "--model.name",
+    "--rule": "--rule.name",
+    "--seed": "--run.seed",
+    "--epochs": "--run.epochs",
+    "--lr": "--schedule.lr",
+    "--batch-size": "--data.batch_size",
+    "--n-sync": "--exchange.n_push",
+    "--resume": "--run.resume",
+    "--override": "--run.override",
+    "--dry-run": "--run.dry_run",
+    "--stages": "--stages.number",
+    "--servers": "--exchange.servers",
+    "--inject": "--run.inject",
+    "--weights": "--model.weights",
+    "--print-config": "--print_config",
+}
+# words of other trainers, and what they are here
+FAMILIAR = {
+    "--workers": "the launcher decides: `mpirun -np 5` starts 1 server and 4 workers",
+    "--num-workers": "threads that read and decode images are --data.threads",
+    "--gpus": "every worker takes a GPU: `mpirun -np 5` uses 4",
+    "--gpu": "each worker takes its own; --compute.device cpu takes none",
+    "--bs": "that is --batch-size",
+    "--out": "that is --run.dir",
+    "--output-dir": "that is --run.dir",
+    "--optimizer": "that is --rule, with --rule.momentum",
+    "--amp": "that is --compute.precision bfloat16",
+}
+# what `--help` lists at first: what people set, in the order in which they meet it
+ESSENTIALS = (
+    "--config",
+    "--data",
+    "--model",
+    "--weights",
+    "--epochs",
+    "--batch-size",
+    "--lr",
+    "--rule",
+    "--n-sync",
+    "--seed",
+    "--run.dir",
+    "--resume",
+    "--override",
+    "--dry-run",
+    "--data.augment",
+    "--data.threads",
+    "--compute.device",
+    "--compute.workers_per_gpu",
+    "--compute.precision",
+    "--stages",
+    "--servers",
+    "--checkpoint.every_s",
+)
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
-        prog="python -m asgd_mpi.train", exit_on_error=False, default_env=False,
-        description="Train a network by asynchronous SGD: rank 0 serves the weights, every other rank is a worker.",
-        epilog="Short forms: " + ", ".join(f"{short} for {long}" for short, long in SHORTHANDS.items()) + ".")
-    parser.add_argument("--config", action="config", help="YAML file with the same nesting as the options.")
+        prog="python -m asgd_mpi.train",
+        exit_on_error=False,
+        default_env=False,
+        description="Train a network by asynchronous SGD: rank 0 serves the weights, every other rank is a worker. Start it "
+        "with mpirun or srun; without any option it trains on handwritten digits.",
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="YAML file with the same nesting as the options.",
+    )
     parser.add_class_arguments(Config, as_group=False)
     return parser
 
@@ -372,58 +498,133 @@ def make_parser() -> jsonargparse.ArgumentParser:
 def parse(arguments: list[str], base: Config | None = None) -> Config:
     """Read a command line (with `--config FILE` anywhere in it); what it does not give is taken from `base`.
 
-    What is said of one start only (--resume, --override, --run.accept_gaps, --dry-run, --inject) is not taken.
-
     Raises ConfigError; SystemExit(0) for --help.
     """
     parser = make_parser()
+    wanted = help_text.asked(arguments)
+    if wanted is not None:
+        print(help_text.text(parser, SHORTHANDS, ESSENTIALS, whole=wanted == "all"))
+        raise SystemExit(0)
     for path in config_files(arguments):
         _check_file(path)
     try:
         with redirect_stderr(io.StringIO()):
             if base:
-                once = {name: getattr(RunConfig(), name) for name in ("resume", "override", "accept_gaps", "dry_run", "inject")}
-                base = dataclasses.replace(base, run=dataclasses.replace(base.run, **once))
-                parser.set_defaults({f"{section}.{name}": value for section, values in dataclasses.asdict(base).items()
-                                     for name, value in values.items()})
-            namespace = parser.parse_args([_long_form(argument) for argument in arguments])
+                parser.set_defaults(
+                    {
+                        f"{section}.{name}": value
+                        for section, values in dataclasses.asdict(base).items()
+                        for name, value in values.items()
+                    }
+                )
+            namespace = parser.parse_args(_long_forms(arguments))
     except jsonargparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), parser)) from None
     except OSError as error:
-        raise ConfigError(f"--config {error.filename}: it cannot be read ({error.strerror}); give a file that you may read.") from None
+        raise ConfigError(
+            f"--config {error.filename}: it cannot be read ({error.strerror}); give a file that you may read."
+        ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config: the file is not UTF-8 ({error.reason} at byte {error.start}); save it as that.") from None
+        raise ConfigError(
+            f"--config: the file is not UTF-8 ({error.reason} at byte {error.start}); save it as that."
+        ) from None
     config = _expanded(_made(parser, namespace))
     limits.check(config)
     return config
 
 
+def of_this_start(config: Config, start: Config) -> Config:
+    """Return the configuration of a run with what `start` says of one start only: it is never taken from an earlier one."""
+    once = {
+        name: getattr(start.run, name)
+        for name in ("resume", "override", "accept_gaps", "dry_run", "inject")
+    }
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **once))
+
+
+def ours(arguments: Sequence[str]) -> list[str]:
+    """Return those words of a script's command line that are options of ours, with their values; others are left alone.
+
+    Raises ConfigError for a name that only one of ours can have, such as --exchange.npush.
+    """
+    parser = make_parser()
+    sections = tuple(f"--{section.name}." for section in dataclasses.fields(Config))
+    names = {*parser._option_string_actions, *SHORTHANDS} - {"-h", "--help"}
+    found, takes_value = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name.startswith(sections):
+            name = _long_form(name)
+        if takes_value or name in names:
+            found.append(argument)
+        elif name.startswith(sections):
+            raise ConfigError(_explain(f"unrecognized arguments: {argument}", parser))
+        takes_value = name in names and not equals and name != "--dry-run" and not takes_value
+    return found
+
+
+def long_names(short: Mapping[str, object]) -> dict[str, object]:
+    """Return keyword arguments such as `lr` by the dotted names of their options. Raises ConfigError."""
+    names = {name[2:].replace("-", "_"): long[2:] for name, long in SHORTHANDS.items()}
+    for name in short:
+        if name not in names:
+            raise ConfigError(
+                f"{name}=...: there is no such option; short names are {', '.join(sorted(names))}; give others as "
+                'options={"section.key": value}.'
+            )
+    given = {names[name]: value for name, value in short.items()}
+    if ":" in str(given.get("rule.name", "")):
+        given["rule.own"] = given.pop("rule.name")
+    return given
+
+
 def settings(config: Config) -> dict[str, object]:
     """All settings by their dotted names."""
-    return {f"{section}.{name}": value for section, values in dataclasses.asdict(config).items()
-            for name, value in values.items()}
+    return {
+        f"{section}.{name}": value
+        for section, values in dataclasses.asdict(config).items()
+        for name, value in values.items()
+    }
 
 
 def options(kind: str) -> dict[str, str]:
-    """The dotted names of the options of a kind, `free` or `fixed` (with the reason) or `defines` (any that is not free)."""
-    every = {f"{section.name}.{one.name}": one.metadata for section in dataclasses.fields(Config)
-             for one in dataclasses.fields(section.default_factory)}
-    return {name: metadata.get("fixed", "") for name, metadata in every.items()
-            if (kind == "defines" and "free" not in metadata) or kind in metadata}
+    """Return the dotted names of the options of a kind, `free` or `fixed` (with the reason) or `defines` (any that is not free)."""
+    every = {
+        f"{section}.{one.name}": one.metadata
+        for section, kind_of_section in typing.get_type_hints(Config).items()
+        for one in dataclasses.fields(kind_of_section)
+    }
+    return {
+        name: metadata.get("fixed", "")
+        for name, metadata in every.items()
+        if (kind == "defines" and "free" not in metadata) or kind in metadata
+    }
 
 
 def in_force(config: Config, num_workers: int) -> Config:
     """With the values that a run of so many workers has where a complete configuration leaves them open: no field is None."""
-    rule = dataclasses.replace(config.rule, max_drift=rulebook.max_drift(config.rule, num_workers),
-                               clip_norm=config.rule.clip_norm or 0.0)
-    data = dataclasses.replace(config.data, min_batch=config.data.min_batch or 1, resize=config.data.resize or 0,
-                               mean=config.data.mean or "", std=config.data.std or "")
+    rule = dataclasses.replace(
+        config.rule,
+        max_drift=rulebook.max_drift(config.rule, num_workers),
+        clip_norm=config.rule.clip_norm or 0.0,
+        groups=config.rule.groups or "",
+    )
+    data = dataclasses.replace(
+        config.data,
+        min_batch=config.data.min_batch or 1,
+        resize=config.data.resize or 0,
+        mean=config.data.mean or "",
+        std=config.data.std or "",
+    )
     return dataclasses.replace(config, rule=rule, data=data)
 
 
 def record(config: Config, num_workers: int) -> str:
     """Return what a run writes down: the values in force, and which of them follow from the number of workers. See `asked`."""
-    return (f"{BY_WORKERS}rule.max_drift\n" if config.rule.max_drift is None else "") + to_yaml(in_force(config, num_workers))
+    text = to_yaml(in_force(config, num_workers))
+    if config.rule.max_drift is None:
+        text = f"{BY_WORKERS}rule.max_drift\n{text}"
+    return text
 
 
 def asked(text: str) -> Config:
@@ -437,11 +638,34 @@ def asked(text: str) -> Config:
 def as_before(config: Config) -> Config:
     """Return the configuration of a run, where its record is older than an option with what was in force then.
 
-    Without resize, mean and std: 0 and "", the rule of then (data.augment) and the data set's.
+    Without resize, mean and std: 0 and "", the rule of then (data.augment) and the data set's. Without an optimizer: the rule's; no_decay: none.
+    Without groups: none, but those of a loop are not known.
+    Without fetch_wire: wire.
     """
     data = config.data
+    exchange = config.exchange
+    if exchange.fetch_wire is None:
+        exchange = dataclasses.replace(exchange, fetch_wire=fetch_wire(exchange))
     resize = 0 if data.resize is None else data.resize
-    return dataclasses.replace(config, data=dataclasses.replace(data, resize=resize, mean=data.mean or "", std=data.std or ""))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, resize=resize, mean=data.mean or "", std=data.std or ""),
+        rule=dataclasses.replace(
+            config.rule,
+            optimizer=rulebook.optimizer_of(config.rule),
+            no_decay=config.rule.no_decay or "",
+            groups=config.rule.groups if data.source == "script" else "",
+        ),
+        exchange=exchange,
+    )
+
+
+def fetch_wire(exchange: ExchangeConfig) -> str:
+    """Return the format of fetched weights where the user names none."""
+    if exchange.wire == "auto":
+        # until it has been chosen
+        return "float32"
+    return rulebook.fetch_wire(exchange.wire)
 
 
 def as_text(numbers: Sequence[float]) -> str:
@@ -460,9 +684,19 @@ def from_yaml(text: str) -> Config:
     try:
         sections(text)
         namespace = parser.instantiate(parser.parse_string(text))
-        return Config(**{section.name: namespace[section.name] for section in dataclasses.fields(Config)})
-    except Exception as error:  # what the parser raises on a text that is none of ours is its own affair
-        raise ConfigError(f"the configuration cannot be read: {type(error).__name__}: {one_line(str(error))}") from None
+        config = Config(
+            **{section.name: namespace[section.name] for section in dataclasses.fields(Config)}
+        )
+        for name, value, kinds in limits.values(config):
+            if value is None and type(None) not in kinds:
+                raise ValueError(f"{name} is empty, and is {limits.in_words(kinds)}")
+        return config
+    except (
+        Exception
+    ) as error:  # what the parser raises on a text that is none of ours is its own affair
+        raise ConfigError(
+            f"the configuration cannot be read: {type(error).__name__}: {one_line(str(error))}"
+        ) from None
 
 
 def read(path: Path, reader: Callable[[str], Config] = from_yaml) -> Config:
@@ -477,7 +711,11 @@ def read(path: Path, reader: Callable[[str], Config] = from_yaml) -> Config:
 
 def config_files(arguments: Sequence[str]) -> list[str]:
     """Return the files that `--config` names in a command line."""
-    files = [value for name, equals, value in (argument.partition("=") for argument in arguments) if name == "--config" and equals]
+    files = [
+        value
+        for name, equals, value in (argument.partition("=") for argument in arguments)
+        if name == "--config" and equals
+    ]
     return files + [value for name, value in zip(arguments, arguments[1:]) if name == "--config"]
 
 
@@ -500,65 +738,93 @@ def sections(text: str) -> dict:
     file may come from somebody else.
     """
     found = bounded.load_yaml(text)
-    for name, values in found.items() if isinstance(found, dict) else ():
+    if not isinstance(found, dict):
+        return {}
+    for name, values in found.items():
         if name == "config":
-            raise ValueError("it names another file to read (config); give that one with --config, too")
+            raise ValueError(
+                "it names another file to read (config); give that one with --config, too"
+            )
         if isinstance(values, str) and "." not in str(name):
             raise ValueError(f"{name} is text where settings are needed, one a line below it")
-        for key, value in values.items() if isinstance(values, dict) else [(name, values)]:
-            if {"class_path", "init_args"} & set(str(key).split(".")) or isinstance(value, dict) or str(value).lstrip().startswith("{"):
-                raise ValueError(f"{name} holds more than settings and their values ({key}); nothing of it is loaded")
+        if not isinstance(values, dict):
+            values = {name: values}
+        for key, value in values.items():
+            if (
+                {"class_path", "init_args"} & set(str(key).split("."))
+                or isinstance(value, dict)
+                or str(value).lstrip().startswith("{")
+            ):
+                raise ValueError(
+                    f"{name} holds more than settings and their values ({key}); nothing of it is loaded"
+                )
             if isinstance(value, list) and any(isinstance(one, (list, dict)) for one in value):
-                raise ValueError(f"{name} holds lists within lists ({key}); nothing of it is loaded")
-            if not all(_is_plain(one) for one in (value if isinstance(value, list) else [value])):
-                raise ValueError(f"{name} holds what is no number of 64 bits, no text and no date ({key}); nothing of it is loaded")
-    return found if isinstance(found, dict) else {}
+                raise ValueError(
+                    f"{name} holds lists within lists ({key}); nothing of it is loaded"
+                )
+            parts = value if isinstance(value, list) else [value]
+            if not all(_is_plain(one) for one in parts):
+                raise ValueError(
+                    f"{name} holds what is no number of 64 bits, no text and no date ({key}); nothing of it is loaded"
+                )
+    return found
 
 
 def of_other_kinds(found: dict[str, object]) -> list[str]:
     """Return the options, by dotted names, whose values are of another kind than theirs; names that are no options are left out."""
-    kinds = {f"{section.name}.{name}": of for section in dataclasses.fields(Config)
-             for name, of in limits.kinds_of(section.default_factory).items()}
-    return [option for option, value in found.items() if option in kinds and not any(_is_of(kind, value) for kind in kinds[option])]
+    kinds = {
+        f"{section}.{name}": of
+        for section, kind in typing.get_type_hints(Config).items()
+        for name, of in limits.kinds_of(kind).items()
+    }
+    return [
+        option
+        for option, value in found.items()
+        if option in kinds and not any(_is_of(kind, value) for kind in kinds[option])
+    ]
 
 
 def _is_of(kind: object, value: object) -> bool:
     """Return whether a value is of a kind."""
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind) if isinstance(kind, type) else value in typing.get_args(kind)
+    if isinstance(kind, type):
+        return isinstance(value, kind)
+    return value in typing.get_args(kind)
 
 
 def _is_plain(value: object) -> bool:
     """Return whether a value can be one of a setting: YAML has tags for others."""
     if isinstance(value, str):
-        return not re.search("[\ud800-\udfff]", value)          # halves of characters, which cannot be written down
+        # halves of characters, which cannot be written down
+        return not re.search("[\ud800-\udfff]", value)
     if isinstance(value, int):
-        return -2**63 <= value < 2**63
+        return -(2**63) <= value < 2**63
     return value is None or isinstance(value, (float, datetime.date))
 
 
-def with_recipe(config: Config, recipe: Recipe) -> Config:
-    """Fill in every field that is None, from the network's recipe or from other fields; returns a new Config."""
-    def fill(section, **defaults):
-        missing = {name: value for name, value in defaults.items() if getattr(section, name) is None}
-        return dataclasses.replace(section, **missing)
-
-    of_rule, lr = rulebook.defaults(config.rule, recipe.momentum, recipe.lr)
-    n_push = config.exchange.n_push or rulebook.RULEBOOK[config.rule.name].n_push
-    return dataclasses.replace(
-        config,
-        run=fill(config.run, epochs=recipe.epochs),
-        data=fill(config.data, batch_size=recipe.batch_size, augment=recipe.augment),
-        rule=fill(config.rule, weight_decay=recipe.weight_decay, **of_rule),
-        schedule=fill(config.schedule, name=recipe.schedule, lr=lr, warmup_epochs=recipe.warmup_epochs),
-        exchange=fill(config.exchange, n_push=n_push, overlap=n_push == "auto", n_fetch=1 if n_push == "auto" else n_push))
+def _long_forms(arguments: Sequence[str]) -> list[str]:
+    """Return a command line without short forms; --task stands for two options, and --rule for one of two."""
+    found = [_long_form(argument) for argument in arguments]
+    following = [*found[1:], ""]
+    for number, argument in enumerate(found):
+        name, equals, value = argument.partition("=")
+        if name == "--rule.name" and ":" in (value if equals else following[number]):
+            found[number] = f"--rule.own{equals}{value}"
+    tasks = [n for n, argument in enumerate(found) if argument.partition("=")[0] == "--task"]
+    for number in tasks:
+        found[number] = f"--model.name{found[number].removeprefix('--task')}"
+    if tasks:
+        found.insert(0, "--data.source=task")
+    return found
 
 
 def _long_form(argument: str) -> str:
     name, equals, value = argument.partition("=")
     if argument == "--dry-run":
         return "--run.dry_run=true"
+    if name.startswith("--") and "." in name:
+        name = "--" + name[2:].replace("-", "_")
     return SHORTHANDS.get(name, name) + equals + value
 
 
@@ -566,18 +832,25 @@ def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
     """Say in one line what is wrong with a file, or with an option (`command_line.explain`)."""
     text = " ".join(message.split())
     if text.startswith("Unexpected config:"):
-        return ("--config: the file holds no settings, or a section with nothing below it, such as `data:` alone; give values as "
-                f"in `data: {{batch_size: 32}}`, or leave the section out ({text[19:79]}).")
+        return (
+            "--config: the file holds no settings, or a section with nothing below it, such as `data:` alone; give values as "
+            f"in `data: {{batch_size: 32}}`, or leave the section out ({text[19:79]})."
+        )
     if text.startswith(("Problems parsing config", "Key must be")):
         return f"--config: {text.rstrip('.')}."
-    return command_line.explain(text, parser, more=SHORTHANDS)
+    unknown = text.removeprefix("unrecognized arguments: ").partition("=")[0].partition(" ")[0]
+    if unknown in FAMILIAR and unknown != text:
+        return f"unknown option {unknown}: {FAMILIAR[unknown]}."
+    return command_line.explain(text, parser, {**SHORTHANDS, "--task": "--model.name"})
 
 
 def _made(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> Config:
-    """The configuration that was read. Raises ConfigError if something else than a section stands for one."""
+    """Return the configuration that was read. Raises ConfigError if something else than a section stands for one."""
     for section in dataclasses.fields(Config):
         if not isinstance(namespace[section.name], jsonargparse.Namespace):
-            raise ConfigError(f"--config: {section.name} is {namespace[section.name]!r}; it is a section, whose values stand below it.")
+            raise ConfigError(
+                f"--config: {section.name} is {namespace[section.name]!r}; it is a section; put its values below it, indented."
+            )
     whole = parser.instantiate(namespace)
     return Config(**{section.name: whole[section.name] for section in dataclasses.fields(Config)})
 

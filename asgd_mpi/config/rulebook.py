@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Optional
 
-from asgd_mpi.errors import ConfigError
+from asgd_mpi.errors import ConfigError, plural
 from asgd_mpi.protocol.barrier import Pacing
 
 if TYPE_CHECKING:
-    from asgd_mpi.config.options import Config, RuleConfig
+    from asgd_mpi.config.options import Recipe, RuleConfig
+    from asgd_mpi.config.resolved import Resolved, ResolvedRule
 
 # A gradient is wrong by as much as the weights have moved since they were read, so that is what is limited: a step relative
 # to the weights is what matters of it (LARS, You et al. 2017, arXiv:1708.03888), and where it is too long the gradient is
@@ -23,8 +24,21 @@ if TYPE_CHECKING:
 # them, without it they do with 8 (docs/convergence.md).
 MAX_DRIFT = 0.25
 
-LEAST_STEPS = 5      # of an epoch, with which linear scaling of the rate is taken to hold (docs/convergence.md)
+# of an epoch, with which linear scaling of the rate is taken to hold (docs/convergence.md)
+LEAST_STEPS = 5
+# Workers whose batches, of the recipe's size, may be under way at a time in a short run, and what makes it short: pushes of each.
+# More of them at the same samples, at a rate lower by as much, keep the accuracy of one worker (docs/convergence.md).
+MOST_RECIPE_BATCHES = 8
+LEAST_PUSHES = 2000
+# images that are left in a batch, without and with batch norm, whose statistics are inaccurate in small ones (Wu and He 2018,
+# arXiv:1803.08494)
+LEAST_BATCH, LEAST_NORMED_BATCH = 4, 16
 MOMENTA = ("dana", "worker", "server", "server_nag", "none")
+# By optimizer, the (P,) vectors that it keeps at the server beside a velocity.
+OPTIMIZERS = {"sgd": 0, "adagrad": 1, "adamw": 2, "adam": 2, "nadamw": 2}
+ADAM = ("adamw", "adam", "nadamw")
+# torch.optim's, for a network whose recipe is SGD's
+ADAM_LR, ADAMW_DECAY = 1e-3, 1e-2
 # Of rules that wait for all workers. A velocity of each worker's own misses the steps that its worker has no part in (it validates, or
 # came late), so that the mean of the velocities is not the velocity of the mean: with 32 workers that diverges where SGD does not.
 _OF_THE_STEP = ("server_nag", "server", "dana", "worker", "none")
@@ -34,15 +48,22 @@ _OF_THE_STEP = ("server_nag", "server", "dana", "worker", "none")
 class Entry:
     """One rule."""
 
-    what: str                                       # in one line
+    what: str  # in one line
     source: str
-    server: str = "sgd"                             # how the server moves the weights: a class of `rules`
-    moves: str = ""                                 # how a worker moves its own weights: "", descends or elastic
-    momenta: tuple[str, ...] = MOMENTA              # where a velocity may be kept; the first is the default
-    staleness: Optional[str] = None                 # weight of a stale gradient, where the rule prescribes it
-    n_push: int = 1                                 # default
-    may_overlap: bool = True                        # push and fetch behind the next gradient
-    max_drift: float = MAX_DRIFT                    # default, for more workers than one
+    # how the server moves the weights: a class of `rules`
+    server: str = "sgd"
+    # how a worker moves its own weights: "", descends, elastic or local
+    moves: str = ""
+    # a name of OPTIMIZERS, if the rule is one for that alone
+    optimizer: str = ""
+    # where a velocity may be kept; the first is the default
+    momenta: tuple[str, ...] = MOMENTA
+    # weight of a stale gradient, where the rule prescribes it
+    staleness: Optional[str] = None
+    n_push: int = 1  # default
+    may_overlap: bool = True  # push and fetch behind the next gradient
+    keeps_reads: bool = False  # the server keeps the snapshot that each worker computes on
+    max_drift: float = MAX_DRIFT  # default, for more workers than one
     pacing: Callable[[RuleConfig, int], Pacing] = lambda rule, num_workers: Pacing()
 
 
@@ -55,61 +76,250 @@ def _ringmaster(rule: RuleConfig, num_workers: int) -> Pacing:
 
 
 RULEBOOK = {
-    "asgd": Entry("every gradient on arrival", "Downpour SGD with n_push = n_fetch = 1, Dean et al. 2012"),
-    "sasgd": Entry("asgd, the rate divided by the staleness", "Zhang et al. 2016, arXiv:1511.05950, equation 3",
-                   staleness="inverse"),
-    "downpour": Entry("workers descend on their own weights between two fetches", "Dean et al. 2012, algorithm 1; Paine et al. "
-                      "2013, arXiv:1312.6186", moves="descends", momenta=("none", "worker", "dana"), n_push=5,
-                      may_overlap=False),
-    "adagrad": Entry("a rate of its own for every weight", "Downpour SGD with Adagrad, Dean et al. 2012, section 4.1",
-                     server="adagrad", momenta=("none",), max_drift=0.0),
-    "softsync": Entry("a step is the mean of workers / splits gradients", "Zhang et al. 2016, arXiv:1511.05950, equation 2",
-                      server="mean", pacing=_softsync),
-    "ringmaster": Entry("gradients staler than max_staleness are dropped", "Maranjyan et al. 2025, arXiv:2501.16168",
-                        pacing=_ringmaster),
-    "ssp": Entry("a worker waits that is more than slack steps ahead", "Ho et al. 2013, stale synchronous parallel",
-                 may_overlap=False, pacing=lambda rule, num_workers: Pacing(slack=rule.slack)),
-    "dc_asgd_c": Entry("delay compensation, constant", "Zheng et al. 2017, arXiv:1609.08326, equation 10", server="dc",
-                       momenta=("none", "server", "server_nag"), may_overlap=False),
-    "dc_asgd_a": Entry("delay compensation, adaptive", "Zheng et al. 2017, arXiv:1609.08326, equations 10 and 14", server="dc",
-                       momenta=("none", "server", "server_nag"), may_overlap=False),
-    "easgd": Entry("workers descend on their own, tied to the centre by a spring", "Zhang, Choromanska, LeCun 2015, "
-                   "arXiv:1412.6651, algorithm 1", server="elastic", moves="elastic", momenta=("none",), staleness="constant",
-                   n_push=10, may_overlap=False, max_drift=0.0),
-    "eamsgd": Entry("easgd with Nesterov momentum at the workers", "Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, "
-                    "algorithm 2", server="elastic", moves="elastic", momenta=("dana",), staleness="constant", n_push=10,
-                    may_overlap=False, max_drift=0.0),
-    "sync": Entry("a step is the mean of one gradient of each worker", "synchronous SGD, the line to meet", server="mean",
-                  momenta=_OF_THE_STEP, staleness="constant", may_overlap=False, max_drift=0.0,
-                  pacing=lambda rule, num_workers: Pacing(mean_of=0)),
-    "sync_backup": Entry("sync that does not wait for the last workers", "Chen et al. 2016, arXiv:1604.00981", server="mean",
-                         momenta=_OF_THE_STEP, staleness="constant", may_overlap=False, max_drift=0.0,
-                         pacing=lambda rule, num_workers: Pacing(mean_of=0, backup=rule.backup)),
+    "asgd": Entry(
+        "every gradient on arrival", "Downpour SGD with n_push = n_fetch = 1, Dean et al. 2012"
+    ),
+    "sasgd": Entry(
+        "asgd, the rate divided by the staleness",
+        "Zhang et al. 2016, arXiv:1511.05950, equation 3",
+        staleness="inverse",
+    ),
+    "downpour": Entry(
+        "workers descend on their own weights between two fetches",
+        "Dean et al. 2012, algorithm 1; Paine et al. 2013, arXiv:1312.6186",
+        moves="descends",
+        optimizer="sgd",
+        momenta=("none", "worker", "dana"),
+        n_push=5,
+        may_overlap=False,
+    ),
+    "diloco": Entry(
+        "workers train on their own, and the server steps with the way that they went",
+        "DiLoCo, Douillard et al. 2023, arXiv:2311.08105; delayed Nesterov, Liu et al. 2024, arXiv:2401.09135",
+        server="delayed_nesterov",
+        moves="local",
+        momenta=("dana", "worker", "none"),
+        n_push=50,
+        max_drift=0.0,
+    ),
+    "adagrad": Entry(
+        "a rate of its own for every weight",
+        "Downpour SGD with Adagrad, Dean et al. 2012, section 4.1",
+        optimizer="adagrad",
+        max_drift=0.0,
+    ),
+    "adamw": Entry(
+        "asgd with Adam's step, weight decay apart from it",
+        "Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2",
+        optimizer="adamw",
+    ),
+    "adam": Entry(
+        "asgd with Adam's step, weight decay part of the gradient",
+        "Kingma and Ba 2015, arXiv:1412.6980, algorithm 1",
+        optimizer="adam",
+    ),
+    "nadamw": Entry(
+        "adamw that looks ahead by a step",
+        "Dozat 2016; with stale gradients Ajanthan et al. 2025, arXiv:2505.01099",
+        optimizer="nadamw",
+    ),
+    "softsync": Entry(
+        "a step is the mean of workers / splits gradients",
+        "Zhang et al. 2016, arXiv:1511.05950, equation 2",
+        server="mean",
+        pacing=_softsync,
+    ),
+    "ringmaster": Entry(
+        "gradients staler than max_staleness are dropped",
+        "Maranjyan et al. 2025, arXiv:2501.16168",
+        pacing=_ringmaster,
+    ),
+    "ssp": Entry(
+        "a worker waits that is more than slack steps ahead",
+        "Ho et al. 2013, stale synchronous parallel",
+        may_overlap=False,
+        pacing=lambda rule, num_workers: Pacing(slack=rule.slack),
+    ),
+    "dc_asgd_c": Entry(
+        "delay compensation, constant",
+        "Zheng et al. 2017, arXiv:1609.08326, equation 10",
+        server="dc",
+        optimizer="sgd",
+        keeps_reads=True,
+        momenta=("none", "server", "server_nag"),
+        may_overlap=False,
+    ),
+    "dc_asgd_a": Entry(
+        "delay compensation, adaptive",
+        "Zheng et al. 2017, arXiv:1609.08326, equations 10 and 14",
+        server="dc",
+        optimizer="sgd",
+        keeps_reads=True,
+        momenta=("none", "server", "server_nag"),
+        may_overlap=False,
+    ),
+    "easgd": Entry(
+        "workers descend on their own, tied to the centre by a spring",
+        "Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, algorithm 1",
+        server="elastic",
+        optimizer="sgd",
+        moves="elastic",
+        momenta=("none",),
+        staleness="constant",
+        n_push=10,
+        may_overlap=False,
+        max_drift=0.0,
+    ),
+    "eamsgd": Entry(
+        "easgd with Nesterov momentum at the workers",
+        "Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, algorithm 2",
+        server="elastic",
+        optimizer="sgd",
+        moves="elastic",
+        momenta=("dana",),
+        staleness="constant",
+        n_push=10,
+        may_overlap=False,
+        max_drift=0.0,
+    ),
+    "sync": Entry(
+        "a step is the mean of one gradient of each worker",
+        "synchronous SGD, the line to meet",
+        server="mean",
+        momenta=_OF_THE_STEP,
+        staleness="constant",
+        may_overlap=False,
+        max_drift=0.0,
+        pacing=lambda rule, num_workers: Pacing(mean_of=0),
+    ),
+    "sync_backup": Entry(
+        "sync that does not wait for the last workers",
+        "Chen et al. 2016, arXiv:1604.00981",
+        server="mean",
+        momenta=_OF_THE_STEP,
+        staleness="constant",
+        may_overlap=False,
+        max_drift=0.0,
+        pacing=lambda rule, num_workers: Pacing(mean_of=0, backup=rule.backup),
+    ),
 }
 
-WAITING = ("sync", "sync_backup", "ssp")     # rules whose workers wait for each other
+# wire formats of pushes that leave something out, which a worker keeps (see optim.error_feedback)
+COMPRESSED = ("int8", "int4", "topk")
+WAITING = ("sync", "sync_backup", "ssp")  # rules whose workers wait for each other
 
 
-_NEEDS_FLOAT32 = {"dc": "the compensation is a difference of weights that are nearly the same",       # by Entry.server
-                  "elastic": "what is pushed is a difference of weights that are nearly the same"}
+# by Entry.server
+_NEEDS_FLOAT32 = {
+    "dc": "the compensation is a difference of weights that are nearly the same",
+    "elastic": "what is pushed is a difference of weights that are nearly the same",
+}
 
 
-def is_kept_by_workers(rule: RuleConfig) -> bool:
-    """Whether the velocity is the workers'."""
-    return bool(rule.momentum) and rule.momentum_at in ("dana", "worker")
+def optimizer_of(rule: RuleConfig) -> str:
+    """Return whose step a gradient makes, a name of OPTIMIZERS."""
+    return RULEBOOK[rule.name].optimizer or rule.optimizer or "sgd"
 
 
-def decays_at_workers(rule: RuleConfig) -> bool:
+def is_adaptive(rule: RuleConfig) -> bool:
+    """Return whether the length of a step is not that of its gradient (Adam): then a factor of the gradient limits nothing."""
+    return optimizer_of(rule) in ADAM
+
+
+def steps_at_workers(rule: RuleConfig) -> bool:
+    """Return whether it is the workers who make the optimizer's steps, and keep its state from push to push (diloco)."""
+    return RULEBOOK[rule.name].moves == "local"
+
+
+def momenta(rule: RuleConfig) -> tuple[str, ...]:
+    """Return where a velocity may be kept; the first is the default."""
+    if rule.own:
+        return ("none", "dana", "worker")
+    entry, optimizer = RULEBOOK[rule.name], optimizer_of(rule)
+    if optimizer == "sgd":
+        return entry.momenta
+    if optimizer == "adamw" and entry.server == "sgd":
+        return ("none", "dana", "worker")
+    return ("none",)
+
+
+def fetch_wire(wire: str) -> str:
+    """Return the format of fetched weights that goes with one of pushes."""
+    return "bfloat16" if wire in COMPRESSED else wire
+
+
+def momentum_of(rule: ResolvedRule) -> tuple[float, str]:
+    """Return how much of the last step goes on into the next one, and where that is kept: Adam's mean is a momentum, too."""
+    if is_kept_by_workers(rule) and is_adaptive(rule):
+        return rule.beta1, rule.momentum_at
+    if is_adaptive(rule):
+        keeper = "server_nag" if optimizer_of(rule) == "nadamw" else "server"
+        return rule.beta1, keeper
+    return rule.momentum, rule.momentum_at
+
+
+def momentum_option(rule: ResolvedRule) -> str:
+    """Return the option that sets what `momentum_of` returns."""
+    return "rule.beta1" if is_adaptive(rule) else "rule.momentum"
+
+
+def optimizer_told(rule: ResolvedRule) -> str:
+    """Say in a few words what a step is made of, such as `momentum 0.9, kept by the workers`."""
+    optimizer = optimizer_of(rule)
+    if rule.own:
+        return f"{rule.own} {rule.own_options}".strip()
+    if optimizer in ADAM:
+        keeper = ", kept by the workers" * is_kept_by_workers(rule)
+        return f"{optimizer} (betas {rule.beta1:g} and {rule.beta2:g}, eps {rule.eps:g}){keeper}"
+    momentum = "no momentum"
+    if rule.momentum:
+        keeper = "server" if rule.momentum_at.startswith("server") else "workers"
+        momentum = f"momentum {rule.momentum:g}, kept by the {keeper}"
+    if optimizer == "sgd":
+        return momentum
+    return f"{optimizer}, {momentum}"
+
+
+def is_kept_by_workers(rule: ResolvedRule) -> bool:
+    """Return whether the velocity is the workers', or Adam's means are."""
+    has_momentum = bool(rule.momentum) or is_adaptive(rule)
+    return has_momentum and rule.momentum_at in ("dana", "worker")
+
+
+def kept_at_server(rule: ResolvedRule) -> int:
+    """Return how many (P,) vectors the optimizer keeps at the server."""
+    if steps_at_workers(rule) or is_adaptive(rule) and is_kept_by_workers(rule):
+        return 0
+    return OPTIMIZERS[optimizer_of(rule)]
+
+
+def decays_at_workers(rule: ResolvedRule) -> bool:
     """Return whether weight decay is part of the gradient that a worker computes: wd x_i for each batch, ahead of its momentum.
 
-    So it is torch.optim.SGD's wherever the velocity is kept. Not where the server squares the gradient to compensate its delay.
+    So it is torch.optim.SGD's wherever the velocity is kept. Not where the server squares the gradient, to compensate its delay or
+    for Adam, whose decay is apart from the gradient or, in torch's kernel, added to it.
     """
-    return RULEBOOK[rule.name].server != "dc"
+    return RULEBOOK[rule.name].server != "dc" and not is_adaptive(rule)
 
 
-def workers_keep_state(rule: RuleConfig) -> bool:
-    """Whether a checkpoint holds something of every worker's own; one that moves its own weights begins anew."""
-    return is_kept_by_workers(rule) and not RULEBOOK[rule.name].moves
+def workers_keep_state(config: Resolved) -> bool:
+    """Return whether a checkpoint holds something of every worker's own."""
+    return vectors_kept(config.rule, config.exchange.wire) > 0 and not begins_anew(config.rule)
+
+
+def vectors_kept(rule: ResolvedRule, wire: str) -> int:
+    """Return how many (P,) float32 vectors a worker keeps from push to push: its velocity or its optimizer's, and a residual."""
+    has_velocity = is_kept_by_workers(rule) and not is_adaptive(rule)
+    has_optimizer = steps_at_workers(rule) or is_kept_by_workers(rule) and is_adaptive(rule)
+    num_vectors = has_velocity + (wire in (*COMPRESSED, "auto"))
+    if has_optimizer:
+        num_vectors += OPTIMIZERS[optimizer_of(rule)]
+    return num_vectors
+
+
+def begins_anew(rule: ResolvedRule) -> bool:
+    """Return whether a worker begins anew when a run is resumed: its own weights, which no snapshot replaces, are not saved."""
+    return RULEBOOK[rule.name].moves == "elastic"
 
 
 def pacing(rule: RuleConfig, num_workers: int) -> Pacing:
@@ -120,17 +330,22 @@ def max_drift(rule: RuleConfig, num_workers: int) -> float:
     """How far one push of each worker may move the weights, as a share of their norm; 0: no limit. One worker is plain SGD."""
     if rule.max_drift is not None:
         return rule.max_drift
+    if rule.own or optimizer_of(rule) == "adagrad":
+        return 0.0
     return RULEBOOK[rule.name].max_drift if num_workers > 1 else 0.0
 
 
-def longest_push(rule: RuleConfig, num_workers: int) -> float:
-    """lr times the norm of what a push adds up to, over that of the weights, is at most this; inf: no limit.
+def longest_push(rule: ResolvedRule, num_workers: int) -> float:
+    """lr times the norm of what a push adds up to (of Adam: of the step), over that of the weights, is at most this; inf: no limit.
 
     A step that is the mean of m gradients moves the weights by 1 / m of each; with momentum m a gradient counts
     1 / (1 - m) times in the end.
     """
     drift = max_drift(rule, num_workers)
-    return drift * (1 - rule.momentum) * (pacing(rule, num_workers).mean_of or num_workers) / num_workers if drift else math.inf
+    if not drift:
+        return math.inf
+    mean_of = pacing(rule, num_workers).mean_of or num_workers
+    return drift * (1 - rule.momentum) * mean_of / num_workers
 
 
 def in_flight(rule: RuleConfig, num_workers: int, overlaps: bool) -> float:
@@ -138,7 +353,9 @@ def in_flight(rule: RuleConfig, num_workers: int, overlaps: bool) -> float:
 
     Every worker has a gradient under way, two if it overlaps; a step that is the mean of m gradients takes m of them.
     """
-    return max(1.0, num_workers * (1 + overlaps) / (pacing(rule, num_workers).mean_of or num_workers))
+    return max(
+        1.0, num_workers * (1 + overlaps) / (pacing(rule, num_workers).mean_of or num_workers)
+    )
 
 
 def linear_scale(rule: RuleConfig, num_workers: int) -> int:
@@ -151,30 +368,92 @@ def linear_scale(rule: RuleConfig, num_workers: int) -> int:
     return 1 if pacing_.mean_of else max(1, num_workers - pacing_.backup)
 
 
-def doubt_of_linear_scaling(rule: RuleConfig, num_workers: int, batch_size: int, num_samples: int) -> str:
+def rate_scale(rule: RuleConfig, num_workers: int) -> float:
+    """Return what schedule.lr is multiplied by for a step of so many gradients: their number, or its root with Adam.
+
+    Its steps are as long whatever their gradients; with a batch k times as large, sqrt(k) keeps their noise over a number of
+    samples (Malladi et al. 2022, arXiv:2205.10782).
+    """
+    scale = linear_scale(rule, num_workers)
+    return math.sqrt(scale) if is_adaptive(rule) else scale
+
+
+def batch_divisor(config: Resolved, num_workers: int, num_samples: int, least_batch: int) -> int:
+    """Return by how much a recipe's batch is to be divided for so many workers, a power of 2; 1 for the recipe itself.
+
+    Stale are the images of the gradients under way, workers times batch. Smaller batches at a lower rate (`smaller_rate`) are the
+    same training with less of it under way, for more exchanges. Where every worker pushes LEAST_PUSHES times or
+    more, that many are a small part of the run. num_samples: of an epoch; least_batch: images that are left in a batch.
+    Measured for SGD and AdamW with a step for every gradient; other rules and optimizers keep their batch.
+    """
+    rule, exchange, images = config.rule, config.exchange, config.data.batch_size
+    entry = RULEBOOK[rule.name]
+    n_push = exchange.n_push or entry.n_push
+    if (
+        entry.server != "sgd"
+        or entry.moves
+        or entry.staleness
+        or optimizer_of(rule) not in ("sgd", "adamw")
+        or (n_push, exchange.n_fetch or n_push) != (1, 1)
+        or config.compute.micro_batches > 1
+    ):
+        return 1
+    pushes, divisor = config.run.epochs * num_samples / (num_workers * images), 1
+    while (
+        num_workers > MOST_RECIPE_BATCHES * divisor
+        and images >= 2 * divisor * least_batch
+        and pushes * divisor < LEAST_PUSHES
+    ):
+        divisor *= 2
+    return divisor
+
+
+def smaller_rate(rule: RuleConfig, lr: float, divisor: int) -> float:
+    """Return the rate of batches that are smaller by a divisor: lower by as much, or by its root with Adam (see `rate_scale`)."""
+    if is_adaptive(rule):
+        return lr / math.sqrt(divisor)
+    return lr / divisor
+
+
+def doubt_of_linear_scaling(
+    rule: RuleConfig, num_workers: int, batch_size: int, num_samples: int
+) -> str:
     """Return what a user is to know whose scaled rate belongs to a batch too large for the data, or an empty text.
 
     batch_size: images of a worker's batch; num_samples: of an epoch.
     """
     scale, images = linear_scale(rule, num_workers), linear_scale(rule, num_workers) * batch_size
-    if scale == 1 or num_samples >= LEAST_STEPS * images:
+    if scale == 1 or is_adaptive(rule) or num_samples >= LEAST_STEPS * images:
         return ""
-    return (f"{rule.name}: a step is made of {images:,} of {num_samples:,} images, {images / num_samples:.0%} of an epoch. Linear scaling of the "
-            f"rate is known to hold for small shares; on the digits it held at 18 %, and at 36 % it cost 25 points, where a quarter of the "
-            f"rate cost 2 (docs/convergence.md). Take a lower --lr, smaller batches or fewer workers.")
+    return (
+        f"{rule.name}: a step is made of {images:,} of {num_samples:,} images, {images / num_samples:.0%} of an epoch. Linear scaling of the "
+        f"rate is known to hold for small shares; on the digits it held at 18 %, and at 36 % it cost 25 points, where a quarter of the "
+        f"rate cost 2 (docs/convergence.md). Take a lower --lr, smaller batches or fewer workers."
+    )
 
 
-def vectors(rule: RuleConfig, num_workers: int) -> tuple[int, int]:
-    """How many (P,) float32 vectors the rule keeps: on the server, and on each worker."""
-    entry, momentum = RULEBOOK[rule.name], bool(rule.momentum)
-    server = int(momentum and rule.momentum_at.startswith("server")) + {
-        "adagrad": 1, "mean": 1, "dc": num_workers * (2 if rule.name == "dc_asgd_a" else 1)}.get(entry.server, 0)
-    worker = is_kept_by_workers(rule) * (2 if entry.pacing(rule, num_workers).may_drop else 1) + {
-        "descends": 1, "elastic": 1}.get(entry.moves, 0)
+def vectors(rule: ResolvedRule, num_workers: int, wire: str = "float32") -> tuple[int, int]:
+    """Return how many (P,) float32 vectors the rule and what `wire` leaves out take: on the server, and on each worker."""
+    entry = RULEBOOK[rule.name]
+    has_velocity = bool(rule.momentum) and rule.momentum_at.startswith("server")
+    server = int(has_velocity) + kept_at_server(rule) + bool(rule.ema_samples)
+    if entry.server == "mean":
+        server += 1
+    elif entry.server == "dc":
+        server += num_workers
+        if rule.name == "dc_asgd_a":
+            server += num_workers
+    elif entry.server == "delayed_nesterov" and rule.outer_momentum:
+        server += 2
+    worker = vectors_kept(rule, wire)
+    if entry.pacing(rule, num_workers).may_drop:
+        worker *= 2
+    if entry.moves in ("descends", "elastic", "local"):
+        worker += 1
     return server, worker
 
 
-def check(config: Config, num_workers: int) -> None:
+def check(config: Resolved, num_workers: int) -> None:
     """Refuse combinations that make no sense, with the reason. `config` is complete. Raises ConfigError."""
     rule, exchange = config.rule, config.exchange
     entry = RULEBOOK[rule.name]
@@ -183,57 +462,204 @@ def check(config: Config, num_workers: int) -> None:
         if not holds:
             raise ConfigError(f"--{option} {value} with --rule.name {rule.name}: {reason}.")
 
-    at = rule.momentum_at
-    if rule.momentum and (at == "none" or at not in entry.momenta):
-        places = [place for place in entry.momenta if place != "none"]
-        why = {"dc": "the server needs the gradient itself, not a velocity", "adagrad": "its rates are of the gradients' squares",
-               "elastic": "what is pushed is a difference of weights, not a gradient"}.get(
-                   entry.server, "a worker that moves its own weights must know the whole step" if entry.moves else "it is set to none")
-        demand(False, "rule.momentum_at", at, f"{why}; choose of {', '.join(places)}" if places else f"{why}; leave the momentum out")
+    at, optimizer, allowed = rule.momentum_at, optimizer_of(rule), momenta(rule)
+    plain = (entry.server, entry.moves, entry.optimizer) == ("sgd", "", "")
+    demand(
+        not rule.own or plain and optimizer == "sgd",
+        "rule.own",
+        rule.own,
+        "a class of yours moves the weights in place of the rule's own step; take asgd, sasgd, ssp or ringmaster, without --rule.optimizer",
+    )
+    demand(
+        bool(rule.own) or not rule.own_options,
+        "rule.own_options",
+        rule.own_options,
+        "they are of a class of yours; name it with --rule package.module:Class",
+    )
+    demand(
+        rule.optimizer in (None, optimizer),
+        "rule.optimizer",
+        rule.optimizer,
+        f"the rule is one for {optimizer} alone; leave the optimizer out, or take it with another rule, such as asgd or sync",
+    )
+    if optimizer in ADAM:
+        demand(
+            not rule.momentum,
+            "rule.momentum",
+            rule.momentum,
+            f"the momentum of {optimizer} is --rule.beta1; leave the momentum out",
+        )
+        why = f"who keeps the means of {optimizer} follows from the rule; leave it out"
+        if len(allowed) > 1:
+            why = (
+                f"the server keeps the means of {optimizer}; dana and worker let the workers do so"
+            )
+        demand(at in allowed, "rule.momentum_at", at, why)
+    elif rule.momentum and (at == "none" or at not in allowed):
+        places = [place for place in allowed if place != "none"]
+        why = "it is set to none"
+        if entry.moves:
+            why = "a worker that moves its own weights must know the whole step"
+        reasons = {
+            "dc": "the server needs the gradient itself, not a velocity",
+            "adagrad": "its rates are of the gradients' squares",
+            "elastic": "what is pushed is a difference of weights, not a gradient",
+        }
+        why = reasons.get(optimizer if optimizer != "sgd" else entry.server, why)
+        remedy = f"choose of {', '.join(places)}" if places else "leave the momentum out"
+        demand(False, "rule.momentum_at", at, f"{why}; {remedy}")
     if entry.server == "dc":
-        demand(exchange.n_push == 1, "exchange.n_push", exchange.n_push,
-               "the compensation squares the gradient of one batch, and a sum over several has another square; leave n_push at 1")
-        demand(not exchange.overlap and exchange.n_fetch == 1, *(
-            ("exchange.overlap", "true") if exchange.overlap else ("exchange.n_fetch", exchange.n_fetch)),
-            "the compensation is for the way from the weights that a gradient was computed on, and the server keeps those that "
-            "a worker fetched after its last push; leave overlap and n_fetch out")
-    demand(entry.may_overlap or not exchange.overlap, "exchange.overlap", "true",
-           "a worker would compute while it is to wait, or on weights that it is about to move" + (
-               "; n_push auto needs the overlap" if exchange.n_push == "auto" else ""))
-    demand(exchange.wire == "float32" or entry.server not in _NEEDS_FLOAT32, "exchange.wire", exchange.wire,
-           f"{_NEEDS_FLOAT32.get(entry.server)}, smaller than what rounding them loses; take float32")
-    demand(entry.moves != "elastic" or exchange.n_fetch == exchange.n_push, "exchange.n_fetch", exchange.n_fetch,
-           "the difference to the centre is of the weights that were just fetched; leave n_fetch out")
-    demand(rule.staleness == entry.staleness or not entry.staleness, "rule.staleness", rule.staleness,
-           f"the rule has its own weights ({entry.staleness})")
-    demand(rule.name != "sync_backup" or rule.backup < num_workers, "rule.backup", rule.backup,
-           f"of {num_workers} workers, none would be waited for")
-    demand(rule.name != "softsync" or rule.splits <= num_workers, "rule.splits", rule.splits,
-           f"there are {num_workers} workers, so a step cannot be the mean of less than a gradient")
+        demand(
+            exchange.n_push == 1,
+            "exchange.n_push",
+            exchange.n_push,
+            "the compensation squares the gradient of one batch, and a sum over several has another square; leave n_push at 1",
+        )
+        why = (
+            "the compensation is for the way from the weights that a gradient was computed on, and the server keeps one snapshot "
+            "for each worker, that of its latest fetch; leave overlap and n_fetch out"
+        )
+        demand(not exchange.overlap, "exchange.overlap", "true", why)
+        demand(exchange.n_fetch == 1, "exchange.n_fetch", exchange.n_fetch, why)
+    why = "a worker would compute while it is to wait, or on weights that it is about to move"
+    if exchange.n_push == "auto":
+        why += "; n_push auto needs the overlap"
+    demand(entry.may_overlap or not exchange.overlap, "exchange.overlap", "true", why)
+    demand(
+        exchange.wire == "float32" or entry.server not in _NEEDS_FLOAT32,
+        "exchange.wire",
+        exchange.wire,
+        f"{_NEEDS_FLOAT32.get(entry.server)}, smaller than what rounding them loses; take float32",
+    )
+    demand(
+        exchange.fetch_wire == "float32" or entry.server not in _NEEDS_FLOAT32,
+        "exchange.fetch_wire",
+        exchange.fetch_wire,
+        f"{_NEEDS_FLOAT32.get(entry.server)}, smaller than what rounding them loses; take float32",
+    )
+    demand(
+        exchange.wire not in COMPRESSED or optimizer == "sgd" or steps_at_workers(rule),
+        "exchange.wire",
+        exchange.wire,
+        f"{optimizer} squares what arrives, and what is left out of one push arrives with later ones, in sum; take float32 or "
+        "bfloat16",
+    )
+    demand(
+        exchange.wire != "topk" or not (rule.momentum and at.startswith("server")),
+        "rule.momentum_at",
+        at,
+        "topk sends a number every so many pushes only, and a velocity at the server goes on with it in all of the others; take "
+        "dana or worker, which are applied to the gradient before anything is left out, or wire int8",
+    )
+    demand(
+        entry.moves != "elastic" or exchange.n_fetch == exchange.n_push,
+        "exchange.n_fetch",
+        exchange.n_fetch,
+        "the difference to the centre is of the weights that were just fetched; leave n_fetch out",
+    )
+    demand(
+        entry.moves != "local" or exchange.n_fetch == exchange.n_push,
+        "exchange.n_fetch",
+        exchange.n_fetch,
+        "a worker sets out from the weights that it has just fetched; leave n_fetch out",
+    )
+    demand(
+        not (steps_at_workers(rule) and optimizer in ADAM and rule.max_drift),
+        "rule.max_drift",
+        rule.max_drift,
+        f"the steps of {optimizer} are as long whatever their gradients, so there is nothing to scale down; leave it out",
+    )
+    demand(
+        not (steps_at_workers(rule) and optimizer != "sgd" and config.stages.number > 1),
+        "rule.optimizer",
+        optimizer,
+        "every stage would keep a part of its state, which a checkpoint does not put together; take sgd, or leave --stages out",
+    )
+    demand(
+        rule.staleness == entry.staleness or not entry.staleness,
+        "rule.staleness",
+        rule.staleness,
+        f"the rule has its own weights ({entry.staleness})",
+    )
+    demand(
+        pacing(rule, num_workers).mean_of == 1
+        or optimizer not in ADAM
+        or rule.staleness in (None, "constant"),
+        "rule.staleness",
+        rule.staleness,
+        f"a step is the mean of gradients of several stalenesses, and the length of {optimizer}'s steps is not theirs: a weight of each "
+        "would change the direction alone; take constant",
+    )
+    demand(
+        rule.name != "sync_backup" or rule.backup < num_workers,
+        "rule.backup",
+        rule.backup,
+        f"of {num_workers} workers, none would be waited for",
+    )
+    demand(
+        rule.name != "softsync" or rule.splits <= num_workers,
+        "rule.splits",
+        rule.splits,
+        f"there are {num_workers} workers, so a step cannot be the mean of less than a gradient",
+    )
 
 
-def defaults(rule: RuleConfig, momentum: float, lr: float) -> tuple[dict[str, object], float]:
-    """For the fields of `rule` that are None, and the rate; `momentum` and `lr`: the network's recipe.
+def defaults(rule: RuleConfig, recipe: Recipe) -> tuple[dict[str, object], float]:
+    """For the fields of `rule` that are None, and the rate; `recipe`: the network's.
 
-    A rule without momentum gets the rate lr / (1 - momentum), at which a gradient moves the weights as far in the end.
+    A rule without momentum gets the rate lr / (1 - momentum), at which a gradient moves the weights as far in the end; Adam has
+    a rate and a decay of its own, torch.optim's if the recipe is SGD's.
     """
     entry = RULEBOOK[rule.name]
-    at = entry.momenta[0]
-    if at == "none" and rule.momentum and len(entry.momenta) > 1:
-        at = entry.momenta[1]
-    without = (rule.momentum_at or at) == "none"
-    rate = lr / (1 - momentum) if without and rule.momentum is None and entry.server != "adagrad" else lr
-    return {"momentum_at": at, "momentum": 0.0 if without else momentum, "staleness": entry.staleness or "delay_adaptive",
-            "dc_lambda": 2.0 if rule.name == "dc_asgd_a" else 0.04}, rate
+    of_network = "sgd" if rule.own else recipe.optimizer
+    optimizer = entry.optimizer or rule.optimizer or of_network
+    rule = replace(rule, optimizer=optimizer)
+    allowed = momenta(rule)
+    at = allowed[0]
+    if at == "none" and rule.momentum and len(allowed) > 1:
+        at = allowed[1]
+    without = (rule.momentum_at or at) == "none" or optimizer in ADAM
+    lr, decay, staleness = recipe.lr, recipe.weight_decay, entry.staleness or "delay_adaptive"
+    if optimizer in ADAM:
+        if recipe.optimizer not in ADAM:
+            lr, decay = ADAM_LR, ADAMW_DECAY
+            if optimizer == "adam":
+                decay = 0.0
+        if entry.server == "mean":
+            staleness = entry.staleness or "constant"
+    elif without and rule.momentum is None and optimizer == "sgd" and not rule.own:
+        lr = lr / (1 - recipe.momentum)
+    return {
+        "optimizer": optimizer,
+        "momentum_at": at,
+        "momentum": 0.0 if without else recipe.momentum,
+        "weight_decay": decay,
+        "no_decay": recipe.no_decay,
+        "staleness": staleness,
+        "dc_lambda": 2.0 if rule.name == "dc_asgd_a" else 0.04,
+    }, lr
 
 
 def expected_staleness(rule: RuleConfig, num_workers: int, in_flight: int) -> str:
-    """What a user is to expect, in a line."""
+    """Return what a user is to expect, in a line."""
     pacing_ = pacing(rule, num_workers)
     if not pacing_.mean_of:
-        scale = linear_scale(rule, num_workers)
-        times = f", at {scale} times the rate of one (linear scaling, Goyal et al. 2017), reached in the warm-up" if scale > 1 else ""
+        scale, rate = linear_scale(rule, num_workers), rate_scale(rule, num_workers)
+        times, law = "", "linear scaling, Goyal et al. 2017"
+        if is_adaptive(rule):
+            law = "square root scaling, Malladi et al. 2022"
+        if scale > 1:
+            times = f", at {rate:.3g} times the rate of one ({law}), reached in the warm-up"
         return f"{num_workers} workers, {rule.name}: a step is the mean of {scale} gradients{times}"
-    bound = [f"at most {pacing_.max_staleness - 1:g}"] if math.isfinite(pacing_.max_staleness) else []
-    together = [f"{pacing_.mean_of} gradients a step"] if pacing_.mean_of > 1 else []
-    return f"{num_workers} workers: expect a staleness of about {in_flight - 1}" + "".join(f", {text}" for text in bound + together)
+    if in_flight == 1:
+        return "1 worker: every gradient is computed on the newest weights"
+    others = f"{in_flight - 1} {plural(in_flight - 1, 'other is', 'others are')}"
+    text = (
+        f"{num_workers} {plural(num_workers, 'worker')}: while a gradient is computed, about {others} applied (its "
+        "staleness)"
+    )
+    if math.isfinite(pacing_.max_staleness):
+        text += f", at most {pacing_.max_staleness - 1:g}"
+    if pacing_.mean_of > 1:
+        text += f", {pacing_.mean_of} gradients a step"
+    return text

@@ -16,6 +16,11 @@ def flat_channels(std: Sequence[float]) -> list[int]:
 
 def note_flat_channels(std: Sequence[float]) -> list[str]:
     """Say which channels do not vary, and what becomes of them."""
-    names = ["grey"] if len(std) == 1 else ["red", "green", "blue", *map(str, range(3, len(std)))]
-    return [f"the channel {names[number]} does not vary (deviation {std[number]:.2g} of 1): it is centred and not scaled"
-            for number in flat_channels(std)]
+    if len(std) == 1:
+        names = ["grey"]
+    else:
+        names = ["red", "green", "blue", *map(str, range(3, len(std)))]
+    return [
+        f"the channel {names[number]} does not vary (deviation {std[number]:.2g} of 1): it is centred and not scaled"
+        for number in flat_channels(std)
+    ]

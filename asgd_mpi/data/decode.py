@@ -29,7 +29,8 @@ def decode(data: np.ndarray) -> np.ndarray:
     """Return the pixels, uint8 (H, W, 3), of an image file, uint8 (n,); raise ValueError if it is none."""
     if simplejpeg is not None and is_jpeg(data):
         try:  # strict would refuse files that ImageNet has
-            if simplejpeg.decode_jpeg_header(data, strict=False)[2] not in ("CMYK", "YCCK"):  # Pillow rounds those otherwise
+            # Pillow rounds those otherwise
+            if simplejpeg.decode_jpeg_header(data, strict=False)[2] not in ("CMYK", "YCCK"):
                 return simplejpeg.decode_jpeg(data, "RGB", strict=False)
         except (ValueError, KeyError):  # KeyError: of a sampling that it has no name for
             pass  # Pillow may know more of it, or says what is wrong
@@ -52,16 +53,21 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     """
     if image.mode in ("L", "RGB"):
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # I: of older Pillows
+    # I: of older Pillows
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         levels = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":
         values = np.asarray(image)
         if not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 1):
-            raise ValueError("its pixels are float numbers outside of 0..1, so which one is white is not known; scale them to 0..1")
+            raise ValueError(
+                "its pixels are float numbers outside of 0..1, so which one is white is not known; scale them to 0..1"
+            )
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     if image.mode == "I":
-        raise ValueError("its pixels are 32-bit integers, so which one is white is not known; convert it to 8 or 16 bits")
+        raise ValueError(
+            "its pixels are 32-bit integers, so which one is white is not known; convert it to 8 or 16 bits"
+        )
     return image.convert("RGB")
 
 
@@ -108,7 +114,8 @@ def _ends(data: bytes) -> bool:
 def _next_marker(data: bytes, at: int) -> int:
     """Return where the compressed data that begin at `at` end; -1 if they do not."""
     while (at := data.find(b"\xff", at)) != -1 and at + 1 < len(data):
-        if data[at + 1] not in (0x00, *range(0xD0, 0xD8)):  # a stuffed byte, or a restart: within the data
+        # a stuffed byte, or a restart: within the data
+        if data[at + 1] not in (0x00, *range(0xD0, 0xD8)):
             return at
         at += 2
     return -1

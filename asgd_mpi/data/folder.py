@@ -13,8 +13,8 @@ from PIL import Image
 
 from asgd_mpi.data.decode import check_end
 from asgd_mpi.data.shards import DamagedSample
-from asgd_mpi.data.tree import Tree, directory_of, list_tree, some
-from asgd_mpi.errors import DataError
+from asgd_mpi.data.tree import Tree, directory_of, list_tree
+from asgd_mpi.errors import DataError, few
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_LOOKED_AT = 64  # headers of a tree
@@ -34,15 +34,26 @@ class FolderSet:
         self.class_names, self.notes = list(classes), found.notes
         unknown = sorted(set(found.images) - set(self.class_names))
         if unknown:
-            raise DataError(f"{self.root / split} has {len(unknown)} classes that are not in train ({some(unknown)})")
-        paths = [(path, label) for label, name in enumerate(self.class_names) for path in found.images.get(name, [])]
+            raise DataError(
+                f"{self.root / split} has {len(unknown)} classes that are not in train ({few(unknown)}), so they have no "
+                f"label; remove them, or add their training images"
+            )
+        paths = [
+            (path, label)
+            for label, name in enumerate(self.class_names)
+            for path in found.images.get(name, [])
+        ]
         if not paths:
-            raise DataError(f"{self.root / split} has no image in <class>/*.JPEG")
+            raise DataError(
+                f"{self.root / split} has no image in <class>/*.JPEG; give a directory of images in directories of their classes"
+            )
         order = np.random.default_rng(0).permutation(len(paths))
         self._paths = [paths[place][0] for place in order]
         self._label = np.array([paths[place][1] for place in order], dtype=np.int64)
         self.num_samples, self.num_classes = len(paths), len(self.class_names)
-        self.fingerprint = xxhash.xxh3_64_hexdigest("\n".join(map(self.source, range(len(paths)))).encode())
+        self.fingerprint = xxhash.xxh3_64_hexdigest(
+            "\n".join(map(self.source, range(len(paths)))).encode()
+        )
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
         """Return the labels, int64, of some samples."""
@@ -60,11 +71,15 @@ class FolderSet:
         try:
             data = np.fromfile(self._paths[index], dtype=np.uint8)
         except OSError as error:
-            raise DataError(f"{self._paths[index]} cannot be read: {error.strerror}; check the file and its disk") from error
+            raise DataError(
+                f"{self._paths[index]} cannot be read: {error.strerror}; check the file and its disk"
+            ) from error
         try:
             check_end(data)
         except ValueError as error:
-            raise DamagedSample(f"{self._paths[index]} was cut off ({len(data)} bytes): {error}") from error
+            raise DamagedSample(
+                f"{self._paths[index]} was cut off ({len(data)} bytes): {error}"
+            ) from error
         return data
 
     def source(self, index: int) -> str:
@@ -76,7 +91,10 @@ class FolderSet:
     def _list(self, split: str) -> Tree:
         directory = directory_of(self.root, split)
         if not os.path.isdir(directory):
-            raise DataError(f"{self.root} is no tree of train/<class>/*.JPEG and val/<class>/*.JPEG: it has no directory {split}")
+            raise DataError(
+                f"{self.root} is no tree of train/<class>/*.JPEG and val/<class>/*.JPEG: it has no directory {split}; "
+                f"give the directory that holds both"
+            )
         return list_tree(directory)
 
 
@@ -91,7 +109,9 @@ class SyntheticSet:
         self.split, self.num_samples, self.num_classes = split, self.NUM_SAMPLES[split], num_classes
         self.image_shape = (side, side, 3)
         self.class_names = [f"class {label}" for label in range(num_classes)]
-        noise = np.random.default_rng(split == "train").integers(0, 256, side * side * 3 + 4096, dtype=np.uint8)
+        noise = np.random.default_rng(split == "train").integers(
+            0, 256, side * side * 3 + 4096, dtype=np.uint8
+        )
         self._noise = noise  # sample i starts at byte i % 4096
 
     def labels(self, indices: np.ndarray) -> np.ndarray:

@@ -7,11 +7,11 @@ reading, checking and decoding all release the interpreter's lock.
 """
 
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from asgd_mpi.data.shards import DamagedSample, ShardSet
 Range = tuple[int, int, int]  # of one batch: epoch, start, stop
 
 
-def ranges(epoch: int, start: int, stop: int, batch_size: int, smallest: int = 1) -> Iterator[Range]:
+def ranges(
+    epoch: int, start: int, stop: int, batch_size: int, smallest: int = 1
+) -> Iterator[Range]:
     """Cut positions start..stop-1 of an epoch into batches; a rest of fewer than `smallest` goes with the batch before."""
     at = start
     while at < stop:
@@ -46,6 +48,11 @@ class Batch:
     skipped: int  # samples left out: B == stop - start - skipped; B may be 0
     touches: Touches | None = None  # mirrors and colours that are left to the device
 
+    @property
+    def size(self) -> int:
+        """B."""
+        return len(self.labels)
+
     def on(self, device: torch.device) -> torch.Tensor:
         """Return the finished images, uint8 (B, C, S, S), on a device."""
         images = self.images.to(device, non_blocking=True)
@@ -53,7 +60,12 @@ class Batch:
 
 
 class Loader:
-    """Make batches of one split in one order."""
+    """Make batches of one split in one order.
+
+    on_skip: leave damaged images out, and call this with a message, once a sample, from any thread; None: they are an error.
+    smallest: images of a batch; if damaged ones leave fewer, all are left out. touch_on_device: leave mirrors and colours to
+    `Batch.on`.
+    """
 
     def __init__(
         self,
@@ -62,8 +74,7 @@ class Loader:
         policy: Policy,
         seed: int,
         threads: int,
-        on_bad_image: str = "fail",
-        on_skip: Callable[[str], None] = warnings.warn,
+        on_skip: Callable[[str], None] | None = None,
         touch_on_device: bool = False,
         smallest: int = 1,
     ):
@@ -71,11 +82,13 @@ class Loader:
         self.order = order
         self.policy = policy
         self.seed = seed
-        self.on_bad_image = on_bad_image  # "fail" or "skip"
-        self.on_skip = on_skip  # called with a message, once a damaged sample, from any thread
-        self.smallest = smallest  # images of a batch; if damaged ones leave fewer, all are left out
-        self.touch_on_device = touch_on_device  # leave mirrors and colours to Batch.on
-        self._num_channels = 3 if shards.image_shape is None else shards.image_shape[2]
+        self.smallest = smallest
+        self.touch_on_device = touch_on_device
+        self._on_skip = on_skip
+        if shards.image_shape is None:
+            self._num_channels = 3
+        else:
+            self._num_channels = shards.image_shape[2]
         self._reported: set[int] = set()
         self._reported_lock = threading.Lock()
         self._num_threads = threads
@@ -85,28 +98,42 @@ class Loader:
         """Return the samples at positions start..stop-1 of an epoch; raise DataError."""
         indices = self.order.indices(epoch, start, stop)
         self.shards.expect(indices)
-        images = np.empty((len(indices), self._num_channels, self.policy.size, self.policy.size), dtype=np.uint8)
+        images = np.empty(
+            (len(indices), self._num_channels, self.policy.size, self.policy.size), dtype=np.uint8
+        )
         good, touches = np.ones(len(indices), dtype=bool), []
         for row, index in enumerate(indices.tolist()):
             try:
-                image, touch = self.policy.crop(self._image(index), sample_rng(self.seed, epoch, index))
+                image, touch = self.policy.crop(
+                    self._image(index), sample_rng(self.seed, epoch, index)
+                )
                 images[row] = (image if self.touch_on_device else touch(image)).transpose(2, 0, 1)
                 touches.append(touch)
             except DamagedSample as error:
-                if self.on_bad_image != "skip":
+                if self._on_skip is None:
                     raise
                 good[row] = False
-                self._report(index, error)
-        if good.sum() < self.smallest:
+                self._report(index, error, self._on_skip)
+        if self._on_skip and good.sum() < self.smallest:
             if good.any():
-                self.on_skip(f"left out: the {good.sum()} whole images at positions {start}..{stop - 1} of epoch {epoch}: the network "
-                             f"is trained on {self.smallest} at a time or more (data.min_batch)")
+                self._on_skip(
+                    f"left out: the {good.sum()} whole images at positions {start}..{stop - 1} of epoch {epoch}: the network "
+                    f"is trained on {self.smallest} at a time or more (data.min_batch)"
+                )
             good[:] = False
         if not good.all():
             images, indices = images[good], indices[good]
         labels = torch.from_numpy(self.shards.labels(indices))
-        return Batch(torch.from_numpy(images), labels, indices, epoch, start, stop, int((~good).sum()),
-                     Touches(touches) if self.touch_on_device and good.any() else None)
+        return Batch(
+            torch.from_numpy(images),
+            labels,
+            indices,
+            epoch,
+            start,
+            stop,
+            int((~good).sum()),
+            Touches(touches) if self.touch_on_device and good.any() else None,
+        )
 
     def submit(self, epoch: int, start: int, stop: int) -> Future[Batch]:
         """Start making a batch in a thread; its errors come out of the future's result()."""
@@ -114,9 +141,7 @@ class Loader:
 
     def batches(self, wanted: Iterable[Range]) -> Iterator[Batch]:
         """Return the batches in order, made by all threads, a few ahead; raise DataError."""
-        ahead = ReadAhead(self, self._num_threads + 2)
-        ahead.ask(0, wanted)
-        return ahead.take(0)
+        return in_order(self, wanted, self._num_threads + 2)
 
     def close(self) -> None:
         """Drop the batches not yet started and wait for the others."""
@@ -135,12 +160,19 @@ class Loader:
                 ) from error
         return image
 
-    def _report(self, index: int, error: DamagedSample) -> None:
+    def _report(self, index: int, error: DamagedSample, say: Callable[[str], None]) -> None:
         with self._reported_lock:
             if index in self._reported:
                 return
             self._reported.add(index)
-        self.on_skip(f"left out: {error}")
+        say(f"left out: {error}")
+
+
+def in_order(loader: Any, wanted: Iterable[Range], num_batches: int) -> Iterator[Any]:
+    """Return the batches that a loader makes, in order, so many of them ahead of time."""
+    ahead = ReadAhead(loader, num_batches)
+    ahead.ask(0, wanted)
+    return ahead.take(0)
 
 
 class ReadAhead:

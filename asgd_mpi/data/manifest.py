@@ -14,7 +14,13 @@ import xxhash
 
 from asgd_mpi.errors import DataError, one_line
 from asgd_mpi.untrusted import bounded
-from asgd_mpi.untrusted.plausible import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, impossible_moments, out_of_range
+from asgd_mpi.untrusted.plausible import (
+    MAX_CHANNELS,
+    MAX_CLASSES,
+    MAX_SIDE,
+    impossible_moments,
+    out_of_range,
+)
 
 FORMAT = "asgd-shard"
 FORMAT_VERSION = 1
@@ -42,7 +48,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     encoding: str  # "jpeg" or "raw"
     image_shape: tuple[int, int, int] | None  # (H, W, C) of raw images
     class_names: list[str]
-    synsets: list[str]  # the class directories, sorted: label i is synsets[i]; empty if there are none
+    # the class directories, sorted: label i is synsets[i]; empty if there are none
+    synsets: list[str]
     mean: list[float]  # per channel, of images in 0..1
     std: list[float]
     seed: int  # of the shuffle
@@ -61,18 +68,23 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
     try:
         text = bounded.read(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = "has no manifest.json, so it is no data set or its preparation did not finish" if os.path.isdir(root) else (
-            "is not a directory"
-        )
+        if os.path.isdir(root):
+            what = "has no manifest.json, so it is no data set or its preparation did not finish"
+        else:
+            what = "is not a directory"
         raise DataError(
             f"{root} {what}; make it with `python -m data_prep.imagenet --source DIR --out {root}` "
             f"or, for a quick trial, `python -m data_prep.digits --out {root}`; a tree of <split>/<class>/*.JPEG is read "
             f"as it is with --data.source folder"
         ) from error
     except bounded.OutOfBounds as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; prepare the data set again") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; prepare the data set again"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check the file's permissions and disk") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; check the file's permissions and disk"
+        ) from error
     try:
         found = bounded.decode_json(text, msgspec.json.Decoder(_Version))
         if (found.format, found.format_version) != (FORMAT, FORMAT_VERSION):
@@ -82,7 +94,9 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
             )
         manifest = bounded.decode_json(text, msgspec.json.Decoder(Manifest))
     except msgspec.DecodeError as error:
-        raise DataError(f"{path} is damaged or was edited: {error}; prepare the data set again") from error
+        raise DataError(
+            f"{path} is damaged or was edited: {error}; prepare the data set again"
+        ) from error
     if wrong := impossible(manifest):
         raise DataError(f"{path} cannot be true: {one_line(wrong)}; prepare the data set again")
     return manifest, xxhash.xxh3_64_hexdigest(text)
@@ -90,22 +104,43 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
 
 def impossible(manifest: Manifest) -> str:
     """Return what no data set says of itself, in a few words; empty if there is nothing."""
-    if (manifest.encoding, manifest.image_shape is not None) not in (("jpeg", False), ("raw", True)):
+    if (manifest.encoding, manifest.image_shape is not None) not in (
+        ("jpeg", False),
+        ("raw", True),
+    ):
         return f"its encoding is {manifest.encoding!r} with images of shape {manifest.image_shape}; it is jpeg without, or raw with one"
     height, width, channels = manifest.image_shape or (1, 1, 3)
-    ranges = [("height of an image", height, 1, MAX_SIDE), ("width of an image", width, 1, MAX_SIDE),
-              ("number of channels", channels, 1, MAX_CHANNELS), ("number of classes", len(manifest.class_names), 1, MAX_CLASSES)]
-    return (out_of_range(ranges) or impossible_moments(manifest.mean, manifest.std, channels) or _impossible_classes(manifest)
-            or next(filter(None, (_impossible_split(name, split) for name, split in manifest.splits.items())), ""))
+    ranges = [
+        ("height of an image", height, 1, MAX_SIDE),
+        ("width of an image", width, 1, MAX_SIDE),
+        ("number of channels", channels, 1, MAX_CHANNELS),
+        ("number of classes", len(manifest.class_names), 1, MAX_CLASSES),
+    ]
+    return (
+        out_of_range(ranges)
+        or impossible_moments(manifest.mean, manifest.std, channels)
+        or _impossible_classes(manifest)
+        or next(
+            filter(
+                None, (_impossible_split(name, split) for name, split in manifest.splits.items())
+            ),
+            "",
+        )
+    )
 
 
 def _impossible_classes(manifest: Manifest) -> str:
     """Return what is wrong with the names; two of ImageNet's classes are called crane, but each has a synset of its own."""
     if manifest.synsets and len(manifest.synsets) != len(manifest.class_names):
         return f"it has {len(manifest.synsets)} synsets for {len(manifest.class_names)} classes"
-    kind, names = ("synset", manifest.synsets) if manifest.synsets else ("class", manifest.class_names)
+    if manifest.synsets:
+        kind, names = "synset", manifest.synsets
+    else:
+        kind, names = "class", manifest.class_names
     name, count = Counter(names).most_common(1)[0]
-    return f"{count} classes have the same {kind} {name!r}" if count > 1 else ""
+    if count > 1:
+        return f"{count} classes have the same {kind} {name!r}"
+    return ""
 
 
 def _impossible_split(name: str, split: SplitEntry) -> str:

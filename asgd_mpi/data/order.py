@@ -24,7 +24,8 @@ class Order:
         self.block = block
         self.blocks_per_group = blocks_per_group
         self._lock = threading.Lock()  # two threads that ask for a new epoch compute it once
-        self._epoch = lru_cache(maxsize=2)(self._permute)  # this epoch and the next: 8 bytes a sample each
+        # this epoch and the next: 8 bytes a sample each
+        self._epoch = lru_cache(maxsize=2)(self._permute)
 
     def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the samples at positions start..stop-1 of an epoch, int64."""
@@ -39,7 +40,9 @@ class Order:
         within = np.arange(self.block)
         order = []
         for group, first in enumerate(range(0, num_blocks, self.blocks_per_group)):
-            members = (blocks[first : first + self.blocks_per_group, None] * self.block + within).ravel()
+            members = (
+                blocks[first : first + self.blocks_per_group, None] * self.block + within
+            ).ravel()
             members = members[members < self.num_samples]  # the last block may be short
             # Groups count from 1: numpy pads a seed with zeros, so [seed, epoch, 0] is the stream [seed, epoch].
             order.append(np.random.default_rng([self.seed, epoch, 1 + group]).permutation(members))

@@ -33,7 +33,9 @@ class RetryingFile:
         for wait_s in WAITS_S:
             if trouble is None:
                 return data
-            self.on_retry(f"{what} of {self.path} cannot be read: {trouble}; trying again in {wait_s:g} s")
+            self.on_retry(
+                f"{what} of {self.path} cannot be read: {trouble}; trying again in {wait_s:g} s"
+            )
             time.sleep(wait_s)
             trouble = self._open_again() or self._try_to_read(data, at)
         if trouble is not None:
@@ -57,13 +59,16 @@ class RetryingFile:
             got = os.preadv(self._fd, [data], at)
         except OSError as error:
             return os.strerror(error.errno)
-        return None if got == len(data) else f"it was truncated while in use, {got} of {len(data)} bytes at byte {at}"
+        if got == len(data):
+            return None
+        return f"it was truncated while in use, {got} of {len(data)} bytes at byte {at}"
 
     def _open_again(self) -> str | None:
         try:
             fresh = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             return os.strerror(error.errno)
-        os.dup2(fresh, self._fd, inheritable=False)  # at once, so other threads never see a closed file
+        # at once, so other threads never see a closed file
+        os.dup2(fresh, self._fd, inheritable=False)
         os.close(fresh)
         return None

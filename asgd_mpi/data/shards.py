@@ -64,7 +64,9 @@ class _Shard:
 class ShardSet:
     """One split of a data set, read-only; sample indices are 0..num_samples-1 over all its shards in order."""
 
-    def __init__(self, root: Path, split: str, manifest: Manifest, fingerprint: str, shards: list[_Shard]):
+    def __init__(
+        self, root: Path, split: str, manifest: Manifest, fingerprint: str, shards: list[_Shard]
+    ):
         self.root = root
         self.split = split
         self.fingerprint = fingerprint
@@ -75,14 +77,17 @@ class ShardSet:
         self.mean = tuple(manifest.mean)
         self.std = tuple(manifest.std)
         self.num_samples = manifest.splits[split].num_samples
-        self.notes = note_flat_channels(self.std) if split == "train" else []  # to be told before a run
+        # to be told before a run
+        self.notes = note_flat_channels(self.std) if split == "train" else []
         self._shards = shards
         self._first = np.cumsum([0] + [len(shard.label) for shard in shards]).tolist()
         self._label = np.concatenate([shard.label for shard in shards])
         self._close = weakref.finalize(self, _close_all, shards)
 
     @classmethod
-    def open(cls, root: str | Path, split: str, on_retry: Callable[[str], None] = warnings.warn) -> "ShardSet":
+    def open(
+        cls, root: str | Path, split: str, on_retry: Callable[[str], None] = warnings.warn
+    ) -> "ShardSet":
         """Open every shard of a split, reading labels, offsets and checksums; raise DataError.
 
         `on_retry` gets a message each time a read has to be repeated, from any thread.
@@ -90,7 +95,10 @@ class ShardSet:
         root = Path(root)
         manifest, fingerprint = read_manifest(root)
         if split not in manifest.splits:
-            raise DataError(f"{root} has no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
+            raise DataError(
+                f"{root} has no split {split!r}; it has {', '.join(sorted(manifest.splits))}; "
+                f"give one of them, or prepare the data set again with it"
+            )
         entries = manifest.splits[split].shards
         shards: list[_Shard] = []
         try:
@@ -100,7 +108,9 @@ class ShardSet:
                     "num_shards": len(entries), "num_samples": entry.num_samples, "encoding": manifest.encoding,
                     "complete": 1,
                 }  # fmt: skip
-                shards.append(_open_shard(root / entry.file, entry.num_bytes, manifest, expected, on_retry))
+                shards.append(
+                    _open_shard(root / entry.file, entry.num_bytes, manifest, expected, on_retry)
+                )
             shard_set = cls(root, split, manifest, fingerprint, shards)
         except BaseException:
             _close_all(shards)
@@ -142,12 +152,18 @@ class ShardSet:
                 f"checksum: it was damaged after packing; copy the shard again from a good copy or prepare the data "
                 f"again, or leave damaged samples out (on_bad_image: skip)"
             )
-        return data if self.image_shape is None else data.reshape(self.image_shape)
+        if self.image_shape is None:
+            return data
+        return data.reshape(self.image_shape)
 
     def source(self, index: int) -> str:
         """Return where a sample came from, e.g. `train/n01440764/n01440764_10026.JPEG`."""
         shard, row = self._locate(index)
-        name = shard.file.read(shard.source_at + row * shard.source_width, shard.source_width, f"the name of sample {row}")
+        name = shard.file.read(
+            shard.source_at + row * shard.source_width,
+            shard.source_width,
+            f"the name of sample {row}",
+        )
         return name.tobytes().rstrip(b"\0").decode(errors="replace")
 
     def close(self) -> None:
@@ -161,7 +177,11 @@ class ShardSet:
         return self._shards[number], index - self._first[number]
 
     def _check_counts(self) -> None:
-        counted, least, largest = len(self._label), int(self._label.min(initial=0)), int(self._label.max(initial=0))
+        counted, least, largest = (
+            len(self._label),
+            int(self._label.min(initial=0)),
+            int(self._label.max(initial=0)),
+        )
         if counted != self.num_samples or counted == 0 or least < 0 or largest >= self.num_classes:
             labels = f"up to {largest}" if least >= 0 else f"from {least}"
             raise DataError(
@@ -170,24 +190,35 @@ class ShardSet:
             )
 
 
-def _open_shard(path: Path, num_bytes: int, manifest: Manifest, expected: dict, on_retry: Callable[[str], None]) -> _Shard:
+def _open_shard(
+    path: Path, num_bytes: int, manifest: Manifest, expected: dict, on_retry: Callable[[str], None]
+) -> _Shard:
     """Check one shard against the manifest and return where its samples lie."""
     again = "copy it again from a good copy, or prepare the data set again"
     try:
         with bounded.open_plain(path) as plain:
             on_disk = os.fstat(plain.fileno()).st_size
     except OSError as error:
-        raise DataError(f"shard {path}, listed in {MANIFEST}, cannot be read: {error.strerror}; {again}") from error
+        raise DataError(
+            f"shard {path}, listed in {MANIFEST}, cannot be read: {error.strerror}; {again}"
+        ) from error
     if on_disk != num_bytes:
         raise DataError(
             f"shard {path} is truncated or was changed: {on_disk} bytes on disk, {num_bytes} in {MANIFEST}; {again}"
         )
     try:
-        with h5py.File(path, "r", locking=False) as file:  # locking fails on Lustre and NFS without flock
+        # locking fails on Lustre and NFS without flock
+        with h5py.File(path, "r", locking=False) as file:
             found = {name: _attribute(file, name) for name in expected}
-            wrong = [f"{name} is {found[name]}, not {want}" for name, want in expected.items() if found[name] != want]
+            wrong = [
+                f"{name} is {found[name]}, not {want}"
+                for name, want in expected.items()
+                if found[name] != want
+            ]
             if wrong:
-                raise DataError(f"shard {path} is not the one in {MANIFEST}: {'; '.join(wrong)}; {again}")
+                raise DataError(
+                    f"shard {path} is not the one in {MANIFEST}: {'; '.join(wrong)}; {again}"
+                )
             return _read_index(path, file, manifest, expected["num_samples"], num_bytes, on_retry)
     except ValueError as error:
         raise DataError(f"shard {path} cannot be true: {error}; {again}") from error
@@ -197,22 +228,37 @@ def _open_shard(path: Path, num_bytes: int, manifest: Manifest, expected: dict, 
 
 def _attribute(file: h5py.File, name: str) -> object:
     """Return a single value that a shard says of itself; None if it is missing, or there are many."""
-    return file.attrs.get(name) if name in file.attrs and file.attrs.get_id(name).shape == () else None
+    if name in file.attrs and file.attrs.get_id(name).shape == ():
+        return file.attrs.get(name)
+    return None
 
 
-def _read_index(path: Path, file: h5py.File, manifest: Manifest, num_samples: int, num_bytes: int,
-                on_retry: Callable[[str], None]) -> _Shard:
+def _read_index(
+    path: Path,
+    file: h5py.File,
+    manifest: Manifest,
+    num_samples: int,
+    num_bytes: int,
+    on_retry: Callable[[str], None],
+) -> _Shard:
     """Read where the samples of a shard lie, and check that they lie in it. Raises ValueError, KeyError."""
     if manifest.image_shape is None:
-        samples, starts = _placed(file, "jpeg", (None,), num_bytes), _placed(file, "offset", (num_samples + 1,), num_bytes)
+        samples, starts = (
+            _placed(file, "jpeg", (None,), num_bytes),
+            _placed(file, "offset", (num_samples + 1,), num_bytes),
+        )
         offset = starts[:].astype(np.uint64)
     else:
         samples = _placed(file, "image", (num_samples, *manifest.image_shape), num_bytes)
-        offset = np.arange(num_samples + 1, dtype=np.uint64) * np.uint64(np.prod(manifest.image_shape))
+        offset = np.arange(num_samples + 1, dtype=np.uint64) * np.uint64(
+            np.prod(manifest.image_shape)
+        )
     label, xxh3 = (_placed(file, name, (num_samples,), num_bytes)[:] for name in ("label", "xxh3"))
     source = _placed(file, "source", (num_samples,), num_bytes, kind="S")
     if np.any(offset[1:] < offset[:-1]) or offset[-1] > samples.size:
-        raise ValueError(f"its samples end at byte {offset.max()} of {samples.size}, or before they begin")
+        raise ValueError(
+            f"its samples end at byte {offset.max()} of {samples.size}, or before they begin"
+        )
     return _Shard(
         path=path,
         file=RetryingFile(path, on_retry),
@@ -224,7 +270,9 @@ def _read_index(path: Path, file: h5py.File, manifest: Manifest, num_samples: in
     )
 
 
-def _placed(file: h5py.File, name: str, shape: tuple[int | None, ...], num_bytes: int, kind: str = "iu") -> h5py.Dataset:
+def _placed(
+    file: h5py.File, name: str, shape: tuple[int | None, ...], num_bytes: int, kind: str = "iu"
+) -> h5py.Dataset:
     """Return an array of a shard of so many bytes, which lies in it as it is; raise ValueError, KeyError.
 
     It may claim any shape, or lie compressed, or be a link to another file: what it claims is not read before that is known.
@@ -237,8 +285,12 @@ def _placed(file: h5py.File, name: str, shape: tuple[int | None, ...], num_bytes
         raise ValueError(f"{name} is no array of its own" if link else f"it has no {name}")
     at = found.id.get_offset()
     if at is None or found.chunks or found.is_virtual or found.external:
-        raise ValueError(f"{name} is not contiguous: it was repacked with chunks or filters, which have no byte offsets")
-    if len(found.shape) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found.shape)):
+        raise ValueError(
+            f"{name} is not contiguous: it was repacked with chunks or filters, which have no byte offsets"
+        )
+    if len(found.shape) != len(shape) or any(
+        want not in (None, have) for want, have in zip(shape, found.shape)
+    ):
         raise ValueError(f"{name} has the shape {found.shape}, not {shape}")
     if found.dtype.kind not in kind:
         raise ValueError(f"{name} is of type {found.dtype}")

@@ -12,23 +12,44 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from asgd_mpi.errors import DataError
+from asgd_mpi.errors import DataError, few
 
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".avif", ".heic", ".heif")
-NO_CLASSES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")  # directories that systems leave behind
-NO_IMAGES = {".DS_Store": "of macOS's Finder", "Thumbs.db": "of Windows' Explorer", "desktop.ini": "of Windows' Explorer"}
+EXTENSIONS = (
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".ppm",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+)
+# directories that systems leave behind
+NO_CLASSES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
+NO_IMAGES = {
+    ".DS_Store": "of macOS's Finder",
+    "Thumbs.db": "of Windows' Explorer",
+    "desktop.ini": "of Windows' Explorer",
+}
 
 
 @dataclass(frozen=True)
 class Tree:
-    images: dict[str, list[str]]  # class (its name in Unicode's NFC form) -> paths, sorted by file name; sorted by class
+    # class (its name in Unicode's NFC form) -> paths, sorted by file name; sorted by class
+    images: dict[str, list[str]]
     notes: list[str]  # what was left out
 
 
 def directory_of(root: Path, split: str) -> Path:
     """Return where a split of a tree lies: `val` may be called test, as small sets have it."""
     directory = root / split
-    return root / "test" if split == "val" and not os.path.isdir(directory) and os.path.isdir(root / "test") else directory
+    if split == "val" and not os.path.isdir(directory) and os.path.isdir(root / "test"):
+        return root / "test"
+    return directory
 
 
 def is_image(name: str) -> bool:
@@ -55,10 +76,14 @@ def list_tree(directory: Path) -> Tree:
             nested += [f"{entry.name}/{one.name}" for one in inside if one.is_dir()]
             left_out += [f"{entry.name}/{one.name}" for one in files if not is_image(one.name)]
             images.setdefault(unicodedata.normalize("NFC", entry.name), []).extend(
-                one.path for one in files if is_image(one.name))
+                one.path for one in files if is_image(one.name)
+            )
     _check_classes(directory, images)
     in_order = {name: sorted(images[name], key=os.path.basename) for name in sorted(images)}
-    return Tree(in_order, [*_notes(directory.name, no_classes, nested), *note_files(directory.name, left_out)])
+    return Tree(
+        in_order,
+        [*_notes(directory.name, no_classes, nested), *note_files(directory.name, left_out)],
+    )
 
 
 def listing(directory: str | Path) -> list[os.DirEntry]:
@@ -69,8 +94,11 @@ def listing(directory: str | Path) -> list[os.DirEntry]:
         try:
             entry.name.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{os.fsencode(entry.path)!r} has a name that is not UTF-8, so it cannot be written into "
-                            "manifests and logs; rename it (convmv does that for whole trees)") from None  # fmt: skip
+            raise DataError(
+                f"{os.fsencode(entry.path)!r} has a name that is not UTF-8, so it cannot be written into "
+                # fmt: skip
+                "manifests and logs; rename it (convmv does that for whole trees)"
+            ) from None
     return entries
 
 
@@ -80,12 +108,9 @@ def note_files(where: str, names: list[str]) -> list[str]:
     if not names:
         return []
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return [f"{where}: {len(names)} files are no images and stay out: {counts} ({some(sorted(names))})"]
-
-
-def some(names: list[str]) -> str:
-    """Return the first three names and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        f"{where}: {len(names)} files are no images and stay out: {counts} ({few(sorted(names))})"
+    ]
 
 
 @contextmanager
@@ -94,7 +119,9 @@ def readable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check its permissions and its disk") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; check its permissions and its disk"
+        ) from error
 
 
 def _kind(name: str) -> str:
@@ -109,16 +136,16 @@ def _kind(name: str) -> str:
 
 def _notes(where: str, no_classes: list[str], nested: list[str]) -> Iterator[str]:
     if no_classes:
-        yield f"{where}: {len(no_classes)} directories are hidden or a system's, so no classes, and stay out ({some(no_classes)})"
+        yield f"{where}: {len(no_classes)} directories are hidden or a system's, so no classes, and stay out ({few(no_classes)})"
     if nested:
-        yield f"{where}: {len(nested)} directories inside of classes stay out with all that is in them ({some(nested)})"
+        yield f"{where}: {len(nested)} directories inside of classes stay out with all that is in them ({few(nested)})"
 
 
 def _check_classes(directory: Path, images: dict[str, list[str]]) -> None:
     empty = sorted(name for name, files in images.items() if not files)
     if empty:
         raise DataError(
-            f"{len(empty)} of {len(images)} classes in {directory} have no image ({some(empty)}); images end in "
+            f"{len(empty)} of {len(images)} classes in {directory} have no image ({few(empty)}); images end in "
             f"{', '.join(EXTENSIONS)}; unpack the archive again, or delete the empty class directories"
         )
     for name, files in images.items():
@@ -126,5 +153,5 @@ def _check_classes(directory: Path, images: dict[str, list[str]]) -> None:
         if twice:
             raise DataError(
                 f"{directory} has the class {name} twice, spelled in Unicode's composed and decomposed form, and "
-                f"{len(twice)} files are in both ({some(twice)}); merge the two directories"
+                f"{len(twice)} files are in both ({few(twice)}); merge the two directories"
             )

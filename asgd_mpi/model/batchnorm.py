@@ -10,14 +10,14 @@ and so does every other buffer (see `buffers`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-NUM_BATCHES = 16      # that a version is measured on
-MOMENTUM = 0.1        # torch's: the weight of a batch in the running mean
+NUM_BATCHES = 16  # that a version is measured on
+MOMENTUM = 0.1  # torch's: the weight of a batch in the running mean
 
 Layer = nn.modules.batchnorm._BatchNorm
 
@@ -29,8 +29,15 @@ def measured(module: nn.Module) -> list[Layer]:
     class with a forward pass of its own, which may read them in training.
     """
     with as_training(module):
-        return [layer for layer in module.modules() if _is_plain(layer) and layer.training and layer.momentum != 0
-                and layer.track_running_stats and layer.running_mean is not None]
+        return [
+            layer
+            for layer in module.modules()
+            if _is_plain(layer)
+            and layer.training
+            and layer.momentum != 0
+            and layer.track_running_stats
+            and layer.running_mean is not None
+        ]
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -70,8 +77,11 @@ def moved(module: nn.Module) -> list[torch.Tensor]:
 
 def counts(module: nn.Module, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
     """Return copies of the layers' counts of batches, by their names in the module's state_dict."""
-    return {f"{name}.num_batches_tracked".lstrip("."): part.num_batches_tracked.clone()
-            for name, part in module.named_modules(remove_duplicate=False) if part in layers}
+    return {
+        f"{name}.num_batches_tracked".lstrip("."): part.num_batches_tracked.clone()
+        for name, part in module.named_modules(remove_duplicate=False)
+        if part in layers
+    }
 
 
 def begin_anew_(layers: Sequence[Layer]) -> None:
@@ -82,7 +92,7 @@ def begin_anew_(layers: Sequence[Layer]) -> None:
 
 
 def ema_weight(num_workers: int) -> float:
-    """Of the statistics of one push among many workers': as far back as one worker's at torch's momentum of 0.1."""
+    """Return the weight of one push's statistics among many workers': they reach as far back as one worker's at torch's momentum of 0.1."""
     return 1 - (1 - MOMENTUM) ** (1 / num_workers)
 
 
@@ -93,8 +103,14 @@ def measuring(module: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     A layer that nothing passes keeps its statistics. Momenta, counts of batches and modes are then again what they were.
     """
     modes = {part: part.training for part in module.modules()}
-    before = [(layer.momentum, layer.num_batches_tracked.clone(), *(tensor.clone() for tensor in statistics([layer])))
-              for layer in layers]
+    before = [
+        (
+            layer.momentum,
+            layer.num_batches_tracked.clone(),
+            *(tensor.clone() for tensor in statistics([layer])),
+        )
+        for layer in layers
+    ]
     module.eval()
     begin_anew_(layers)
     set_modes_(dict.fromkeys(layers, True))
@@ -111,11 +127,15 @@ def measuring(module: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def recalibrate_(module: nn.Module, batches: Iterable[torch.Tensor], layers: Sequence[Layer] | None = None) -> None:
-    """Set the statistics of the measured layers to their mean over `batches` of images, (B, C, S, S) each."""
+def recalibrate_(
+    module: nn.Module,
+    passes: Iterable[Callable[[nn.Module], object]],
+    layers: Sequence[Layer] | None = None,
+) -> None:
+    """Set the statistics of the measured layers to their mean over forward passes, each of which is called with the module."""
     with measuring(module, measured(module) if layers is None else layers):
-        for images in batches:
-            module(images)
+        for one in passes:
+            one(module)
 
 
 def positions(num_samples: int, batch_size: int) -> int:

@@ -13,7 +13,7 @@ from asgd_mpi.errors import ConfigError, UserError
 
 OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-LONGEST = 300      # characters of what the error says
+LONGEST = 300  # characters of what the error says
 
 
 @contextmanager
@@ -25,11 +25,18 @@ def blamed(whom: str, remedy: str = "Mend that, or take another network") -> Ite
         raise
     except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())[:LONGEST]
-        raise ConfigError(f"{whom}: {type(error).__name__}: {said}{_where(error)}. {remedy}.") from error
+        raise ConfigError(
+            f"{whom}: {type(error).__name__}: {said}{_where(error)}. {remedy}."
+        ) from error
 
 
 def _where(error: BaseException) -> str:
     """Return the last line of the user's, or of torchvision's, that was running."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if not frame.filename.startswith((OURS + os.sep, TORCH + os.sep, "<frozen"))]
-    return f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line})" if frames else ""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((OURS + os.sep, TORCH + os.sep, "<frozen"))
+    ]
+    if frames:
+        return f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line})"
+    return ""

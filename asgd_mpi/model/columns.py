@@ -27,5 +27,8 @@ class TwoColumns(nn.Module):
         maps = images
         for segment in self.segments:
             is_pair = isinstance(segment, tuple)
-            maps = torch.cat([column(maps) for column in segment], 1) if is_pair else segment(maps)
+            if is_pair:
+                maps = torch.cat([column(maps) for column in segment], 1)
+            else:
+                maps = segment(maps)
         return maps

@@ -11,7 +11,11 @@ def materialise_(module: nn.Module, frozen_only: bool = False) -> None:
     known: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta and not (frozen_only and parameter.requires_grad):
+            if (
+                parameter is not None
+                and parameter.is_meta
+                and not (frozen_only and parameter.requires_grad)
+            ):
                 memory = torch.empty_like(parameter, device="cpu")
                 known.setdefault(id(parameter), nn.Parameter(memory, parameter.requires_grad))
                 part._parameters[name] = known[id(parameter)]

@@ -8,37 +8,110 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from asgd_mpi.config.options import Config, Recipe
+from asgd_mpi.config.rulebook import ADAM, optimizer_of, optimizer_told
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model.blame import blamed
 from asgd_mpi.model.columns import TwoColumns
 
-IMAGENET_RESNET = Recipe(epochs=90, batch_size=32, augment="reference", momentum=0.9, weight_decay=1e-4,
-                         schedule="step", lr=0.0125, warmup_epochs=5,  # torchvision: 0.1 for 256 images
-                         source="torchvision's for ResNet on ImageNet")
-IMAGENET_ALEXNET = Recipe(epochs=90, batch_size=128, augment="paper", momentum=0.9, weight_decay=5e-4,
-                          schedule="step", lr=0.01, warmup_epochs=5, source="Krizhevsky 2012, section 5")
-DIGITS = Recipe(epochs=40, batch_size=16, augment="shift", momentum=0.9, weight_decay=1e-4, schedule="cosine", lr=0.02,
-                warmup_epochs=2, source="for 8-pixel digits")
-SMALL_IMAGES = Recipe(epochs=200, batch_size=32, augment="pad_crop", momentum=0.9, weight_decay=5e-4, schedule="cosine", lr=0.025,
-                      warmup_epochs=5,                                 # 0.1 for 128 images
-                      source="for CIFAR: He 2016 (pad 4, crop, mirror; 0.1 for 128 images), Zagoruyko 2016 (decay, 200 epochs)")
-RECIPES = {"small_images": SMALL_IMAGES, "imagenet_resnet": IMAGENET_RESNET, "imagenet_alexnet": IMAGENET_ALEXNET, "digits": DIGITS}
-SMALL = 64      # pixels: up to this size images are no photographs of ImageNet's
+IMAGENET_RESNET = Recipe(
+    epochs=90,
+    batch_size=32,
+    augment="reference",
+    momentum=0.9,
+    weight_decay=1e-4,
+    # torchvision: 0.1 for 256 images
+    schedule="step",
+    lr=0.0125,
+    warmup_epochs=5,
+    source="torchvision's for ResNet on ImageNet",
+)
+IMAGENET_ALEXNET = Recipe(
+    epochs=90,
+    batch_size=128,
+    augment="paper",
+    momentum=0.9,
+    weight_decay=5e-4,
+    schedule="step",
+    lr=0.01,
+    warmup_epochs=5,
+    source="Krizhevsky 2012, section 5",
+)
+DIGITS = Recipe(
+    epochs=40,
+    batch_size=16,
+    augment="shift",
+    momentum=0.9,
+    weight_decay=1e-4,
+    schedule="cosine",
+    lr=0.02,
+    warmup_epochs=2,
+    source="for 8-pixel digits",
+    most_warmup=1.0,
+)
+SMALL_IMAGES = Recipe(
+    epochs=200,
+    batch_size=32,
+    augment="pad_crop",
+    momentum=0.9,
+    weight_decay=5e-4,
+    schedule="cosine",
+    lr=0.025,
+    warmup_epochs=5,  # 0.1 for 128 images
+    source="for CIFAR: He 2016 (pad 4, crop, mirror; 0.1 for 128 images), Zagoruyko 2016 (decay, 200 epochs)",
+)
+# torchvision: 1e-3 for 1024 images; the root of the batch (Malladi et al. 2022, arXiv:2205.10782)
+IMAGENET_TRANSFORMER = Recipe(
+    epochs=300,
+    batch_size=64,
+    augment="reference",
+    momentum=0.9,
+    weight_decay=0.05,
+    schedule="cosine",
+    lr=2.5e-4,
+    warmup_epochs=20,
+    source="torchvision's for Swin on ImageNet, which has mixup, cutmix and clipping beside it: AdamW, 0.001 for 1024 images",
+    optimizer="adamw",
+    no_decay="bias,norm,position",
+)
+SMALL_TRANSFORMER = replace(
+    IMAGENET_TRANSFORMER,
+    epochs=200,
+    augment="pad_crop",
+    source="torchvision's for Swin, with epochs and augmentation of small images",
+)
+RECIPES = {
+    "small_images": SMALL_IMAGES,
+    "imagenet_resnet": IMAGENET_RESNET,
+    "imagenet_alexnet": IMAGENET_ALEXNET,
+    "imagenet_transformer": IMAGENET_TRANSFORMER,
+    "small_transformer": SMALL_TRANSFORMER,
+    "digits": DIGITS,
+}
+# torchvision's networks that are trained with AdamW
+TRANSFORMERS = ("vit_", "swin_", "maxvit", "convnext_")
+SMALL = 64  # pixels: up to this size images are no photographs of ImageNet's
 
 
 def digits_cnn(num_classes: int, channels: int) -> nn.Module:
     """A small convolutional network for images of about 8 x 8 pixels."""
     return nn.Sequential(
-        nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveMaxPool2d(4), nn.Flatten(),
-        nn.Linear(64 * 4 * 4, 128), nn.ReLU(), nn.Dropout(0.25),
-        nn.Linear(128, num_classes))
+        nn.Conv2d(channels, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(4),
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, 128),
+        nn.ReLU(),
+        nn.Dropout(0.25),
+        nn.Linear(128, num_classes),
+    )
 
 
 class AlexNet(nn.Module):
@@ -53,19 +126,36 @@ class AlexNet(nn.Module):
         super().__init__()
 
         def normalise():  # section 3.3
-            return nn.LocalResponseNorm(5, alpha=5 * 1e-4, beta=0.75, k=2.0)  # torch divides alpha by the size
+            # torch divides alpha by the size
+            return nn.LocalResponseNorm(5, alpha=5 * 1e-4, beta=0.75, k=2.0)
 
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 96, 11, stride=4, padding=2), nn.ReLU(inplace=True), normalise(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(96, 256, 5, padding=2, groups=2), nn.ReLU(inplace=True), normalise(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(inplace=True),
-            nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(inplace=True),
-            nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2))
+            nn.Conv2d(channels, 96, 11, stride=4, padding=2),
+            nn.ReLU(inplace=True),
+            normalise(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(96, 256, 5, padding=2, groups=2),
+            nn.ReLU(inplace=True),
+            normalise(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(256, 384, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(384, 384, 3, padding=1, groups=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(384, 256, 3, padding=1, groups=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2),
+        )
         self.classifier = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(256 * 6 * 6, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5),
-            nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5),
-            nn.Linear(4096, num_classes))
+            nn.Linear(256 * 6 * 6, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.5),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.5),
+            nn.Linear(4096, num_classes),
+        )
         self._initialise()
 
     def _initialise(self) -> None:
@@ -92,17 +182,23 @@ class AlexNet2(TwoColumns):
 
     def __init__(self, num_classes: int, channels: int = 3):
         super().__init__()
-        pair = AlexNet(num_classes, channels)               # for its first weights
-        parts = {"lower": pair.features[:8], "upper": nn.Sequential(*pair.features[8:], nn.Flatten()),
-                 "linear6": pair.classifier[1:3], "linear7": pair.classifier[4:6]}
-        self.columns = nn.ModuleList(nn.ModuleDict({name: _column(layers, number) for name, layers in parts.items()})
-                                     for number in range(2))
+        pair = AlexNet(num_classes, channels)  # for its first weights
+        parts = {
+            "lower": pair.features[:8],
+            "upper": nn.Sequential(*pair.features[8:], nn.Flatten()),
+            "linear6": pair.classifier[1:3],
+            "linear7": pair.classifier[4:6],
+        }
+        self.columns = nn.ModuleList(
+            nn.ModuleDict({name: _column(layers, number) for name, layers in parts.items()})
+            for number in range(2)
+        )
         self.dropout = nn.Dropout(0.5)
         self.scores = pair.classifier[-1]
 
     @property
     def segments(self) -> list[nn.Module | tuple[nn.Module, nn.Module]]:
-        """What crosses over: (B, 2 x 128, 13, 13), (B, 2 x 128 x 36), (B, 2 x 2048) twice."""
+        """Return what crosses over: (B, 2 x 128, 13, 13), (B, 2 x 128 x 36), (B, 2 x 2048) twice."""
         lower, upper, linear6, linear7 = zip(*(column.values() for column in self.columns))
         return [lower, upper, linear6, self.dropout, linear7, self.dropout, self.scores]
 
@@ -112,8 +208,13 @@ def _column(layers: nn.Sequential, number: int) -> nn.Sequential:
     column = []
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
-            own = nn.Conv2d(layer.in_channels // layer.groups, layer.out_channels // 2, layer.kernel_size, layer.stride,
-                            layer.padding)
+            own = nn.Conv2d(
+                layer.in_channels // layer.groups,
+                layer.out_channels // 2,
+                layer.kernel_size,
+                layer.stride,
+                layer.padding,
+            )
         elif isinstance(layer, nn.Linear):
             own = nn.Linear(layer.in_features, layer.out_features // 2)
         else:
@@ -125,16 +226,25 @@ def _column(layers: nn.Sequential, number: int) -> nn.Sequential:
     return nn.Sequential(*column)
 
 
-def _models():
-    """torchvision's networks: imported by those who want one, since that takes longer than all the rest of a start."""
-    import torchvision
+def torchvision_models():
+    """Return torchvision's networks: imported by those who want one, since that takes longer than all the rest of a start.
 
+    Raises ConfigError if it cannot be loaded, as one for CUDA beside a torch for the CPU.
+    """
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"torchvision cannot be loaded beside torch {torch.__version__} ({error}): install both from one place, "
+            "`pip install torch torchvision` with the same index."
+        ) from None
     return torchvision.models
 
 
 def _torchvision(name: str):
     def make(num_classes: int, channels: int) -> nn.Module:
-        return _models().get_model(name, weights=None, num_classes=num_classes)
+        return torchvision_models().get_model(name, weights=None, num_classes=num_classes)
+
     return make
 
 
@@ -148,55 +258,90 @@ NETWORKS = {
 FORMS = f"{', '.join(NETWORKS)}, torchvision:NAME (such as torchvision:vgg16), or package.module:function"
 
 
-def recipe(name: str, image_size: int | None = None, asked: str = "auto") -> Recipe:
+def recipe(
+    name: str, image_size: int | None = None, asked: str = "auto", optimizer: str = ""
+) -> Recipe:
     """Return the recipe that is asked for, or that of a network: by the size of its images unless it is made for small ones.
 
-    A network that has none here gets that of ResNet, for photographs.
+    A network that has none here gets that of ResNet, for photographs; a transformer AdamW's, unless another `optimizer` is given.
     """
     if asked != "auto":
         return RECIPES[asked]
+    is_small = image_size is not None and image_size <= SMALL
+    is_transformer = name.startswith(tuple(f"torchvision:{one}" for one in TRANSFORMERS))
+    if is_transformer and optimizer in ("", *ADAM):
+        return SMALL_TRANSFORMER if is_small else IMAGENET_TRANSFORMER
     own = NETWORKS[name][1] if name in NETWORKS else IMAGENET_RESNET
-    return SMALL_IMAGES if own is not DIGITS and image_size and image_size <= SMALL else own
+    if is_small and own is not DIGITS:
+        return SMALL_IMAGES
+    return own
 
 
 def recipe_told(config: Config) -> str:
     """Say in a line what a complete configuration trains with, and where it comes from."""
-    chosen = recipe(config.model.name, config.data.image_size, config.model.recipe)
+    model, optimizer = config.model, optimizer_of(config.rule)
+    chosen = recipe(model.name, config.data.image_size, model.recipe, optimizer)
     name = next(name for name, one in RECIPES.items() if one is chosen)
     data, schedule = config.data, config.schedule
-    why = "asked for" if config.model.recipe != "auto" else f"by {config.data.image_size} pixels" if chosen is SMALL_IMAGES else (
-        "of the network" if config.model.name in NETWORKS else "a network of your own has none of its own")
-    return (f"recipe {name} ({why}; {chosen.source}), with what you gave: {config.run.epochs:g} epochs, batches of {data.batch_size}, "
-            f"augment {data.augment}, lr {schedule.lr:g} ({schedule.name}), momentum {config.rule.momentum:g}, weight decay "
-            f"{config.rule.weight_decay:g}. Others: --model.recipe")
+    if config.model.recipe != "auto":
+        why = "asked for"
+    elif chosen.optimizer in ADAM:
+        why = "of torchvision's transformers"
+    elif chosen is SMALL_IMAGES:
+        why = f"by {config.data.image_size} pixels"
+    elif config.model.name in NETWORKS:
+        why = "of the network"
+    else:
+        why = "a network of your own has none of its own"
+    return (
+        f"recipe {name} ({why}; {chosen.source}), with what you gave: {config.run.epochs:g} epochs, batches of {data.batch_size}, "
+        f"augment {data.augment}, lr {schedule.lr:g} ({schedule.name}, {schedule.warmup_epochs:g} epochs of warm-up), {optimizer_told(config.rule)}, weight decay "
+        f"{config.rule.weight_decay:g}. Others: --model.recipe"
+    )
 
 
 def build(name: str, num_classes: int, channels: int, image_size: int) -> nn.Module:
     """Make the network `name`, and see that it maps (2, channels, S, S) to (2, num_classes). Raises ConfigError."""
     module = _make(name, num_classes, channels)
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"--model.name {name} gave a {type(module).__name__}: it must return a torch.nn.Module.")
+        raise ConfigError(
+            f"--model.name {name} gave a {type(module).__name__}: it must return a torch.nn.Module."
+        )
     shape = (2, channels, image_size, image_size)
-    with torch.no_grad(), blamed(f"--model.name {name} cannot take images of shape {shape[1:]} (channels, height, width)",
-                                 "Take another network, or other images"):
+    with (
+        torch.no_grad(),
+        blamed(
+            f"--model.name {name} cannot take images of shape {shape[1:]} (channels, height, width)",
+            "Take another network, or other images",
+        ),
+    ):
         output = module.eval()(torch.zeros(shape))
     demand_scores(name, output, 2, num_classes)
     return module.train()
 
 
-def demand_scores(name: str, output: object, num_images: int, num_classes: int, when: str = "") -> None:
+def demand_scores(
+    name: str, output: object, num_images: int, num_classes: int, when: str = ""
+) -> None:
     """Raise ConfigError unless a network's output is (num_images, num_classes) floating-point scores."""
     if not isinstance(output, torch.Tensor) or not output.is_floating_point():
-        kind = output.dtype if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
-        raise ConfigError(f"--model.name {name} gives {kind} {when}where scores are needed: a tensor (images, {num_classes}) of "
-                          "floats, one for each class.")
+        if isinstance(output, torch.Tensor):
+            kind = output.dtype
+        else:
+            kind = f"a {type(output).__name__}"
+        raise ConfigError(
+            f"--model.name {name} gives {kind} {when}where scores are needed: it must give a tensor (images, "
+            f"{num_classes}) of floats, one for each class."
+        )
     if tuple(output.shape) != (num_images, num_classes):
-        raise ConfigError(f"--model.name {name} gives {tuple(output.shape)} {when}for {num_images} image{'s' * (num_images > 1)}, but the "
-                          f"data set has {num_classes} classes: its last layer must have {num_classes} outputs.")
+        raise ConfigError(
+            f"--model.name {name} gives {tuple(output.shape)} {when}for {num_images} image{'s' * (num_images > 1)}, but the "
+            f"data set has {num_classes} classes: its last layer must have {num_classes} outputs."
+        )
 
 
 def outline(name: str, num_classes: int, channels: int) -> nn.Module | None:
-    """The network of `build`, its parameters on the meta device: shapes without memory; None if it cannot be made so.
+    """Return the network of `build`, its parameters on the meta device: shapes without memory; None if it cannot be made so.
 
     Its buffers are real.
     """
@@ -210,17 +355,20 @@ def outline(name: str, num_classes: int, channels: int) -> nn.Module | None:
     nn.Module.register_parameter = on_meta
     try:
         module = _make(name, num_classes, channels)
-    except Exception:     # its code wants to see its parameters
+    except Exception:  # its code wants to see its parameters
         return None
     finally:
         nn.Module.register_parameter = register
-    is_whole = isinstance(module, nn.Module) and not any(buffer.is_meta for buffer in module.buffers())
+    is_whole = isinstance(module, nn.Module) and not any(
+        buffer.is_meta for buffer in module.buffers()
+    )
     return module.train() if is_whole else None
 
 
 def _make(name: str, num_classes: int, channels: int) -> nn.Module:
     with blamed(f"--model.name {name} cannot be made"):
-        return (NETWORKS[name][0] if name in NETWORKS else _find(name))(num_classes, channels)
+        make = NETWORKS[name][0] if name in NETWORKS else _find(name)
+        return make(num_classes, channels)
 
 
 def _find(name: str):
@@ -229,16 +377,20 @@ def _find(name: str):
     if not attribute:
         raise ConfigError(f"--model.name {name}: there is no such network. Give one of: {FORMS}.")
     if source == "torchvision":
-        known = _models().list_models(module=_models())
+        known = torchvision_models().list_models(module=torchvision_models())
         if attribute not in known:
-            raise ConfigError(f"--model.name {name}: torchvision has no classification network {attribute}. It has: "
-                              f"{', '.join(known)}.")
+            raise ConfigError(
+                f"--model.name {name}: torchvision has no classification network {attribute}. It has: "
+                f"{', '.join(known)}."
+            )
         return _torchvision(attribute)
     try:
         function = getattr(importlib.import_module(source), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--model.name {name}: {error}. The module must be importable from here (is it on "
-                          "PYTHONPATH?) and hold that function.") from error
+        raise ConfigError(
+            f"--model.name {name}: {error}. The module must be importable from here (is it on "
+            "PYTHONPATH?) and hold that function."
+        ) from error
     if "channels" in inspect.signature(function).parameters:
         return lambda num_classes, channels: function(num_classes=num_classes, channels=channels)
     return lambda num_classes, channels: function(num_classes=num_classes)

@@ -13,24 +13,31 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asgd_mpi.errors import ConfigError
-from asgd_mpi.model.buffers import few
+from asgd_mpi.errors import ConfigError, few
 from asgd_mpi.record import checkpoint
 
 WRAPPERS = ("module", "_orig_mod")
-DEPTH = 4      # of dicts in dicts
+DEPTH = 4  # of dicts in dicts
 
 State = dict[str, torch.Tensor]
 
 
-def load_weights_(module: nn.Module, path: str, partial: bool = False, note: Callable[[str], None] = lambda text: None,
-                  option: str = "--model.weights") -> list[str]:
+def load_weights_(
+    module: nn.Module,
+    path: str,
+    partial: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+    option: str = "--model.weights",
+) -> list[str]:
     """Take parameters and buffers from a state_dict file or a checkpoint directory; returns the names left as they were.
 
     `partial`: take those that fit by name and shape. `note` is told what was done to find them, and what was left;
     `option` is what gave the path, for messages. Raises ConfigError naming what does not fit, RunDirError for a file that cannot be read.
     """
-    held = checkpoint.load(path)[0] if Path(path).is_dir() else checkpoint.read_tensors(Path(path))
+    if Path(path).is_dir():
+        held = checkpoint.load(path)[0]
+    else:
+        held = checkpoint.read_tensors(Path(path))
     own = module.state_dict()
     given = f"{option} {path}"
     where, state, stripped = _best(held, own, given)
@@ -39,13 +46,22 @@ def load_weights_(module: nn.Module, path: str, partial: bool = False, note: Cal
     misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
     if (missing or unknown or misshapen) and not partial:
         raise ConfigError(_misfit(given, where, state, own, missing, unknown, misshapen))
-    fitting = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
+    fitting = {
+        name: tensor
+        for name, tensor in state.items()
+        if name in own and tensor.shape == own[name].shape
+    }
     if not fitting:
-        raise ConfigError(f"{given}: nothing of it fits the network, neither by name nor by shape: it holds "
-                          f"{few(list(state))}, the network has {few(list(own))}.")
+        raise ConfigError(
+            f"{given}: nothing of it fits the network, neither by name nor by shape: it holds "
+            f"{few(list(state))}, the network has {few(list(own))}. Give the "
+            "file of this network."
+        )
     module.load_state_dict(fitting, strict=False)
     left = [name for name in own if name not in fitting]
-    for text in _told(given, where, stripped, left, [name for name in state if name not in fitting]):
+    for text in _told(
+        given, where, stripped, left, [name for name in state if name not in fitting]
+    ):
         note(text)
     return left
 
@@ -55,14 +71,20 @@ def _best(held: Mapping, own: State, given: str) -> tuple[str, State, list[str]]
     names as far as they can be told, and what was taken out of them."""
     found = [(where, *_renamed(state, own)) for where, state in _state_dicts(held)]
     if not found:
-        raise ConfigError(f"{given} holds no tensors by name, but {few([str(key) for key in held]) or 'nothing'}. Give a "
-                          "state_dict, or a dict that holds one.")
-    return max(found, key=lambda one: (_fit(one[1], own), len(one[1])))        # max takes the first
+        raise ConfigError(
+            f"{given} holds no tensors by name, but {few([str(key) for key in held]) or 'nothing'}. Give a "
+            "state_dict, or a dict that holds one."
+        )
+    return max(found, key=lambda one: (_fit(one[1], own), len(one[1])))  # max takes the first
 
 
 def _state_dicts(held: Mapping, where: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
     """All dicts in a dict that hold tensors by name, and where they are."""
-    tensors = {key: value for key, value in held.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    tensors = {
+        key: value
+        for key, value in held.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }
     if tensors:
         yield where, tensors
     for key, value in held.items():
@@ -87,7 +109,10 @@ def _renamed(state: State, own: State) -> tuple[State, list[str]]:
         renamed = {name_of(name.removeprefix(prefix)): tensor for name, tensor in state.items()}
         if len(renamed) == len(state) and _num_names(renamed, own) > _num_names(state, own):
             rest = [name.removeprefix(prefix).split(".") for name in state]
-            return renamed, [*filter(None, [prefix]), *(f"{part}." for part in WRAPPERS if any(part in path for path in rest))]
+            return renamed, [
+                *filter(None, [prefix]),
+                *(f"{part}." for part in WRAPPERS if any(part in path for path in rest)),
+            ]
     return state, []
 
 
@@ -108,21 +133,47 @@ def _num_names(state: State, own: State) -> int:
 
 
 def _fit(state: State, own: State) -> tuple[int, int]:
-    return sum(name in own and tensor.shape == own[name].shape for name, tensor in state.items()), _num_names(state, own)
+    return sum(
+        name in own and tensor.shape == own[name].shape for name, tensor in state.items()
+    ), _num_names(state, own)
 
 
-def _misfit(given: str, where: str, state: State, own: State, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
+def _misfit(
+    given: str,
+    where: str,
+    state: State,
+    own: State,
+    missing: list[str],
+    unknown: list[str],
+    misshapen: list[str],
+) -> str:
     """Say what does not fit: the file's names beside the network's."""
-    shapes = [f"{name} {tuple(state[name].shape)} in place of {tuple(own[name].shape)}" for name in misshapen]
-    beside = [*shapes[:3], *([f"the file's {few(unknown)}"] if unknown else []), *([f"the network's {few(missing)}"] if missing else [])]
-    return (f"{given}{f' (its {where!r})' if where else ''} does not fit the network: {len(missing)} names are missing, "
-            f"{len(unknown)} are not the network's, {len(misshapen)} have another shape, such as {', beside '.join(beside)}. "
-            "Give weights of the same network, or --model.partial_weights true to take what fits and begin the rest at random.")
+    shapes = [
+        f"{name} {tuple(state[name].shape)} in place of {tuple(own[name].shape)}"
+        for name in misshapen
+    ]
+    beside = shapes[:3]
+    if unknown:
+        beside.append(f"the file's {few(unknown)}")
+    if missing:
+        beside.append(f"the network's {few(missing)}")
+    if where:
+        given += f" (its {where!r})"
+    return (
+        f"{given} does not fit the network: {len(missing)} names are missing, "
+        f"{len(unknown)} are not the network's, {len(misshapen)} have another shape, such as {', beside '.join(beside)}. "
+        "Give weights of the same network, or --model.partial_weights true to take what fits and begin the rest at random."
+    )
 
 
-def _told(given: str, where: str, stripped: list[str], left: list[str], unused: list[str]) -> Iterator[str]:
-    found = [f"from its {where!r}"] if where else []
-    found += [f"without {' and '.join(stripped)} in its names"] if stripped else []
+def _told(
+    given: str, where: str, stripped: list[str], left: list[str], unused: list[str]
+) -> Iterator[str]:
+    found = []
+    if where:
+        found.append(f"from its {where!r}")
+    if stripped:
+        found.append(f"without {' and '.join(stripped)} in its names")
     if found:
         yield f"{given}: taken {', '.join(found)}"
     if left:

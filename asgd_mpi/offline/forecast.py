@@ -7,10 +7,12 @@ Pure discrete-event simulation, one heap, three events for each push:
     BACK    the worker, told of it by the slowest server, reads the latest weights if a fetch is due, then goes on computing;
             with overlap it has gone on at SEND, and sends again when both are done
 
+When a push and a fetch are due a worker's `protocol.client.Cadence` says, as in a run. To drive the whole of `protocol.client`
+takes 6 to 8 microseconds a batch, and a push here takes 10: for leases, membership and checkpoints, which are left out.
+
 S servers hold equal parts of the vector and see all pushes in the same order, so one event serves for all of them: their
 queues are a vector, and differ by the spread of their updates; the few words by which they keep step are left out. A worker may
 be a replica of several stages, each on a GPU: its step is that of one GPU, shared out, and longer by the bubble of the schedule.
-int8 on the wire is a feature to come (`Costs.future`): the model knows it, the training does not yet.
 
 What it leaves out: the way of activations between stages, ranks that share cores (but see `calibrate`), validation, the end of
 a run, the loader falling behind, workers that share a link, and that a server applies waiting pushes in one pass.
@@ -29,11 +31,14 @@ from typing import Literal
 
 import numpy as np
 
-MIN_PUSHES = 2000     # simulated at least, and PUSHES_EACH for each worker
+from asgd_mpi.config.exchange_choice import WIRES, bytes_of_push, fetch_wire
+from asgd_mpi.protocol.client import Cadence
+
+MIN_PUSHES = 2000  # simulated at least, and PUSHES_EACH for each worker
 PUSHES_EACH = 12
-WARM_UP = 1 / 3       # of the pushes: not counted
-WIRES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}     # bytes of a number on a link;
-FUTURE_WIRES = ("int8",)                                           # ... and those that no training sends
+WARM_UP = 1 / 3  # of the pushes: not counted
+MANY = 256  # batches whose times are drawn one by one; more are normal, by their number
+GRAIN = 64  # moments, while a push is under way, at which a worker under n_push auto can send the next one
 SEND, SERVE, BACK = range(3)
 
 
@@ -41,25 +46,36 @@ SEND, SERVE, BACK = range(3)
 class Costs:
     """What a batch and a push cost, in seconds on an exchange without queues, and how the exchange is set."""
 
-    batch: float                               # images a batch
-    step_s: float                              # data and compute of a batch on a worker
-    apply_s: float                             # the update of the whole vector
-    fetch_s: float                             # one read of the weights
-    travel_s: float = 0.0                      # from the end of a step to the server's turn, and back to the worker's notice
-    overhead_s: float = 0.0                    # for a push, beside the update: nobody else is served
-    shared_s: float = 0.0                      # for a batch, the same: what ranks that share cores cannot compute at a time
-    spread: float = 0.0                        # standard deviation of a batch's step over its mean
-    apply_spread: float = 0.0                  # ... and of an update
-    link_s: float = 0.0                        # the whole vector in float32 on a server's link, one at a time each way
-    latency_s: float = 0.0                     # of that link, each way
-    n_push: int | Literal["auto"] = 1          # batches a push; auto: as many as a worker computes while one is under way
-    n_fetch: int | None = None                 # batches between two fetches; None: one with every push
-    overlap: bool = False                      # compute while a push is under way
-    wire: str = "float32"                      # one of WIRES
+    batch: float  # images a batch
+    step_s: float  # data and compute of a batch on a worker
+    apply_s: float  # the update of the whole vector
+    fetch_s: float  # one read of the weights
+    # from the end of a step to the server's turn, and back to the worker's notice
+    travel_s: float = 0.0
+    # for a push, beside the update: nobody else is served
+    overhead_s: float = 0.0
+    # for a batch, the same: what ranks that share cores cannot compute at a time
+    shared_s: float = 0.0
+    spread: float = 0.0  # standard deviation of a batch's step over its mean
+    apply_spread: float = 0.0  # ... and of an update
+    # the whole vector in float32 on a server's link, one at a time each way
+    link_s: float = 0.0
+    latency_s: float = 0.0  # of that link, each way
+    # batches a push; auto: as many as a worker computes while one is under way
+    n_push: int | Literal["auto"] = 1
+    # batches between two fetches; None: one with every push
+    n_fetch: int | None = None
+    overlap: bool = False  # compute while a push is under way
+    wire: str = "float32"  # of what is pushed: one of WIRES, or topk,
+    density: float = 0.01  # ... which sends this share
+    # of what is fetched; None: the same, bfloat16 if that is of pushes alone
+    fetch_wire: str | None = None
     num_servers: int = 1
-    num_stages: int = 1                        # ranks of a worker; `step_s` is that of all of them together
-    micro_batches: int = 1                     # parts of a batch
-    balance: float = 1.0                       # 0..1: mean time of a stage over that of the slowest one
+    # ranks of a worker; `step_s` is that of all of them together
+    num_stages: int = 1
+    micro_batches: int = 1  # parts of a batch
+    # 0..1: mean time of a stage over that of the slowest one
+    balance: float = 1.0
 
     @property
     def bubble(self) -> float:
@@ -72,8 +88,13 @@ class Costs:
         return 1 / (self.num_stages * self.balance * (1 - self.bubble))
 
     def cut(self, num_stages: int, micro_batches: int, balance: float = 1.0) -> Costs:
-        """The same network on the same GPUs, cut into so many stages."""
-        other = replace(self, num_stages=num_stages, micro_batches=micro_batches, balance=balance if num_stages > 1 else 1.0)
+        """Return the same network on the same GPUs, cut into so many stages."""
+        other = replace(
+            self,
+            num_stages=num_stages,
+            micro_batches=micro_batches,
+            balance=balance if num_stages > 1 else 1.0,
+        )
         return replace(other, step_s=self.step_s * other.step_share / self.step_share)
 
     def num_ranks(self, num_workers: int) -> int:
@@ -96,7 +117,13 @@ class Costs:
     @property
     def sent_s(self) -> float:
         """The whole vector on a worker's link, which is as wide as a server's."""
-        return self.link_s * WIRES[self.wire] / WIRES["float32"]
+        return self.link_s * bytes_of_push(self.wire, self.density) / WIRES["float32"]
+
+    @property
+    def read_s(self) -> float:
+        """Return the seconds of the whole vector, as it is fetched, on a worker's link."""
+        wire = self.fetch_wire or fetch_wire(self.wire)
+        return self.link_s * WIRES[wire] / WIRES["float32"]
 
     @property
     def serve_s(self) -> float:
@@ -106,40 +133,50 @@ class Costs:
     @property
     def trip_s(self) -> float:
         """A push and its answer, when nothing queues."""
-        return (self.travel_s + 2 * self.latency_s + self.sent_s + self.serve_s
-                + self.fetches * (self.fetch_s + self.sent_s))
+        return (
+            self.travel_s
+            + 2 * self.latency_s
+            + self.sent_s
+            + self.serve_s
+            + self.fetches * (self.fetch_s + self.read_s)
+        )
 
     @property
     def cycle_s(self) -> float:
         """A worker's time from push to push when it never queues."""
         step_s = self.push_batches * self.step_s
-        return max(step_s, self.trip_s) if self.overlaps else step_s + self.trip_s
+        if self.overlaps:
+            return max(step_s, self.trip_s)
+        return step_s + self.trip_s
 
     @property
     def alone(self) -> float:
         """Images/s of a worker that never queues."""
-        return self.batch / self.step_s if self.n_push == "auto" else self.batch * self.push_batches / self.cycle_s
+        if self.n_push == "auto":
+            return self.batch / self.step_s
+        return self.batch * self.push_batches / self.cycle_s
 
     @property
     def slowest_s(self) -> float:
-        """What the most loaded shared part (a server, its link in, its link out) needs for a push."""
-        return max(self.serve_s, max(1.0, self.fetches) * self.sent_s / self.num_servers)
+        """Return what the most loaded shared part (a server, its link in, its link out) needs for a push."""
+        shared_s = max(self.sent_s, self.fetches * self.read_s) / self.num_servers
+        return max(self.serve_s, shared_s)
 
     @property
     def limit(self) -> float:
         """Images/s that no number of workers exceeds; under n_push auto pushes grow, and only what is shared limits them."""
-        seconds, batches = (self.shared_s, 1) if self.n_push == "auto" else (self.slowest_s, self.push_batches)
+        if self.n_push == "auto":
+            seconds, batches = self.shared_s, 1
+        else:
+            seconds, batches = self.slowest_s, self.push_batches
         return self.batch * batches / seconds if seconds else math.inf
 
     @property
     def knee(self) -> float:
         """Workers whose pushes would keep the slowest shared part busy all the time."""
-        return self.cycle_s / self.slowest_s if self.slowest_s else math.inf
-
-    @property
-    def future(self) -> list[str]:
-        """What of this only the model can do."""
-        return [f"wire format {self.wire}"] if self.wire in FUTURE_WIRES else []
+        if self.slowest_s:
+            return self.cycle_s / self.slowest_s
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -148,24 +185,27 @@ class Outcome:
 
     num_workers: int
     images_per_s: float
-    staleness: float                           # mean, in versions
+    staleness: float  # mean, in versions
     staleness_max: int
-    server_busy: float                         # 0..1, with updates: what a report measures
-    queue_busy: float                          # 0..1, with updates and overhead: at 1 it is the limit
-    wait_s: float                              # mean time that a push waits for the slowest server's turn
-    batches: float = 1.0                       # in a push, mean
+    server_busy: float  # 0..1, with updates: what a report measures
+    # 0..1, with updates and overhead: at 1 it is the limit
+    queue_busy: float
+    # mean time that a push waits for the slowest server's turn
+    wait_s: float
+    batches: float = 1.0  # in a push, mean
 
 
 @dataclass
 class _Worker:
     """One worker of a simulation."""
 
-    read: int = 0                              # the version that it computes on,
-    held: int = 0                              # ... and the latest that it has fetched
-    batches: int = 0                           # summed up, not yet sent
-    since_fetch: int = 0                       # batches
-    is_out: bool = False                       # a push is under way,
-    is_waiting: bool = False                   # ... and the next one is ready
+    cadence: Cadence
+    read: int = 0  # the version that it computes on,
+    held: int = 0  # ... and the latest that it has fetched
+    batches: int = 0  # summed up, not yet sent
+    is_out: bool = False  # a push is under way,
+    fetches: bool = False  # ... which brings newer weights,
+    is_waiting: bool = False  # ... and the next one is ready
 
 
 def simulate(costs: Costs, num_workers: int, seed: int = 0) -> Outcome:
@@ -181,10 +221,18 @@ class _Simulation:
         self.chance = random.Random(seed)
         self.step = steps(costs.step_s, costs.spread, self.chance)
         self.serve = _servers(costs, seed)
-        self.workers = [_Worker() for _ in range(num_workers)]
+        self.workers = [
+            _Worker(Cadence(costs.n_push, costs.n_fetch or 1)) for _ in range(num_workers)
+        ]
+        # batches between two looks at whether the push before is through; 1 but for steps that are very short beside it
+        self.batches = costs.push_batches
+        if costs.n_push == "auto" and costs.step_s:
+            longest_s = costs.trip_s + num_workers * costs.slowest_s
+            self.batches = max(1, int(min(longest_s / costs.step_s / GRAIN, 1e300)))
         self.order, self.heap = itertools.count(), []
-        self.done: list[float] = []            # time at which version n + 1 was there, on all servers
-        self.in_free = self.out_free = 0.0     # the servers' links
+        # time at which version n + 1 was there, on all servers
+        self.done: list[float] = []
+        self.in_free = self.out_free = 0.0  # the servers' links
 
     def run(self) -> Outcome:
         costs, done = self.costs, self.done
@@ -192,7 +240,7 @@ class _Simulation:
         counted_from = int(WARM_UP * total)
         batches, waits, staleness = 0, 0.0, []
         for number in range(self.num_workers):
-            self._plan(self._compute_s() * self.chance.random(), SEND, number, costs.push_batches)
+            self._plan(self._compute_s() * self.chance.random(), SEND, number, self.batches)
         while len(done) < total:
             t, _, event, number, amount = heapq.heappop(self.heap)
             if event == SEND:
@@ -209,49 +257,60 @@ class _Simulation:
                 self._back(t, number)
         pushes, elapsed = total - counted_from, done[-1] - done[counted_from - 1]
         busy_s = costs.apply_s / costs.num_servers
-        return Outcome(self.num_workers, costs.batch * batches / elapsed, sum(staleness) / pushes, max(staleness),
-                       min(1.0, busy_s * pushes / elapsed), min(1.0, costs.serve_s * pushes / elapsed), waits / pushes,
-                       batches / pushes)
+        return Outcome(
+            self.num_workers,
+            costs.batch * batches / elapsed,
+            sum(staleness) / pushes,
+            max(staleness),
+            min(1.0, busy_s * pushes / elapsed),
+            min(1.0, costs.serve_s * pushes / elapsed),
+            waits / pushes,
+            batches / pushes,
+        )
 
     def _plan(self, t: float, event: int, number: int, amount) -> None:
         heapq.heappush(self.heap, (t, next(self.order), event, number, amount))
 
     def _compute_s(self) -> float:
-        return sum(self.step() for _ in range(self.costs.push_batches))
+        if self.batches <= MANY:
+            return sum(self.step() for _ in range(self.batches))
+        spread = self.costs.spread / math.sqrt(self.batches)
+        return self.batches * self.costs.step_s * max(0.0, self.chance.gauss(1, spread))
 
     def _compute(self, t: float, number: int) -> None:
         """Begin with the next batches, on the latest weights that are here."""
         worker = self.workers[number]
         worker.read = worker.held if not worker.batches else worker.read
-        self._plan(t + self._compute_s(), SEND, number, self.costs.push_batches)
+        self._plan(t + self._compute_s(), SEND, number, self.batches)
 
     def _computed(self, t: float, number: int, batches: int) -> None:
         worker = self.workers[number]
         worker.batches += batches
-        if not worker.is_out:
-            self._push(t, number)
-        elif self.costs.n_push == "auto":
-            self._compute(t, number)           # sums on
-        else:
+        if not worker.cadence.is_due(worker.batches, not worker.is_out):
+            self._compute(t, number)  # sums on
+        elif worker.is_out:
             worker.is_waiting = True
+        else:
+            self._push(t, number)
 
     def _push(self, t: float, number: int) -> None:
         costs, worker = self.costs, self.workers[number]
         self.in_free = max(t, self.in_free) + costs.sent_s / costs.num_servers
         arrives = max(self.in_free, t + costs.sent_s) + costs.latency_s + costs.travel_s / 2
         self._plan(arrives, SERVE, number, (worker.read, worker.batches))
-        worker.since_fetch += worker.batches
+        worker.fetches = worker.cadence.push(worker.batches)
         worker.batches, worker.is_out, worker.is_waiting = 0, True, False
         if costs.overlaps:
             self._compute(t, number)
 
     def _back(self, t: float, number: int) -> None:
-        """The answer has come: fetch if it is time, then the worker is free for the next push."""
+        """Take the answer: fetch if it is due, then the worker is free for the next push."""
         costs, worker = self.costs, self.workers[number]
-        if worker.since_fetch >= (costs.n_fetch or 1):
-            worker.held, worker.since_fetch = bisect_right(self.done, t), 0
-            self.out_free = max(t, self.out_free) + costs.sent_s / costs.num_servers
-            t = max(self.out_free, t + costs.sent_s) + costs.fetch_s
+        if worker.fetches:
+            worker.held, worker.fetches = bisect_right(self.done, t), False
+            worker.cadence.fetched()
+            self.out_free = max(t, self.out_free) + costs.read_s / costs.num_servers
+            t = max(self.out_free, t + costs.read_s) + costs.fetch_s
             self._plan(t, BACK, number, None)
             return
         worker.is_out = False
@@ -265,7 +324,7 @@ def steps(mean_s: float, spread: float, chance: random.Random) -> Callable[[], f
     """Step times: log-normal with the given mean and spread, or constant."""
     if not spread or not mean_s:
         return lambda: mean_s
-    sigma2 = math.log(1 + spread ** 2)
+    sigma2 = math.log(1 + spread**2)
     mu, sigma = math.log(mean_s) - sigma2 / 2, math.sqrt(sigma2)
     return lambda: chance.lognormvariate(mu, sigma)
 
@@ -274,11 +333,14 @@ def _servers(costs: Costs, seed: int) -> Callable[[float], tuple[float, float]]:
     """serve(t, batches): a push arrives at all servers; how long it waits for the last, and when the last is done with it."""
     apply_s = costs.apply_s / costs.num_servers
     free, chance = np.zeros(costs.num_servers), np.random.default_rng(seed)
-    sigma2 = math.log(1 + costs.apply_spread ** 2)
+    sigma2 = math.log(1 + costs.apply_spread**2)
 
     def serve(t: float, batches: int) -> tuple[float, float]:
         start = np.maximum(t, free)
-        times = chance.lognormal(-sigma2 / 2, math.sqrt(sigma2), costs.num_servers) if sigma2 else 1.0
+        if sigma2:
+            times = chance.lognormal(-sigma2 / 2, math.sqrt(sigma2), costs.num_servers)
+        else:
+            times = 1.0
         free[:] = start + apply_s * times + costs.overhead_s + batches * costs.shared_s
         return float(start.max()) - t, float(free.max())
 
@@ -291,7 +353,8 @@ class Observation:
 
     costs: Costs
     num_workers: int
-    images_per_s: float                        # while training: without validation and the wait for a last lease
+    # while training: without validation and the wait for a last lease
+    images_per_s: float
 
 
 def calibrate(observations: Sequence[Observation]) -> Costs:
@@ -308,22 +371,41 @@ def calibrate(observations: Sequence[Observation]) -> Costs:
         return replace(smallest.costs, travel_s=seconds)
 
     push_images = smallest.costs.batch * smallest.costs.push_batches
-    cycle_s = smallest.num_workers * push_images / smallest.images_per_s            # queues included
-    alone = travel(_solve(lambda seconds: simulate(travel(seconds), smallest.num_workers).images_per_s,
-                          smallest.images_per_s, cycle_s))
+    # queues included
+    cycle_s = smallest.num_workers * push_images / smallest.images_per_s
+    alone = travel(
+        _solve(
+            lambda seconds: simulate(travel(seconds), smallest.num_workers).images_per_s,
+            smallest.images_per_s,
+            cycle_s,
+        )
+    )
     if largest.num_workers == smallest.num_workers:
         return alone
     shared = _move(alone, "apply_s", largest.costs.apply_s - alone.apply_s)
-    setting = {name: getattr(largest.costs, name) for name in ("n_push", "n_fetch")}    # that of the larger run
-    return _move(shared, "overhead_s", _solve(
-        lambda seconds: simulate(replace(_move(shared, "overhead_s", seconds), **setting), largest.num_workers).images_per_s,
-        largest.images_per_s, shared.cycle_s - shared.serve_s))
+    # that of the larger run
+    setting = {name: getattr(largest.costs, name) for name in ("n_push", "n_fetch")}
+    return _move(
+        shared,
+        "overhead_s",
+        _solve(
+            lambda seconds: (
+                simulate(
+                    replace(_move(shared, "overhead_s", seconds), **setting), largest.num_workers
+                ).images_per_s
+            ),
+            largest.images_per_s,
+            shared.cycle_s - shared.serve_s,
+        ),
+    )
 
 
 def _move(costs: Costs, into: Literal["apply_s", "overhead_s"], seconds: float) -> Costs:
     """Move up to `seconds` of a push's cycle from where workers are independent to where only one at a time can be."""
     travel_s = min(max(0.0, seconds), costs.travel_s)
-    step_s = min(max(0.0, seconds) - travel_s, costs.push_batches * costs.step_s) / costs.push_batches
+    step_s = (
+        min(max(0.0, seconds) - travel_s, costs.push_batches * costs.step_s) / costs.push_batches
+    )
     left = replace(costs, travel_s=costs.travel_s - travel_s, step_s=costs.step_s - step_s)
     if into == "apply_s":
         return replace(left, apply_s=costs.apply_s + travel_s + costs.push_batches * step_s)
@@ -331,7 +413,7 @@ def _move(costs: Costs, into: Literal["apply_s", "overhead_s"], seconds: float) 
 
 
 def _solve(rate, target: float, high: float) -> float:
-    """The argument in [0, high] at which the falling function `rate` is `target`; 0 if it is lower even there."""
+    """Return the argument in [0, high] at which the falling function `rate` is `target`; 0 if it is lower even there."""
     low = 0.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -341,22 +423,59 @@ def _solve(rate, target: float, high: float) -> float:
 
 CHANGES: tuple[tuple[str, Callable[[Costs], Costs]], ...] = (
     ("the update twice as fast", lambda costs: replace(costs, apply_s=costs.apply_s / 2)),
-    ("what is done one worker at a time beside the update, halved",
-     lambda costs: replace(costs, overhead_s=costs.overhead_s / 2)),
-    ("messages twice as fast", lambda costs: replace(
-        costs, travel_s=costs.travel_s / 2, link_s=costs.link_s / 2, latency_s=costs.latency_s / 2)),
+    (
+        "what is done one worker at a time beside the update, halved",
+        lambda costs: replace(costs, overhead_s=costs.overhead_s / 2),
+    ),
+    (
+        "messages twice as fast",
+        lambda costs: replace(
+            costs,
+            travel_s=costs.travel_s / 2,
+            link_s=costs.link_s / 2,
+            latency_s=costs.latency_s / 2,
+        ),
+    ),
     ("fetches twice as fast", lambda costs: replace(costs, fetch_s=costs.fetch_s / 2)),
-    ("twice the batch, in steps twice as long",
-     lambda costs: replace(costs, batch=2 * costs.batch, step_s=2 * costs.step_s)),
+    (
+        "twice the batch, in steps twice as long",
+        lambda costs: replace(costs, batch=2 * costs.batch, step_s=2 * costs.step_s),
+    ),
     ("workers twice as fast", lambda costs: replace(costs, step_s=costs.step_s / 2)),
-    ("4 times the batches in a push (--n-sync)", lambda costs: costs if costs.n_push == "auto" else replace(
-        costs, n_push=4 * costs.n_push, n_fetch=costs.n_fetch and 4 * costs.n_fetch)),
-    ("overlap (--exchange.overlap true)", lambda costs: costs if costs.num_stages > 1 else replace(costs, overlap=True)),
-    ("twice the micro-batches (--compute.micro_batches)", lambda costs: costs if costs.num_stages == 1 else costs.cut(
-        costs.num_stages, 2 * costs.micro_batches, costs.balance)),
-    ("2 bytes a number on the links (--exchange.wire bfloat16)", lambda costs: replace(
-        costs, wire="bfloat16") if costs.link_s and costs.wire == "float32" else costs),
-    ("twice the servers (--servers), each with cores of its own", lambda costs: replace(costs, num_servers=2 * costs.num_servers)),
+    (
+        "4 times the batches in a push (--n-sync)",
+        lambda costs: (
+            costs
+            if costs.n_push == "auto"
+            else replace(
+                costs, n_push=4 * costs.n_push, n_fetch=costs.n_fetch and 4 * costs.n_fetch
+            )
+        ),
+    ),
+    (
+        "overlap (--exchange.overlap true)",
+        lambda costs: costs if costs.num_stages > 1 else replace(costs, overlap=True),
+    ),
+    (
+        "twice the micro-batches (--compute.micro_batches)",
+        lambda costs: (
+            costs
+            if costs.num_stages == 1
+            else costs.cut(costs.num_stages, 2 * costs.micro_batches, costs.balance)
+        ),
+    ),
+    (
+        "2 bytes a number on the links (--exchange.wire bfloat16)",
+        lambda costs: (
+            replace(costs, wire="bfloat16", fetch_wire=None)
+            if costs.link_s and costs.wire == "float32"
+            else costs
+        ),
+    ),
+    (
+        "twice the servers (--servers), each with cores of its own",
+        lambda costs: replace(costs, num_servers=2 * costs.num_servers),
+    ),
 )
 
 
@@ -367,5 +486,7 @@ def what_moves(costs: Costs, num_workers: int) -> list[tuple[str, float, float]]
     for name, change in CHANGES:
         changed = change(costs)
         if changed != costs:
-            found.append((name, simulate(changed, num_workers).images_per_s / now - 1, changed.knee))
+            found.append(
+                (name, simulate(changed, num_workers).images_per_s / now - 1, changed.knee)
+            )
     return sorted(found, key=lambda row: -row[1])

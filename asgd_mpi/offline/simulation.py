@@ -1,7 +1,7 @@
 """A training on a virtual clock, in one process, without MPI.
 
-The ledger, the rule, the schedule and the replicas are those of a run, and so is every number that they compute; only time
-is made up. A worker is a generator that does what the worker's loop does, and yields the seconds that each step of it takes:
+The protocol on both sides, the rule, the schedule and the replicas are those of a run, and so is every number that they
+compute; only time is made up. A worker is a generator that does what `protocol.client` says, and yields the seconds that it takes:
 
     compute a batch -> push -> the server's turn, one push after the other -> (held by the rule) -> fetch -> compute ...
 
@@ -14,53 +14,69 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import msgspec
 
-from asgd_mpi.config import rulebook
+from asgd_mpi.config import exchange_choice, rulebook
+from asgd_mpi.config.failures import Failure
+from asgd_mpi.config.failures import parse as parse_failures
 from asgd_mpi.config.options import ExchangeConfig
 from asgd_mpi.data.loader import ranges
 from asgd_mpi.errors import TOO_FAST, ConfigError, TrainingDiverged, WorkersLost
 from asgd_mpi.offline import forecast
 from asgd_mpi.offline.trainer import SingleProcessTrainer, Snapshot
+from asgd_mpi.optim.error_feedback import kept_at
+from asgd_mpi.optim.objective import Tally, measured
+from asgd_mpi.optim.stability import LossWatch
+from asgd_mpi.protocol import client as protocol
 from asgd_mpi.protocol.ledger import Ledger, Plan
-from asgd_mpi.protocol.messages import Header, Kind, Lease, Mail, Orders, Score, Work
+from asgd_mpi.protocol.messages import Header, Kind, Lease, Mail, Orders, Score
+from asgd_mpi.protocol.membership import GONE, Membership, Refused, told_of_loss
 from asgd_mpi.protocol.versions import Versions
-from asgd_mpi.record.events import GIVEN_UP, PHASES, Interval, Member, Push, Refusal, Retirement, Validation
+from asgd_mpi.record.events import (
+    PHASES,
+    Interval,
+    Member,
+    Note,
+    Push,
+    Refusal,
+    Retirement,
+    Validation,
+)
 from asgd_mpi.record.progress import Progress
-from asgd_mpi.runtime import fault_injection
-from asgd_mpi.task import Task
+from asgd_mpi.task import OpenedTask
 from asgd_mpi.vector import codec
 
-VALIDATION = 1 / 3        # of a step: no backward pass
-FEW_LOST = 3              # workers whose loss is told as it happens
+VALIDATION = 1 / 3  # of a step: no backward pass
+FEW_LOST = 3  # workers whose loss is told as it happens
 FAILURES = ("slow", "kill", "raise")
 
-Process = Iterator[float | None]    # yields the seconds that pass, or None to sleep until its worker is woken
+# yields the seconds that pass, or None to sleep until its worker is woken; returns the answer to an action
+Process = Generator[float | None, None, Any]
 
 
 @dataclass(frozen=True)
 class Times:
     """Seconds, of an exchange without queues."""
 
-    step_s: float             # a batch, on a worker: log-normal, with this mean
-    push_s: float             # from the end of a step to the server's turn
-    apply_s: float            # of the server's time, for a push
+    step_s: float  # a batch, on a worker: log-normal, with this mean
+    push_s: float  # from the end of a step to the server's turn
+    apply_s: float  # of the server's time, for a push
     fetch_s: float
-    spread: float = 0.0       # standard deviation of a step over its mean
+    spread: float = 0.0  # standard deviation of a step over its mean
 
 
 @dataclass
-class _Sum:
-    """The batches whose gradients a push sums up."""
+class _Computed:
+    """A push that is under way: its gradient is computed at the server's turn, from this."""
 
-    lease: int
-    snapshot: Snapshot                    # that they are computed on,
-    fetched: Snapshot | None              # ... None if the replica has it already
-    batches: list[tuple[int, int, int]] = field(default_factory=list)      # epoch, start, stop
-    centre: Snapshot | None = None        # fetched after them, for an elastic rule
+    snapshot: Snapshot  # the batches are computed on,
+    fetched: Snapshot | None  # ... None if the replica has it already
+    batches: list[tuple[int, int, int]] = field(default_factory=list)  # epoch, start, stop
+    centre: Snapshot | None = None  # fetched after them, for an elastic rule
 
 
 @dataclass
@@ -68,10 +84,11 @@ class RoundTrip:
     """To the server and back; see `runtime.client`."""
 
     started: float
-    mail: Mail | None = None
+    mail: Mail
     snapshot: Snapshot | None = None
     fetch_s: float = 0.0
     seconds: float = 0.0
+    is_finite: bool = True  # what was pushed
     is_over: bool = False
 
 
@@ -80,23 +97,22 @@ class _Worker:
     number: int
     mail: Mail
     step_s: Callable[[], float]
-    dies_at_step: int = 0                 # 0: never
+    dies_at_step: int = 0  # 0: never
     steps: int = 0
-    sent: int = 0                         # packets
-    done: int = 0                         # the last lease that was worked on
-    since_fetch: int = 0                  # batches
+    sent: int = 0  # packets
+    made: int = 0  # the version that its last push made
     snapshot: Snapshot | None = None
-    is_fresh: bool = False                # fetched, and nothing computed on it yet
-    sum: _Sum | None = None
+    is_fresh: bool = False  # fetched, and nothing computed on it yet
+    computed: _Computed | None = None
     trip: RoundTrip | None = None
     is_dead: bool = False
-    process: Process | None = None        # its loop,
-    alarm: int = -1                       # ... the number of the event that ends its sleep,
-    is_computing: bool = False            # ... and whether it may be woken before that
+    process: Process | None = None  # its loop,
+    alarm: int = -1  # ... the number of the event that ends its sleep,
+    is_computing: bool = False  # ... and whether it may be woken before that
 
-    @property
-    def next_lease(self) -> Lease | None:
-        return next((lease for lease in self.mail.leases if lease.number > self.done), None)
+    def is_back(self) -> bool:
+        """Return whether nothing is under way."""
+        return self.trip is None or self.trip.is_over
 
 
 class Book:
@@ -127,30 +143,63 @@ class Simulation:
     `computation` does the arithmetic; `moves`: how the rule's workers move their own weights (rulebook). Pure otherwise.
     """
 
-    def __init__(self, plan: Plan, exchange: ExchangeConfig, computation: SingleProcessTrainer, times: Times, moves: str = "",
-                 seed: int = 0, failures: Sequence[fault_injection.Failure] = (), progress: Progress | None = None,
-                 interval_s: float = 1.0):
+    def __init__(
+        self,
+        plan: Plan,
+        exchange: ExchangeConfig,
+        computation: SingleProcessTrainer,
+        times: Times,
+        moves: str = "",
+        seed: int = 0,
+        failures: Sequence[Failure] = (),
+        progress: Progress | None = None,
+        interval_s: float = 1.0,
+        loss_watch: LossWatch | None = None,
+    ):
         self.ledger = Ledger(plan, computation.schedule)
-        self.plan, self.exchange, self.computation, self.times, self.moves = plan, exchange, computation, times, moves
+        self.plan, self.exchange, self.computation, self.times = plan, exchange, computation, times
+        self.habits = protocol.Habits(
+            n_push=exchange.n_push,
+            n_fetch=exchange.n_fetch,
+            overlap=exchange.overlap,
+            moves=moves,
+            tells_reads=plan.keeps_reads,
+        )
+        self.loss_watch = loss_watch or LossWatch()
         self.progress = progress or Progress("none", plan.total_samples, plan.num_samples)
         self.pushes: list[Push | Member] = []
         self.books = [Book(interval_s) for _ in range(plan.num_workers + 1)]
         self.scores: list[Validation] = []
         self._versions = Versions(self.ledger, 0.0)
-        self.num_dropped = 0              # pushes that came too late, or were not finite
-        self._num_lost = 0                # workers
+        self._membership = Membership(self.ledger, bool(moves))
+        self.num_dropped = 0  # pushes that came too late, or were not finite
+        self._num_lost = 0  # workers
         self.latest = computation.first
-        self._num_bytes = codec.num_bytes(len(self.latest.weights), exchange.wire)
+        # of the running mean of the weights at the end, if one is kept
+        self.of_mean: Tally | None = None
+        self._fetched_bytes = codec.num_bytes(len(self.latest.weights), exchange.fetch_wire)
         self.now = self._server_free_at = 0.0
         self._mail = dict(self.ledger.take_news())
         self._heap: list[tuple[float, int, _Worker | None, Process]] = []
-        self._order = itertools.count()   # of events at the same time
+        self._order = itertools.count()  # of events at the same time
         self._asleep: dict[int, list[Process]] = {}
-        self._void: set[int] = set()      # events that do not take place: their worker was woken before
+        # events that do not take place: their worker was woken before
+        self._void: set[int] = set()
         slow = {failure.rank: failure.amount for failure in failures if failure.kind == "slow"}
-        dies = {failure.rank: failure.step for failure in failures if failure.kind != "slow" and failure.step}
-        self.workers = [_Worker(number, self._mail[number], _steps(times, slow.get(number + 1, 1.0), f"{seed}:{number}"),
-                                dies.get(number + 1, 0)) for number in range(plan.num_workers)]
+        dies = {
+            failure.rank: failure.step
+            for failure in failures
+            if failure.kind != "slow" and failure.step
+        }
+        self.workers = [
+            _Worker(
+                number,
+                self._mail[number],
+                _steps(times, slow.get(number + 1, 1.0), f"{seed}:{number}"),
+                dies.get(number + 1, 0),
+            )
+            for number in range(plan.num_workers)
+        ]
         for worker in self.workers:
             worker.process = self._work(worker)
             self._spawn(worker, worker.process)
@@ -162,7 +211,9 @@ class Simulation:
         """Play the training to its end. Raises TrainingDiverged, WorkersLost."""
         while not self.ledger.finished:
             if not self._heap:
-                raise RuntimeError(f"nothing happens any more at {self.now} s: {self.ledger.outstanding()}")
+                raise RuntimeError(
+                    f"nothing happens any more at {self.now} s: {self.ledger.outstanding()}"
+                )
             now, number, worker, process = heapq.heappop(self._heap)
             if number in self._void:
                 self._void.discard(number)
@@ -200,114 +251,138 @@ class Simulation:
         for process in self._asleep.pop(number, []):
             self._spawn(self.workers[number], process)
 
-    # ---- a worker: what runtime.worker does
+    # ---- a worker: what runtime.worker does over MPI
 
     def _work(self, me: _Worker) -> Process:
-        yield from self._refresh(me)
-        while True:
-            if me.next_lease is None:
-                yield from self._refresh(me)                 # the answer to the last push may bring it
-            if me.next_lease is None and me.mail.orders == Orders.GO_ON:
-                me.mail = self._mail[me.number]
-                while me.next_lease is None and me.mail.orders == Orders.GO_ON:
-                    yield None
-                    me.mail = self._mail[me.number]
-                if me.next_lease:
-                    yield from self._refresh(me)             # others have moved the weights in the meantime
-            if me.mail.orders != Orders.GO_ON:
-                return
-            lease = me.next_lease
-            if lease is not None:
-                yield from self._train(me, lease) if lease.work == Work.TRAIN else self._validate(me, lease)
-                me.done = lease.number
+        """Do what the protocol says, until the worker dies."""
+        actions = protocol.Client(self.habits, self._cut, me.is_back).work()
+        answer: object = None
+        while not me.is_dead:
+            action = actions.send(answer)
+            match action:
+                case protocol.Compute():
+                    answer = yield from self._compute(me, action)
+                case protocol.Push():
+                    answer = yield from self._push(me, action)
+                case protocol.Take():
+                    answer = yield from self._take(me)
+                case protocol.Fetch():
+                    answer = yield from self._start(me)
+                case protocol.GiveUp():
+                    answer = yield from self._give_up(me, action)
+                case protocol.Validate(lease):
+                    answer = yield from self._validate(me, lease)
+                case protocol.Await(until):
+                    answer = yield from self._await(me, until)
+                case protocol.Say(Kind.READ, version):
+                    answer = self._keep(me, version)
+                case protocol.Undo():
+                    answer = self.computation.undo_(me.number)
+                case protocol.BeginAnew():
+                    me.computed = None
+                    answer = self.computation.begin_anew_(me.number)
+                case protocol.SaveBest() | protocol.TakeWritten():
+                    answer = ()  # its disk holds nothing before the end
+                case _:
+                    raise AssertionError(f"a simulated worker is never told to {action}")
 
-    def _train(self, me: _Worker, lease: Lease) -> Process:
-        for _, start, stop in ranges(lease.epoch, lease.start, lease.stop, self.plan.batch_size, self.plan.smallest):
-            seconds, began = me.step_s(), self.now
-            me.is_computing = True
-            yield seconds                                    # or less: see _post
-            me.is_computing = False
-            me.steps += 1                                    # finished or not
-            if me.steps == me.dies_at_step:
-                return self._lose(me)
-            if me.sum is None:
-                me.sum, me.is_fresh = _Sum(lease.number, me.snapshot, me.snapshot if me.is_fresh else None), False
-            me.sum.batches.append((lease.epoch, start, stop))
-            is_overtaken = self._is_overtaken(me, me.sum.snapshot)
-            self.books[me.number + 1].add(self.now, compute=self.now - began, images=0 if is_overtaken else stop - start)
-            if is_overtaken:
-                yield from self._give_up(me)
-            elif self._is_due(me):
-                yield from self._push(me)
-            if me.mail.orders != Orders.GO_ON:
-                return
+    def _cut(self, lease: Lease) -> Iterator[tuple[int, int, int]]:
+        return ranges(
+            lease.epoch, lease.start, lease.stop, self.plan.batch_size, self.plan.smallest
+        )
 
-    def _is_overtaken(self, me: _Worker, snapshot: Snapshot) -> bool:
-        """Return whether a gradient on this snapshot cannot count any more."""
+    def _compute(self, me: _Worker, action: protocol.Compute) -> Process:
+        """Let a step pass; returns whether its gradient counts. The arithmetic is done at the server's turn."""
+        seconds, began = me.step_s(), self.now
+        me.is_computing = True
+        yield seconds  # or less: see _post
+        me.is_computing = False
+        me.steps += 1  # finished or not
+        if me.steps == me.dies_at_step:
+            self._lose(me)
+            return False
+        if me.computed is None:
+            me.computed = _Computed(me.snapshot, me.snapshot if me.is_fresh else None)
+            me.is_fresh = False
+        me.computed.batches.append((action.lease.epoch, action.start, action.stop))
+        counts = not self._is_overtaken(me)
+        self.books[me.number + 1].add(
+            self.now, compute=self.now - began, images=action.stop - action.start if counts else 0
+        )
+        return counts
+
+    def _is_overtaken(self, me: _Worker) -> bool:
+        """Return whether the gradient that is being computed cannot count any more."""
+        snapshot = (me.computed or me).snapshot
         return bool(self.plan.pacing.backup) and snapshot.version < self._mail[me.number].oldest
 
-    def _give_up(self, me: _Worker) -> Process:
-        done, me.sum = me.sum, None
-        yield from self._start(me, lambda: self._give_back(me, done))
-        me.since_fetch = 0
-        yield from self._take(me)
-
-    def _is_due(self, me: _Worker) -> bool:
-        if self.exchange.n_push == "auto":
-            return me.trip is None or me.trip.is_over
-        return len(me.sum.batches) == self.exchange.n_push
-
-    def _push(self, me: _Worker) -> Process:
-        done, me.sum = me.sum, None
-        if self.moves == "elastic":
-            yield from self._start(me)
-        yield from self._take(me)
-        if self.moves == "elastic":
+    def _push(self, me: _Worker, push: protocol.Push) -> Process:
+        done, me.computed = me.computed, None
+        if self.habits.moves == "elastic":
             done.centre = me.snapshot
-        me.since_fetch += len(done.batches)
-        fetch = self.moves != "elastic" and me.since_fetch >= self.exchange.n_fetch
-        me.since_fetch = 0 if fetch else me.since_fetch
-        self.books[me.number + 1].add(self.now, pushes=1, bytes_pushed=self._num_bytes)
-        yield from self._start(me, lambda: self._judge(me, done), fetch, is_gradient=True)
-        if not self.exchange.overlap:
-            yield from self._take(me)
+        kept = kept_at(self.exchange, done.snapshot.samples, self.plan.num_samples)
+        self.books[me.number + 1].add(
+            self.now, pushes=1, bytes_pushed=self.computation.pushed.num_bytes(kept)
+        )
+        yield from self._start(
+            me, lambda: self._judge(me, push, done), push.fetch, is_gradient=True
+        )
 
-    def _refresh(self, me: _Worker) -> Process:
-        if me.sum:
-            yield from self._push(me)
-        yield from self._take(me)
-        yield from self._start(me)
-        yield from self._take(me)
-        me.since_fetch = 0
+    def _give_up(self, me: _Worker, action: protocol.GiveUp) -> Process:
+        me.computed = None
+        yield from self._start(me, lambda: self._give_back(me, action))
 
     def _validate(self, me: _Worker, lease: Lease) -> Process:
-        yield from self._refresh(me)
         seconds = VALIDATION * me.step_s() * (lease.stop - lease.start) / self.plan.batch_size
         yield seconds
         self.books[me.number + 1].add(self.now, validate=seconds)
         yield from self._start(me, lambda: self._tally(me, lease), fetch=False)
-        yield from self._take(me)
-        yield from self._refresh(me)
 
-    def _start(self, me: _Worker, deliver: Callable[[], bool] | None = None, fetch: bool = True,
-               is_gradient: bool = False) -> Process:
+    def _await(self, me: _Worker, until: Callable[[Mail], bool]) -> Process:
+        """Sleep until there is mail of which `until` holds; returns it."""
+        me.mail = self._mail[me.number]
+        while not until(me.mail):
+            yield None
+            me.mail = self._mail[me.number]
+        return me.mail
+
+    def _start(
+        self,
+        me: _Worker,
+        deliver: Callable[[], bool] | None = None,
+        fetch: bool = True,
+        is_gradient: bool = False,
+    ) -> Process:
         """Set out for the server, whose turn `deliver` is; on the spot, or behind what comes next."""
-        me.trip = RoundTrip(self.now)
+        me.trip = RoundTrip(self.now, me.mail)
         journey = self._go(me, me.trip, deliver, fetch, is_gradient)
         if self.exchange.overlap:
             self._spawn(me, journey)
         else:
             yield from journey
 
-    def _go(self, me: _Worker, trip: RoundTrip, deliver: Callable[[], bool] | None, fetch: bool, is_gradient: bool) -> Process:
+    def _go(
+        self,
+        me: _Worker,
+        trip: RoundTrip,
+        deliver: Callable[[], bool] | None,
+        fetch: bool,
+        is_gradient: bool,
+    ) -> Process:
         if deliver:
             me.sent += 1
             yield self.times.push_s
-            self._server_free_at = max(self.now, self._server_free_at) + (self.times.apply_s if is_gradient else 0.0)
+            self._server_free_at = max(self.now, self._server_free_at) + (
+                self.times.apply_s if is_gradient else 0.0
+            )
             yield self._server_free_at - self.now
             fetch = deliver() or fetch
             self._post()
-            while is_gradient and self._mail[me.number].hold and self._mail[me.number].orders == Orders.GO_ON:
+            while (
+                is_gradient
+                and self._mail[me.number].hold
+                and self._mail[me.number].orders == Orders.GO_ON
+            ):
                 yield None
         trip.mail = self._mail[me.number]
         if fetch:
@@ -317,9 +392,9 @@ class Simulation:
         self._wake(me.number)
 
     def _take(self, me: _Worker) -> Process:
-        """Wait for the trip to end, and take what it brought."""
+        """Wait for the trip to end; returns what it brought."""
         if me.trip is None:
-            return
+            return protocol.Taken(me.mail)
         started, book = self.now, self.books[me.number + 1]
         while not me.trip.is_over:
             yield None
@@ -329,92 +404,111 @@ class Simulation:
         else:
             book.add(self.now, push=trip.seconds - trip.fetch_s, fetch=trip.fetch_s)
         me.mail = trip.mail
-        if trip.snapshot is not None:
-            me.snapshot, me.is_fresh = trip.snapshot, True
-            book.add(self.now, fetches=1, bytes_fetched=self._num_bytes)
+        if trip.snapshot is None:
+            return protocol.Taken(me.mail, None, trip.is_finite)
+        me.snapshot, me.is_fresh = trip.snapshot, True
+        book.add(self.now, fetches=1, bytes_fetched=self._fetched_bytes)
+        return protocol.Taken(me.mail, me.snapshot.version, trip.is_finite)
+
+    def _keep(self, me: _Worker, version: int) -> Mail:
+        """Keep the snapshot that a worker computes on, which takes no time here; returns what it is told of that."""
+        if me.number in self.ledger.members:
+            me.sent += 1
+            self.ledger.keep(Header(Kind.READ, me.number, me.sent, version, 0, 0, 0), True)
+        return replace(me.mail, read=version)
 
     # ---- the server: what runtime.server does
 
-    def _judge(self, me: _Worker, done: _Sum) -> bool:
-        """The turn of a push; whether its worker must fetch, since its own weights are spoilt."""
+    def _judge(self, me: _Worker, push: protocol.Push, done: _Computed) -> bool:
+        """Return the turn of a push; whether its worker must fetch, since its own weights are spoilt."""
         computation = self.computation
-        loss, skipped, is_finite, scale = computation.compute_(me.number, done.batches, done.fetched, done.centre)
-        positions = sum(stop - start for _, start, stop in done.batches)
-        header = Header(
-            Kind.GRADIENT if is_finite else Kind.NONFINITE, me.number, me.sent, (done.centre or done.snapshot).version,
-            done.lease, done.batches[0][1], positions, skipped, loss, base=computation.replicas[me.number].base,
-            scale=scale)
+        loss, skipped, is_finite, scale, kept = computation.compute_(
+            me.number, done.batches, done.fetched, done.centre, done.snapshot.version < me.made
+        )
+        me.trip.is_finite, positions = is_finite, push.sum.count
+        header = self._header(
+            Kind.GRADIENT if is_finite else Kind.NONFINITE,
+            me,
+            push.read_version,
+            push.sum,
+            skipped=skipped,
+            loss=loss,
+            base=computation.replicas[me.number].base,
+            scale=scale,
+            kept=kept if is_finite else 0,
+        )
         self.books[0].add(self.now, apply=self.times.apply_s)
-        if self._is_of_nobody(me, header):
-            return False
-        if not is_finite:
-            return self._refuse(me, header)
-        verdict = self.ledger.judge(header)
-        if verdict.dropped:
-            computation.undo_(me.number)
-            self._drop(me, f"too late: {verdict.staleness} versions stale")
-            return False
+        verdict = self._membership.gradient(header)
+        if isinstance(verdict, Refused):
+            return self._refuse(me, verdict)
         self.latest = computation.applied(self.latest, verdict, positions)
+        me.made = self.latest.version
         self.pushes.append(Push.of(self.now, header, verdict))
         self._versions.add(positions, self.now)
         self.books[0].add(self.now, pushes=1, images=positions, skipped_images=skipped)
-        self.progress.push(positions, loss, verdict.staleness)
+        self.progress.push(positions, loss)
+        stale = self.plan.pacing.staleness(verdict.version, header.read_version)
+        if self.loss_watch.add(loss, stale):
+            warning = self.loss_watch.warning(verdict.lr)
+            self.books[0].events.append(Note(self.now, warning))
+            self.progress.say(warning)
         return False
 
-    def _give_back(self, me: _Worker, done: _Sum) -> bool:
-        header = Header(Kind.GIVEN_UP, me.number, me.sent, done.snapshot.version, done.lease, done.batches[0][1],
-                        sum(stop - start for _, start, stop in done.batches))
-        if not self._is_of_nobody(me, header):
-            self.ledger.give_back(header)
-            self._drop(me, GIVEN_UP)
-        return False
+    def _header(
+        self, kind: Kind, me: _Worker, read_version: int, of: protocol.Sum, **more: Any
+    ) -> Header:
+        covers = of.lease, of.start, of.count
+        return Header(kind, me.number, me.sent, read_version, *covers, **more)
 
-    def _is_of_nobody(self, me: _Worker, header: Header) -> bool:
-        """Whether a packet was on its way when its worker was retired; it is then dropped."""
+    def _give_back(self, me: _Worker, action: protocol.GiveUp) -> bool:
+        header = self._header(Kind.GIVEN_UP, me, action.read_version, action.sum)
         if me.number in self.ledger.members:
-            return False
-        self.ledger.readmit(header)
-        self._drop(me, "it came from a retired worker")
-        return True
+            return self._refuse(me, self._membership.left(header))
+        return self._refuse(me, self._membership.stray(header))
 
-    def _refuse(self, me: _Worker, header: Header) -> bool:
-        given_up = sum(segment.stop - segment.start for segment in self.ledger.refuse(header))
-        self._drop(me, f"not finite: loss {header.loss}", given_up)
-        if self.moves:
-            self.computation.begin_anew_(me.number, self.latest)
+    def _refuse(self, me: _Worker, refused: Refused) -> bool:
+        """Do what follows from a packet that is not applied; returns whether its worker needs newer weights for that."""
+        self.num_dropped += 1
+        self.books[0].events.append(
+            Refusal(self.now, me.number + 1, self.ledger.version, refused.reason, refused.given_up)
+        )
+        self.books[0].add(self.now, refused_pushes=1)
+        if refused.begins_anew:
+            self.computation.begin_anew_(me.number)
+            me.made = 0
             self.pushes.append(Member(self.now, self.ledger.version, me.number))
-            me.since_fetch = 0
-        if me.number not in self.ledger.members:
-            limit = self.plan.max_nonfinite
-            self._note_loss(me, f"{limit} gradients in a row were not finite (the last loss: {header.loss})", 0)
+        if refused.retires:
+            self._note_loss(me, refused.retires, 0)
             if not self.ledger.members:
                 raise TrainingDiverged(
                     f"the loss or the gradient of every worker is no longer finite at version {self.ledger.version}, epoch "
-                    f"{self.ledger.samples / self.plan.num_samples:.1f}. {TOO_FAST}")
-        return bool(self.moves)
+                    f"{self.ledger.samples / self.plan.num_samples:.1f}. {TOO_FAST}"
+                )
+        return refused.begins_anew
 
     def _tally(self, me: _Worker, lease: Lease) -> bool:
         snapshot = me.snapshot
-        errors = self.computation.validate_(snapshot, lease.start, lease.stop, me.number)
-        header = Header(
-            Kind.VALIDATION, me.number, me.sent, snapshot.version, lease.number, lease.start, lease.stop - lease.start,
-            errors.skipped, errors.loss, errors.top1, errors.top5)
-        if not self._is_of_nobody(me, header):
-            self._announce(self.ledger.tally(header))
+        tally = self.computation.validate_(snapshot, lease.start, lease.stop, me.number)
+        header = self._header(
+            Kind.VALIDATION,
+            me,
+            snapshot.version,
+            protocol.Sum(lease.number, lease.start, lease.stop - lease.start),
+            skipped=tally.skipped,
+            **measured(tally, self.plan.metrics),
+        )
+        if me.number not in self.ledger.members:
+            return self._refuse(me, self._membership.stray(header))
+        self._announce(self.ledger.tally(header))
         return False
 
     def _announce(self, score: Score | None) -> None:
         if score is None:
             return
-        event = Validation.of(self.now, score, self._versions.of(score.version), self.plan.num_samples)
+        event = Validation.of(self.now, score, self._versions.of(score.version), self.plan)
         self.scores.append(event)
         self.books[0].events.append(event)
-        self.progress.validated(score.top1_error, event.epoch)
-
-    def _drop(self, me: _Worker, reason: str, given_up: int = 0) -> None:
-        self.num_dropped += 1
-        self.books[0].events.append(Refusal(self.now, me.number + 1, self.ledger.version, reason, given_up))
-        self.books[0].add(self.now, refused_pushes=1)
+        self.progress.validated(event.result)
 
     def _die(self, me: _Worker, after_s: float) -> Process:
         yield after_s
@@ -424,17 +518,21 @@ class Simulation:
     def _lose(self, me: _Worker) -> None:
         """A worker dies: whatever it has under way never arrives."""
         me.is_dead = True
-        self._note_loss(me, "its process has ended", self.ledger.retire(me.number, for_good=True, is_gone=True))
+        self._note_loss(me, GONE, self.ledger.retire(me.number, for_good=True, is_gone=True))
         self._post()
         if not self.ledger.members:
-            raise WorkersLost(f"no worker is left at version {self.ledger.version}, {self.now:.3f} s: let fewer of them "
-                              "fail.")
+            raise WorkersLost(
+                f"no worker is left at version {self.ledger.version}, {self.now:.3f} s: let fewer of them "
+                "fail."
+            )
 
     def _note_loss(self, me: _Worker, reason: str, positions: int) -> None:
-        self.books[0].events.append(Retirement(self.now, me.number + 1, self.ledger.version, positions, reason, True))
+        self.books[0].events.append(
+            Retirement(self.now, me.number + 1, self.ledger.version, positions, reason, True)
+        )
         self._num_lost += 1
         if self._num_lost <= FEW_LOST:
-            self.progress.say(f"rank {me.number + 1} is retired at version {self.ledger.version}: {reason}")
+            self.progress.say(told_of_loss(me.number + 1, self.ledger.version, positions, reason))
         elif self._num_lost == FEW_LOST + 1:
             self.progress.say("more workers are retired; the run directory (--out) names each")
 
@@ -443,7 +541,7 @@ class Simulation:
             self._mail[number] = mail
             self._wake(number)
         for worker in self.workers if self.plan.pacing.backup else ():
-            if worker.is_computing and not worker.is_dead and self._is_overtaken(worker, (worker.sum or worker).snapshot):
+            if worker.is_computing and not worker.is_dead and self._is_overtaken(worker):
                 worker.is_computing = False
                 self._void.add(worker.alarm)
                 self._spawn(worker, worker.process)
@@ -454,33 +552,57 @@ def _steps(times: Times, factor: float, seed: str) -> Callable[[], float]:
     return forecast.steps(factor * times.step_s, times.spread, random.Random(seed))
 
 
-def prepare(task: Task, num_workers: int, times: Times, progress: Progress | None = None) -> Simulation:
+def prepare(
+    task: OpenedTask, num_workers: int, times: Times, progress: Progress | None = None
+) -> Simulation:
     """A training to `run`; `config.run.inject` names stragglers and failures. Raises ConfigError."""
     config = task.config
+    if exchange_choice.is_open(config):
+        raise ConfigError(
+            f"--exchange.wire {config.exchange.wire} and --exchange.n_push {config.exchange.n_push} are chosen by links, which a "
+            "simulation does not have: give a format and a number of batches."
+        )
     rulebook.check(config, num_workers)
     return Simulation(
-        task.plan(num_workers), config.exchange, SingleProcessTrainer(task, num_workers), times,
-        rulebook.RULEBOOK[config.rule.name].moves, config.run.seed, _failures(config.run.inject, num_workers), progress,
-        config.record.interval_s)
+        task.plan(num_workers),
+        config.exchange,
+        SingleProcessTrainer(task, num_workers),
+        times,
+        rulebook.RULEBOOK[config.rule.name].moves,
+        config.run.seed,
+        _failures(config.run.inject, num_workers),
+        progress,
+        config.record.interval_s,
+        LossWatch(*rulebook.momentum_of(config.rule), rulebook.momentum_option(config.rule)),
+    )
 
 
-def simulate(task: Task, num_workers: int, times: Times, progress: Progress | None = None) -> Simulation:
+def simulate(
+    task: OpenedTask, num_workers: int, times: Times, progress: Progress | None = None
+) -> Simulation:
     """Train on the virtual clock. Raises UserError."""
     simulation = prepare(task, num_workers, times, progress)
     try:
         simulation.run()
+        simulation.of_mean = simulation.computation.validate_mean_(
+            simulation.latest, simulation.plan.num_validation
+        )
     finally:
         simulation.computation.close()
     return simulation
 
 
-def _failures(text: str, num_workers: int) -> list[fault_injection.Failure]:
-    failures = fault_injection.parse(text)
+def _failures(text: str, num_workers: int) -> list[Failure]:
+    failures = parse_failures(text)
     for failure in failures:
         if failure.kind not in FAILURES:
-            raise ConfigError(f"--run.inject {failure.kind}: a simulation knows {', '.join(FAILURES)} only; rehearse the "
-                              "others in a run.")
+            raise ConfigError(
+                f"--run.inject {failure.kind}: a simulation knows {', '.join(FAILURES)} only; rehearse the "
+                "others in a run."
+            )
         if not 1 <= failure.rank <= num_workers:
-            raise ConfigError(f"--run.inject {failure.kind}@rank{failure.rank}: the workers are ranks 1 to {num_workers}, "
-                              "and the server of a simulation does not fail.")
+            raise ConfigError(
+                f"--run.inject {failure.kind}@rank{failure.rank}: the workers are ranks 1 to {num_workers}, "
+                "and the server of a simulation does not fail; name a worker."
+            )
     return failures

@@ -35,7 +35,9 @@ class Carried:
 
     def load_(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from another one's `state`; begin anew, without one."""
-        self.state = self._last = _copy({name: state.get(name, first) for name, first in self._first.items()})
+        self.state = self._last = _copy(
+            {name: state.get(name, first) for name, first in self._first.items()}
+        )
 
 
 def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

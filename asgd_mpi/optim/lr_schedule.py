@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from asgd_mpi.config.options import ScheduleConfig
+from asgd_mpi.config.resolved import ResolvedSchedule
 
 WEIGHTS = {
     "constant": lambda staleness, in_flight: 1.0,
@@ -24,30 +24,40 @@ WEIGHTS = {
 class Schedule:
     """schedule(samples, staleness) is a rate; epochs in `config` count `samples_per_epoch` each."""
 
-    config: ScheduleConfig
+    config: ResolvedSchedule
     samples_per_epoch: int
     total_samples: int
     num_workers: int
-    staleness: str = "constant"   # a name of WEIGHTS
-    in_flight: float = 1          # steps that are under way at any time: in the unit that staleness counts
-    scale: int = 1                # gradients of a step whose rate grows with them (rulebook.linear_scale)
+    staleness: str = "constant"  # a name of WEIGHTS
+    # steps that are under way at any time: in the unit that staleness counts
+    in_flight: float = 1
+    # of a step whose rate grows with its gradients (rulebook.rate_scale)
+    scale: float = 1
 
     def __call__(self, samples: int, staleness: int = 0) -> float:
-        """The rate of a gradient of that staleness, applied after `samples` samples."""
-        return self.config.lr * self.scale * self._warmup(samples) * self._decay(samples) * WEIGHTS[self.staleness](
-            staleness, self.in_flight)
+        """Return the rate of a gradient of that staleness, applied after `samples` samples."""
+        return (
+            self.config.lr
+            * self.scale
+            * self._warmup(samples)
+            * self._decay(samples)
+            * WEIGHTS[self.staleness](staleness, self.in_flight)
+        )
 
     def _warmup(self, samples: int) -> float:
         ramp = self.config.warmup_epochs * self.samples_per_epoch
         if samples >= ramp:
             return 1.0
         # n workers at lr / n move the weights as fast as one worker at lr, which is also where a scaled rate begins
-        first = 1 / (self.scale if self.scale > 1 else self.num_workers)
+        divisor = self.scale if self.scale > 1 else self.num_workers
+        first = 1 / divisor
         return first + (1 - first) * samples / ramp
 
     def _decay(self, samples: int) -> float:
         if self.config.name == "step":
-            return self.config.gamma ** (samples // round(self.config.step_epochs * self.samples_per_epoch))
+            return self.config.gamma ** (
+                samples // round(self.config.step_epochs * self.samples_per_epoch)
+            )
         if self.config.name == "cosine":
             return 0.5 * (1 + math.cos(math.pi * samples / self.total_samples))
         if self.config.name == "poly":

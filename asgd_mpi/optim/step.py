@@ -6,6 +6,7 @@ and the dropout from generators seeded by where in the epoch the batch lies, or 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -15,56 +16,85 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from asgd_mpi.config.options import ComputeConfig
-from asgd_mpi.data.loader import Batch
+from asgd_mpi.optim.classification import loss_of
 from asgd_mpi.optim.local_state import SpreadVectors
+from asgd_mpi.optim.objective import Batch, Objective, Tally, parts_of, sizes_of
 from asgd_mpi.pipeline import pipeline
-from asgd_mpi.pipeline.cut import Stage, whole
-from asgd_mpi.pipeline.schedule import Schedule, one_f_one_b
 from asgd_mpi.vector.flat import FlatModel
-
-# Weights of auxiliary losses: Szegedy et al. 2014, arXiv:1409.4842, section 5; torchvision's references
-AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
-
-Normalise = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, S, S) -> float32 (B, C, S, S)
 
 
 class Network(Protocol):
     """The whole network as `validate` needs it: a FlatModel, or the first of the stages that it is cut into."""
 
-    module: Any               # called with images, (B, C, S, S), it returns scores, (B, classes); has eval() and train()
+    # what the objective calls; has eval() and train()
+    module: Any
     device: torch.device
 
 
-def compute_gradient_(flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
-                      compute: ComputeConfig = ComputeConfig(), scale: float = 1.0, stages: Sequence[Stage] | None = None,
-                      schedule: Schedule = one_f_one_b, look: Callable[[], None] | None = None,
-                      smallest: int = 1) -> float:
+def compute_gradient_(
+    flat: FlatModel,
+    objective: Objective,
+    batch: Batch,
+    seed: int,
+    accumulate: bool = False,
+    compute: ComputeConfig = ComputeConfig(),
+    scale: float = 1.0,
+    look: Callable[[], None] | None = None,
+    smallest: int = 1,
+) -> float:
     """Set `flat.gradient` to the gradient of the mean loss over the batch times `scale`, or add it; returns the loss.
 
-    stages: those that the network is cut into; the gradient is the same, to the bit. look: called before each forward and each
-    backward pass of a part, when a GPU is done with those before it; may raise, and the gradient is then of no use.
+    look: called before each forward and each backward pass of a part, when a GPU is done with those before it; may raise, and
+    the gradient is then of no use.
     """
+
     def look_when_done() -> None:
+        if look is None:
+            return
         if flat.device.type == "cuda":
-            torch.cuda.current_stream(flat.device).synchronize()    # sync: kernels are only asked for, often long before
+            # sync: kernels are only asked for, often long before
+            torch.cuda.current_stream(flat.device).synchronize()
         look()
 
     if not accumulate:
         flat.gradient.zero_()
-    images = prepared(batch, normalise, flat.device, compute)
-    parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale, smallest)
-    losses = pipeline.run_(stages or whole(flat.module), parts.work(images, flat.device, compute), parts.count(compute),
-                           schedule, look_when_done if look else lambda: None)
-    return sum(losses).item() / scale  # sync: the push carries it
+    inputs = objective.prepare(batch, flat.device)
+    count = num_parts(batch.size, compute, smallest)
+    sizes, losses = sizes_of(batch.size, count), []
+    begins = itertools.accumulate(sizes, initial=batch.start)
+    for part, size, begin in zip(parts_of(inputs, batch.size, count), sizes, begins):
+        look_when_done()
+        seed_(flat.device, seed, batch.epoch, begin)
+        with autocast(flat.device, compute):
+            loss = objective.loss(flat.module, part) * (size / batch.size * scale)
+        look_when_done()
+        if loss.requires_grad:
+            loss.backward()
+        losses.append(loss.detach())
+    return functools.reduce(torch.add, losses).item() / scale  # sync: the push carries it
 
 
-def prepared(batch: Batch, normalise: Normalise, device: torch.device, compute: ComputeConfig) -> torch.Tensor:
-    """The images of a batch as the network takes them, float32 (B, C, S, S) on the device."""
-    images = normalise(batch.on(device))
-    return images.contiguous(memory_format=torch.channels_last) if compute.channels_last else images
+def num_parts(size: int, compute: ComputeConfig, smallest: int = 1) -> int:
+    """Return in how many parts a batch is computed: each has `smallest` samples or more."""
+    return max(1, min(compute.micro_batches, size // smallest))
+
+
+def seed_(device: torch.device, seed: int, epoch: int, begin: int) -> None:
+    """Let the random numbers of a device be those of the batch, or the part of one, that begins there in an epoch."""
+    # torch.manual_seed would note a stack trace for a CUDA that is not there
+    generator_of(device).manual_seed(
+        int(np.random.SeedSequence([seed, epoch, begin]).generate_state(1)[0])
+    )
+
+
+def autocast(device: torch.device, compute: ComputeConfig) -> torch.autocast:
+    return torch.autocast(
+        device.type,
+        getattr(torch, compute.precision),
+        enabled=compute.precision != "float32",
+    )
 
 
 @dataclass(frozen=True)
@@ -75,53 +105,46 @@ class Parts:
     start: int
     labels: list[int]
     seed: int
-    scale: float              # of the loss
-    smallest: int = 1         # images of a part
+    scale: float  # of the loss
+    smallest: int = 1  # images of a part
 
     def count(self, compute: ComputeConfig) -> int:
-        return max(1, min(compute.micro_batches, len(self.labels) // self.smallest))
+        return num_parts(len(self.labels), compute, self.smallest)
 
-    def work(self, images: torch.Tensor | None, device: torch.device, compute: ComputeConfig) -> pipeline.Work:
+    def work(
+        self, images: torch.Tensor | None, device: torch.device, compute: ComputeConfig
+    ) -> pipeline.Work:
         """For the stages on `device`; only the first one needs the images."""
         labels = torch.tensor(self.labels).to(device, non_blocking=True)
         truths = labels.tensor_split(self.count(compute))
-        parts = images.tensor_split(len(truths)) if images is not None else ()
+        parts: Sequence[torch.Tensor] = ()
+        if images is not None:
+            parts = images.tensor_split(len(truths))
         begins = list(itertools.accumulate(map(len, truths), initial=self.start))
-        generator = _generator(device)
-
-        def seed(part: int) -> None:    # torch.manual_seed would note a stack trace for a CUDA that is not there
-            generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, begins[part]]).generate_state(1)[0]))
 
         def loss(part: int, scores: torch.Tensor) -> torch.Tensor:
             return loss_of(scores, truths[part]) * (len(truths[part]) / len(labels) * self.scale)
 
-        def autocast() -> torch.autocast:
-            return torch.autocast(device.type, getattr(torch, compute.precision), enabled=compute.precision != "float32")
-
-        return pipeline.Work(parts.__getitem__, seed, loss, generator, autocast)
-
-
-def outputs_of(outputs: object) -> tuple:
-    """Return the scores and those of auxiliary classifiers, which torchvision's networks give in training only."""
-    return tuple(each for each in outputs if each is not None) if type(outputs).__name__ in AUXILIARY else (outputs,)
-
-
-def loss_of(outputs: object, truths: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy of scores (b, classes), plus that of auxiliary ones with the weight that they have."""
-    scores, *auxiliary = outputs_of(outputs)
-    loss = functional.cross_entropy(scores, truths)
-    for each in auxiliary:
-        loss = loss + AUXILIARY[type(outputs).__name__] * functional.cross_entropy(each, truths)
-    return loss
+        return pipeline.Work(
+            parts.__getitem__,
+            lambda part: seed_(device, self.seed, self.epoch, begins[part]),
+            loss,
+            generator_of(device),
+            lambda: autocast(device, compute),
+        )
 
 
 def looking(images: torch.Tensor | None, device: torch.device) -> pipeline.Work:
     """Work on images (B, C, S, S) in one part whose `loss` is their scores; only the first stage needs the images."""
-    return pipeline.Work(lambda part: images, lambda part: None, lambda part, scores: scores, _generator(device))
+    return pipeline.Work(
+        lambda part: images, lambda part: None, lambda part, scores: scores, generator_of(device)
+    )
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+def generator_of(device: torch.device) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    return torch.cuda.default_generators[device.index]
 
 
 class ScaledLoss:
@@ -131,28 +154,44 @@ class ScaledLoss:
     2018, arXiv:1710.03740, section 3.2).
     """
 
-    FIRST, PATIENCE = 2.0 ** 16, 2000
+    FIRST, PATIENCE = 2.0**16, 2000
 
-    def __init__(self, compute: ComputeConfig, gradient_of: Callable[..., float] | None = None, smallest: int = 1):
+    def __init__(
+        self,
+        compute: ComputeConfig,
+        gradient_of: Callable[..., float] | None = None,
+        smallest: int = 1,
+    ):
         """`gradient_of`: in place of `compute_gradient_`; `smallest`: images of a part of a batch."""
-        self._compute, self._gradient_of = compute, partial(gradient_of or compute_gradient_, smallest=smallest)
+        self._compute, self._gradient_of = (
+            compute,
+            partial(gradient_of or compute_gradient_, smallest=smallest),
+        )
         self._scale = self.FIRST if compute.precision == "float16" else 1.0
-        self._good = 0                # batches since it was changed
+        self._good = 0  # batches since it was changed
 
     def watch(self, look: Callable[[], None]) -> None:
         """Call this between two passes of a batch; not if stages compute, which finish what they have begun."""
         if self._gradient_of.func is compute_gradient_:
             self._gradient_of = partial(self._gradient_of, look=look)
 
-    def compute_gradient_(self, flat: FlatModel | SpreadVectors, normalise: Normalise, batch: Batch, seed: int,
-                          accumulate: bool) -> float:
-        """As the function of that name."""
+    def compute_gradient_(
+        self,
+        flat: FlatModel | SpreadVectors,
+        objective: Objective,
+        batch: Batch,
+        seed: int,
+        accumulate: bool,
+    ) -> float:
+        """Do what the function of that name does."""
         if self._compute.precision != "float16":
-            return self._gradient_of(flat, normalise, batch, seed, accumulate, self._compute)
+            return self._gradient_of(flat, objective, batch, seed, accumulate, self._compute)
         if accumulate:
             flat.set_aside_()
         while True:
-            loss = self._gradient_of(flat, normalise, batch, seed, False, self._compute, self._scale)
+            loss = self._gradient_of(
+                flat, objective, batch, seed, False, self._compute, self._scale
+            )
             flat.unscale_(self._scale)
             if flat.is_finite() or self._scale == 1 or not math.isfinite(loss):
                 break
@@ -165,33 +204,15 @@ class ScaledLoss:
         return loss
 
 
-@dataclass
-class Errors:
-    """Sums over the images seen; `add` and `of` fill it."""
-
-    num_images: int = 0
-    loss: float = 0.0
-    top1: int = 0             # first guess right
-    top5: int = 0             # among the first five
-    skipped: int = 0
-
-
 @torch.no_grad()
-def validate(network: Network, normalise: Normalise, batches: Iterable[Batch]) -> Errors:
-    """The errors of the network, in evaluation mode, on `batches`."""
-    errors = Errors()
+def validate(network: Network, objective: Objective, batches: Iterable[Batch]) -> Tally:
+    """Return what the network, in evaluation mode, scores on `batches`."""
+    tally = Tally()
     network.module.eval()
     for batch in batches:
-        errors.skipped += batch.skipped
-        if not len(batch.labels):          # all of them are damaged
-            continue
-        labels = batch.labels.to(network.device)
-        scores = network.module(normalise(batch.on(network.device)))
-        guesses = scores.topk(min(5, scores.shape[1]), dim=1).indices
-        right = guesses == labels[:, None]
-        errors.num_images += len(labels)
-        errors.loss += functional.cross_entropy(scores, labels, reduction="sum").item()
-        errors.top1 += int(right[:, 0].sum())
-        errors.top5 += int(right.sum())
+        tally.skipped += batch.skipped
+        if batch.size:  # or all of it is damaged
+            inputs = objective.prepare(batch, network.device)
+            tally.add(batch.size, objective.score(network.module, inputs))
     network.module.train()
-    return errors
+    return tally

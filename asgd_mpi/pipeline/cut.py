@@ -29,12 +29,12 @@ class Stage:
     module: nn.Module
     takes: tuple[str, ...]
     gives: tuple[str, ...]
-    uses: tuple[str, ...]                  # of what it takes: the arguments of its module,
-    makes: tuple[str, ...]                 # ... and what that returns, a tuple
+    uses: tuple[str, ...]  # of what it takes: the arguments of its module,
+    makes: tuple[str, ...]  # ... and what that returns, a tuple
     differentiable: frozenset[str]
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What it gives, for what it takes."""
+        """Return what it gives, for what it takes."""
         values = dict(zip(self.takes, tensors, strict=True))
         values |= zip(self.makes, self.module(*(values[name] for name in self.uses)), strict=True)
         return tuple(values[name] for name in self.gives)
@@ -52,29 +52,49 @@ class _Whole(nn.Module):
 
 
 def whole(module: nn.Module) -> list[Stage]:
-    """The network as one stage; it need not be traceable."""
-    return [Stage(_Whole(module), ("images",), ("scores",), ("images",), ("scores",), frozenset({"scores"}))]
+    """Return the network as one stage; it need not be traceable."""
+    return [
+        Stage(
+            _Whole(module),
+            ("images",),
+            ("scores",),
+            ("images",),
+            ("scores",),
+            frozenset({"scores"}),
+        )
+    ]
 
 
 def demand(graph: Graph, cuts: Sequence[int]) -> None:
     """Raise ConfigError unless the network can be cut before these nodes."""
     for cut in cuts:
         if reason := graph.why_not(cut):
-            near = [graph.name(other) for other in sorted(range(1, len(graph.nodes)), key=lambda other: abs(other - cut))
-                    if not graph.why_not(other)][:3]
-            raise ConfigError(f"no stage can begin at {graph.name(cut)}: {reason}. One can begin near it at "
-                              f"{', '.join(near) or 'no other place'}.")
+            near = [
+                graph.name(other)
+                for other in sorted(range(1, len(graph.nodes)), key=lambda other: abs(other - cut))
+                if not graph.why_not(other)
+            ][:3]
+            raise ConfigError(
+                f"no stage can begin at {graph.name(cut)}: {reason}. Take a place near it: "
+                f"{', '.join(near) or 'there is none'}."
+            )
     if list(cuts) != sorted(set(cuts) - {0}):
-        raise ConfigError(f"stages that begin at {', '.join(graph.name(cut) for cut in cuts)}: give each name once, in the "
-                          f"order of the calls, and not the first one, {graph.name(0)}, where stage 0 begins.")
+        raise ConfigError(
+            f"stages that begin at {', '.join(graph.name(cut) for cut in cuts)}: give each name once, in the "
+            f"order of the calls, and not the first one, {graph.name(0)}, where stage 0 begins."
+        )
     for start, stop in pairwise([0, *cuts, len(graph.nodes)]):
         if not any(graph.parameters[start:stop]):
-            raise ConfigError(f"a stage from {graph.name(start)} to {graph.name(stop - 1)} would have no parameters: "
-                              "nothing to train on a rank of its own. Leave it to one of its neighbours.")
+            raise ConfigError(
+                f"a stage from {graph.name(start)} to {graph.name(stop - 1)} would have no parameters: "
+                "nothing to train on a rank of its own. Leave it to one of its neighbours."
+            )
 
 
-def cut(graph: Graph, cuts: Sequence[int], differentiable: Sequence[str] | None = None) -> list[Stage]:
-    """The len(cuts) + 1 stages that begin at node 0 and at `cuts`. Raises ConfigError if they cannot.
+def cut(
+    graph: Graph, cuts: Sequence[int], differentiable: Sequence[str] | None = None
+) -> list[Stage]:
+    """Return the len(cuts) + 1 stages that begin at node 0 and at `cuts`. Raises ConfigError if they cannot.
 
     differentiable: graph.differentiable, if somebody has looked at the same graph already.
     """
@@ -93,7 +113,11 @@ def cut(graph: Graph, cuts: Sequence[int], differentiable: Sequence[str] | None 
     for tag, takes, gives in zip(tags, crossing, crossing[1:]):
         part = getattr(parts, tag)
         uses = tuple(node.name for node in part.graph.nodes if node.op == "placeholder")
-        [makes] = [tuple(node.name for node in node.args[0]) for node in part.graph.nodes if node.op == "output"]
+        [makes] = [
+            tuple(node.name for node in node.args[0])
+            for node in part.graph.nodes
+            if node.op == "output"
+        ]
         stages.append(Stage(part, takes, gives, uses, makes, frozenset(differentiable)))
     return stages
 

@@ -27,7 +27,9 @@ class _Value(fx.Proxy):
 
 
 def _in_place(operation: Callable) -> Callable:
-    return lambda value, other: value.tracer.create_proxy("call_function", operation, (value, other), {})
+    return lambda value, other: value.tracer.create_proxy(
+        "call_function", operation, (value, other), {}
+    )
 
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ipow"):
@@ -45,7 +47,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(module: nn.Module) -> fx.GraphModule:
-    """The network as a graph that calls its own modules: parameters, statistics and train() are shared with it.
+    """Return the network as a graph that calls its own modules: parameters, statistics and train() are shared with it.
 
     Raises ConfigError for a network that cannot be traced, or whose graph would not follow train() and eval().
     """
@@ -56,7 +58,8 @@ def trace(module: nn.Module) -> fx.GraphModule:
         raise ConfigError(
             f"the network cannot be cut into stages, since torch.fx cannot trace it: {type(error).__name__}: {error}. What "
             "it does must not depend on the values or the number of the images; put a part that does into a module without "
-            "children, which is kept in one piece.") from error
+            "children, which is kept in one piece."
+        ) from error
     finally:
         for part, mode in modes.items():
             part.training = mode
@@ -64,12 +67,17 @@ def trace(module: nn.Module) -> fx.GraphModule:
         if one != other:
             raise ConfigError(
                 f"the network cannot be cut into stages: outside of modules it does one thing in training ({one.strip()}) "
-                f"and another in evaluation ({other.strip()}). Use modules, such as nn.Dropout for functional.dropout.")
+                f"and another in evaluation ({other.strip()}). Use modules, such as nn.Dropout for functional.dropout."
+            )
     if sum(node.op == "placeholder" for node in training.nodes) != 1:
-        raise ConfigError("the network cannot be cut into stages: its forward must take the images and nothing else.")
+        raise ConfigError(
+            "the network cannot be cut into stages: its forward must take the images and nothing else."
+        )
     [output] = [node.args[0] for node in training.nodes if node.op == "output"]
     if not isinstance(output, fx.Node):
-        raise ConfigError("the network cannot be cut into stages: it must return one tensor, the scores.")
+        raise ConfigError(
+            "the network cannot be cut into stages: it must return one tensor, the scores."
+        )
     return fx.GraphModule(module, training)
 
 
@@ -86,18 +94,33 @@ class Graph:
         self.traced, self.shape = traced, shape
         self.nodes = [node for node in traced.graph.nodes if node.op.startswith("call_")]
         self._place = {node: place for place, node in enumerate(self.nodes)}
-        self._last_use = {node: max((self._place.get(user, len(self.nodes)) for user in node.users), default=-1)
-                          for node in traced.graph.nodes}
-        self.tensors = [{id(tensor): tensor for tensor in self._tensors_of(node)} for node in self.nodes]
-        self._span: dict[int, tuple[int, int]] = {}      # first and last node that uses a tensor
+        self._last_use = {
+            node: max((self._place.get(user, len(self.nodes)) for user in node.users), default=-1)
+            for node in traced.graph.nodes
+        }
+        self.tensors = [
+            {id(tensor): tensor for tensor in self._tensors_of(node)} for node in self.nodes
+        ]
+        self._span: dict[int, tuple[int, int]] = {}  # first and last node that uses a tensor
         for place, tensors in enumerate(self.tensors):
             for key in tensors:
                 self._span[key] = (self._span.get(key, (place,))[0], place)
-        brought = [[tensor for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and self._span[key][0] == place]
-                   for place, tensors in enumerate(self.tensors)]
+        brought = [
+            [
+                tensor
+                for key, tensor in tensors.items()
+                if isinstance(tensor, nn.Parameter) and self._span[key][0] == place
+            ]
+            for place, tensors in enumerate(self.tensors)
+        ]
         self.parameters = [sum(tensor.numel() for tensor in new) for new in brought]
-        self.trained = [sum(tensor.numel() for tensor in new if tensor.requires_grad) for new in brought]
-        self._names = {id(tensor): name for name, tensor in (*traced.named_parameters(), *traced.named_buffers())}
+        self.trained = [
+            sum(tensor.numel() for tensor in new if tensor.requires_grad) for new in brought
+        ]
+        self._names = {
+            id(tensor): name
+            for name, tensor in (*traced.named_parameters(), *traced.named_buffers())
+        }
 
     @cached_property
     def _shown(self) -> _Run:
@@ -108,7 +131,11 @@ class Graph:
 
     @cached_property
     def sizes(self) -> dict[fx.Node, int]:
-        return {node: self._shown.made[node.name].nbytes for node in self.traced.graph.nodes if node.name in self._shown.made}
+        return {
+            node: self._shown.made[node.name].nbytes
+            for node in self.traced.graph.nodes
+            if node.name in self._shown.made
+        }
 
     @cached_property
     def saved(self) -> list[dict[int, int]]:
@@ -116,7 +143,7 @@ class Graph:
 
     @cached_property
     def _written(self) -> dict[str, int]:
-        """Of a value that a later node writes into: which one."""
+        """By name of a value that a later node writes into: the place of that node."""
         places = {node.name: place for place, node in enumerate(self.nodes)}
         return {name: places[writer] for name, writer in self._shown.written.items()}
 
@@ -126,9 +153,12 @@ class Graph:
         return [name for name, value in self._shown.made.items() if value.requires_grad]
 
     def crossing(self, cut: int) -> list[fx.Node]:
-        """The values that cross a cut, in the order in which they are made."""
-        return [node for node, last in self._last_use.items()
-                if node.op != "get_attr" and self._place.get(node, -1) < cut <= last]
+        """Return the values that cross a cut, in the order in which they are made."""
+        return [
+            node
+            for node, last in self._last_use.items()
+            if node.op != "get_attr" and self._place.get(node, -1) < cut <= last
+        ]
 
     def crossing_bytes(self, cut: int) -> int:
         return sum(self.sizes[node] for node in self.crossing(cut))
@@ -147,7 +177,7 @@ class Graph:
         return ""
 
     def name(self, place: int) -> str:
-        """The module that a node calls; of a function the module that it stands in, and its own name."""
+        """Return the module that a node calls; of a function the module that it stands in, and its own name."""
         node = self.nodes[place]
         if node.op == "call_module":
             return str(node.target)
@@ -155,12 +185,19 @@ class Graph:
         return f"{module}.{node.name}".lstrip(".")
 
     def start_of(self, module: str) -> int:
-        """The first node of a module, which may be one with children. Raises ConfigError if there is none."""
+        """Return the first node of a module, which may be one with children. Raises ConfigError if there is none."""
         for place, node in enumerate(self.nodes):
-            if any(f"{path}.".startswith(f"{module}.") for path in (*self._path(node), self.name(place))):
+            if any(
+                f"{path}.".startswith(f"{module}.")
+                for path in (*self._path(node), self.name(place))
+            ):
                 return place
-        names = list(dict.fromkeys(self.name(place).split(".")[0] for place in range(len(self.nodes))))
-        raise ConfigError(f"no stage can begin at {module}: the network calls no such module. It calls {', '.join(names)}.")
+        names = list(
+            dict.fromkeys(self.name(place).split(".")[0] for place in range(len(self.nodes)))
+        )
+        raise ConfigError(
+            f"no stage can begin at {module}: the network calls no such module. Take one of those that it calls: {', '.join(names)}."
+        )
 
     def _path(self, node: fx.Node) -> Iterator[str]:
         return (name.partition("@")[0] for name in node.meta.get("nn_module_stack", {}))
@@ -177,7 +214,10 @@ class Graph:
 
 def on_meta(module: _Module) -> _Module:
     """A copy that holds shapes only, in training."""
-    tensors = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+    tensors = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in module.parameters()
+    }
     tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
     return copy.deepcopy(module, tensors).train()
 
@@ -190,7 +230,7 @@ class _Run(fx.Interpreter):
         self.made: dict[str, torch.Tensor] = {}
         self.saved: dict[str, dict[int, int]] = {}
         self.written: dict[str, str] = {}
-        self._kept: list[torch.Tensor] = []              # so that no storage is used twice
+        self._kept: list[torch.Tensor] = []  # so that no storage is used twice
         self._constant = {_storage(tensor) for tensor in (*traced.parameters(), *traced.buffers())}
 
     def run_node(self, node: fx.Node) -> object:
@@ -199,12 +239,18 @@ class _Run(fx.Interpreter):
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             if _storage(tensor) not in self._constant:
                 self._kept.append(tensor)
-                self.saved.setdefault(node.name, {})[_storage(tensor)] = tensor.untyped_storage().nbytes()
+                self.saved.setdefault(node.name, {})[_storage(tensor)] = (
+                    tensor.untyped_storage().nbytes()
+                )
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             result = super().run_node(node)
-        self.written |= {name: node.name for name, version in before.items() if self.made[name]._version != version}
+        self.written |= {
+            name: node.name
+            for name, version in before.items()
+            if self.made[name]._version != version
+        }
         if isinstance(result, torch.Tensor) and node.op != "get_attr":
             self.made[node.name] = result
         return result

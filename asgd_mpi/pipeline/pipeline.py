@@ -28,10 +28,10 @@ class Channel(Protocol):
         """Send them off; they may be overwritten."""
 
     def has(self, part: int) -> bool:
-        """Whether `take` would return at once."""
+        """Return whether `take` would return at once."""
 
     def take(self, part: int) -> Tensors:
-        """What was put in at the other end, as new tensors."""
+        """Return what was put in at the other end, as new tensors."""
 
 
 class Link(NamedTuple):
@@ -80,20 +80,21 @@ class TwoWays:
 class Work:
     """What is to be done with the parts of a batch, by their number; the first and the last stage need all of it."""
 
-    images: Callable[[int], torch.Tensor]                   # (b, C, S, S)
-    seed: Callable[[int], None]                             # sets the random numbers
-    loss: Callable[[int, torch.Tensor], torch.Tensor]       # of the scores (b, classes): what is differentiated
-    generator: torch.Generator                              # the random numbers
+    images: Callable[[int], torch.Tensor | None]  # (b, C, S, S); the first stage alone has them
+    seed: Callable[[int], None]  # sets the random numbers
+    # of the scores (b, classes): what is differentiated
+    loss: Callable[[int, torch.Tensor], torch.Tensor]
+    generator: torch.Generator  # the random numbers
     autocast: Callable[[], AbstractContextManager] = nullcontext
 
 
 class AtWork(Protocol):
     """What one rank of a replica computes of a batch."""
 
-    losses: dict[int, torch.Tensor]        # of the parts, by the last rank
+    losses: dict[int, torch.Tensor]  # of the parts, by the last rank
 
     def can(self, step: Step) -> bool:
-        """Whether what a step needs from another rank is there."""
+        """Return whether what a step needs from another rank is there."""
 
     def do(self, step: Step) -> None:
         """Compute it."""
@@ -103,7 +104,8 @@ class Role(NamedTuple):
     """What one rank of a replica computes, batch after batch."""
 
     module: nn.Module
-    at_work: Callable[[Link | None, Link | None, Work], AtWork]        # with the links to the ranks before and after it
+    # with the links to the ranks before and after it
+    at_work: Callable[[Link | None, Link | None, Work], AtWork]
     schedule: Schedule
 
 
@@ -115,17 +117,21 @@ class StageAtWork:
 
     def __init__(self, stage: Stage, before: Link | None, after: Link | None, work: Work):
         self._stage, self._before, self._after, self._work = stage, before, after, work
-        self._held: dict[int, tuple[Tensors, Tensors]] = {}        # of a part: what came in, and what goes out
-        self.losses: dict[int, torch.Tensor] = {}                  # of the last stage
+        # of a part: what came in, and what goes out
+        self._held: dict[int, tuple[Tensors, Tensors]] = {}
+        self.losses: dict[int, torch.Tensor] = {}  # of the last stage
 
     def can(self, step: Step) -> bool:
-        """Whether what a step needs from a neighbour is there."""
+        """Return whether what a step needs from a neighbour is there."""
         if step.is_forward:
             return self._before is None or self._before.activations.has(step.part)
         return self._after is None or self._after.gradients.has(step.part)
 
     def do(self, step: Step) -> None:
-        (self._forward if step.is_forward else self._backward)(step.part)
+        if step.is_forward:
+            self._forward(step.part)
+        else:
+            self._backward(step.part)
 
     def _forward(self, part: int) -> None:
         work = self._work
@@ -134,9 +140,12 @@ class StageAtWork:
             taken = (work.images(part),)
         else:
             *taken, state = self._before.activations.take(part)
-            work.generator.set_state(state.cpu().clone())      # of a view torch takes what its storage begins with
-            taken = tuple(tensor.requires_grad_(name in self._stage.differentiable)
-                          for name, tensor in zip(self._stage.takes, taken))
+            # of a view torch takes what its storage begins with
+            work.generator.set_state(state.cpu().clone())
+            taken = tuple(
+                tensor.requires_grad_(name in self._stage.differentiable)
+                for name, tensor in zip(self._stage.takes, taken)
+            )
         with work.autocast():
             given = self._stage(*taken)
             if self._after is None:
@@ -145,33 +154,53 @@ class StageAtWork:
         if self._after is None:
             self.losses[part] = given[0].detach()
         else:
-            self._after.activations.put(part, (*(tensor.detach() for tensor in given), work.generator.get_state()))
+            self._after.activations.put(
+                part, (*(tensor.detach() for tensor in given), work.generator.get_state())
+            )
 
     def _backward(self, part: int) -> None:
         taken, given = self._held.pop(part)
         roots = [tensor for tensor in given if tensor.requires_grad]
         gradients = None if self._after is None else self._after.gradients.take(part)
-        if roots:                          # none, if all that is computed up to here is frozen
+        if roots:  # none, if all that is computed up to here is frozen
             torch.autograd.backward(roots, gradients)
         if self._before is not None:
-            self._before.gradients.put(part, tuple(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-                                                   for tensor in taken if tensor.requires_grad))
+            self._before.gradients.put(
+                part,
+                tuple(
+                    torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                    for tensor in taken
+                    if tensor.requires_grad
+                ),
+            )
 
 
-def run_(stages: Sequence[Stage], work: Work, num_parts: int, schedule: Schedule = one_f_one_b,
-         look: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
+def run_(
+    stages: Sequence[Stage],
+    work: Work,
+    num_parts: int,
+    schedule: Schedule = one_f_one_b,
+    look: Callable[[], None] = lambda: None,
+) -> list[torch.Tensor]:
     """Add the gradients of the parts to those of the parameters, in this process; returns their losses.
 
     look: called before each forward and each backward pass of a part; may raise.
     """
     links = [None, *(Link(LocalChannel(), LocalChannel()) for _ in stages[1:]), None]
-    at_work = [StageAtWork(stage, before, after, work) for stage, before, after in zip(stages, links, links[1:])]
+    at_work = [
+        StageAtWork(stage, before, after, work)
+        for stage, before, after in zip(stages, links, links[1:])
+    ]
     return run_in_turn_(at_work, schedule, num_parts, look)
 
 
-def run_in_turn_(at_work: Sequence[AtWork], schedule: Schedule, num_parts: int,
-                 look: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
-    """As `run_`, whoever computes what."""
+def run_in_turn_(
+    at_work: Sequence[AtWork],
+    schedule: Schedule,
+    num_parts: int,
+    look: Callable[[], None] = lambda: None,
+) -> list[torch.Tensor]:
+    """Do what `run_` does, whoever computes what."""
     todo = [schedule(number, len(at_work), num_parts)[::-1] for number in range(len(at_work))]
     while any(todo):
         for one, steps in zip(at_work, todo):

@@ -32,15 +32,23 @@ class Seconds:
 
 
 def measure(graph: Graph, images: torch.Tensor, repeats: int = 3) -> list[Seconds]:
-    """What each node takes on `images` (b, C, S, S), on their device: medians, after one run that does not count.
+    """Return what each node takes on `images` (b, C, S, S), on their device: medians, after one run that does not count.
 
     The network is left as it is: a copy is measured, and the random numbers are set back.
     """
     traced = copy.deepcopy(graph.traced).train()
-    with torch.random.fork_rng([images.device] if images.device.type == "cuda" else [], device_type=images.device.type):
+    gpus = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus, device_type=images.device.type):
         run = _TimedRun(traced, images.device, repeats)
         run.run(images)
     return [run.seconds[node.name] for node in graph.nodes]
+
+
+def _detached(value: object) -> object:
+    """Return a tensor apart from what it was computed of; all else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
 
 
 class _TimedRun(fx.Interpreter):
@@ -54,29 +62,39 @@ class _TimedRun(fx.Interpreter):
     def run_node(self, node: fx.Node) -> object:
         if not node.op.startswith("call_"):
             return super().run_node(node)
-        call = self._on_device(self.fetch_attr(node.target)) if node.op == "call_module" else (
-            lambda *arguments, **keywords: getattr(self, node.op)(node.target, arguments, keywords))
+        if node.op == "call_module":
+            call = self._on_device(self.fetch_attr(node.target))
+        else:
+            call = lambda *arguments, **keywords: getattr(self, node.op)(
+                node.target, arguments, keywords
+            )
         runs = [self._once(node, call) for _ in range(self._repeats + 1)][1:]
-        self.seconds[node.name] = Seconds(*(statistics.median(times) for times in zip(*(times for _, times in runs))))
-        return fx.node.map_aggregate(runs[-1][0], lambda value: value.detach().requires_grad_(value.requires_grad)
-                                     if isinstance(value, torch.Tensor) else value)
+        self.seconds[node.name] = Seconds(
+            *(statistics.median(times) for times in zip(*(times for _, times in runs)))
+        )
+        return fx.node.map_aggregate(runs[-1][0], _detached)
 
     def _once(self, node: fx.Node, call: Callable) -> tuple[object, tuple[float, float]]:
-        """What a node returns, and the seconds of its two passes."""
+        """Return what a node returns, and the seconds of its two passes."""
+
         def take(value: object) -> object:
             """A copy, since the node may write into it; its gradient is measured, too, unless it is an image."""
             if isinstance(value, torch.nn.Parameter):
                 return self._on_device(nn.ParameterList([value]))[0]
             if not isinstance(value, torch.Tensor):
                 return value
-            return value.detach().requires_grad_().clone() if value.requires_grad else value.to(self._device, copy=True)
+            if value.requires_grad:
+                return value.detach().requires_grad_().clone()
+            return value.to(self._device, copy=True)
 
-        arguments, keywords = (fx.node.map_aggregate(each, take) for each in self.fetch_args_kwargs_from_env(node))
+        arguments, keywords = (
+            fx.node.map_aggregate(each, take) for each in self.fetch_args_kwargs_from_env(node)
+        )
         started = _now()
         result = call(*arguments, **keywords)
         middle = _now()
-        roots = [one for one in (result if isinstance(result, tuple) else (result,))
-                 if isinstance(one, torch.Tensor) and one.requires_grad]
+        results = result if isinstance(result, tuple) else (result,)
+        roots = [one for one in results if isinstance(one, torch.Tensor) and one.requires_grad]
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
         return result, (middle - started, _now() - middle)
@@ -86,8 +104,9 @@ class _TimedRun(fx.Interpreter):
         module = copy.deepcopy(module)
         is_outline = any(parameter.is_meta for parameter in module.parameters())
         materialise_(module)
-        for parameter in module.parameters() if is_outline else ():
-            nn.init.constant_(parameter, 0.01)
+        if is_outline:
+            for parameter in module.parameters():
+                nn.init.constant_(parameter, 0.01)
         return module.to(self._device)
 
 
@@ -101,14 +120,14 @@ def _now() -> float:
 class Row:
     """What one stage holds and takes."""
 
-    begins: str               # the first module,
-    ends: str                 # ... and the last one
+    begins: str  # the first module,
+    ends: str  # ... and the last one
     nodes: int
     parameters: int
-    activation_bytes: int     # that backward needs, for the micro-batches that are held at a time
-    memory_bytes: int         # those, and the copies of the parameters
-    sent_bytes: int           # to the next stage, or the other column, of a micro-batch
-    seconds: Seconds | None   # of a micro-batch; None if it was not measured
+    activation_bytes: int  # that backward needs, for the micro-batches that are held at a time
+    memory_bytes: int  # those, and the copies of the parameters
+    sent_bytes: int  # to the next stage, or the other column, of a micro-batch
+    seconds: Seconds | None  # of a micro-batch; None if it was not measured
 
 
 @dataclass(frozen=True)
@@ -127,53 +146,76 @@ class StagePlan:
     vectors: copies of a stage's trained parameters that a rank keeps: weights, gradient, and those of the update rule.
     """
 
-    def __init__(self, graph: Graph, batch: Batch, seconds: Sequence[Seconds] | None = None, vectors: int = 3):
+    def __init__(
+        self, graph: Graph, batch: Batch, seconds: Sequence[Seconds] | None = None, vectors: int = 3
+    ):
         self.graph, self.batch, self.vectors = graph, batch, vectors
         self._scale = batch.images / graph.shape[0]
-        self._until = list(accumulate(seconds, initial=Seconds(0.0, 0.0))) if seconds else None
+        if seconds:
+            self._until = list(accumulate(seconds, initial=Seconds(0.0, 0.0)))
+        else:
+            self._until = None
         self._parameters_until = list(accumulate(graph.parameters, initial=0))
         self._trained_until = list(accumulate(graph.trained, initial=0))
-        self._parts_held: dict[tuple[int, int], int] = {}     # by stage and number of stages
-        self._saved: dict[int, list[int]] = {}            # from a node on: what backward needs until each further one
+        self._parts_held: dict[tuple[int, int], int] = {}  # by stage and number of stages
+        # from a node on: what backward needs until each further one
+        self._saved: dict[int, list[int]] = {}
 
     def cuts_by(self, balance_of: str, num_stages: int) -> list[int]:
-        """The cuts that share out `time` or `memory` best. Raises ConfigError if there are too few places for them."""
+        """Return the cuts that share out `time` or `memory` best. Raises ConfigError if there are too few places for them."""
         graph = self.graph
-        places = {place: graph.crossing_bytes(place) for place in range(1, len(graph.nodes)) if not graph.why_not(place)}
+        places = {
+            place: graph.crossing_bytes(place)
+            for place in range(1, len(graph.nodes))
+            if not graph.why_not(place)
+        }
 
         def cost(stage: int, start: int, stop: int) -> float | None:
             """A stage without parameters is none."""
             if not self._parameters(start, stop):
                 return None
-            return (self.memory_bytes(stage, num_stages, start, stop) if balance_of == "memory"
-                    else sum(vars(self._seconds(start, stop)).values()))
+            if balance_of == "memory":
+                return self.memory_bytes(stage, num_stages, start, stop)
+            return sum(vars(self._seconds(start, stop)).values())
 
-        cuts = balance(num_stages, len(graph.nodes), places, cost) if num_stages <= len(places) + 1 else None
+        if num_stages <= len(places) + 1:
+            cuts = balance(num_stages, len(graph.nodes), places, cost)
+        else:
+            cuts = None
         if cuts is None:
-            raise ConfigError(f"--stages.number {num_stages}: the network can be cut at {len(places)} places, not into {num_stages} "
-                              "stages that have parameters each.")
+            raise ConfigError(
+                f"--stages.number {num_stages}: the network can be cut at {len(places)} places, not into {num_stages} "
+                "stages that have parameters each. Ask for fewer."
+            )
         return cuts
 
     def cuts_at(self, names: Sequence[str]) -> list[int]:
-        """The cuts before the named modules. Raises ConfigError if the network cannot be cut there."""
+        """Return the cuts before the named modules. Raises ConfigError if the network cannot be cut there."""
         cuts = [self.graph.start_of(name) for name in names]
         demand(self.graph, cuts)
         return cuts
 
     def memory_bytes(self, stage: int, num_stages: int, start: int, stop: int) -> int:
-        """What a stage keeps: its parameters, and the activations that it holds at a time."""
+        """Return what a stage keeps: its parameters, and the activations that it holds at a time."""
         num_trained = self._trained_until[stop] - self._trained_until[start]
         num_kept = self._parameters(start, stop) + (self.vectors - 1) * num_trained
         return 4 * num_kept + self._held_bytes(stage, num_stages, start, stop)
 
     def rows(self, cuts: Sequence[int]) -> list[Row]:
         bounds = [0, *cuts, len(self.graph.nodes)]
-        return [Row(self.graph.name(start), self.graph.name(stop - 1), stop - start, self._parameters(start, stop),
-                    self._held_bytes(stage, len(bounds) - 1, start, stop),
-                    self.memory_bytes(stage, len(bounds) - 1, start, stop),
-                    round(self._scale * self.graph.crossing_bytes(stop)) if stop < bounds[-1] else 0,
-                    self._seconds(start, stop) if self._until else None)
-                for stage, (start, stop) in enumerate(pairwise(bounds))]
+        return [
+            Row(
+                self.graph.name(start),
+                self.graph.name(stop - 1),
+                stop - start,
+                self._parameters(start, stop),
+                self._held_bytes(stage, len(bounds) - 1, start, stop),
+                self.memory_bytes(stage, len(bounds) - 1, start, stop),
+                round(self._scale * self.graph.crossing_bytes(stop)) if stop < bounds[-1] else 0,
+                self._seconds(start, stop) if self._until else None,
+            )
+            for stage, (start, stop) in enumerate(pairwise(bounds))
+        ]
 
     def _seconds(self, start: int, stop: int) -> Seconds:
         before, after = self._until[start], self._until[stop]
@@ -189,7 +231,9 @@ class StagePlan:
             found: set[int] = set()
             self._saved[start] = [0]
             for saved in self.graph.saved[start:]:
-                self._saved[start].append(self._saved[start][-1] + sum(saved[key] for key in saved.keys() - found))
+                self._saved[start].append(
+                    self._saved[start][-1] + sum(saved[key] for key in saved.keys() - found)
+                )
                 found |= saved.keys()
         key = stage, num_stages
         if key not in self._parts_held:
@@ -198,19 +242,37 @@ class StagePlan:
 
 
 def predicted_bubble(rows: Sequence[Row], batch: Batch) -> float:
-    """The share of the time in which the stages wait for each other, from their measured seconds; transfers take none."""
-    forward, backward = ([getattr(row.seconds, way) for row in rows] for way in ("forward", "backward"))
+    """Return the share of the time in which the stages wait for each other, from their measured seconds; transfers take none."""
+    forward, backward = (
+        [getattr(row.seconds, way) for row in rows] for way in ("forward", "backward")
+    )
     return idle_share(timeline(batch.schedule, forward, backward, batch.parts))
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The plan as text, a line for each stage."""
+    """Return the plan as text, a line for each stage."""
     table = [("stage", "modules", "parameters", "activations MB", "memory MB", "sends MB", "ms")]
     for number, row in enumerate(rows):
-        milliseconds = "-" if row.seconds is None else f"{1e3 * (row.seconds.forward + row.seconds.backward):.1f}"
-        table.append((str(number), f"{row.begins} ... {row.ends} ({row.nodes})", str(row.parameters),
-                      f"{row.activation_bytes / 1e6:.1f}", f"{row.memory_bytes / 1e6:.1f}", f"{row.sent_bytes / 1e6:.2f}",
-                      milliseconds))
+        if row.seconds is None:
+            milliseconds = "-"
+        else:
+            milliseconds = f"{1e3 * (row.seconds.forward + row.seconds.backward):.1f}"
+        table.append(
+            (
+                str(number),
+                f"{row.begins} ... {row.ends} ({row.nodes})",
+                str(row.parameters),
+                f"{row.activation_bytes / 1e6:.1f}",
+                f"{row.memory_bytes / 1e6:.1f}",
+                f"{row.sent_bytes / 1e6:.2f}",
+                milliseconds,
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(cell.ljust(width) if column == 1 else cell.rjust(width)
-                               for column, (cell, width) in enumerate(zip(line, widths))) for line in table)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 1 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in table
+    )

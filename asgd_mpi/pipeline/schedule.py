@@ -16,10 +16,13 @@ class Step(NamedTuple):
 
     is_forward: bool
     part: int
-    segment: int = 0       # of a column, which computes a micro-batch in several steps
+    segment: int = 0  # of a column, which computes a micro-batch in several steps
 
     def __str__(self) -> str:
-        return f"{'F' if self.is_forward else 'B'}{self.part}{f'.{self.segment}' if self.segment else ''}"
+        name = f"F{self.part}" if self.is_forward else f"B{self.part}"
+        if self.segment:
+            name += f".{self.segment}"
+        return name
 
 
 def gpipe(stage: int, num_stages: int, num_parts: int) -> list[Step]:
@@ -43,7 +46,7 @@ def one_f_one_b(stage: int, num_stages: int, num_parts: int) -> list[Step]:
     return steps
 
 
-Schedule = Callable[[int, int, int], list[Step]]   # (stage, S, M) -> what the stage does, in order
+Schedule = Callable[[int, int, int], list[Step]]  # (stage, S, M) -> what the stage does, in order
 SCHEDULES: dict[str, Schedule] = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
 
@@ -52,16 +55,21 @@ def by_segments(num_pairs: int) -> Schedule:
 
     The last column has one segment more than there are pairs, the head.
     """
+
     def schedule(stage: int, num_stages: int, num_parts: int) -> list[Step]:
         segments = range(num_pairs + (stage == num_stages - 1))
-        return [Step(is_forward, part, segment) for part in range(num_parts)
-                for is_forward, way in ((True, segments), (False, reversed(segments))) for segment in way]
+        return [
+            Step(is_forward, part, segment)
+            for part in range(num_parts)
+            for is_forward, way in ((True, segments), (False, reversed(segments)))
+            for segment in way
+        ]
 
     return schedule
 
 
 def held(steps: Sequence[Step]) -> int:
-    """The most micro-batches whose activations a stage holds at a time."""
+    """Return the most micro-batches whose activations a stage holds at a time."""
     now = most = 0
     for step in steps:
         now += 1 if step.is_forward else -1
@@ -70,7 +78,7 @@ def held(steps: Sequence[Step]) -> int:
 
 
 def bubble(num_stages: int, num_parts: int) -> float:
-    """The share of the time in which a stage is idle, if all stages take the same."""
+    """Return the share of the time in which a stage is idle, if all stages take the same."""
     return (num_stages - 1) / (num_parts + num_stages - 1)
 
 
@@ -82,8 +90,13 @@ class Pass(NamedTuple):
     stop: float
 
 
-def timeline(schedule: Schedule, forward: Sequence[float], backward: Sequence[float], num_parts: int,
-             transfer: float = 0.0) -> list[list[Pass]]:
+def timeline(
+    schedule: Schedule,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    num_parts: int,
+    transfer: float = 0.0,
+) -> list[list[Pass]]:
     """When each stage does its steps, from the seconds of one forward and one backward pass of each stage.
 
     transfer: seconds from the end of a pass until the next stage has its result.
@@ -101,16 +114,20 @@ def timeline(schedule: Schedule, forward: Sequence[float], backward: Sequence[fl
                 needs = [(source, step)] if 0 <= source < num_stages else []
                 if any(key not in ends for key in needs):
                     break
-                start = max([ends[key] + transfer for key in needs] + [done[stage][-1].stop if done[stage] else 0.0])
-                ends[stage, step] = start + (forward if step.is_forward else backward)[stage]
+                free = done[stage][-1].stop if done[stage] else 0.0
+                start = max([*(ends[key] + transfer for key in needs), free])
+                seconds = forward if step.is_forward else backward
+                ends[stage, step] = start + seconds[stage]
                 done[stage].append(Pass(steps.pop(), start, ends[stage, step]))
         if len(ends) == before:
-            raise ValueError(f"the stages wait for each other for ever: {[str(steps[-1]) for steps in todo if steps]}")
+            raise ValueError(
+                f"the stages wait for each other for ever: {[str(steps[-1]) for steps in todo if steps]}"
+            )
     return done
 
 
 def idle_share(passes: Sequence[Sequence[Pass]]) -> float:
-    """The share of all stages' time in which they do nothing."""
+    """Return the share of all stages' time in which they do nothing."""
     whole = max(each.stop for stage in passes for each in stage)
     busy = sum(each.stop - each.start for stage in passes for each in stage)
     return 1 - busy / (whole * len(passes))

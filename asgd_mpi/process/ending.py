@@ -3,7 +3,7 @@
 `of_command` stands before the `main` of every command. Standard output may be a pipe whose reader has what it wanted
 (`| head -1`), or a disk that is full: the first ends the command quietly, the second with an error of one line. Results are
 files, written before text about them is printed, so that neither loses any. What standard error refuses is dropped: there is
-nobody left to tell. Only the standard library is used here, as `launch`, `local` and `segments` do.
+nobody left to tell. Only the standard library is used here, as everywhere in this room.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import TextIO
 
 from asgd_mpi.errors import ConfigError, UserError
 
-FAULT, WRONG, DEGRADED, RESUME_ME = 1, 2, 3, 75      # 75 is EX_TEMPFAIL of sysexits.h
-INTERRUPTED, READER_LEFT = 130, 141                  # as a shell sees a program that SIGINT, SIGPIPE ended: 128 + signal
+FAULT, WRONG, DEGRADED, RESUME_ME = 1, 2, 3, 75  # 75 is EX_TEMPFAIL of sysexits.h
+# as a shell sees a program that SIGINT, SIGPIPE ended: 128 + signal
+INTERRUPTED, READER_LEFT = 130, 141
 
 Main = Callable[..., "int | None"]
 
@@ -37,17 +38,19 @@ class OutputRefused(UserError):
 
 def of_command(main: Main) -> Callable[..., int]:
     """Make a `main` return its status whatever becomes of it: that of a UserError is 2, after its line on stderr."""
+
     @functools.wraps(main)
     def guarded(*arguments: object, **options: object) -> int:
         with _streams():
             try:
                 return _printed(main, *arguments, **options)
-            except ReaderLeft as end:
-                return end.code
+            except ReaderLeft:
+                return READER_LEFT
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return WRONG
             except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
                 return INTERRUPTED
 
     return guarded
@@ -66,13 +69,22 @@ def _printed(main: Main, *arguments: object, **options: object) -> int:
     return status or 0
 
 
+def words(arguments: Sequence[str] | None) -> list[str]:
+    """Return what a `main` is called with; None is the command line of this process."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    return list(arguments)
+
+
 def demand_no_options(arguments: Sequence[str], about: str) -> None:
     """Say what a command without options is if it is asked with --help; raise ConfigError for anything else."""
     if arguments[:1] in (["--help"], ["-h"]):
         print(about)
         raise SystemExit(0)
     if arguments:
-        raise ConfigError(f"unknown option {arguments[0]}: this command takes no options but --help.")
+        raise ConfigError(
+            f"unknown option {arguments[0]}: this command takes no options but --help. Leave it out."
+        )
 
 
 @contextmanager
@@ -91,7 +103,8 @@ def _streams() -> Iterator[None]:
         with suppress(ReaderLeft, OutputRefused):
             sys.stdout.flush()
         sys.stderr.flush()
-        if (sys.stdout, sys.stderr) == during:      # else a rank keeps what it prints in a file of its own, to the last moment
+        # else a rank keeps what it prints in a file of its own, to the last moment
+        if (sys.stdout, sys.stderr) == during:
             sys.stdout, sys.stderr = before
 
 
@@ -101,7 +114,7 @@ def _take_closed_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)       # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 class _Stream(io.TextIOWrapper):
@@ -113,8 +126,13 @@ class _Stream(io.TextIOWrapper):
         if stream is None:
             return cls(io.FileIO(os.devnull, "wb"), encoding="utf-8", errors="backslashreplace")
         raw = io.BufferedWriter(io.FileIO(descriptor, "wb", closefd=False))
-        return cls(raw, encoding=stream.encoding, errors="backslashreplace",
-                   line_buffering=stream.line_buffering, write_through=stream.write_through)
+        return cls(
+            raw,
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=bool(stream.line_buffering),
+            write_through=isinstance(stream, io.TextIOWrapper) and stream.write_through,
+        )
 
     def write(self, text: str) -> int:
         with self._explained():
@@ -131,7 +149,7 @@ class _Stream(io.TextIOWrapper):
             yield
         except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())         # takes what is still in the buffer
+            os.dup2(null, self.fileno())  # takes what is still in the buffer
             os.close(null)
             self._tell(error)
 
@@ -149,5 +167,7 @@ class _Output(_Stream):
     def _tell(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
             raise ReaderLeft from None
-        raise OutputRefused(f"standard output cannot be written ({error.strerror}), so what this command prints is lost; free some "
-                            "space, or send it elsewhere.") from None
+        raise OutputRefused(
+            f"standard output cannot be written ({error.strerror}), so what this command prints is lost; free some "
+            "space, or send it elsewhere."
+        ) from None

@@ -10,7 +10,7 @@ import signal
 import time
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-SAME_S = 2.0      # a launcher and a scheduler may both deliver one and the same request
+SAME_S = 2.0  # a launcher and a scheduler may both deliver one and the same request
 
 _name, _first = "", 0.0
 
@@ -36,4 +36,5 @@ def _note(number: int, _frame: object) -> None:
     if not _name:
         _name, _first = signal.Signals(number).name, time.monotonic()
     elif time.monotonic() - _first > SAME_S:
-        os._exit(128 + number)     # a checkpoint that is being written has not its name yet: the last one stays whole
+        # a checkpoint that is being written has not its name yet: the last one stays whole
+        os._exit(128 + number)

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 class Pacing:
     """What a rule asks for."""
 
-    mean_of: int = 1               # gradients that a step is the mean of; 0: one of each active worker, a round
-    backup: int = 0                # active workers that a round does not wait for; what they bring later is dropped
-    slack: float = math.inf        # steps that a worker may be ahead of the slowest active one
+    # gradients that a step is the mean of; 0: one of each active worker, a round
+    mean_of: int = 1
+    # active workers that a round does not wait for; what they bring later is dropped
+    backup: int = 0
+    slack: float = math.inf  # steps that a worker may be ahead of the slowest active one
     max_staleness: float = math.inf  # gradients of this staleness or more are dropped
 
     @property
@@ -25,8 +27,10 @@ class Pacing:
         return not self.mean_of or math.isfinite(self.max_staleness)
 
     def staleness(self, version: int, read_version: int) -> int:
-        """Of a gradient, in steps of the weights; a version counts gradients."""
-        return version // self.mean_of - read_version // self.mean_of if self.mean_of else 0
+        """Return the staleness of a gradient, in steps of the weights; a version counts gradients."""
+        if self.mean_of:
+            return version // self.mean_of - read_version // self.mean_of
+        return 0
 
 
 class StepBarrier:
@@ -36,14 +40,14 @@ class StepBarrier:
         self.pacing = pacing
         self.gathered = gathered
         self.held: set[int] = set()
-        self._began = version                       # the version that the round began with
-        self._delivered: set[int] = set()           # in this round
-        self._clocks = [0] * num_workers            # steps done
+        self._began = version  # the version that the round began with
+        self._delivered: set[int] = set()  # in this round
+        self._clocks = [0] * num_workers  # steps done
         self._active: set[int] = set()
 
     @property
     def is_free(self) -> bool:
-        """Whether nobody ever waits."""
+        """Return whether nobody ever waits."""
         return bool(self.pacing.mean_of) and math.isinf(self.pacing.slack)
 
     @property
@@ -52,14 +56,19 @@ class StepBarrier:
         return 0 if self.pacing.mean_of else self._began
 
     def is_late(self, version: int, read_version: int) -> bool:
-        """Whether a gradient is to be dropped."""
+        """Return whether a gradient is to be dropped."""
         return version - read_version >= self.pacing.max_staleness or read_version < self.oldest
 
-    def take(self, worker: int, version: int, active: Callable[[], Iterable[int]], is_last: bool) -> int:
+    def take(
+        self, worker: int, version: int, active: Callable[[], Iterable[int]], is_last: bool
+    ) -> int:
         """Count a gradient, which made `version`; how many a step is made of now, 0 if it waits for more."""
         self.gathered += 1
         self.pass_(worker)
-        due = self._round_is_complete(set(active())) if not self.pacing.mean_of else self.gathered == self.pacing.mean_of
+        if not self.pacing.mean_of:
+            due = self._round_is_complete(set(active()))
+        else:
+            due = self.gathered == self.pacing.mean_of
         if not due and not is_last:
             return 0
         gathered, self.gathered = self.gathered, 0
@@ -81,15 +90,22 @@ class StepBarrier:
         A round that is complete since a worker was lost begins again, on the same weights: its gradients count in the next.
         """
         active = set(active)
-        for worker in active - self._active:        # it does not have to make up for steps that it had no work for
+        # it does not have to make up for steps that it had no work for
+        for worker in active - self._active:
             others = [self._clocks[other] for other in active & self._active]
             self._clocks[worker] = max([self._clocks[worker], *([min(others)] if others else [])])
         self._active = active
         if self._delivered and self._round_is_complete(active):
             self._delivered.clear()
         slowest = min((self._clocks[worker] for worker in active), default=0)
-        held = {worker for worker, clock in enumerate(self._clocks)
-                if active and clock - slowest > self.pacing.slack or not self.pacing.mean_of and worker in self._delivered}
+        held = {
+            worker
+            for worker, clock in enumerate(self._clocks)
+            if active
+            and clock - slowest > self.pacing.slack
+            or not self.pacing.mean_of
+            and worker in self._delivered
+        }
         changed, self.held = held ^ self.held, held
         return changed
 

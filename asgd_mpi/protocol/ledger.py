@@ -21,7 +21,7 @@ from asgd_mpi.protocol.barrier import Pacing, StepBarrier
 from asgd_mpi.protocol.messages import Header, Lease, Mail, Orders, Score, Segment, Verdict, Work
 
 LEASES_AHEAD = 2  # one to work on, one for the loader to read ahead
-MAX_TRIES = 3     # of a range whose gradient is not finite; then it is given up, and counted
+MAX_TRIES = 3  # of a range whose gradient is not finite; then it is given up, and counted
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,28 @@ class Plan:
     """The run as numbers."""
 
     num_workers: int
-    num_samples: int          # of an epoch
+    num_samples: int  # of an epoch
     num_validation: int
-    total_samples: int        # of the run
+    total_samples: int  # of the run
     batch_size: int
     lease_batches: int
-    validate_every: float     # epochs
-    max_nonfinite: int = 3    # of a worker's gradients in a row, until it is retired
-    warm_start: int = 0       # samples that are lent to one worker alone
+    validate_every: float  # epochs
+    max_nonfinite: int = 3  # of a worker's gradients in a row, until it is retired
+    warm_start: int = 0  # samples that are lent to one worker alone
     pacing: Pacing = Pacing()
-    lease_pushes: int = 0     # a lease holds as much as so many pushes like its worker's last one, if that is more
-    moves_own: bool = False   # workers keep weights of their own from one push to the next (an elastic rule)
-    smallest: int = 1         # images of a batch: no lease leaves less of an epoch
+    # a lease holds as much as so many pushes like its worker's last one, if that is more
+    lease_pushes: int = 0
+    # workers keep weights of their own from one push to the next (an elastic rule)
+    moves_own: bool = False
+    smallest: int = 1  # images of a batch: no lease leaves less of an epoch
+    metrics: tuple[str, ...] = ()  # that validations measure; none for image classification
+    maximize: bool = False  # the first of them is to be high in the best version
+    signed_loss: bool = False  # losses may be negative
+    keeps_reads: bool = False  # the server keeps the snapshot that each worker computes on
+
+    @property
+    def last_epoch(self) -> int:
+        return max(0, self.total_samples - 1) // self.num_samples
 
 
 class LedgerError(RuntimeError):
@@ -52,23 +62,27 @@ class _Account:
     """What the ledger knows of one worker."""
 
     judged: int = 0
-    made: int = 0             # the version after its last judged packet
-    read: int = 0             # the version that packet was computed on
-    begun: int = 0            # the version at which it began, or began anew: it has read none before
-    lent: int = 0             # leases so far
-    cursor: int = 0           # of the first lease: what is delivered of it
-    pushed: int = 0           # samples of the last gradient
+    made: int = 0  # the version after its last judged packet
+    read: int = 0  # the version that packet was computed on
+    # the version at which it began, or began anew: it has read none before
+    begun: int = 0
+    kept: int = -1  # the snapshot that the server keeps as what it computes on; -1: none
+    lent: int = 0  # leases so far
+    cursor: int = 0  # of the first lease: what is delivered of it
+    pushed: int = 0  # samples of the last gradient
     leases: deque[Lease] = field(default_factory=deque)
     dropped: int = 0
     refused: int = 0
-    nonfinite: int = 0        # in a row
-    is_member: bool = True    # lent to
-    may_return: bool = True   # a retired worker is a member again with its next packet
-    is_gone: bool = False     # has said goodbye, or its process is dead
+    nonfinite: int = 0  # in a row
+    is_member: bool = True  # lent to
+    may_return: bool = True  # a retired worker is a member again with its next packet
+    is_gone: bool = False  # has said goodbye, or its process is dead
 
     def undelivered(self) -> list[tuple[Work, Segment]]:
-        return [(lease.work, Segment(lease.epoch, lease.start if number else self.cursor, lease.stop))
-                for number, lease in enumerate(self.leases)]
+        return [
+            (lease.work, Segment(lease.epoch, lease.start if number else self.cursor, lease.stop))
+            for number, lease in enumerate(self.leases)
+        ]
 
 
 class Ledger:
@@ -77,34 +91,45 @@ class Ledger:
     def __init__(self, plan: Plan, lr_at: Callable[[int, int], float], state: dict | None = None):
         self.plan = plan
         self.version = 0
-        self.samples = 0                                    # applied
+        self.samples = 0  # applied
+        self.steps = 0  # of the weights, since the optimizer's state was zero
         self.best: Score | None = None
-        self.save = 0                                       # the latest checkpoint asked for
+        self.save = 0  # the latest checkpoint asked for
         self.given_up: list[Segment] = []
         self._lr_at = lr_at
-        self._lent = 0                                      # samples lent for the first time, over all epochs
-        self._returned: deque[tuple[Work, Segment]] = deque()   # to be lent before anything new,
-        self._later: deque[Segment] = deque()               # ... and at the end of an epoch
-        self._tries: Counter[Segment] = Counter()           # of those
-        self._validations_due = 0                           # not yet lent
+        # samples lent for the first time, over all epochs
+        self._lent = 0
+        self._returned: deque[tuple[Work, Segment]] = deque()  # to be lent before anything new,
+        self._later: deque[Segment] = deque()  # ... and at the end of an epoch
+        self._tries: Counter[Segment] = Counter()  # of those
+        self._validations_due = 0  # not yet lent
         self._final_lent = False
-        self._partial: list[Header] = []                    # of the final validation
+        self._partial: list[Header] = []  # of the final validation
         self._is_leaving = False
-        self._news: set[int] = set(range(plan.num_workers)) # workers whose mail has changed
+        self._news: set[int] = set(range(plan.num_workers))  # workers whose mail has changed
         self._accounts = [_Account() for _ in range(plan.num_workers)]
         if state:
             self._restore(state)
-        self._pace = StepBarrier(plan.pacing, plan.num_workers, self.version, state.get("gathered", 0) if state else 0)
+        self._pace = StepBarrier(
+            plan.pacing, plan.num_workers, self.version, state.get("gathered", 0) if state else 0
+        )
         self._lend_to_all()
         self._keep_pace()
 
     @property
     def trained(self) -> bool:
-        return self.samples + sum(segment.stop - segment.start for segment in self.given_up) == self.plan.total_samples
+        return (
+            self.samples + sum(segment.stop - segment.start for segment in self.given_up)
+            == self.plan.total_samples
+        )
 
     @property
     def finished(self) -> bool:
-        return self._final_lent and not self._returned and not any(account.leases for account in self._accounts)
+        return (
+            self._final_lent
+            and not self._returned
+            and not any(account.leases for account in self._accounts)
+        )
 
     @property
     def members(self) -> list[int]:
@@ -129,12 +154,20 @@ class Ledger:
     @property
     def oldest_validated(self) -> int:
         """The oldest version that a validation which is lent may be of; the present one if none is."""
-        return min((account.read for account in self._accounts
-                    if any(lease.work != Work.TRAIN for lease in account.leases)), default=self.version)
+        return min(
+            (
+                account.read
+                for account in self._accounts
+                if any(lease.work != Work.TRAIN for lease in account.leases)
+            ),
+            default=self.version,
+        )
 
     def judge(self, header: Header) -> Verdict:
         """Take a gradient into account. Raises LedgerError if it cannot be one of this run's."""
-        self._demand_possible(header, "" if math.isfinite(header.loss) else "its loss is not finite")
+        self._demand_possible(
+            header, "" if math.isfinite(header.loss) else "its loss is not finite"
+        )
         segments = self._settle(header, {Work.TRAIN})
         version, samples, account = self.version, self.samples, self._accounts[header.worker]
         rate = self._lr_at(samples, 0)
@@ -148,18 +181,35 @@ class Ledger:
             self.samples += header.count
         account.made, account.pushed = self.version, header.count
         account.nonfinite = 0
-        if self._epochs_validated(self.samples) > self._epochs_validated(samples) and not self.trained:
+        if (
+            self._epochs_validated(self.samples) > self._epochs_validated(samples)
+            and not self.trained
+            and self.plan.num_validation
+        ):
             self._validations_due = 1
         self._relend(header.worker)
         if samples < self.plan.warm_start <= self.samples:
             self._lend_to_all()
         if not dropped:
             mean_of = self._pace.take(header.worker, self.version, self._active, self.trained)
+            self.steps += mean_of > 0
         if mean_of and self.plan.pacing.backup:
-            self._news.update(self.members)                 # who is late begins the next step
+            self._news.update(self.members)  # who is late begins the next step
         self._keep_pace()
-        return Verdict(lr, version, version - header.read_version, header.worker, segments, rate, mean_of, dropped,
-                       header.scale)
+        return Verdict(
+            lr,
+            version,
+            version - header.read_version,
+            header.worker,
+            segments,
+            rate,
+            mean_of,
+            dropped,
+            header.scale,
+            self.steps,
+            samples,
+            header.count,
+        )
 
     def tally(self, header: Header) -> Score | None:
         """Take a validated range into account; the score, once it is whole. Raises LedgerError."""
@@ -168,14 +218,23 @@ class Ledger:
         self._accounts[header.worker].made = self.version
         self._relend(header.worker)
         self._keep_pace()
+        score: Score | None = None
         if work == Work.VALIDATE:
-            score = _score([header], final=False)
+            score = _score(self.plan, [header], final=False)
         else:
             self._partial.append(header)
-            score = _score(self._partial, final=True) if self.finished else None
-        if score and math.isfinite(score.loss) and (self.best is None or score.top1_error < self.best.top1_error):
+            if self.finished:
+                score = _score(self.plan, self._partial, final=True)
+        if score and self._is_better(score):
             self.best = score
         return score
+
+    def _is_better(self, score: Score) -> bool:
+        """Return whether a score is better than the best so far; one with a loss that is not finite never is."""
+        error = score.error(self.plan.maximize)
+        if not math.isfinite(error) or not (score.metrics or math.isfinite(score.loss)):
+            return False
+        return self.best is None or error < self.best.error(self.plan.maximize)
 
     def refuse(self, header: Header) -> list[Segment]:
         """Take a gradient that is not finite into account: its range is lent again at the end of the epoch.
@@ -192,7 +251,8 @@ class Ledger:
                 given_up.append(segment)
         self.given_up += given_up
         account = self._accounts[header.worker]
-        account.made = account.begun = self.version         # own weights would be spoilt: it begins anew
+        # own weights would be spoilt: it begins anew
+        account.made = account.begun = self.version
         account.nonfinite += 1
         self._relend(header.worker)
         self._pace.pass_(header.worker)
@@ -207,10 +267,13 @@ class Ledger:
         Raises LedgerError.
         """
         if not self._pace.is_late(self.version, header.read_version):
-            raise LedgerError(f"version {self.version}: a gradient was left that could still count; packet {header}")
+            raise LedgerError(
+                f"version {self.version}: a gradient was left that could still count; packet {header}"
+            )
         segments = self._settle(header, {Work.TRAIN})
         self._accounts[header.worker].made = self.version
-        self._relend(header.worker)                         # something else, if there is anything: it may be the slowest
+        # something else, if there is anything: it may be the slowest
+        self._relend(header.worker)
         self._returned.extend((Work.TRAIN, segment) for segment in segments)
         self._lend_to_all()
         self._keep_pace()
@@ -222,6 +285,15 @@ class Ledger:
         account.judged = header.packet
         account.made = self.version
         self._news.add(header.worker)
+
+    def keep(self, header: Header, is_there: bool) -> None:
+        """Take note of the snapshot that a worker computes on, which is kept if it `is_there` still. Raises LedgerError."""
+        self._demand_possible(
+            header, "" if self.plan.keeps_reads else "nobody keeps what workers read"
+        )
+        self.acknowledge(header)
+        if is_there:
+            self._accounts[header.worker].kept = header.read_version
 
     def retire(self, worker: int, for_good: bool, is_gone: bool = False) -> int:
         """Lend to this worker no more; what it held goes back. Returns the positions that it held."""
@@ -250,6 +322,7 @@ class Ledger:
         account.dropped += 1
         if account.may_return:
             account.read = account.begun = self.version
+            account.kept = -1
         account.is_member = account.may_return
         self._lend_to_all()
         self._keep_pace()
@@ -264,8 +337,10 @@ class Ledger:
     def goodbye(self, header: Header) -> None:
         """Let a worker go. Raises LedgerError if nobody has sent it home: it is still waited for, and goes on working."""
         if not (self.finished or self._is_leaving):
-            raise LedgerError(f"version {self.version}: a goodbye, though the run goes on; packet {header}; "
-                              f"outstanding: {self.outstanding()}")
+            raise LedgerError(
+                f"version {self.version}: a goodbye, though the run goes on; packet {header}; "
+                f"outstanding: {self.outstanding()}"
+            )
         self.acknowledge(header)
         self._accounts[header.worker].is_gone = True
 
@@ -285,53 +360,128 @@ class Ledger:
         news, self._news = self._news, set()
         for worker in sorted(news if not self.finished else range(self.plan.num_workers)):
             account = self._accounts[worker]
-            orders = (Orders.STOP if self.finished else Orders.LEAVE if self._is_leaving
-                      else Orders.GO_ON if account.is_member else Orders.REPORT if account.may_return else Orders.REST)
-            yield worker, Mail(account.judged, account.made, orders, account.dropped, self.save,
-                               self.best.version if self.best else 0, account.refused, worker in self._pace.held,
-                               tuple(account.leases), self._pace.oldest)
+            if self.finished:
+                orders = Orders.STOP
+            elif self._is_leaving:
+                orders = Orders.LEAVE
+            elif account.is_member:
+                orders = Orders.GO_ON
+            elif account.may_return:
+                orders = Orders.REPORT
+            else:
+                orders = Orders.REST
+            yield (
+                worker,
+                Mail(
+                    account.judged,
+                    account.made,
+                    orders,
+                    account.dropped,
+                    self.save,
+                    self.best.version if self.best else -1,
+                    account.refused,
+                    worker in self._pace.held,
+                    tuple(account.leases),
+                    self._pace.oldest,
+                    account.kept,
+                ),
+            )
 
     def outstanding(self) -> str:
         """Who holds what, for a message: `worker 0 (rank 1): lease 3, epoch 1 [64, 128), 0 of 64 delivered`."""
-        return "; ".join(
-            f"worker {worker} (rank {worker + 1}): lease {lease.number}, epoch {lease.epoch} "
-            f"[{lease.start}, {lease.stop}), {account.cursor - lease.start} of {lease.stop - lease.start} delivered"
-            for worker, account in enumerate(self._accounts) for lease in list(account.leases)[:1]) or "nobody"
+        return (
+            "; ".join(
+                f"worker {worker} (rank {worker + 1}): lease {lease.number}, epoch {lease.epoch} "
+                f"[{lease.start}, {lease.stop}), {account.cursor - lease.start} of {lease.stop - lease.start} delivered"
+                for worker, account in enumerate(self._accounts)
+                for lease in list(account.leases)[:1]
+            )
+            or "nobody"
+        )
 
     def state(self) -> dict:
-        """What another ledger needs to go on from here, as JSON: what is lent and not delivered is to be lent again."""
+        """Return what another ledger needs to go on from here, as JSON: what is lent and not delivered is to be lent again."""
         held = [account.undelivered() for account in self._accounts]
-        by_turn = [leases[turn] for turn in range(LEASES_AHEAD) for leases in held if turn < len(leases)]
-        todo = [(int(work), segment.epoch, segment.start, segment.stop)
-                for work, segment in [*by_turn, *self._returned] if work != Work.FINAL]    # that one begins again
+        by_turn = [
+            leases[turn] for turn in range(LEASES_AHEAD) for leases in held if turn < len(leases)
+        ]
+        todo = [
+            (int(work), segment.epoch, segment.start, segment.stop)
+            # that one begins again
+            for work, segment in [*by_turn, *self._returned]
+            if work != Work.FINAL
+        ]
         return {
-            "version": self.version, "samples": self.samples, "lent": self._lent, "todo": todo,
-            "later": [(part.epoch, part.start, part.stop, self._tries[part]) for part in self._later],
+            "version": self.version,
+            "samples": self.samples,
+            "steps": self.steps,
+            "lent": self._lent,
+            "todo": todo,
+            "later": [
+                (part.epoch, part.start, part.stop, self._tries[part]) for part in self._later
+            ],
             "given_up": [(part.epoch, part.start, part.stop) for part in self.given_up],
-            "validations_due": self._validations_due, "finished": self.finished, "gathered": self._pace.gathered,
-            "best": None if self.best is None else [
-                self.best.version, self.best.num_images, self.best.loss, self.best.top1_error, self.best.top5_error]}
+            "validations_due": self._validations_due,
+            "finished": self.finished,
+            "gathered": self._pace.gathered,
+            "best": None
+            if self.best is None
+            else [
+                self.best.version,
+                self.best.num_images,
+                self.best.loss,
+                self.best.top1_error,
+                self.best.top5_error,
+            ],
+            "best_metrics": self.best.finite_metrics if self.best else {},
+        }
 
     def _restore(self, state: dict) -> None:
         self.version, self.samples, self._lent = state["version"], state["samples"], state["lent"]
+        # not told by a run of before Adam, whose optimizers do not count them
+        self.steps = state.get("steps", 0)
         self._returned.extend((Work(work), Segment(*segment)) for work, *segment in state["todo"])
         for *segment, tries in state["later"]:
             self._later.append(Segment(*segment))
             self._tries[Segment(*segment)] = tries
         self.given_up = [Segment(*segment) for segment in state["given_up"]]
         self._validations_due = state["validations_due"]
-        self.best = Score(*state["best"], final=False) if state["best"] else None
-        waiting = [segment for work, segment in self._returned if work == Work.TRAIN] + [*self._later, *self.given_up]
+        if state["best"]:
+            version, num_images, loss, top1_error, top5_error = state["best"]
+            metrics = state.get("best_metrics", {})
+            self.best = Score(
+                version, num_images, loss, top1_error, top5_error, final=False, metrics=metrics
+            )
+        waiting = [segment for work, segment in self._returned if work == Work.TRAIN] + [
+            *self._later,
+            *self.given_up,
+        ]
+        held = [(part, self.plan.num_samples) for part in waiting]
+        held += [
+            (part, self.plan.num_validation)
+            for work, part in self._returned
+            if work == Work.VALIDATE
+        ]
+        for part, length in held:
+            if not (
+                0 <= part.start < part.stop <= length and 0 <= part.epoch <= self.plan.last_epoch
+            ):
+                raise LedgerError(
+                    f"the saved ledger holds positions [{part.start}, {part.stop}) of epoch {part.epoch}, and this run has "
+                    f"{length} to epoch {self.plan.last_epoch}"
+                )
         claimed = self.samples + sum(segment.stop - segment.start for segment in waiting)
         if claimed != self._lent or self._lent > self.plan.total_samples:
             raise LedgerError(
                 f"the saved ledger does not add up: {self.samples} samples applied, {claimed - self.samples} to do again, "
-                f"{self._lent} lent in all, {self.plan.total_samples} in this run")
+                f"{self._lent} lent in all, {self.plan.total_samples} in this run"
+            )
         for account in self._accounts:
             account.read = account.made = account.begun = self.version
 
     def _settle(self, header: Header, works: set[Work]) -> tuple[Segment, ...]:
         """Check a packet against what its worker was lent and move the worker's cursor; returns what it covers."""
+
         def demand(holds: bool, claim: str) -> None:
             self._demand_possible(header, "" if holds else claim)
 
@@ -341,12 +491,30 @@ class Ledger:
         demand(header.lease == lease.number, f"the worker works on lease {lease.number}")
         demand(header.start == account.cursor, f"position {account.cursor} of the lease is due")
         if Work.TRAIN in works:
-            self._demand_possible(header, claims.of_gradient(header, self.plan.moves_own))
-            demand(not self.plan.moves_own or header.base >= account.begun, f"the worker began at version {account.begun}")
+            self._demand_possible(
+                header, claims.of_gradient(header, self.plan.moves_own, self.plan.signed_loss)
+            )
+            demand(
+                not self.plan.keeps_reads or header.read_version == account.kept,
+                f"version {account.kept} is kept as what the worker computes on",
+            )
+            demand(
+                not self.plan.moves_own or header.base >= account.begun,
+                f"the worker began at version {account.begun}",
+            )
         else:
-            self._demand_possible(header, claims.of_validation(header, lease.work == Work.FINAL))
-            demand(header.count == lease.stop - lease.start, f"all of [{lease.start}, {lease.stop}) is to be validated")
-            demand(lease.work != Work.FINAL or header.read_version == self.version, "the last version is to be validated")
+            self._demand_possible(
+                header,
+                claims.of_validation(header, lease.work == Work.FINAL, len(self.plan.metrics)),
+            )
+            demand(
+                header.count == lease.stop - lease.start,
+                f"all of [{lease.start}, {lease.stop}) is to be validated",
+            )
+            demand(
+                lease.work != Work.FINAL or header.read_version == self.version,
+                "the last version is to be validated",
+            )
 
         segments, left, at = [], header.count, account.cursor
         for position, lease in enumerate(account.leases):
@@ -371,15 +539,21 @@ class Ledger:
             self._demand_possible(header, "there is no such worker")
         account = self._accounts[header.worker]
         due, oldest = account.judged + 1, account.read if covers_range else 0
-        self._demand_possible(header, "" if header.packet == due else f"packet {due} of this worker is due")
-        self._demand_possible(header, "" if oldest <= header.read_version <= self.version else
-                              f"the worker may have read a version from {oldest} to {self.version}")
+        self._demand_possible(
+            header, "" if header.packet == due else f"packet {due} of this worker is due"
+        )
+        contradiction = ""
+        if not oldest <= header.read_version <= self.version:
+            contradiction = f"the worker may have read a version from {oldest} to {self.version}"
+        self._demand_possible(header, contradiction)
         return account
 
     def _demand_possible(self, header: Header, contradiction: str) -> None:
         """Raise LedgerError if there is a contradiction."""
         if contradiction:
-            raise LedgerError(f"version {self.version}: {contradiction}; packet {header}; outstanding: {self.outstanding()}")
+            raise LedgerError(
+                f"version {self.version}: {contradiction}; packet {header}; outstanding: {self.outstanding()}"
+            )
 
     def _relend(self, worker: int) -> None:
         """Replace the leases that the worker has done with."""
@@ -391,7 +565,7 @@ class Ledger:
         while len(account.leases) < LEASES_AHEAD and self._lend(worker):
             pass
         if self._returned or self._later:
-            self._lend_to_all()                             # others may be idle
+            self._lend_to_all()  # others may be idle
         self._lend_final_if_due()
 
     def _lend_to_all(self) -> None:
@@ -413,7 +587,9 @@ class Ledger:
         elif self._validations_due and plan.num_validation:
             self._validations_due = 0
             self._grant(worker, Work.VALIDATE, Segment(0, 0, plan.num_validation))
-        elif self._later and (self._lent % plan.num_samples == 0 or self._lent == plan.total_samples):
+        elif self._later and (
+            self._lent % plan.num_samples == 0 or self._lent == plan.total_samples
+        ):
             self._grant(worker, Work.TRAIN, self._later.popleft())
         elif self._lent < plan.total_samples:
             epoch, start = divmod(self._lent, plan.num_samples)
@@ -435,10 +611,17 @@ class Ledger:
 
     def _lend_final_if_due(self) -> None:
         """Share the validation split out among all members: nobody pushes any more, so all read the last version."""
-        if not self.trained or self._final_lent or self._is_leaving or self.in_debt or not self.members:
+        if (
+            not self.trained
+            or self._final_lent
+            or self._is_leaving
+            or self.in_debt
+            or not self.members
+        ):
             return
         self._final_lent = True
-        self._returned.clear()                              # a validation on the way that nobody has begun
+        # a validation on the way that nobody has begun
+        self._returned.clear()
         count, members = self.plan.num_validation, self.members
         for turn, worker in enumerate(members):
             start, stop = turn * count // len(members), (turn + 1) * count // len(members)
@@ -454,9 +637,12 @@ class Ledger:
         self._news.add(worker)
 
     def _active(self) -> list[int]:
-        """The members that have something to train."""
-        return [worker for worker, account in enumerate(self._accounts)
-                if account.is_member and account.leases and account.leases[0].work == Work.TRAIN]
+        """Return the members that have something to train."""
+        return [
+            worker
+            for worker, account in enumerate(self._accounts)
+            if account.is_member and account.leases and account.leases[0].work == Work.TRAIN
+        ]
 
     def _keep_pace(self) -> None:
         """Tell those that are to wait from now on, and those that need not any more."""
@@ -467,11 +653,25 @@ class Ledger:
         return int(samples / (self.plan.num_samples * self.plan.validate_every))
 
 
-def _score(parts: list[Header], final: bool) -> Score:
+def _score(plan: Plan, parts: list[Header], final: bool) -> Score:
     """Sum up the parts; images left out as damaged do not count."""
     seen = max(1, sum(part.count - part.skipped for part in parts))
+    loss = sum(part.loss for part in parts) / seen
+    if plan.metrics:
+        sums = [sum(numbers) for numbers in zip(*(part.metrics for part in parts))]
+        metrics = {
+            name: total / weight if weight else math.nan
+            for name, total, weight in zip(plan.metrics, sums[::2], sums[1::2])
+        }
+        loss = metrics.get("loss", math.nan)
+        return Score(parts[0].read_version, seen, loss, None, None, final, metrics=metrics)
     was_tried = all(part.stored_top1 >= 0 for part in parts)
-    return Score(version=parts[0].read_version, num_images=seen, loss=sum(part.loss for part in parts) / seen,
-                 top1_error=1 - sum(part.top1 for part in parts) / seen,
-                 top5_error=1 - sum(part.top5 for part in parts) / seen, final=final,
-                 stored_top1_error=1 - sum(part.stored_top1 for part in parts) / seen if was_tried else None)
+    return Score(
+        version=parts[0].read_version,
+        num_images=seen,
+        loss=loss,
+        top1_error=1 - sum(part.top1 for part in parts) / seen,
+        top5_error=1 - sum(part.top5 for part in parts) / seen,
+        final=final,
+        stored_top1_error=1 - sum(part.stored_top1 for part in parts) / seen if was_tried else None,
+    )

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 from asgd_mpi.protocol.ledger import Ledger, LedgerError
 
-LOOK = 1024      # versions, between two looks at which of them are still validated
+LOOK = 1024  # versions, between two looks at which of them are still validated
 
 
 class Made(NamedTuple):
-    samples: int     # applied up to this version, over all starts
-    t: float         # when it was published; of the version that a start goes on from: when the start began
+    samples: int  # applied up to this version, over all starts
+    # when it was published; of the version that a start goes on from: when the start began
+    t: float
 
 
 class Versions:
@@ -31,13 +32,17 @@ class Versions:
         """Note the next version, which a push of so many samples has made."""
         self._made.append(Made(self._made[-1].samples + positions, t))
         if len(self._made) % LOOK == 0:
-            while self._first < min(self._ledger.oldest_validated, self._first + len(self._made) - 1):
+            while self._first < min(
+                self._ledger.oldest_validated, self._first + len(self._made) - 1
+            ):
                 self._made.popleft()
                 self._first += 1
 
     def of(self, version: int) -> Made:
         """Raises LedgerError if no validation can be of that version."""
         if not self._first <= version < self._first + len(self._made):
-            raise LedgerError(f"a validation of version {version}: those that may be validated now are {self._first} to "
-                              f"{self._first + len(self._made) - 1}")
+            raise LedgerError(
+                f"a validation of version {version}: those that may be validated now are {self._first} to "
+                f"{self._first + len(self._made) - 1}"
+            )
         return self._made[version - self._first]

@@ -28,15 +28,26 @@ from asgd_mpi.record.events import (
     Retirement,
     Start,
     Validation,
+    written_at,
 )
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.timeline import Bins
 from asgd_mpi.untrusted.plausible import MAX_EPOCHS, MAX_WORKERS
 
-COUNTERS = ("images", "pushes", "fetches", "followed", "torn_reads", "skipped_images", "bytes_pushed", "bytes_fetched",
-            "refused_pushes", "read_retries")
-LARGEST = 1e15        # of any number in a line: seconds, samples, bytes
-MAX_NOTES = 50        # kept; the rest is counted
+COUNTERS = (
+    "images",
+    "pushes",
+    "fetches",
+    "followed",
+    "torn_reads",
+    "skipped_images",
+    "bytes_pushed",
+    "bytes_fetched",
+    "refused_pushes",
+    "read_retries",
+)
+LARGEST = 1e15  # of any number in a line: seconds, samples, bytes
+MAX_NOTES = 50  # kept; the rest is counted
 Status = Literal["finished", "failed", "left", "unfinished"]
 
 
@@ -45,19 +56,21 @@ class Rank(msgspec.Struct):
 
     rank: int
     role: str
-    starts: list[int] = []                     # 0 for the first
+    starts: list[int] = []  # 0 for the first
     host: str = "unknown"
     device: str = "unknown"
     status: Status = "unfinished"
     reason: str = ""
-    ended: float | None = None                 # Unix seconds of the End event of the latest of these starts,
-    last_t: float | None = None                # ... and of the last thing it wrote
+    # Unix seconds of the End event of the latest of these starts,
+    ended: float | None = None
+    last_t: float | None = None  # ... and of the last thing it wrote
     num_threads: int = 1
-    seconds: float = 0.0                       # covered by intervals
-    phases: dict[str, float] = msgspec.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # seconds
-    hidden: float = 0.0                        # seconds of push and fetch behind the computation
-    passes: float = 0.0                        # seconds, as in Interval,
-    pipelined: float = 0.0                     # ... likewise
+    seconds: float = 0.0  # covered by intervals
+    # seconds
+    phases: dict[str, float] = msgspec.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    hidden: float = 0.0  # seconds of push and fetch behind the computation
+    passes: float = 0.0  # seconds, as in Interval,
+    pipelined: float = 0.0  # ... likewise
     counts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
 
@@ -65,7 +78,7 @@ class Epoch(msgspec.Struct):
     epoch: int
     pushes: int = 0
     images: int = 0
-    mean_loss: float | None = None             # training loss, every image weighing the same
+    mean_loss: float | None = None  # training loss, every image weighing the same
 
 
 class GpuUse(msgspec.Struct):
@@ -73,12 +86,13 @@ class GpuUse(msgspec.Struct):
 
     id: str
     host: str
-    ranks: list[int] = []                      # that drive it
+    ranks: list[int] = []  # that drive it
     readings: int = 0
-    utilisation: float | None = None           # 0..1, mean
-    memory_bytes: int | None = None            # the most that was in use,
-    memory_total: int | None = None            # ... of so much
-    energy_j: float | None = None              # between the first and the last reading of each start
+    utilisation: float | None = None  # 0..1, mean
+    memory_bytes: int | None = None  # the most that was in use,
+    memory_total: int | None = None  # ... of so much
+    # between the first and the last reading of each start
+    energy_j: float | None = None
 
 
 class RankNote(msgspec.Struct):
@@ -104,28 +118,44 @@ class Lines:
                 else:
                     yield item
         except (OSError, UnicodeError) as error:
-            self.problems.append(f"{name} cannot be read to its end ({type(error).__name__}); the rest is left out.")
+            self.problems.append(
+                f"{name} cannot be read to its end ({type(error).__name__}); the rest is left out."
+            )
         if unreadable:
             self.unreadable[name] = unreadable
-            self.problems.append(f"{name}: {unreadable} unreadable line{'s' * (unreadable > 1)} left out "
-                                 "(cut off, damaged, or of a newer version).")
+            self.problems.append(
+                f"{name}: {unreadable} unreadable line{'s' * (unreadable > 1)} left out "
+                "(cut off, damaged, or of a newer version)."
+            )
 
 
 def _is_possible(item: Event | Push) -> bool:
-    """Whether the numbers of a line can be those of a run: a flipped bit may leave a line that reads well."""
-    numbers = [value for name, value in msgspec.structs.asdict(item).items()
-               if isinstance(value, (int, float)) and not (isinstance(item, Push) and name == "loss")]
+    """Return whether the numbers of a line can be those of a run: a flipped bit may leave a line that reads well."""
+    numbers = [
+        value
+        for name, value in msgspec.structs.asdict(item).items()
+        if isinstance(value, (int, float)) and not (isinstance(item, Push) and name == "loss")
+    ]
     if not all(-LARGEST < value < LARGEST for value in numbers):
         return False
     match item:
         case Push():
-            return math.isfinite(item.loss) and 0 <= item.worker < MAX_WORKERS and 0 <= item.skipped <= item.positions and 0 < item.scale <= 1
+            return (
+                math.isfinite(item.loss)
+                and 0 <= item.worker < MAX_WORKERS
+                and 0 <= item.skipped <= item.positions
+                and 0 < item.scale <= 1
+            )
         case Start():
-            return 0 < item.num_workers <= MAX_WORKERS and item.total_samples <= MAX_EPOCHS * max(1, item.num_samples)
+            return 0 < item.num_workers <= MAX_WORKERS and item.total_samples <= MAX_EPOCHS * max(
+                1, item.num_samples
+            )
         case Interval():
             return min(numbers) >= 0 and item.t1 >= item.t0
         case Cut():
-            return 1 < item.num_stages <= MAX_WORKERS and 0 < item.num_parts and 0 <= item.bubble < 1
+            return (
+                1 < item.num_stages <= MAX_WORKERS and 0 < item.num_parts and 0 <= item.bubble < 1
+            )
     return True
 
 
@@ -134,11 +164,21 @@ def joined(files: Iterable[Rank]) -> list[Rank]:
     found: dict[tuple[int, str], Rank] = {}
     for file in files:
         before = found.get((file.rank, file.role))
-        found[file.rank, file.role] = file if before is None else msgspec.structs.replace(
-            file, starts=[*before.starts, *file.starts],
-            **{name: getattr(before, name) + getattr(file, name) for name in ("seconds", "hidden", "passes", "pipelined")},
-            phases={phase: before.phases[phase] + file.phases[phase] for phase in PHASES},
-            counts={counter: before.counts[counter] + file.counts[counter] for counter in COUNTERS})
+        if before is None:
+            found[file.rank, file.role] = file
+        else:
+            found[file.rank, file.role] = msgspec.structs.replace(
+                file,
+                starts=[*before.starts, *file.starts],
+                **{
+                    name: getattr(before, name) + getattr(file, name)
+                    for name in ("seconds", "hidden", "passes", "pipelined")
+                },
+                phases={phase: before.phases[phase] + file.phases[phase] for phase in PHASES},
+                counts={
+                    counter: before.counts[counter] + file.counts[counter] for counter in COUNTERS
+                },
+            )
     return list(found.values())
 
 
@@ -147,22 +187,28 @@ class Metrics:
 
     def __init__(self, bins: Bins) -> None:
         self._bins = bins
-        self.files: list[Rank] = []                                    # each of one start
-        self.num_workers = self.num_samples = self.total_samples = 0   # samples: of an epoch, of the run
+        self.files: list[Rank] = []  # each of one start
+        # samples: of an epoch, of the run
+        self.num_workers = self.num_samples = 0
+        self._totals: dict[int, int] = {}  # start -> samples of the run, as it was asked for
+        self.unit = "images"
         self.num_parameters = 0
         self.reads_own_pushes = True
+        self.alone = False
         self.started = math.inf
         self.last_t = -math.inf
-        self.validations: list[tuple[int, Validation]] = []            # with the start of the run
+        self.validations: list[tuple[int, Validation]] = []  # with the start of the run
         self.checkpoints: list[Checkpoint] = []
-        self.cuts: dict[int, Cut] = {}                                 # by start
+        self.cuts: dict[int, Cut] = {}  # by start
         self.notes: list[RankNote] = []
         self.notes_left_out = 0
         self.retirements: list[Retirement] = []
-        self.refusals: Counter[str] = Counter()                         # reason -> pushes
-        self.given_up = 0                                               # positions left out of their epoch
+        self.refusals: Counter[str] = Counter()  # reason -> pushes
+        # positions left out of their epoch
+        self.given_up = 0
         self._gpus: dict[str, GpuUse] = {}
-        self._energy: dict[tuple[str, int], tuple[float, float]] = {}  # GPU, start -> lowest and highest count
+        # GPU, start -> lowest and highest count
+        self._energy: dict[tuple[str, int], tuple[float, float]] = {}
 
     @property
     def ranks(self) -> list[Rank]:
@@ -170,17 +216,26 @@ class Metrics:
         return joined(self.files)
 
     @property
+    def total_samples(self) -> int:
+        """Of the run, as its latest start was asked for: a resume may ask for more epochs, or fewer."""
+        return self._totals[max(self._totals)] if self._totals else 0
+
+    @property
     def gpus(self) -> list[GpuUse]:
         """Every GPU of which there is a reading; two ranks that share one count it once."""
         for use in self._gpus.values():
             spent = [high - low for (gpu, _), (low, high) in self._energy.items() if gpu == use.id]
-            use.energy_j = sum(spent) if spent else None
+            if spent:
+                use.energy_j = sum(spent)
         return sorted(self._gpus.values(), key=lambda use: use.ranks)
 
     def read(self, number: int, restart: int, events: Iterable[Event]) -> None:
         """Add up one metrics file: what a rank did in one start of the run."""
-        before = [file.role for file in self.files if file.rank == number]
-        rank, offset_s = Rank(number, before[-1] if before else "worker" if number else "server", [restart]), 0.0
+        role = "worker" if number else "server"
+        for file in self.files:
+            if file.rank == number:
+                role = file.role
+        rank, offset_s = Rank(number, role, [restart]), 0.0
         self.files.append(rank)
         for event in events:
             if isinstance(event, Start):
@@ -199,15 +254,23 @@ class Metrics:
             use.ranks = [*use.ranks, rank.rank]
         if reading.utilisation is not None:
             use.readings += 1
-            use.utilisation = (use.utilisation or 0.0) + (reading.utilisation - (use.utilisation or 0.0)) / use.readings
+            use.utilisation = (use.utilisation or 0.0) + (
+                reading.utilisation - (use.utilisation or 0.0)
+            ) / use.readings
         if reading.memory_bytes is not None:
-            use.memory_bytes, use.memory_total = max(use.memory_bytes or 0, reading.memory_bytes), reading.memory_total
+            use.memory_bytes, use.memory_total = (
+                max(use.memory_bytes or 0, reading.memory_bytes),
+                reading.memory_total,
+            )
         if reading.energy_j is not None:
             low, high = self._energy.get((reading.id, restart), (math.inf, -math.inf))
-            self._energy[reading.id, restart] = min(low, reading.energy_j), max(high, reading.energy_j)
+            self._energy[reading.id, restart] = (
+                min(low, reading.energy_j),
+                max(high, reading.energy_j),
+            )
 
     def _add(self, rank: Rank, event: Event, offset_s: float) -> None:
-        t = (event.t1 if isinstance(event, Interval) else event.t) + offset_s
+        t = written_at(event) + offset_s
         self.last_t = max(self.last_t, t)
         rank.last_t = t if rank.last_t is None else max(rank.last_t, t)
         match event:
@@ -229,7 +292,10 @@ class Metrics:
                 self.num_workers = max(self.num_workers, event.num_workers)
                 self.reads_own_pushes = self.reads_own_pushes and event.reads_own_pushes
                 self.num_samples = max(self.num_samples, event.num_samples)
-                self.total_samples = max(self.total_samples, event.total_samples)
+                self.unit = event.unit
+                self.alone = event.alone
+                start = rank.starts[-1]
+                self._totals[start] = max(self._totals.get(start, 0), event.total_samples)
             case Checkpoint():
                 self.checkpoints.append(event)
             case Note() if len(self.notes) < MAX_NOTES:
@@ -254,10 +320,17 @@ class Training:
         self.last: Push | None = None
         self.last_t = -math.inf
         self.positions = self.images = self.skipped = 0
-        self.scales: list[float] = [0, 0.0]                             # pushes that were scaled down, sum of their factors
-        self.staleness: Counter[int] = Counter()                        # staleness -> pushes
-        self.by_worker: dict[int, Counter[str]] = defaultdict(Counter)  # 0-based -> pushes, images, staleness
+        # pushes that were scaled down, sum of their factors
+        self.scales: list[float] = [0, 0.0]
+        self.staleness: Counter[int] = Counter()  # staleness -> pushes
+        # 0-based -> pushes, images, staleness
+        self.by_worker: dict[int, Counter[str]] = defaultdict(Counter)
         self.epochs: dict[int, Epoch] = {}
+
+    @property
+    def started(self) -> float | None:
+        """Unix seconds of the first push."""
+        return self.first.t if self.first else None
 
     def watch(self, pushes: Iterable[Push], also: Callable[[Push], None]) -> Iterator[Push]:
         """Add up the pushes on their way to somebody else."""

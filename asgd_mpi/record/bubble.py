@@ -20,25 +20,27 @@ class StageUse(msgspec.Struct):
     """One rank of a replica. The seconds add up to those that its intervals cover."""
 
     rank: int
-    worker: int                                # 0-based
+    worker: int  # 0-based
     stage: int
     host: str
     device: str
-    seconds: float                             # covered by intervals,
-    passes: float                              # ... forward and backward passes,
-    waits: float                               # ... for other stages while the replica computes a batch,
+    seconds: float  # covered by intervals,
+    passes: float  # ... forward and backward passes,
+    # ... for other stages while the replica computes a batch,
+    waits: float
     validate: float
-    rest: float                                # ... data, push, fetch; of a further stage also while its leader does those
+    # ... data, push, fetch; of a further stage also while its leader does those
+    rest: float
 
 
 class Pipelines(msgspec.Struct):
     """All replicas of a run."""
 
     num_stages: int
-    num_parts: int                             # micro-batches
+    num_parts: int  # micro-batches
     schedule: str
-    expected: float | None                     # bubble by the plan, 0..1
-    measured: float | None                     # ... and in the run, of all replicas together
+    expected: float | None  # bubble by the plan, 0..1
+    measured: float | None  # ... and in the run, of all replicas together
     stages: list[StageUse]
 
     @property
@@ -47,8 +49,10 @@ class Pipelines(msgspec.Struct):
         return self.schedule == "columns"
 
 
-def pipelines(cuts: Mapping[int, Cut], starts: Sequence[Restart], files: Sequence[Rank]) -> Pipelines | None:
-    """Of the latest start that cut its networks, and those that cut them alike, for as many workers; None if none did.
+def pipelines(
+    cuts: Mapping[int, Cut], starts: Sequence[Restart], files: Sequence[Rank]
+) -> Pipelines | None:
+    """Return the bubbles of the latest start that cut its networks, and those that cut them alike, for as many workers; None if none did.
 
     `cuts`: by start; `files`: what each rank did in each start.
     """
@@ -57,20 +61,40 @@ def pipelines(cuts: Mapping[int, Cut], starts: Sequence[Restart], files: Sequenc
         return None
     latest = max(workers)
     cut, num_workers = cuts[latest], workers[latest]
-    alike = {restart for restart, count in workers.items() if count == num_workers and _key(cuts[restart]) == _key(cut)}
-    ranks = {rank.rank: rank for rank in joined(file for file in files if alike.issuperset(file.starts))}
+    alike = {
+        restart
+        for restart, count in workers.items()
+        if count == num_workers and _key(cuts[restart]) == _key(cut)
+    }
+    ranks = {
+        rank.rank: rank for rank in joined(file for file in files if alike.issuperset(file.starts))
+    }
     uses = []
     for number in range(1, 1 + num_workers * cut.num_stages):
-        stage, worker = divmod(number - 1, num_workers)        # see topology
+        stage, worker = divmod(number - 1, num_workers)  # see topology
         rank, lead = ranks.get(number), ranks.get(worker + 1)
         if rank is None or lead is None:
             continue
         waits = min(max(0.0, lead.pipelined - rank.passes), max(0.0, rank.seconds - rank.passes))
         validate = min(rank.phases["validate"], max(0.0, rank.seconds - rank.passes - waits))
-        uses.append(StageUse(number, worker, stage, rank.host, rank.device, rank.seconds, rank.passes, waits, validate,
-                             max(0.0, rank.seconds - rank.passes - waits - validate)))
+        uses.append(
+            StageUse(
+                number,
+                worker,
+                stage,
+                rank.host,
+                rank.device,
+                rank.seconds,
+                rank.passes,
+                waits,
+                validate,
+                max(0.0, rank.seconds - rank.passes - waits - validate),
+            )
+        )
     whole = sum(ranks[use.worker + 1].pipelined for use in uses)
-    measured = 1 - sum(use.passes for use in uses) / whole if whole else None
+    measured = None
+    if whole:
+        measured = 1 - sum(use.passes for use in uses) / whole
     return Pipelines(cut.num_stages, cut.num_parts, cut.schedule, cut.bubble, measured, uses)
 
 

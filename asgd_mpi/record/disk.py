@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from asgd_mpi.errors import DiskRefuses, RunDirError
 
@@ -27,8 +27,10 @@ REMEDIES = {
 
 def unwritable(path: Path, error: OSError) -> DiskRefuses:
     """Return what to say when a file of a run cannot be written."""
-    remedy = REMEDIES.get(error.errno, "see what is wrong with that file system")
-    return DiskRefuses(f"cannot write {path}: {error.strerror or error}. What it is to hold cannot be done without: {remedy}.")
+    remedy = REMEDIES.get(error.errno or 0, "see what is wrong with that file system")
+    return DiskRefuses(
+        f"cannot write {path}: {error.strerror or error}. What it is to hold cannot be done without: {remedy}."
+    )
 
 
 def is_of_all(error: OSError) -> bool:
@@ -36,9 +38,15 @@ def is_of_all(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def open_own(path: Path, mode: str, **how: object) -> IO:
+def open_own(
+    path: Path,
+    mode: str,
+    buffering: int = -1,
+    encoding: str | None = None,
+    errors: str | None = None,
+) -> IO[Any]:
     """Open a file of a run to write it, as `open` does. Raises RunDirError for a link or what is no file, OSError."""
-    return open(path, mode, opener=_open_own, **how)
+    return open(path, mode, buffering, encoding, errors, opener=_open_own)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -46,15 +54,16 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:           # exclusively: what is there by now is not ours
+        # exclusively: what is there by now is not ours
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)                   # of a link the link itself
+        os.replace(temporary, path)  # of a link the link itself
     except OSError as error:
         try:
             temporary.unlink(missing_ok=True)
-        except OSError:                               # a file system that has become read-only
+        except OSError:  # a file system that has become read-only
             pass
         raise unwritable(path, error) from error
 
@@ -110,9 +119,11 @@ def linked(path: Path) -> RunDirError:
     else:
         what = "a hard link: the same file has another name"
         remedy = f"Give this one a copy of its own (cp {path.name} new && mv new {path.name})"
-    return RunDirError(f"{path} is {what}. A run writes through no link within its directory, so that one from elsewhere cannot have "
-                       f"it write over your files. {remedy}; to keep a run on another disk, let --run.dir be there, itself or "
-                       "by a link.")
+    return RunDirError(
+        f"{path} is {what}. A run writes through no link within its directory, so that one from elsewhere cannot have "
+        f"it write over your files. {remedy}; to keep a run on another disk, let --run.dir be there, itself or "
+        "by a link."
+    )
 
 
 def free_bytes(path: Path) -> int | None:
@@ -120,7 +131,9 @@ def free_bytes(path: Path) -> int | None:
     while True:
         try:
             found = os.statvfs(path)
-            return found.f_bavail * found.f_frsize if found.f_blocks else None
+            if found.f_blocks:
+                return found.f_bavail * found.f_frsize
+            return None
         except FileNotFoundError:
             if path == path.parent:
                 return None
@@ -140,7 +153,9 @@ def _open_own(path: str, flags: int) -> int:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise RunDirError(f"{path} is no regular file, so a run does not write to it: remove it.")
+            raise RunDirError(
+                f"{path} is no regular file, so a run does not write to it: remove it."
+            )
         if found.st_nlink > 1:
             raise linked(Path(path))
         if flags & os.O_TRUNC:

@@ -15,12 +15,13 @@ class Meter:
     """Times the phases of one rank; what no phase covers is idle. Any thread may `add`; one thread does the rest."""
 
     def __init__(self, log: EventLog, interval_s: float, spans: int = 0):
-        self.gauge: Gauge | None = None        # of the rank's GPU: read at the end of every interval
+        # of the rank's GPU: read at the end of every interval
+        self.gauge: Gauge | None = None
         self._log = log
         self._interval_s = interval_s
-        self.doing = "the start"               # a phase, for the watchdog,
+        self.doing = "the start"  # a phase, for the watchdog,
         self.last_progress = time.monotonic()  # ... and when something was last counted
-        self._spans_left = spans       # stretches of phases to write one by one
+        self._spans_left = spans  # stretches of phases to write one by one
         self._lock = threading.Lock()  # of the interval under way
         self._fresh()
 
@@ -42,7 +43,13 @@ class Meter:
             for name, amount in amounts.items():
                 setattr(self._now, name, getattr(self._now, name) + amount)
         if self._spans_left > 0:
-            self._write_spans({name: seconds for name, seconds in amounts.items() if name in PHASES and seconds > 0})
+            self._write_spans(
+                {
+                    name: seconds
+                    for name, seconds in amounts.items()
+                    if name in PHASES and seconds > 0
+                }
+            )
 
     def _write_spans(self, phases: dict[str, float]) -> None:
         """Write phases that have just ended, one after the other."""
@@ -63,11 +70,14 @@ class Meter:
             interval, elapsed = self._now, time.perf_counter() - self._started
             self._fresh()
         interval.t1 = interval.t0 + elapsed
-        interval.idle = max(0.0, elapsed - sum(getattr(interval, phase) for phase in PHASES if phase != "idle"))
+        interval.idle = max(
+            0.0, elapsed - sum(getattr(interval, phase) for phase in PHASES if phase != "idle")
+        )
         self._log.write(interval)
-        reading = self.gauge.read() if self.gauge else None
-        if reading:
-            self._log.write(reading)
+        if self.gauge:
+            reading = self.gauge.read()
+            if reading:
+                self._log.write(reading)
 
     def _fresh(self) -> None:
         self._started = time.perf_counter()

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -20,8 +20,23 @@ import msgspec
 from asgd_mpi.record import disk
 from asgd_mpi.record.events import EventLog, Note, sealed
 
-LOOK_S, MANY_BYTES = 1.0, 1 << 16        # lines are written so long after the first, or when there are so many
-PATIENCE_S = 10.0                        # from the first event that is refused until it is told
+# lines are written so long after the first, or when there are so many
+LOOK_S, MANY_BYTES = 1.0, 1 << 16
+PATIENCE_S = 10.0  # from the first event that is refused until it is told
+
+
+def to_all(
+    listeners: Sequence[Callable[[msgspec.Struct], None]],
+) -> Callable[[msgspec.Struct], None] | None:
+    """Return what gives an event to all listeners; None without any."""
+    if not listeners:
+        return None
+
+    def tell(event: msgspec.Struct) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
 
 
 class Metrics(EventLog):
@@ -30,19 +45,24 @@ class Metrics(EventLog):
     also: gets every event, too. tell: gets the error and one line about it, when the disk refuses events.
     """
 
-    def __init__(self, path: Path, also: Callable[[msgspec.Struct], None] | None = None,
-                 tell: Callable[[OSError, str], None] = lambda error, text: None):
+    def __init__(
+        self,
+        path: Path,
+        also: Callable[[msgspec.Struct], None] | None = None,
+        tell: Callable[[OSError, str], None] = lambda error, text: None,
+    ):
         self._path, self.also, self._tell = path, also, tell
         self._encode = msgspec.json.Encoder().encode
         self._lines: list[bytes] = []
         self._num_bytes, self._since, self._lock = 0, 0.0, threading.RLock()
         self.keep_free, self.num_lost = 0, 0
-        self._unsaid, self._first_lost = 0, 0.0        # events that no Note tells of yet, and when the first was due
+        # events that no Note tells of yet, and when the first was due
+        self._unsaid, self._first_lost = 0, 0.0
         self._is_torn = self._has_told = self._is_closed = False
-        self._error: OSError | None = None             # the first
-        self._file = None
+        self._error: OSError | None = None  # the first
+        self._out: IO[bytes] | None = None
         try:
-            self._file = self._opened()
+            self._out = self._opened()
         except OSError as error:
             self._lose(0, error)
 
@@ -50,7 +70,8 @@ class Metrics(EventLog):
         with self._lock:
             if self._is_closed:
                 raise ValueError(f"{self._path} is closed")
-            self._since = self._since if self._lines else time.monotonic()
+            if not self._lines:
+                self._since = time.monotonic()
             self._lines.append(sealed(self._encode(event)) + b"\n")
             self._num_bytes += len(self._lines[-1])
             if self.also:
@@ -72,9 +93,9 @@ class Metrics(EventLog):
         """Return when all that the disk takes is on it."""
         with self._lock:
             self.flush()
-            if self._file:
+            if self._out:
                 try:
-                    os.fsync(self._file.fileno())
+                    os.fsync(self._out.fileno())
                 except OSError as error:
                     self._lose(0, error)
 
@@ -83,36 +104,44 @@ class Metrics(EventLog):
             self.flush()
             if self._error and tells:
                 self._tell_once()
-            if self._file:
-                self._file.close()
+            if self._out:
+                self._out.close()
             self._is_closed = True
 
     def _note(self) -> list[bytes]:
-        """The line that tells what is missing before it, if anything is."""
-        text = (f"{self._unsaid} events of this rank are missing, the first {time.time() - self._first_lost:.0f} s ago: the disk "
-                "refused them")
-        return [sealed(self._encode(Note(time.time(), text))) + b"\n"] if self._unsaid else []
+        """Return the line that tells what is missing before it, if anything is."""
+        text = (
+            f"{self._unsaid} events of this rank are missing, the first {time.time() - self._first_lost:.0f} s ago: the disk "
+            "refused them"
+        )
+        if self._unsaid:
+            return [sealed(self._encode(Note(time.time(), text))) + b"\n"]
+        return []
 
     def _append(self, lines: list[bytes]) -> None:
         """Write lines, as far as there is room. Raises OSError: then none of them counts."""
-        free = disk.free_bytes(self._path.parent) if self.keep_free else None
-        if free is not None and free < self.keep_free:
-            raise OSError(errno.ENOSPC, "the space that is left is kept for checkpoints")
-        if self._file is None:
-            self._file = self._opened()
-        content = (b"\n" if self._is_torn else b"") + b"".join(lines)
+        if self.keep_free:
+            free = disk.free_bytes(self._path.parent)
+            if free is not None and free < self.keep_free:
+                raise OSError(errno.ENOSPC, "the space that is left is kept for checkpoints")
+        if self._out is None:
+            self._out = self._opened()
+        content = b"".join(lines)
+        if self._is_torn:
+            content = b"\n" + content
         written = 0
         while written < len(content):
-            written += self._file.write(content[written:])
-            self._is_torn = content[written - 1:written] != b"\n"
+            written += self._out.write(content[written:])
+            self._is_torn = content[written - 1 : written] != b"\n"
         self._unsaid = 0
 
-    def _opened(self) -> IO:
+    def _opened(self) -> IO[bytes]:
         disk.make_directory(self._path.parent)
         return disk.open_own(self._path, "ab", buffering=0)
 
     def _lose(self, count: int, error: OSError) -> None:
-        self._first_lost = self._first_lost if self._unsaid else time.time()
+        if not self._unsaid:
+            self._first_lost = time.time()
         self._error = self._error or error
         self.num_lost += count
         self._unsaid += count
@@ -120,7 +149,10 @@ class Metrics(EventLog):
             self._tell_once()
 
     def _tell_once(self) -> None:
-        if not self._has_told:
+        if self._error and not self._has_told:
             self._has_told = True
-            self._tell(self._error, f"cannot write {self._path}: {self._error.strerror}. The training goes on without {self.num_lost} events "
-                                    "so far; a Note there counts what is missing, if it can be written again")
+            self._tell(
+                self._error,
+                f"cannot write {self._path}: {self._error.strerror}. The training goes on without {self.num_lost} events "
+                "so far; a Note there counts what is missing, if it can be written again",
+            )

@@ -20,14 +20,22 @@ class Gauge:
         self._nvml, self._device, self._id = nvml, device, gpu_id
 
     def read(self) -> Gpu | None:
-        """What can be read now; None if nothing can."""
+        """Return what can be read now; None if nothing can."""
         nvml = self._nvml
         utilisation = self._try(lambda: nvml.nvmlDeviceGetUtilizationRates(self._device).gpu / 100)
         memory = self._try(lambda: nvml.nvmlDeviceGetMemoryInfo(self._device))
-        energy_j = self._try(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(self._device) / 1e3)      # it counts mJ
+        # it counts mJ
+        energy_j = self._try(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(self._device) / 1e3)
         if utilisation is memory is energy_j is None:
             return None
-        return Gpu(time.time(), self._id, utilisation, memory and memory.used, memory and memory.total, energy_j)
+        return Gpu(
+            time.time(),
+            self._id,
+            utilisation,
+            memory and memory.used,
+            memory and memory.total,
+            energy_j,
+        )
 
     def _try(self, read: Callable[[], Any]) -> Any:
         """A GPU, or a slice of one, may know some of it only."""
@@ -38,7 +46,7 @@ class Gauge:
 
 
 def open_gauge(gpu_id: str) -> Gauge | None:
-    """The gauge of the GPU with this UUID, `GPU-...` or `MIG-...`; None without the package, the driver or the GPU."""
+    """Return the gauge of the GPU with this UUID, `GPU-...` or `MIG-...`; None without the package, the driver or the GPU."""
     try:
         import pynvml
     except ImportError:

@@ -1,77 +1,171 @@
-"""The live line: images/s, loss, error, staleness, time left. A bar on a terminal, plain lines in a log file."""
+"""How far a task is: a bar where this process writes to a terminal itself, elsewhere whole lines every few seconds.
+
+Under mpirun a rank writes into a pipe, and whole lines are all that a launcher passes on: carriage returns would arrive together at
+the end, and stay in log files.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
-FIRST_LINE_S, LONGEST_S = 5.0, 60.0   # between plain lines: 5 s, then ever longer up to a minute
-REMEMBER = 0.05                       # weight of the newest push in the running means of loss and staleness
+# seconds between two lines: so many while somebody watches, else ever longer
+LINE_S, LONGEST_S, LONGER = 5.0, 60.0, 1.5
+# weight of the newest push in the running mean of the loss
+REMEMBER = 0.05
+
+Item = TypeVar("Item")
 
 
-def terminal_is_attached() -> bool:
-    """Whether a person is looking: under mpirun a rank writes into a pipe, and the launcher holds the terminal."""
-    if sys.stderr.isatty():
-        return True
+def is_watched() -> bool:
+    """Return whether the launcher of this process writes to a terminal."""
     try:
-        return str(Path(f"/proc/{os.getppid()}/fd/2").readlink()).startswith(("/dev/pts", "/dev/tty"))
+        return str(Path(f"/proc/{os.getppid()}/fd/2").readlink()).startswith(
+            ("/dev/pts", "/dev/tty")
+        )
     except OSError:
         return False
 
 
-class Progress:
-    """style: bar | lines | none | auto; `total` images, an epoch has `epoch_images`, `done` before this start."""
+def duration(seconds: float) -> str:
+    """Return a time that is left, in two units at most: `12 s`, `3 min 05 s`, `1 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02d} min"
+    if minutes:
+        return f"{minutes} min {rest:02d} s"
+    return f"{rest} s"
 
-    def __init__(self, style: str, total: int, epoch_images: int, done: int = 0):
+
+class Counter:
+    """Counts what is done of `total`; style: bar | lines | none | auto, a bar if `file` (standard error) is a terminal.
+
+    A task that is done before the first line is due prints none.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        label: str = "",
+        style: str = "auto",
+        done: int = 0,
+        file: TextIO | None = None,
+    ):
+        self.n, self.total, self._unit, self._label = done, total, unit, label
+        self.file = file or sys.stderr
         if style == "auto":
-            style = "bar" if terminal_is_attached() else "lines"
-        self._bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True, mininterval=0.2,
-                         file=sys.stderr if style == "bar" else open(os.devnull, "w"), disable=style == "none")
-        self._lines = style == "lines"
-        self._epoch_images = epoch_images
-        self._loss: float | None = None
-        self._staleness = 0.0
-        self._error = ""
-        self._next_line, self._pause = time.monotonic() + FIRST_LINE_S, FIRST_LINE_S
+            style = "bar" if sys.stderr.isatty() else "lines"
+        self.style, self.state = style, ""
+        self._bar = None
+        if style == "bar":
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc=label or None,
+                unit=f" {unit}",
+                unit_scale=True,
+                dynamic_ncols=True,
+                mininterval=0.2,
+            )
+        self._began = self._last = (time.monotonic(), done)
+        self._grows = not is_watched()
+        self._pause, self._next = LINE_S, self._began[0] + LINE_S
 
-    def push(self, images: int, loss: float, staleness: int) -> None:
-        """One applied push."""
-        if self._loss is None:
-            self._loss, self._staleness = loss, staleness
-        self._loss += REMEMBER * (loss - self._loss)
-        self._staleness += REMEMBER * (staleness - self._staleness)
-        self._bar.set_postfix_str(self._state(), refresh=False)
-        self._bar.update(images)
-        if self._lines and time.monotonic() >= self._next_line:
-            self._line()
+    def update(self, number: int = 1) -> None:
+        self.n += number
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.state, refresh=False)
+            self._bar.update(number)
+        elif self.style == "lines" and time.monotonic() >= self._next:
+            self.line()
 
-    def validated(self, top1_error: float, epoch: float) -> None:
-        """The score of a version has arrived, which had been made at `epoch`."""
-        self._error = f", accuracy {100 * (1 - top1_error):.2f} % at epoch {epoch:.1f}"
+    def line(self) -> None:
+        """Print a line now; its rate is that since the last one."""
+        now = time.monotonic()
+        rate = (self.n - self._last[1]) / max(1e-9, now - self._last[0])
+        mean = (self.n - self._began[1]) / max(1e-9, now - self._began[0])
+        share = self.n / self.total if self.total else 1.0
+        left = ""
+        if mean and self.n < self.total:
+            left = f", {duration((self.total - self.n) / mean)} left"
+        state = f", {self.state}" if self.state else ""
+        name = f"{self._label} " if self._label else ""
+        print(
+            f"{name}{share:4.0%} {rate:7,.0f} {self._unit}/s{state}{left}",
+            file=self.file,
+            flush=True,
+        )
+        self._last = now, self.n
+        if self._grows:
+            self._pause = min(LONGEST_S, LONGER * self._pause)
+        else:
+            self._pause = LINE_S
+        self._next = now + self._pause
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        """Print a line of its own, above the bar."""
+        file = file or sys.stderr
+        if self._bar is not None:
+            self._bar.write(text, file=file)
+        else:
+            print(text, file=file)
+        file.flush()
 
     def close(self) -> None:
-        if self._lines:
-            self._line()
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
-    def _state(self) -> str:
-        epoch = self._bar.n / self._epoch_images
-        loss = "" if self._loss is None else f", loss {self._loss:.3f}"
-        return f"epoch {epoch:.1f}{loss}{self._error}, staleness {self._staleness:.1f}"
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, and count each when it is done."""
+        with self:
+            for item in items:
+                yield item
+                self.update()
 
-    def _line(self) -> None:
-        rate = self._bar.format_dict["rate"] or (
-            self._bar.n - self._bar.initial) / max(1e-9, self._bar.format_dict["elapsed"])
-        left = tqdm.format_interval((self._bar.total - self._bar.n) / rate) if rate else "?"
-        print(f"{self._bar.n / self._bar.total:4.0%} {rate:8.0f} images/s, {self._state()}, {left} left", flush=True)
-        self._pause = min(LONGEST_S, 1.5 * self._pause)
-        self._next_line = time.monotonic() + self._pause
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Progress:
+    """A training: `total` samples, an epoch has `epoch_samples`, `done` before this start; lines go to standard output."""
+
+    def __init__(
+        self, style: str, total: int, epoch_samples: int, done: int = 0, unit: str = "images"
+    ):
+        self._counter = Counter(total, unit, style=style, done=done, file=sys.stdout)
+        self._epoch_samples = epoch_samples
+        self._loss: float | None = None
+        self._score = ""
+
+    def push(self, samples: int, loss: float) -> None:
+        """Count one applied push."""
+        if self._loss is None:
+            self._loss = loss
+        self._loss += REMEMBER * (loss - self._loss)
+        epoch = (self._counter.n + samples) / self._epoch_samples
+        self._counter.state = f"epoch {epoch:.1f}, loss {self._loss:.3f}{self._score}"
+        self._counter.update(samples)
+
+    def validated(self, result: str) -> None:
+        """Show what the newest version that was validated scores, in words."""
+        self._score = f", {result}"
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, above the bar."""
+        self._counter.say(text, sys.stdout)
+
+    def close(self) -> None:
+        if self._counter.style == "lines":
+            self._counter.line()
+        self._counter.close()

@@ -11,36 +11,47 @@ from pathlib import Path
 
 import msgspec
 
-from asgd_mpi.record.events import Interval, Resume, Start, read_events, read_log
+from asgd_mpi.record.events import Resume, Start, read_events, read_log, written_at
 from asgd_mpi.record.rundir import RunDir
 
-TAIL_BYTES = 1 << 16      # of a file, in which its last whole line is looked for
+TAIL_BYTES = 1 << 16  # of a file, in which its last whole line is looked for
 
 
 class Restart(msgspec.Struct):
     """One start of a run."""
 
-    restart: int                               # 0 for the first
+    restart: int  # 0 for the first
     started: float
-    ended: float                               # of the last thing that rank 0 wrote in it
+    ended: float  # of the last thing that rank 0 wrote in it
     num_workers: int
-    version: int = 0                           # that it went on from
-    num_computing: int = 0                     # ranks that compute: all stages of all workers
+    version: int = 0  # that it went on from
+    num_computing: int = 0  # ranks that compute: all stages of all workers
 
 
 def starts_of(run: RunDir) -> list[Restart]:
     """Return the starts in which rank 0 got as far as writing its metrics, the first one first."""
-    return [start for rank, restart, path in run.metrics_files if rank == 0 and (start := _start(run, restart, path))]
+    return [
+        start
+        for rank, restart, path in run.metrics_files
+        if rank == 0 and (start := _start(run, restart, path))
+    ]
 
 
 def gaps_s(starts: Sequence[Restart], until: float) -> float:
     """Return the seconds between the end of a start and the next one, as far as they lie before `until`."""
-    return sum(max(0.0, min(after.started, until) - before.ended) for before, after in zip(starts, starts[1:]))
+    return sum(
+        max(0.0, min(after.started, until) - before.ended)
+        for before, after in zip(starts, starts[1:])
+    )
 
 
 def seconds_outside(starts: Sequence[Restart], restarts: Container[int], until: float) -> float:
     """Return how long the starts lasted that are not among `restarts`, as far as they lie before `until`."""
-    return sum(max(0.0, min(start.ended, until) - start.started) for start in starts if start.restart not in restarts)
+    return sum(
+        max(0.0, min(start.ended, until) - start.started)
+        for start in starts
+        if start.restart not in restarts
+    )
 
 
 def _start(run: RunDir, restart: int, metrics: Path) -> Restart | None:
@@ -49,9 +60,21 @@ def _start(run: RunDir, restart: int, metrics: Path) -> Restart | None:
     if begun is None:
         return None
     resumed = _first(read_log, log)
-    times = [_time(begun), *(_time(entry) for entry in (_last(read_events, metrics), _last(read_log, log)) if entry)]
-    return Restart(restart, times[0], max(times), begun.num_workers if isinstance(begun, Start) else 0,
-                   resumed.version if isinstance(resumed, Resume) else 0)
+    times = [
+        written_at(begun),
+        *(
+            written_at(entry)
+            for entry in (_last(read_events, metrics), _last(read_log, log))
+            if entry
+        ),
+    ]
+    return Restart(
+        restart,
+        times[0],
+        max(times),
+        begun.num_workers if isinstance(begun, Start) else 0,
+        resumed.version if isinstance(resumed, Resume) else 0,
+    )
 
 
 def _first(read, path: Path):
@@ -69,7 +92,3 @@ def _last(read, path: Path):
     except (OSError, UnicodeError):
         pass
     return last
-
-
-def _time(entry) -> float:
-    return entry.t1 if isinstance(entry, Interval) else entry.t

@@ -16,14 +16,13 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from asgd_mpi.errors import printable
 from asgd_mpi.process import ending
 from asgd_mpi.record.disk import make_directory, open_own
 
-SHORT = 2000      # characters of an error in short
-
+SHORT = 2000  # characters of an error in short
 
 
 def keep(path: Path, who: str) -> str:
@@ -33,7 +32,8 @@ def keep(path: Path, who: str) -> str:
     """
     try:
         make_directory(path.parent)
-        file = open_own(path, "a", buffering=1, encoding="utf-8")     # written line by line; appended to after a restart
+        # written line by line; appended to after a restart
+        file = open_own(path, "a", buffering=1, encoding="utf-8")
         file.write(f"{_now()} --- {who}, process {os.getpid()}{_job(os.environ)}\n")
     except OSError as error:
         return f"{path}: {error.strerror}"
@@ -62,7 +62,7 @@ class Lines:
     A terminal gets everything at once.
     """
 
-    def __init__(self, stream: TextIO, file: TextIO):
+    def __init__(self, stream: TextIO, file: IO[str]):
         self._stream, self._file = stream, file
         self._at_once = stream.isatty()
         self._unfinished = ""
@@ -73,24 +73,31 @@ class Lines:
             if self._at_once:
                 self._pass_on(text)
             self._unfinished += text
-            if text.endswith("\n"):                 # a text of several lines stays together
+            if text.endswith("\n"):  # a text of several lines stays together
                 lines, self._unfinished = self._unfinished, ""
                 if not self._at_once:
                     self._pass_on(lines)
                 now = _now()
-                with suppress(OSError):             # a full disk: what is printed still goes where it went
-                    self._file.write("".join(f"{now} {line.rpartition(chr(13))[2]}\n" for line in lines[:-1].split("\n")))
+                # a full disk: what is printed still goes where it went
+                with suppress(OSError):
+                    self._file.write(
+                        "".join(
+                            f"{now} {line.rpartition(chr(13))[2]}\n"
+                            for line in lines[:-1].split("\n")
+                        )
+                    )
         return len(text)
 
     def flush(self) -> None:
         self._pass_on("")
 
     def _pass_on(self, text: str) -> None:
-        with suppress(OSError, ending.OutputRefused, ending.ReaderLeft):      # a training does not end because its terminal has gone
+        # a training does not end because its terminal has gone
+        with suppress(OSError, ending.OutputRefused, ending.ReaderLeft):
             self._stream.write(text)
             self._stream.flush()
 
-    def __getattr__(self, name: str) -> object:     # isatty, fileno, encoding, ...
+    def __getattr__(self, name: str) -> object:  # isatty, fileno, encoding, ...
         return getattr(self._stream, name)
 
 
@@ -100,4 +107,6 @@ def _now() -> str:
 
 def _job(environment: Mapping[str, str]) -> str:
     job = environment.get("SLURM_JOB_ID")
-    return f", job {job}, start {1 + int(environment.get('SLURM_RESTART_COUNT', 0))}" if job else ""
+    if job:
+        return f", job {job}, start {1 + int(environment.get('SLURM_RESTART_COUNT', 0))}"
+    return ""

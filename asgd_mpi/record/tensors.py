@@ -30,12 +30,19 @@ def read_tensors(path: Path, is_mapped: bool = False) -> dict[str, torch.Tensor]
             _demand_stored(file, num_bytes)
         tensors = torch.load(path, weights_only=True, map_location="cpu", mmap=is_mapped)
     except bounded.OutOfBounds as error:
-        raise RunDirError(f"{path} cannot be read as tensors: {error.strerror}. Take another file.") from error
-    except Exception as error:            # what torch raises on a damaged file is its own affair
-        raise RunDirError(f"{path} cannot be read as tensors: {type(error).__name__} "
-                          f"{one_line(str(error).partition(chr(10))[0])}".rstrip() + ". Take another file.") from error
+        raise RunDirError(
+            f"{path} cannot be read as tensors: {error.strerror}. Take another file."
+        ) from error
+    except Exception as error:  # what torch raises on a damaged file is its own affair
+        raise RunDirError(
+            f"{path} cannot be read as tensors: {type(error).__name__} "
+            f"{one_line(str(error).partition(chr(10))[0])}".rstrip()
+            + ". Take another file."
+        ) from error
     if not isinstance(tensors, dict):
-        raise RunDirError(f"{path} holds a {type(tensors).__name__} in place of a state_dict (name -> tensor).")
+        raise RunDirError(
+            f"{path} holds a {type(tensors).__name__} in place of a state_dict (name -> tensor)."
+        )
     for tensor in _tensors(tensors):
         _demand_held(path, tensor, num_bytes)
     return tensors
@@ -44,22 +51,29 @@ def read_tensors(path: Path, is_mapped: bool = False) -> dict[str, torch.Tensor]
 def _demand_stored(file, num_bytes: int) -> None:
     """Raise ValueError if a zip archive unpacks to more than it has bytes; torch.save writes its entries as they are."""
     if not zipfile.is_zipfile(file):
-        return                            # of an older torch: its sizes are compared with the file by torch
+        # of an older torch: its sizes are compared with the file by torch
+        return
     with zipfile.ZipFile(file) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > num_bytes:
-        raise ValueError(f"its entries unpack to {unpacked} bytes, and the file has {num_bytes}: torch.save does not compress")
+        raise ValueError(
+            f"its entries unpack to {unpacked} bytes, and the file has {num_bytes}: torch.save does not compress"
+        )
 
 
 def _demand_held(path: Path, tensor: torch.Tensor, num_bytes: int) -> None:
     """Raise RunDirError if a tensor claims more than a file of so many bytes can hold."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise RunDirError(f"{path} holds a tensor of layout {tensor.layout} on {tensor.device}, and weights are dense and on the CPU. "
-                          "Take another file.")
+        raise RunDirError(
+            f"{path} holds a tensor of layout {tensor.layout} on {tensor.device}, and weights are dense and on the CPU. "
+            "Take another file."
+        )
     claimed = tensor.numel() * tensor.element_size()
     if claimed > num_bytes:
-        raise RunDirError(f"{path} claims a tensor of {tensor.numel()} numbers, {claimed} bytes, and has {num_bytes} bytes in all. "
-                          "Take another file.")
+        raise RunDirError(
+            f"{path} claims a tensor of {tensor.numel()} numbers, {claimed} bytes, and has {num_bytes} bytes in all. "
+            "Take another file."
+        )
 
 
 def _tensors(held: object) -> Iterator[torch.Tensor]:
@@ -71,4 +85,6 @@ def _tensors(held: object) -> Iterator[torch.Tensor]:
             yield one
         elif isinstance(one, (Mapping, list, tuple)) and id(one) not in seen:
             seen.add(id(one))
-            waiting.extend(one.values() if isinstance(one, Mapping) else one)
+            if isinstance(one, Mapping):
+                one = list(one.values())
+            waiting.extend(one)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from asgd_mpi.record.events import Interval, Push
+from asgd_mpi.record.ratio import ratio
 from asgd_mpi.record.starts import Restart, gaps_s
 
 FINEST_S = 0.25
 MAX_BINS = 128
-MAX_SERIES = 12       # workers with a line of their own; of more, the slowest and the fastest half of that
+# workers with a line of their own; of more, the slowest and the fastest half of that
+MAX_SERIES = 12
 
 
 class WorkerSeries(msgspec.Struct):
@@ -32,16 +34,19 @@ class Timeline(msgspec.Struct):
     """Times are training seconds, without those between the starts of a run; rates are per second over the bin."""
 
     width_s: float = FINEST_S
-    t: list[float] = msgspec.field(default_factory=list)            # middle of the bin
+    t: list[float] = msgspec.field(default_factory=list)  # middle of the bin
     images_per_s: list[float] = msgspec.field(default_factory=list)
-    staleness: list[float | None] = msgspec.field(default_factory=list)       # mean
+    staleness: list[float | None] = msgspec.field(default_factory=list)  # mean
     staleness_max: list[int | None] = msgspec.field(default_factory=list)
-    loss: list[float | None] = msgspec.field(default_factory=list)            # training loss, mean over images
-    lr: list[float | None] = msgspec.field(default_factory=list)              # mean over pushes
-    server_busy: list[float | None] = msgspec.field(default_factory=list)     # 0..1 of the time covered by intervals
+    # training loss, mean over images
+    loss: list[float | None] = msgspec.field(default_factory=list)
+    lr: list[float | None] = msgspec.field(default_factory=list)  # mean over pushes
+    # 0..1 of the time covered by intervals
+    server_busy: list[float | None] = msgspec.field(default_factory=list)
     pushed_bytes_per_s: list[float] = msgspec.field(default_factory=list)
     fetched_bytes_per_s: list[float] = msgspec.field(default_factory=list)
-    worker_lowest: list[float] = msgspec.field(default_factory=list)          # images/s of the slowest in the bin
+    # images/s of the slowest in the bin
+    worker_lowest: list[float] = msgspec.field(default_factory=list)
     worker_median: list[float] = msgspec.field(default_factory=list)
     worker_highest: list[float] = msgspec.field(default_factory=list)
     workers: list[WorkerSeries] = msgspec.field(default_factory=list)
@@ -55,22 +60,33 @@ class _Bin:
     pushes: int = 0
     staleness: int = 0
     staleness_max: int = -1
-    loss: float = 0.0                          # times images
-    lr: float = 0.0                            # over pushes
-    applied: Counter[int] = field(default_factory=Counter)     # worker, 0-based -> images
-    trained: Counter[float] = field(default_factory=Counter)   # the same by the worker's own metrics
-    busy_s: float = 0.0                        # of the server
-    covered_s: float = 0.0                     # by the server's intervals
+    loss: float = 0.0  # times images
+    lr: float = 0.0  # over pushes
+    applied: Counter[int] = field(default_factory=Counter)  # worker, 0-based -> images
+    # the same by the worker's own metrics
+    trained: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    busy_s: float = 0.0  # of the server
+    covered_s: float = 0.0  # by the server's intervals
     bytes_pushed: float = 0.0
     bytes_fetched: float = 0.0
 
     def take(self, other: _Bin) -> None:
-        for name in ("images", "pushes", "staleness", "loss", "lr", "busy_s", "covered_s", "bytes_pushed",
-                     "bytes_fetched"):
+        for name in (
+            "images",
+            "pushes",
+            "staleness",
+            "loss",
+            "lr",
+            "busy_s",
+            "covered_s",
+            "bytes_pushed",
+            "bytes_fetched",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.staleness_max = max(self.staleness_max, other.staleness_max)
         self.applied.update(other.applied)
-        self.trained.update(other.trained)
+        for worker, images in other.trained.items():
+            self.trained[worker] += images
 
 
 @dataclass
@@ -92,7 +108,8 @@ class Bins:
     def __init__(self, starts: Sequence[Restart] = ()) -> None:
         self._starts = starts
         self._width_s = FINEST_S
-        self._bins: dict[int, _Bin] = {}       # n -> the bin of [n, n + 1) widths, in Unix time less the pauses before
+        # n -> the bin of [n, n + 1) widths, in Unix time less the pauses before
+        self._bins: dict[int, _Bin] = {}
         self._low, self._high = math.inf, -math.inf
 
     def add_push(self, push: Push) -> None:
@@ -118,7 +135,8 @@ class Bins:
         busy_s = interval.apply + interval.checkpoint
         for number in range(math.floor(begin / self._width_s), math.floor(end / self._width_s) + 1):
             covered = min(end, (number + 1) * self._width_s) - max(begin, number * self._width_s)
-            if end - begin < length:           # written when rank 0 had ended: what is left goes where it ended
+            # written when rank 0 had ended: what is left goes where it ended
+            if end - begin < length:
                 covered += (length - (end - begin)) * (number == math.floor(end / self._width_s))
             into = self._bin(number)
             if rank == 0:
@@ -130,7 +148,7 @@ class Bins:
                 into.bytes_fetched += interval.bytes_fetched * covered / length
 
     def timeline(self, started: float | None, stopped: float, num_workers: int) -> Timeline:
-        """The lists over [started, stopped], Unix seconds: the first Start to the last push or, without one, the end.
+        """Return the lists over [started, stopped], Unix seconds: the first Start to the last push or, without one, the end.
 
         Images are those applied or, if no push was recorded, those trained by the workers' metrics.
         """
@@ -140,22 +158,32 @@ class Bins:
         self._reach(started)
         self._reach(stopped)
         spans = _spans(self._bins, self._width_s, started, stopped)
-        counts = "applied" if any(sums.pushes for sums in self._bins.values()) else "trained"
-        workers = [[getattr(span.sums, counts)[worker] / span.seconds for span in spans] for worker in range(num_workers)]
+        if any(sums.pushes for sums in self._bins.values()):
+            counts = "applied"
+        else:
+            counts = "trained"
+        workers = [
+            [getattr(span.sums, counts)[worker] / span.seconds for span in spans]
+            for worker in range(num_workers)
+        ]
         return Timeline(
             width_s=self._width_s,
             t=[(span.start + span.stop) / 2 - started for span in spans],
-            images_per_s=[sum(getattr(span.sums, counts).values()) / span.seconds for span in spans],
+            images_per_s=[
+                sum(getattr(span.sums, counts).values()) / span.seconds for span in spans
+            ],
             staleness=_means(spans, "staleness", "pushes"),
             staleness_max=[span.sums.staleness_max if span.sums.pushes else None for span in spans],
-            loss=_means(spans, "loss", "images"), lr=_means(spans, "lr", "pushes"),
+            loss=_means(spans, "loss", "images"),
+            lr=_means(spans, "lr", "pushes"),
             server_busy=_means(spans, "busy_s", "covered_s"),
             pushed_bytes_per_s=[span.sums.bytes_pushed / span.seconds for span in spans],
             fetched_bytes_per_s=[span.sums.bytes_fetched / span.seconds for span in spans],
             worker_lowest=[min(rates) for rates in zip(*workers)],
             worker_median=[statistics.median(rates) for rates in zip(*workers)],
             worker_highest=[max(rates) for rates in zip(*workers)],
-            workers=_chosen(workers))
+            workers=_chosen(workers),
+        )
 
     def _at(self, t: float) -> float:
         return t - gaps_s(self._starts, t)
@@ -171,7 +199,10 @@ class Bins:
         if self._low <= t <= self._high:
             return
         self._low, self._high = min(self._low, t), max(self._high, t)
-        while math.floor(self._high / self._width_s) - math.floor(self._low / self._width_s) >= MAX_BINS:
+        while (
+            math.floor(self._high / self._width_s) - math.floor(self._low / self._width_s)
+            >= MAX_BINS
+        ):
             self._width_s *= 2
             bins, self._bins = self._bins, {}
             for number, sums in bins.items():
@@ -197,14 +228,13 @@ def _spans(bins: dict[int, _Bin], width_s: float, started: float, stopped: float
 
 
 def _means(spans: list[_Span], amount: str, weight: str) -> list[float | None]:
-    return [getattr(span.sums, amount) / getattr(span.sums, weight) if getattr(span.sums, weight) else None
-            for span in spans]
+    return [ratio(getattr(span.sums, amount), getattr(span.sums, weight)) for span in spans]
 
 
 def _chosen(workers: list[list[float]]) -> list[WorkerSeries]:
     """All workers or, of many, the slowest and the fastest."""
-    numbers = range(len(workers))
+    numbers: Sequence[int] = range(len(workers))
     if len(workers) > MAX_SERIES:
         by_speed = sorted(numbers, key=lambda worker: sum(workers[worker]))
-        numbers = sorted(by_speed[:MAX_SERIES // 2] + by_speed[-(MAX_SERIES // 2):])
+        numbers = sorted(by_speed[: MAX_SERIES // 2] + by_speed[-(MAX_SERIES // 2) :])
     return [WorkerSeries(worker + 1, workers[worker]) for worker in numbers]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from asgd_mpi.errors import plural
 from asgd_mpi.record.events import Push, Validation
 from asgd_mpi.record.history import Session
 
@@ -18,13 +19,19 @@ from asgd_mpi.record.history import Session
 class Validations:
     """`found`: (restart, event), as the metrics of the server have them; `samples_per_epoch`: 0 if it is not known."""
 
-    def __init__(self, found: Iterable[tuple[int, Validation]], lineage: Sequence[Session], samples_per_epoch: int = 0):
+    def __init__(
+        self,
+        found: Iterable[tuple[int, Validation]],
+        lineage: Sequence[Session],
+        samples_per_epoch: int = 0,
+    ):
         kept = {session.restart: session.kept for session in lineage}
         newest = max(kept)
         self.forgotten = 0
         self._samples_per_epoch = samples_per_epoch
-        self._of: dict[int, list[Validation]] = {}             # version -> those that are reported
-        self._version = self._samples = 0                      # of the pushes so far; -1: some of them are missing
+        self._of: dict[int, list[Validation]] = {}  # version -> those that are reported
+        # of the pushes so far; -1: some of them are missing
+        self._version = self._samples = 0
         for restart, event in found:
             last = kept.get(restart, None if restart > newest else -1)
             if last is None or event.version <= last:
@@ -33,29 +40,53 @@ class Validations:
                 self.forgotten += 1
 
     def see(self, push: Push) -> None:
-        """The next push of the lineage."""
+        """Take the next push of the lineage."""
         if push.version != self._version:
             self._version = -1
             return
         self._version += 1
         self._samples += push.positions
         if self._version in self._of:
-            self._of[self._version] = [self._told(event, push.t) for event in self._of[self._version]]
+            self._of[self._version] = [
+                self._told(event, push.t) for event in self._of[self._version]
+            ]
 
     def all(self, started: float | None) -> list[Validation]:
         """In the order of their versions. `started`: when version 0 was made."""
-        first = [msgspec.structs.replace(event, samples=0, epoch=0.0, made=started) for event in self._of.get(0, [])]
-        return [*first, *(event for version in sorted(self._of) if version
-                          for event in sorted(self._of[version], key=lambda event: event.t))]
+        first = [
+            msgspec.structs.replace(event, samples=0, epoch=0.0, made=started)
+            for event in self._of.get(0, [])
+        ]
+        return [
+            *first,
+            *(
+                event
+                for version in sorted(self._of)
+                if version
+                for event in sorted(self._of[version], key=lambda event: event.t)
+            ),
+        ]
 
     @property
     def problems(self) -> list[str]:
         """Return what could not be put right."""
-        late = sum(event.made is None for version, events in self._of.items() if version for event in events)
-        return [f"{late} validation{'s are' if late > 1 else ' is'} told with the samples and the time of when the score arrived, "
-                "not of the version validated: pushes.log does not have all pushes before."] if late else []
+        late = sum(
+            event.made is None
+            for version, events in self._of.items()
+            if version
+            for event in events
+        )
+        if late:
+            return [
+                f"{late} {plural(late, 'validation is', 'validations are')} told with the samples and the time of when the score arrived, "
+                "not of the version validated: pushes.log does not have all pushes before."
+            ]
+        return []
 
     def _told(self, event: Validation, made: float) -> Validation:
-        samples_per_epoch = self._samples_per_epoch or (event.samples / event.epoch if event.epoch else 0)
-        return msgspec.structs.replace(event, samples=self._samples, made=made,
-                                       epoch=self._samples / samples_per_epoch if samples_per_epoch else event.epoch)
+        epoch, samples_per_epoch = event.epoch, float(self._samples_per_epoch)
+        if not samples_per_epoch and epoch:
+            samples_per_epoch = event.samples / epoch
+        if samples_per_epoch:
+            epoch = self._samples / samples_per_epoch
+        return msgspec.structs.replace(event, samples=self._samples, made=made, epoch=epoch)

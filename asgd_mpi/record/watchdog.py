@@ -24,11 +24,25 @@ LOOK_S = 2.0
 class Watch:
     """`waiting` says what the rank waits for and since when (time.monotonic), or nothing; `version` how far it is."""
 
-    def __init__(self, run: RunDir, rank: int, host: str, meter: Meter, stall_s: float,
-                 waiting: Callable[[], tuple[str, float] | None], version: Callable[[], int]):
-        self._run, self._rank, self._host, self._meter, self._stall_s = run, rank, host, meter, stall_s
+    def __init__(
+        self,
+        run: RunDir,
+        rank: int,
+        host: str,
+        meter: Meter,
+        stall_s: float,
+        waiting: Callable[[], tuple[str, float] | None],
+        version: Callable[[], int],
+    ):
+        self._run, self._rank, self._host, self._meter, self._stall_s = (
+            run,
+            rank,
+            host,
+            meter,
+            stall_s,
+        )
         self._waiting, self._version = waiting, version
-        self._answered = set(run.stall_requests)       # those of earlier starts have their answers
+        self._answered = set(run.stall_requests)  # those of earlier starts have their answers
         self._asked_at = 0.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run_on, name="watch", daemon=True)
@@ -56,7 +70,11 @@ class Watch:
         except (OSError, RunDirError) as error:
             if self._rank and isinstance(error, OSError) and is_of_all(error):
                 return
-            print(f"rank {self._rank}: a stall could not be written down: {error}", file=sys.stderr, flush=True)
+            print(
+                f"rank {self._rank}: a stall could not be written down: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _ask(self) -> None:
         self._asked_at = time.monotonic()
@@ -67,7 +85,11 @@ class Watch:
         if not request.exists():
             with open_own(request, "w") as file:
                 file.write(where + "\n")
-        print(f"stall: {where}\nstacks of all ranks: {self._run.stalls}/{number}.*", file=sys.stderr, flush=True)
+        print(
+            f"stall: {where}\nstacks of all ranks: {self._run.stalls}/{number}.*",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _answer(self, number: str) -> None:
         with open_own(self._run.stalls / f"{number}.rank{self._rank:03d}.txt", "w") as file:
@@ -78,6 +100,11 @@ class Watch:
     def _where(self) -> str:
         """rank 0 on node1: version 12, no progress for 61 s; rank 0 waits for ... for 60 s"""
         now, waiting = time.monotonic(), self._waiting()
-        doing = f"{waiting[0]}, for {now - waiting[1]:.0f} s" if waiting else f"in {self._meter.doing}"
-        return (f"rank {self._rank} on {self._host}: version {self._version()}, no progress for "
-                f"{now - self._meter.last_progress:.0f} s; {doing}")
+        if waiting:
+            doing = f"{waiting[0]}, for {now - waiting[1]:.0f} s"
+        else:
+            doing = f"in {self._meter.doing}"
+        return (
+            f"rank {self._rank} on {self._host}: version {self._version()}, no progress for "
+            f"{now - self._meter.last_progress:.0f} s; {doing}"
+        )

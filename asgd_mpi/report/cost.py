@@ -11,37 +11,59 @@ import math
 
 import msgspec
 
+from asgd_mpi.record.ratio import ratio
 from asgd_mpi.record.summary import Summary
 
 
 class Cost(msgspec.Struct):
     price_per_gpu_hour: float
-    num_gpus: int                              # the most at a time
-    is_cpu: bool                               # no rank had a GPU: each that computes is priced as one
-    gpu_hours: float                           # from each Start to the last thing written before the next one
+    num_gpus: int  # the most at a time
+    # no rank had a GPU: each that computes is priced as one
+    is_cpu: bool
+    # from each Start to the last thing written before the next one
+    gpu_hours: float
     total: float
     per_million_images: float | None
     per_epoch: float | None
-    energy_kwh: float | None = None            # of the GPUs, where the driver counts it
-    price_per_kwh: float | None = None         # part of `total`, if given
-    given_gpus: int | None = None              # that the user gave
+    energy_kwh: float | None = None  # of the GPUs, where the driver counts it
+    price_per_kwh: float | None = None  # part of `total`, if given
+    given_gpus: int | None = None  # that the user gave
 
 
-def price(summary: Summary, price_per_gpu_hour: float, num_gpus: int | None = None,
-          price_per_kwh: float | None = None) -> Cost:
+def price(
+    summary: Summary,
+    price_per_gpu_hour: float,
+    num_gpus: int | None = None,
+    price_per_kwh: float | None = None,
+) -> Cost:
     """Return the cost of a run; `num_gpus`: of all its starts (default: one for each rank that computes in a start)."""
     hours = _gpu_seconds(summary, num_gpus) / 3600
     total = hours * price_per_gpu_hour + (price_per_kwh or 0.0) * (summary.energy_kwh or 0.0)
-    is_cpu = not any(rank.device.startswith("cuda") for rank in summary.ranks if rank.role != "server")
-    most = num_gpus or max((start.num_computing for start in summary.restarts), default=summary.num_workers)
-    return Cost(price_per_gpu_hour, most, is_cpu, hours, total,
-                1e6 * total / summary.images if summary.images else None,
-                total / summary.epochs_done if summary.epochs_done else None, summary.energy_kwh, price_per_kwh, num_gpus)
+    is_cpu = not any(
+        rank.device.startswith("cuda") for rank in summary.ranks if rank.role != "server"
+    )
+    most = num_gpus or max(
+        (start.num_computing for start in summary.restarts), default=summary.num_workers
+    )
+    return Cost(
+        price_per_gpu_hour,
+        most,
+        is_cpu,
+        hours,
+        total,
+        ratio(1e6 * total, summary.images),
+        ratio(total, summary.epochs_done),
+        summary.energy_kwh,
+        price_per_kwh,
+        num_gpus,
+    )
 
 
 def cost_until(cost: Cost, summary: Summary, t: float) -> float | None:
     """Return what a run had cost at `t`, Unix seconds, its energy in proportion to its GPU hours."""
-    return cost.total * _gpu_seconds(summary, cost.given_gpus, t) / (3600 * cost.gpu_hours) if cost.gpu_hours else None
+    if cost.gpu_hours:
+        return cost.total * _gpu_seconds(summary, cost.given_gpus, t) / (3600 * cost.gpu_hours)
+    return None
 
 
 def _gpu_seconds(summary: Summary, num_gpus: int | None, until: float = math.inf) -> float:
@@ -52,5 +74,7 @@ def _gpu_seconds(summary: Summary, num_gpus: int | None, until: float = math.inf
         return (num_gpus or summary.num_workers) * max(0.0, min(end, until) - summary.started)
     begins = [summary.started, *(start.started for start in summary.restarts[1:])]
     ends = [*(start.ended for start in summary.restarts[:-1]), end]
-    return sum((num_gpus or start.num_computing) * max(0.0, min(stop, until) - begin)
-               for start, begin, stop in zip(summary.restarts, begins, ends))
+    return sum(
+        (num_gpus or start.num_computing) * max(0.0, min(stop, until) - begin)
+        for start, begin, stop in zip(summary.restarts, begins, ends)
+    )

@@ -17,19 +17,31 @@ from asgd_mpi.report.advice import advise
 from asgd_mpi.report.compare import Comparison
 from asgd_mpi.report.cost import Cost
 from asgd_mpi.report.incidents import incidents
+from asgd_mpi.report.measure import measures
 
-MAX_ROWS = 20     # of a table that grows with the length of the run or the number of ranks
-BAR_WIDTH = 40    # characters
-MARKUP = re.compile(r"[\\`*\[\]<>|&~$@]|(?<![^\W_])_|_(?![^\W_])"     # an underscore within a word is harmless
-                    r"|:(?=//)|(?<=\bwww)\."                          # what some readers make links of
-                    r"|^[#+-](?=[#\s]|$)|^=+$|(?<=^\d)[.)](?=\s)")    # what begins a heading, a list, a line
+MAX_ROWS = 20  # of a table that grows with the length of the run or the number of ranks
+BAR_WIDTH = 40  # characters
+# an underscore within a word is harmless
+MARKUP = re.compile(
+    r"[\\`*\[\]<>|&~$@]|(?<![^\W_])_|_(?![^\W_])"
+    # what some readers make links of
+    r"|:(?=//)|(?<=\bwww)\."
+    # what begins a heading, a list, a line
+    r"|^[#+-](?=[#\s]|$)|^=+$|(?<=^\d)[.)](?=\s)"
+)
 
 
 def render(summary: Summary, cost: Cost | None = None) -> str:
     """Lay out the Markdown of one run."""
     return _template("report.md.j2").render(
-        s=summary, cost=cost, advice=advise(summary, cost), phases=PHASES, incidents=incidents(summary),
-        epochs=list(zip(summary.epochs, summary.audit.epochs, strict=True)))
+        s=summary,
+        cost=cost,
+        advice=advise(summary, cost),
+        phases=PHASES,
+        incidents=incidents(summary),
+        measures=measures(summary.validations),
+        epochs=list(zip(summary.epochs, summary.audit.epochs, strict=True)),
+    )
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -39,17 +51,35 @@ def render_comparison(comparison: Comparison) -> str:
 
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_plain)
-    environment.filters.update(number=units.number, rate=units.rate, percent=units.percent, seconds=units.seconds,
-                               size=units.size, short=units.short, count=units.count, workers=units.workers, gpus=gpus,
-                               thin=thin, left_out=left_out, bar=_bar)
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_plain,
+    )
+    environment.filters.update(
+        number=units.number,
+        rate=units.rate,
+        percent=units.percent,
+        seconds=units.seconds,
+        size=units.size,
+        short=units.short,
+        count=units.count,
+        workers=units.workers,
+        gpus=gpus,
+        thin=thin,
+        left_out=left_out,
+        bar=_bar,
+    )
     return environment.get_template(name)
 
 
 def gpus(cost: Cost) -> str:
     """`4 GPUs`, `2 ranks without a GPU, each priced as one,`; of a run whose starts had more or fewer, the most."""
-    return units.count(cost.num_gpus, "rank") + " without a GPU, each priced as one," if cost.is_cpu else units.count(cost.num_gpus, "GPU")
+    if cost.is_cpu:
+        return units.count(cost.num_gpus, "rank") + " without a GPU, each priced as one,"
+    return units.count(cost.num_gpus, "GPU")
 
 
 def thin(rows: Sequence[Any]) -> list[Any]:
@@ -67,7 +97,9 @@ def _plain(value: Any) -> Any:
     """Keep a name from being read as Markdown: jinja2 passes every value that it prints through here."""
     if value is None:
         return units.NONE
-    return MARKUP.sub(r"\\\g<0>", one_line(value)) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return MARKUP.sub(r"\\\g<0>", one_line(value))
+    return value
 
 
 def _bar(count: int, largest: int) -> str:

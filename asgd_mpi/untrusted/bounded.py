@@ -20,11 +20,12 @@ from typing import Any, BinaryIO
 import msgspec
 import yaml
 
-LONGEST_LINE = 1 << 20           # bytes of a log: the momenta of 65,536 workers are 600 kB
-LARGEST_JSON = 1 << 25           # bytes of a manifest or another file of facts: 22,000 classes are 1 MB
-LARGEST_YAML = 1 << 20           # bytes of settings, which are a few thousand
-DEEPEST_YAML = 16                # settings are 3 deep
-MOST_YAML = 10_000               # values, those that an alias stands for counted wherever it stands
+LONGEST_LINE = 1 << 20  # bytes of a log: the momenta of 65,536 workers are 600 kB
+# bytes of a manifest or another file of facts: 22,000 classes are 1 MB
+LARGEST_JSON = 1 << 25
+LARGEST_YAML = 1 << 20  # bytes of settings, which are a few thousand
+DEEPEST_YAML = 16  # settings are 3 deep
+MOST_YAML = 10_000  # values, those that an alias stands for counted wherever it stands
 
 
 class OutOfBounds(OSError):
@@ -36,7 +37,9 @@ def open_plain(path: Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OutOfBounds(errno.EINVAL, "it is a directory, a device or a pipe, and no plain file", str(path))
+        raise OutOfBounds(
+            errno.EINVAL, "it is a directory, a device or a pipe, and no plain file", str(path)
+        )
     return open(descriptor, "rb")
 
 
@@ -46,8 +49,18 @@ def read(path: Path, most: int = LARGEST_JSON) -> bytes:
         content = file.read(most + 1)
         if len(content) > most:
             num_bytes = os.fstat(file.fileno()).st_size
-            raise OutOfBounds(errno.EFBIG, f"it has {num_bytes} bytes, and such a file has at most {most}", str(path))
+            raise OutOfBounds(
+                errno.EFBIG,
+                f"it has {num_bytes} bytes, and such a file has at most {most}",
+                str(path),
+            )
     return content
+
+
+def read_start(path: Path, most: int) -> bytes:
+    """Return the first `most` bytes of a file. Raises OSError."""
+    with open_plain(path) as file:
+        return file.read(most)
 
 
 def read_end(path: Path, most: int) -> bytes:
@@ -66,7 +79,8 @@ def lines(path: Path, tail_bytes: int | None = None) -> Iterator[bytes | None]:
         num_bytes = os.fstat(file.fileno()).st_size
         if tail_bytes is not None and num_bytes > tail_bytes:
             file.seek(num_bytes - tail_bytes)
-            while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):       # of a line that begins before
+            # of a line that begins before
+            while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
                 pass
         for line in iter(partial(file.readline, LONGEST_LINE), b""):
             if len(line) < LONGEST_LINE or line.endswith(b"\n"):
@@ -90,14 +104,18 @@ def decode_json(content: bytes, decoder: msgspec.json.Decoder) -> Any:
 def load_yaml(text: str) -> Any:
     """Return what a YAML text says, by yaml.safe_load. Raises ValueError for too much of it, and yaml.YAMLError."""
     if len(text) > LARGEST_YAML:
-        raise ValueError(f"it has {len(text)} characters, and settings have a few thousand; it is no configuration")
+        raise ValueError(
+            f"it has {len(text)} characters, and settings have a few thousand; it is no configuration"
+        )
     _demand_few(text)
     return yaml.safe_load(text)
 
 
 def _demand_few(text: str) -> None:
     """Raise ValueError if a YAML text is nested too deeply or unfolds to too many values; nothing of it is built."""
-    count, begun, sizes = 0, [], {}              # begun: (anchor, count before) of what is open; sizes: by anchor
+    count = 0
+    begun: list[tuple[str | None, int]] = []  # (anchor, count before) of what is open
+    sizes: dict[str | None, int] = {}  # by anchor
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, before = begun.pop()
@@ -116,4 +134,6 @@ def _demand_few(text: str) -> None:
         if len(begun) > DEEPEST_YAML:
             raise ValueError(f"it is nested more than {DEEPEST_YAML} deep, and settings are 3 deep")
         if count > MOST_YAML:
-            raise ValueError(f"it unfolds to more than {MOST_YAML} values, and settings have about a hundred")
+            raise ValueError(
+                f"it unfolds to more than {MOST_YAML} values, and settings have about a hundred"
+            )

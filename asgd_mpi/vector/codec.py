@@ -18,26 +18,33 @@ rounded arrives as it is. Pure: no MPI. Legend: P parameters.
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Literal, Protocol, Union, overload
 
 import torch
 
 from asgd_mpi.vector.partition import PIECE, pieces
 
-BLOCK = PIECE             # numbers that share a unit: the server applies and publishes them together
+# numbers that share a unit: the server applies and publishes them together
+BLOCK = PIECE
+COMPRESSED = ("int8", "int4", "topk")  # what is pushed; see push_format
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BLOCK_BYTES = 2 * BLOCK + 4   # in 2 bytes a number
-_HALF = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}     # of the last bit that is kept of a float32's bits
+BLOCK_BYTES = 2 * BLOCK + 4  # in 2 bytes a number
+# of the last bit that is kept of a float32's bits
+_HALF = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}
 
 
 class Packed:
     """A (P,) vector in 2 bytes a number, in `memory`; `packed[piece]`, float32, is read and written in whole blocks."""
 
     def __init__(self, memory: torch.Tensor, num_floats: int, dtype: torch.dtype):
-        self._memory, self._num_floats, self._dtype = memory[:num_bytes(num_floats, "bfloat16")], num_floats, dtype
+        self._memory, self._num_floats, self._dtype = (
+            memory[: num_bytes(num_floats, "bfloat16")],
+            num_floats,
+            dtype,
+        )
 
     def to(self, device: torch.device) -> Packed:
-        """The same on another device; itself if it is there."""
+        """Return the same on another device; itself if it is there."""
         return Packed(self._memory.to(device), self._num_floats, self._dtype)
 
     def __len__(self) -> int:
@@ -56,42 +63,75 @@ class Packed:
         """Views of its numbers and of its unit, ()."""
         start, size = piece.start // BLOCK * BLOCK_BYTES, 2 * (piece.stop - piece.start)
         unit = start + _aligned(size)
-        return self._memory[start:start + size].view(self._dtype), self._memory[unit:unit + 4].view(torch.float32)[0]
+        return self._memory[start : start + size].view(self._dtype), self._memory[
+            unit : unit + 4
+        ].view(torch.float32)[0]
 
 
-Vector = Union[torch.Tensor, Packed]
+class Coded(Protocol):
+    """A (P,) vector in some format; `coded[piece]`, float32, is read and written by pieces (see partition)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, piece: slice) -> torch.Tensor: ...
+
+    def __setitem__(self, piece: slice, values: torch.Tensor) -> None: ...
+
+
+Vector = Union[torch.Tensor, Coded]
 
 
 def num_bytes(num_floats: int, wire: str) -> int:
-    """Of a vector of `num_floats`; a multiple of 4."""
-    return 4 * num_floats if wire == "float32" else _aligned(2 * num_floats) + 4 * -(-num_floats // BLOCK)
+    """Return the size of a vector of `num_floats` as it travels; a multiple of 4."""
+    if wire == "float32":
+        return 4 * num_floats
+    return _aligned(2 * num_floats) + 4 * -(-num_floats // BLOCK)
+
+
+@overload
+def vector_in(memory: torch.Tensor, num_floats: int, wire: Literal["float32"]) -> torch.Tensor: ...
+
+
+@overload
+def vector_in(memory: torch.Tensor, num_floats: int, wire: str) -> Vector: ...
 
 
 def vector_in(memory: torch.Tensor, num_floats: int, wire: str) -> Vector:
-    """The vector at the beginning of `memory`, uint8, read and written in place."""
+    """Return the vector at the beginning of `memory`, uint8, read and written in place."""
     if wire == "float32":
-        return memory[:4 * num_floats].view(torch.float32)
+        return memory[: 4 * num_floats].view(torch.float32)
     return Packed(memory, num_floats, DTYPES[wire])
 
 
 def span(num_floats: int, piece: slice) -> range:
-    """The bytes of a vector in 2 bytes a number that tell a piece of it: from its first number to the unit of its last one."""
+    """Return the bytes of a vector in 2 bytes a number that tell a piece of it: from its first number to the unit of its last one."""
     last = (piece.stop - 1) // BLOCK
-    return range(piece.start // BLOCK * BLOCK_BYTES + 2 * (piece.start % BLOCK), _unit_at(num_floats, last) + 4)
+    return range(
+        piece.start // BLOCK * BLOCK_BYTES + 2 * (piece.start % BLOCK),
+        _unit_at(num_floats, last) + 4,
+    )
 
 
-def unpack_(into: torch.Tensor, start: int, memory: torch.Tensor, num_floats: int, wire: str) -> None:
+def unpack_(
+    into: torch.Tensor, start: int, memory: torch.Tensor, num_floats: int, wire: str
+) -> None:
     """Set (p,) float32 from the `span` of a piece, uint8, of a vector of `num_floats`; the piece begins at `start`."""
     stop, begin = start + len(into), span(num_floats, slice(start, start + len(into))).start
     for block in range(start // BLOCK, -(-stop // BLOCK)):
         first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
-        at, unit = block * BLOCK_BYTES + 2 * (first - block * BLOCK) - begin, _unit_at(num_floats, block) - begin
-        torch.mul(memory[at:at + 2 * (last - first)].view(DTYPES[wire]).float(),
-                  memory[unit:unit + 4].clone().view(torch.float32), out=into[first - start:last - start])
+        at, unit = (
+            block * BLOCK_BYTES + 2 * (first - block * BLOCK) - begin,
+            _unit_at(num_floats, block) - begin,
+        )
+        torch.mul(
+            memory[at : at + 2 * (last - first)].view(DTYPES[wire]).float(),
+            memory[unit : unit + 4].clone().view(torch.float32),
+            out=into[first - start : last - start],
+        )
 
 
 def _unit_at(num_floats: int, block: int) -> int:
-    """The first byte of a block's unit."""
+    """Return the first byte of a block's unit."""
     return block * BLOCK_BYTES + _aligned(2 * min(BLOCK, num_floats - block * BLOCK))
 
 
@@ -100,7 +140,8 @@ def copy_(into: Vector, source: Vector) -> None:
     if isinstance(into, torch.Tensor) and isinstance(source, torch.Tensor):
         into.copy_(source)
         return
-    source = source if isinstance(source, torch.Tensor) else source.to(into.device)      # where it is wider
+    if isinstance(into, torch.Tensor) and isinstance(source, Packed):
+        source = source.to(into.device)  # where it is wider
     for piece in pieces(len(into)):
         into[piece] = source[piece]
 
@@ -114,7 +155,7 @@ def round_(vector: torch.Tensor, wire: str) -> None:
 
 
 def rounded(vector: torch.Tensor, wire: str) -> torch.Tensor:
-    """What arrives of a float32 vector: itself, or a new one."""
+    """Return what arrives of a float32 vector: itself, or a new one."""
     if wire == "float32":
         return vector
     vector = vector.clone()
@@ -125,7 +166,8 @@ def rounded(vector: torch.Tensor, wire: str) -> torch.Tensor:
 def _unit(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """() float32: the power of two that the values are divided by. Made of bits, so that it is exact everywhere."""
     largest = values.abs().amax().view(torch.int32)
-    exponent = (largest + _HALF[dtype]) >> 23             # biased, of the largest when it has been rounded
+    # biased, of the largest when it has been rounded
+    exponent = (largest + _HALF[dtype]) >> 23
     return ((exponent - 14).clamp(min=1) << 23).view(torch.float32)
 
 

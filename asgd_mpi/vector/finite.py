@@ -18,7 +18,8 @@ import torch
 from asgd_mpi.errors import TOO_FAST, TrainingDiverged
 from asgd_mpi.vector.partition import PIECE, pieces
 
-STRIDES = (61, 67, 71, 73, 79)   # primes: one that does not divide the number of pieces reaches each of them
+# primes: one that does not divide the number of pieces reaches each of them
+STRIDES = (61, 67, 71, 73, 79)
 
 
 class Lookout:
@@ -39,8 +40,11 @@ class Lookout:
 
 def is_finite(vector: torch.Tensor) -> bool:
     """Return whether all of a float32 vector is finite; reads it once, without memory of its size."""
-    return all(math.isfinite(vector[piece].sum().item()) or bool(vector[piece].isfinite().all())    # a sum may overflow
-               for piece in pieces(len(vector)))
+    # a sum may overflow
+    return all(
+        math.isfinite(vector[piece].sum().item()) or bool(vector[piece].isfinite().all())
+        for piece in pieces(len(vector))
+    )
 
 
 def demand(vector: torch.Tensor, what: str) -> None:
@@ -49,4 +53,5 @@ def demand(vector: torch.Tensor, what: str) -> None:
         raise TrainingDiverged(
             f"{what}: no longer finite on the server. An update overflowed, or a gradient was damaged on its way. No "
             "checkpoint is written of them; those in checkpoints/ of the run directory are of before, and finite: go on with "
-            f"--resume RUN_DIR. If it happens again at the same place: {TOO_FAST}")
+            f"--resume RUN_DIR. If it happens again at the same place: {TOO_FAST}"
+        )

@@ -16,9 +16,9 @@ from torch import nn
 
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import batchnorm
+from asgd_mpi.vector.groups import ALIGNMENT
 from asgd_mpi.model.memory import bytes_of
-
-ALIGNMENT = 16  # floats = 64 bytes
+from asgd_mpi.model.trained import trained
 
 
 class FlatModel:
@@ -29,36 +29,55 @@ class FlatModel:
     carried: the names of what the forward pass moves beside batch norm's statistics (see `buffers`).
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, gradient: torch.Tensor | None = None, spare: bool = False,
-                 spare_weights: bool = False, carried: Sequence[str] = ()):
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        gradient: torch.Tensor | None = None,
+        spare: bool = False,
+        spare_weights: bool = False,
+        carried: Sequence[str] = (),
+    ):
         self.module = module.to(device)
         self.device = device
         _demand_float32(self.module)
         self._parameters = trained(self.module)
-        self.measured = batchnorm.measured(self.module)   # layers
+        self.measured = batchnorm.measured(self.module)  # layers
         self._carried = {name: _owner(self.module, name) for name in carried}
         self._counts = batchnorm.counts(self.module, self.measured)
-        self._aside: torch.Tensor | None = None           # see set_aside_
-        self._known: dict[int, list[torch.Tensor]] = {}   # the parameters' views of each of the vectors
+        self._aside: torch.Tensor | None = None  # see set_aside_
+        # the parameters' views of each of the vectors
+        self._known: dict[int, list[torch.Tensor]] = {}
         self.weights = torch.zeros(num_floats(module), device=device)
-        self.gradient = torch.zeros_like(self.weights) if gradient is None else gradient[:len(self.weights)].zero_()
-        self.spare_weights = torch.zeros_like(self.weights) if spare or spare_weights else None
-        self.spare_gradient = torch.zeros_like(self.weights) if spare else None
+        if gradient is None:
+            self.gradient = torch.zeros_like(self.weights)
+        else:
+            self.gradient = gradient[: len(self.weights)].zero_()
+        self.spare_weights: torch.Tensor | None = None
+        self.spare_gradient: torch.Tensor | None = None
+        if spare or spare_weights:
+            self.spare_weights = torch.zeros_like(self.weights)
+        if spare:
+            self.spare_gradient = torch.zeros_like(self.weights)
         for parameter, view in zip(self._parameters, self._views(self.weights)):
             view.copy_(parameter.detach())
         self._show()
 
     def swap_weights_(self) -> None:
+        assert self.spare_weights is not None
         self.weights, self.spare_weights = self.spare_weights, self.weights
         self._show()
 
     def swap_gradients_(self) -> None:
+        assert self.spare_gradient is not None
         self.gradient, self.spare_gradient = self.spare_gradient, self.gradient
         self._show()
 
     def _show(self) -> None:
         """Let the parameters be views of the current vectors."""
-        for parameter, weights, gradient in zip(self._parameters, self._views(self.weights), self._views(self.gradient)):
+        for parameter, weights, gradient in zip(
+            self._parameters, self._views(self.weights), self._views(self.gradient)
+        ):
             parameter.data = weights
             parameter.grad = gradient
 
@@ -67,15 +86,32 @@ class FlatModel:
             self._known[id(vector)] = views(self.module, vector)
         return self._known[id(vector)]
 
+    @property
+    def num_parameters(self) -> int:
+        """Return how many parameters are trained."""
+        return len(self._parameters)
+
+    def shows_gradient(self) -> bool:
+        """Return whether the parameters' gradients are still the views of the flat one."""
+        return all(
+            parameter.grad is view
+            for parameter, view in zip(self._parameters, self._views(self.gradient))
+        )
+
     def is_finite(self) -> bool:
-        """Whether all of the gradient is."""
-        return not len(self.gradient) or bool(torch.stack(self.gradient.aminmax()).isfinite().all())     # sync: what is pushed depends on it
+        """Return whether all of the gradient is."""
+        # sync: what is pushed depends on it
+        return not len(self.gradient) or bool(torch.stack(self.gradient.aminmax()).isfinite().all())
 
     def norms(self, vector: torch.Tensor | None = None) -> list[float]:
-        """Of each parameter's part of a vector, (P,) float32: of the gradient, if none is given."""
+        """Return the norm of each parameter's part of a vector, (P,) float32: of the gradient, if none is given."""
         vector = self.gradient if vector is None else vector
-        parts = [vector[start:start + p.numel()] for start, p in zip(_starts(self.module), self._parameters)]
-        return torch.stack(torch._foreach_norm(parts)).tolist() if parts else []      # sync: it may be scaled down
+        parts = [
+            vector[start : start + p.numel()]
+            for start, p in zip(_starts(self.module), self._parameters)
+        ]
+        # sync: it may be scaled down
+        return torch.stack(torch._foreach_norm(parts)).tolist() if parts else []
 
     def zero_gradient_(self) -> None:
         self.gradient.zero_()
@@ -85,6 +121,7 @@ class FlatModel:
         self._aside = self.gradient.clone()
 
     def take_back_(self) -> None:
+        assert self._aside is not None
         self.gradient.add_(self._aside)
         self._aside = None
 
@@ -99,14 +136,17 @@ class FlatModel:
     @property
     def carried(self) -> dict[str, torch.Tensor]:
         """By name, what the forward pass moves beside batch norm's statistics: of any type, on the device."""
-        return {name: getattr(owner, attribute).detach() for name, (owner, attribute) in self._carried.items()}
+        return {
+            name: getattr(owner, attribute).detach()
+            for name, (owner, attribute) in self._carried.items()
+        }
 
     def set_carried_(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in self.carried.items():
             tensor.copy_(tensors[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """As the module's, but the counts of batches that a worker's batch norm has seen: as they were at first."""
+        """Return the module's, but the counts of batches that a worker's batch norm has seen: as they were at first."""
         return {**self.module.state_dict(), **self._counts}
 
     @property
@@ -117,44 +157,31 @@ class FlatModel:
     @property
     def num_statistics(self) -> int:
         """The length of what `save_statistics` writes, in floats."""
-        return sum(tensor.numel() for tensor in self.statistics) + sum(map(_words, self.carried.values()))
+        return sum(tensor.numel() for tensor in self.statistics) + sum(
+            map(_words, self.carried.values())
+        )
 
     def save_statistics(self, into: torch.Tensor) -> None:
         """Copy the statistics, and then the bytes of what is carried, into the first `num_statistics` floats of `into`."""
         start = 0
         for tensor in self.statistics:
-            into[start:start + tensor.numel()].copy_(tensor.reshape(-1))
+            into[start : start + tensor.numel()].copy_(tensor.reshape(-1))
             start += tensor.numel()
         for tensor in self.carried.values():
             contents = bytes_of(tensor)
-            into[start:start + _words(tensor)].view(torch.uint8)[:len(contents)].copy_(contents)
+            into[start : start + _words(tensor)].view(torch.uint8)[: len(contents)].copy_(contents)
             start += _words(tensor)
 
     def load_statistics_(self, source: torch.Tensor) -> None:
         """Set the statistics, and what is carried, from the first `num_statistics` floats of `source`."""
         start = 0
         for tensor in self.statistics:
-            tensor.copy_(source[start:start + tensor.numel()].view(tensor.shape))
+            tensor.copy_(source[start : start + tensor.numel()].view(tensor.shape))
             start += tensor.numel()
         for tensor in self.carried.values():
-            contents = source[start:start + _words(tensor)].view(torch.uint8)[:tensor.nbytes]
+            contents = source[start : start + _words(tensor)].view(torch.uint8)[: tensor.nbytes]
             tensor.copy_(contents.clone().view(tensor.dtype).view(tensor.shape))
             start += _words(tensor)
-
-
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that the flat vectors hold, in order."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def demand_trained(module: nn.Module) -> None:
-    """Raise ConfigError if nothing of a network is trained."""
-    frozen = [name for name, _ in module.named_parameters()]
-    if not frozen:
-        raise ConfigError("the network has no parameters: there is nothing to train.")
-    if not trained(module):
-        raise ConfigError(f"all {len(frozen)} parameters of the network are frozen (requires_grad=False), from {frozen[0]} to "
-                          f"{frozen[-1]}: there is nothing to train. Leave requires_grad on for those that are to be trained.")
 
 
 def num_floats(module: nn.Module) -> int:
@@ -162,14 +189,32 @@ def num_floats(module: nn.Module) -> int:
     return sum(_padded(parameter) for parameter in trained(module))
 
 
+def ranges_below(module: nn.Module, size: int) -> tuple[tuple[int, int], ...]:
+    """Return where the trained parameters of less than `size` numbers lie in the flat vectors; neighbours are one range."""
+    found: list[tuple[int, int]] = []
+    for start, parameter in zip(_starts(module), trained(module)):
+        if parameter.numel() < size:
+            begin = found.pop()[0] if found and found[-1][1] == start else start
+            found.append((begin, start + _padded(parameter)))
+    return tuple(found)
+
+
 def views(module: nn.Module, vector: torch.Tensor) -> list[torch.Tensor]:
-    """The trained parameters of a module in a vector that is laid out as its own."""
-    return [vector[start:start + p.numel()].as_strided(p.shape, _stride(p))
-            for start, p in zip(_starts(module), trained(module))]
+    """Return the trained parameters of a module in a vector that is laid out as its own."""
+    return [
+        vector[start : start + p.numel()].as_strided(p.shape, _stride(p))
+        for start, p in zip(_starts(module), trained(module))
+    ]
+
+
+def places(module: nn.Module) -> Iterator[tuple[nn.Parameter, slice]]:
+    """Yield each trained parameter and where it lies in the flat vectors."""
+    for start, parameter in zip(_starts(module), trained(module)):
+        yield parameter, slice(start, start + parameter.numel())
 
 
 def norm_of(norms: Iterable[float]) -> float:
-    """Of a vector, from those of its parts in any order: the sum of their squares is rounded once."""
+    """Return the norm of a vector from those of its parts, in any order: the sum of their squares is rounded once."""
     return math.sqrt(math.fsum(norm * norm for norm in norms))
 
 
@@ -182,25 +227,36 @@ def places_of(module: nn.Module, part: nn.Module) -> list[tuple[slice, slice]]:
     places: list[tuple[slice, slice]] = []
     for parameter, own in zip(trained(part), _starts(part)):
         start, size = whole[id(parameter)], _padded(parameter)
-        before = places.pop() if places and places[-1][0].stop == start else (slice(start, start), slice(own, own))
+        if places and places[-1][0].stop == start:
+            before = places.pop()
+        else:
+            before = (slice(start, start), slice(own, own))
         places.append((slice(before[0].start, start + size), slice(before[1].start, own + size)))
     return places
 
 
-def statistics_of(layers: Sequence[nn.Module], part: nn.Module) -> list[tuple[slice, torch.Tensor]]:
-    """The statistics of a part of a module, and where each lies in what `save_statistics` of the module writes.
+def statistics_of(
+    layers: Sequence[batchnorm.Layer], part: nn.Module
+) -> list[tuple[slice, torch.Tensor]]:
+    """Return the statistics of a part of a module, and where each lies in what `save_statistics` of the module writes.
 
     layers: all that are measured.
     """
     own, found = {id(tensor) for tensor in part.buffers()}, batchnorm.statistics(layers)
     starts = itertools.accumulate((tensor.numel() for tensor in found), initial=0)
-    return [(slice(start, start + tensor.numel()), tensor) for start, tensor in zip(starts, found) if id(tensor) in own]
+    return [
+        (slice(start, start + tensor.numel()), tensor)
+        for start, tensor in zip(starts, found)
+        if id(tensor) in own
+    ]
 
 
 def num_statistics(module: nn.Module, carried: Sequence[str] = ()) -> int:
     """Count the floats of a module's batch-norm statistics, and of what it is to carry."""
     tensors = (getattr(*_owner(module, name)) for name in carried)
-    return sum(tensor.numel() for tensor in batchnorm.statistics(batchnorm.measured(module))) + sum(map(_words, tensors))
+    return sum(tensor.numel() for tensor in batchnorm.statistics(batchnorm.measured(module))) + sum(
+        map(_words, tensors)
+    )
 
 
 def _words(tensor: torch.Tensor) -> int:
@@ -209,15 +265,16 @@ def _words(tensor: torch.Tensor) -> int:
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The part of a module that a tensor belongs to, and its name there."""
+    """Return the part of a module that a tensor belongs to, and its name there."""
     path, _, attribute = name.rpartition(".")
     return module.get_submodule(path), attribute
 
 
 def _stride(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Of a parameter within its part of the vector: rows by rows, or channels last if the module has it so."""
-    return parameter.stride() if parameter.dim() == 4 and parameter.is_contiguous(
-        memory_format=torch.channels_last) else torch.empty(parameter.shape, device="meta").stride()
+    """Return the strides of a parameter within its part of the vector: rows by rows, or channels last if the module has it so."""
+    if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return parameter.stride()
+    return torch.empty(parameter.shape, device="meta").stride()
 
 
 def _starts(module: nn.Module) -> Iterator[int]:
@@ -232,5 +289,7 @@ def _padded(parameter: torch.Tensor) -> int:
 def _demand_float32(module: nn.Module) -> None:
     other = {str(p.dtype) for p in trained(module)} - {"torch.float32"}
     if other:
-        raise ConfigError(f"the network has parameters of {', '.join(sorted(other))} to train: the master weights are float32. "
-                          "Build it in float32.")
+        raise ConfigError(
+            f"the network has parameters of {', '.join(sorted(other))} to train: the master weights are float32. "
+            "Build it in float32."
+        )

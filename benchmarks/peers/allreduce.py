@@ -15,7 +15,8 @@ def main() -> None:
 
     def round_() -> None:
         comm.Allreduce(MPI.IN_PLACE, buffer)
-        protocol.step_(weights, gradient, velocity, comm.size)     # leaves the mean in the gradient: as before
+        # leaves the mean in the gradient: as before
+        protocol.step_(weights, gradient, velocity, comm.size)
 
     rounds, rate = protocol.in_step(round_, comm.bcast, options.warmup, options.seconds)
     right = comm.gather(protocol.are_right(weights, rounds))

@@ -33,7 +33,9 @@ class Apart:
 def main() -> None:
     apart = Apart()
     world = ours.main(apart)
-    told = world.gather({name: statistics.median(times) for name, times in vars(apart).items() if times})
+    told = world.gather(
+        {name: statistics.median(times) for name, times in vars(apart).items() if times}
+    )
     if world.is_server:
         print(json.dumps(told[1]), flush=True)
     world.barrier("all ranks to be done")

@@ -11,14 +11,17 @@ from benchmarks.peers import protocol
 
 
 def work(rank: int, options, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.workers)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=options.workers
+    )
     torch.set_num_threads(options.threads)
     gradient = protocol.make_gradient(options.parameters)
     weights, velocity = torch.zeros_like(gradient), torch.zeros_like(gradient)
 
     def round_() -> None:
         dist.all_reduce(gradient)
-        protocol.step_(weights, gradient, velocity, options.workers)   # leaves the mean in the gradient: as before
+        # leaves the mean in the gradient: as before
+        protocol.step_(weights, gradient, velocity, options.workers)
 
     def agree(number: int) -> int:
         box = torch.tensor([number])

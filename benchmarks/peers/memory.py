@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.peers import protocol
 
-FLOATS = 64 << 20     # 256 MB an array
+FLOATS = 64 << 20  # 256 MB an array
 
 
 def bandwidth(act: Callable[[], object], num_bytes: int, seconds: float) -> float:
@@ -33,7 +33,9 @@ def main() -> None:
     measured = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        measured[f"triad_{threads}"] = bandwidth(lambda: torch.add(b, c, alpha=3.0, out=a), 12 * FLOATS, options.seconds / 4)
+        measured[f"triad_{threads}"] = bandwidth(
+            lambda: torch.add(b, c, alpha=3.0, out=a), 12 * FLOATS, options.seconds / 4
+        )
         measured[f"copy_{threads}"] = bandwidth(lambda: a.copy_(b), 8 * FLOATS, options.seconds / 4)
     print(json.dumps(measured), flush=True)
 

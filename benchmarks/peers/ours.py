@@ -29,15 +29,19 @@ from asgd_mpi.runtime.server import Server
 from asgd_mpi.vector.flat import FlatModel, num_floats
 from benchmarks.peers import protocol
 
-ENDLESS = 1 << 40     # samples
+ENDLESS = 1 << 40  # samples
 
 
 class TimedLedger(Ledger):
     """Lends until the time is over, which begins with the first push; what is lent by then is the whole run."""
 
     def __init__(self, num_workers: int, seconds: float):
-        super().__init__(Plan(num_workers, ENDLESS, 0, ENDLESS, batch_size=1, lease_batches=1, validate_every=1.0),
-                         lr_at=lambda samples, staleness: protocol.LR)
+        super().__init__(
+            Plan(
+                num_workers, ENDLESS, 0, ENDLESS, batch_size=1, lease_batches=1, validate_every=1.0
+            ),
+            lr_at=lambda samples, staleness: protocol.LR,
+        )
         self._seconds, self._ends = seconds, None
 
     def judge(self, header: Header) -> Verdict:
@@ -76,12 +80,26 @@ class Vector(nn.Module):
 
 def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, options) -> int:
     """Serve for the time; the number of pushes."""
-    rule = Rule(window.layout.num_parameters, RuleConfig(momentum=protocol.MOMENTUM, momentum_at="server", weight_decay=0.0))
+    rule = Rule(
+        window.layout.num_parameters,
+        RuleConfig(momentum=protocol.MOMENTUM, momentum_at="server", weight_decay=0.0),
+    )
     with tempfile.TemporaryDirectory() as place:
         pushes = EventLog(Path(place) / "pushes.log")
-        server = Server(window, Inbox(world, window), TimedLedger(options.workers, options.warmup + options.seconds), rule,
-                        meter, log, pushes, Progress("none", ENDLESS, ENDLESS), world.timeout_s, FailureConfig(),
-                        CheckpointConfig(every_s=0), NoSaver())
+        server = Server(
+            window,
+            Inbox(world, window),
+            TimedLedger(options.workers, options.warmup + options.seconds),
+            rule,
+            meter,
+            log,
+            pushes,
+            Progress("none", ENDLESS, ENDLESS),
+            world.timeout_s,
+            FailureConfig(),
+            CheckpointConfig(every_s=0),
+            NoSaver(),
+        )
         server.publish_first(torch.zeros(window.layout.num_parameters))
         server.run()
         server.inbox.close()
@@ -94,8 +112,14 @@ def push_and_fetch(client: ServerClient, header: Header) -> None:
     client.wait()
 
 
-def work(world: World, client: ServerClient, clock: protocol.Clock, exchange: Callable[[ServerClient, Header], None]) -> None:
+def work(
+    world: World,
+    client: ServerClient,
+    clock: protocol.Clock,
+    exchange: Callable[[ServerClient, Header], None],
+) -> None:
     """Push and fetch, one sample of a lease each time, until the server says stop."""
+
     def granted() -> Lease | None:
         return next((lease for lease in client.mail.leases if lease.number == number), None)
 
@@ -104,13 +128,19 @@ def work(world: World, client: ServerClient, clock: protocol.Clock, exchange: Ca
 
     number = 1
     while True:
-        if not granted():                              # else it came with the last trip, as it does in a training
+        # else it came with the last trip, as it does in a training
+        if not granted():
             client.await_mail(is_news, "grant it a lease")
         lease = granted()
         if lease is None:
             client.say(Header(Kind.GOODBYE, world.worker, client.sent + 1, 0, 0, 0, 0))
             return
-        exchange(client, Header(Kind.GRADIENT, world.worker, client.sent + 1, client.version, number, lease.start, 1))
+        exchange(
+            client,
+            Header(
+                Kind.GRADIENT, world.worker, client.sent + 1, client.version, number, lease.start, 1
+            ),
+        )
         clock.tick()
         number += 1
 
@@ -120,7 +150,9 @@ def main(exchange: Callable[[ServerClient, Header], None] = push_and_fetch) -> W
     options, world = protocol.options(), World(timeout_s=60)
     torch.set_num_threads(options.threads if world.is_server else 1)
     module = Vector(options.parameters)
-    window = (ServerWindow if world.is_server else WorkerWindow)(world, Layout(num_floats(module), 3, options.workers))
+    window = (ServerWindow if world.is_server else WorkerWindow)(
+        world, Layout(num_floats(module), 3, options.workers)
+    )
     window.open()
     with tempfile.TemporaryDirectory() as place:
         log = EventLog(Path(place) / "metrics.jsonl")
@@ -131,19 +163,21 @@ def main(exchange: Callable[[ServerClient, Header], None] = push_and_fetch) -> W
         else:
             outbox = Outbox(world, window)
             flat = FlatModel(module, torch.device("cpu"), outbox.payload.view(torch.float32))
-            flat.gradient[:options.parameters].copy_(protocol.make_gradient(options.parameters))
+            flat.gradient[: options.parameters].copy_(protocol.make_gradient(options.parameters))
             client = ServerClient(window, outbox, flat, meter, overlap=False)
             clock = protocol.Clock(options.warmup, options.seconds)
             work(world, client, clock, exchange)
             result = {"rate": clock.rate, "pushes": clock.exchanges}
-            weights = flat.weights                     # now of this worker's last push: get those of everybody's
-            if window.near[0]:                         # one alone on another host, whom nobody answers any more, has them
+            # now of this worker's last push: get those of everybody's
+            weights = flat.weights
+            # one alone on another host, whom nobody answers any more, has them
+            if window.near[0]:
                 window.fetch(weights.view(torch.uint8), at_least=client.mail.version)
         log.close()
     results = world.gather(result)
     pushes = results[0]["pushes"]
     everything = pushes == sum(worker["pushes"] for worker in results[1:])
-    right = world.gather(protocol.are_right(weights[:options.parameters], pushes))
+    right = world.gather(protocol.are_right(weights[: options.parameters], pushes))
     if world.is_server:
         protocol.report([worker["rate"] for worker in results], pushes, everything and all(right))
     world.barrier("all ranks to be done")

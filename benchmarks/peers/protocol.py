@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-LR = 2.0 ** -10
+LR = 2.0**-10
 MOMENTUM = 0.5
 
 
@@ -28,7 +28,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, required=True, help="N")
     parser.add_argument("--seconds", type=float, default=5.0, help="timed")
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds before that")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of the process that applies")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads of the process that applies"
+    )
     return parser.parse_args()
 
 
@@ -37,18 +39,30 @@ def make_gradient(num_parameters: int) -> torch.Tensor:
     return (torch.arange(num_parameters, dtype=torch.int32) % 7 - 3).float()
 
 
-def step_(weights: torch.Tensor, gradient: torch.Tensor, velocity: torch.Tensor, num_summed: int = 1) -> None:
+def step_(
+    weights: torch.Tensor, gradient: torch.Tensor, velocity: torch.Tensor, num_summed: int = 1
+) -> None:
     """One step of momentum SGD in one pass; a gradient that is a sum over workers becomes (in place) their mean."""
     torch._fused_sgd_(
-        [weights], [gradient], [velocity], weight_decay=0.0, momentum=MOMENTUM, lr=LR, dampening=0.0, nesterov=False,
-        maximize=False, is_first_step=False, grad_scale=torch.tensor(float(num_summed)) if num_summed > 1 else None)
+        [weights],
+        [gradient],
+        [velocity],
+        weight_decay=0.0,
+        momentum=MOMENTUM,
+        lr=LR,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        grad_scale=torch.tensor(float(num_summed)) if num_summed > 1 else None,
+    )
 
 
 def are_right(weights: torch.Tensor, num_steps: int) -> bool:
     """Whether `weights`, (P,) float32, are those after `num_steps` steps from zero: one step more or less is seen."""
     change = LR * (2 * num_steps - 2 + 2.0 ** (1 - num_steps)) if num_steps else 0.0
-    for start in range(0, len(weights), 7 << 17):    # a multiple of the gradient's period
-        piece = weights[start:start + (7 << 17)].double()
+    for start in range(0, len(weights), 7 << 17):  # a multiple of the gradient's period
+        piece = weights[start : start + (7 << 17)].double()
         if (piece + make_gradient(len(piece)).double() * change).abs().max() > LR / 2:
             return False
     return True
@@ -58,11 +72,11 @@ class Clock:
     """Counts a worker's exchanges, and times those after the warm-up, from the end of one to the end of another."""
 
     def __init__(self, warmup_s: float, seconds: float):
-        self.exchanges = 0                    # all of them
+        self.exchanges = 0  # all of them
         self._warm_at = time.perf_counter() + warmup_s
         self._seconds = seconds
         self._began: float | None = None
-        self._before = 0                      # exchanges until then
+        self._before = 0  # exchanges until then
 
     def tick(self) -> bool:
         """An exchange is over; whether to make another."""
@@ -78,7 +92,9 @@ class Clock:
         return (self.exchanges - self._before) / (self._last - self._began)
 
 
-def in_step(round_: Callable[[], None], agree: Callable[[int], int], warmup_s: float, seconds: float) -> tuple[int, float]:
+def in_step(
+    round_: Callable[[], None], agree: Callable[[int], int], warmup_s: float, seconds: float
+) -> tuple[int, float]:
     """Time rounds that all ranks make together: (rounds made, rounds per second).
 
     agree: gives every rank the number of rank 0. While it is timed, nothing is agreed on: how many rounds there will be
@@ -97,4 +113,7 @@ def in_step(round_: Callable[[], None], agree: Callable[[int], int], warmup_s: f
 
 def report(rates: Iterable[float], exchanges: int, right: bool) -> None:
     """The one line that a peer prints; `exchanges` counts the warm-up, too."""
-    print(json.dumps({"exchanges_per_s": sum(rates), "exchanges": exchanges, "right": right}), flush=True)
+    print(
+        json.dumps({"exchanges_per_s": sum(rates), "exchanges": exchanges, "right": right}),
+        flush=True,
+    )

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.peers import protocol
 
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")    # the store's memory: read only
+# the store's memory: read only
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 @ray.remote(num_cpus=0)
@@ -41,7 +42,7 @@ class Worker:
         while going:
             weights = ray.get(self.server.push_fetch.remote(self.gradient))
             going = clock.tick()
-            del weights                            # the store gets its room back
+            del weights  # the store gets its room back
         return clock.rate, clock.exchanges
 
     def check(self, num_steps: int) -> bool:
@@ -50,9 +51,15 @@ class Worker:
 
 def main() -> None:
     options = protocol.options()
-    room = max(256 << 20, 4 * options.parameters * (3 * options.workers + 4))       # bytes: in, out, and some to come
-    ray.init(num_cpus=options.workers + 1, object_store_memory=room, include_dashboard=False, log_to_driver=False,
-             logging_level="ERROR")
+    # bytes: in, out, and some to come
+    room = max(256 << 20, 4 * options.parameters * (3 * options.workers + 4))
+    ray.init(
+        num_cpus=options.workers + 1,
+        object_store_memory=room,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     server = Server.remote(options.parameters, options.threads)
     workers = [Worker.remote(server, options.parameters) for _ in range(options.workers)]
     ray.get([worker.ready.remote() for worker in workers])

@@ -56,12 +56,19 @@ def run(rank: int, options, store: str) -> None:
     torch.set_num_threads(options.threads if rank == 0 else 1)
     if rank == 0:
         Server.here = Server(options.parameters)
-    rpc.init_rpc(SERVER if rank == 0 else f"worker{rank}", rank=rank, world_size=options.workers + 1,
-                 rpc_backend_options=rpc.TensorPipeRpcBackendOptions(
-                     num_worker_threads=options.workers + 2, rpc_timeout=0, init_method=f"file://{store}"))
+    rpc.init_rpc(
+        SERVER if rank == 0 else f"worker{rank}",
+        rank=rank,
+        world_size=options.workers + 1,
+        rpc_backend_options=rpc.TensorPipeRpcBackendOptions(
+            num_worker_threads=options.workers + 2, rpc_timeout=0, init_method=f"file://{store}"
+        ),
+    )
     if rank == 0:
         workers = [f"worker{number}" for number in range(1, options.workers + 1)]
-        results = [call.wait() for call in [rpc.rpc_async(worker, work, (options,)) for worker in workers]]
+        results = [
+            call.wait() for call in [rpc.rpc_async(worker, work, (options,)) for worker in workers]
+        ]
         exchanges = sum(count for _, count in results)
         right = all(rpc.rpc_sync(worker, check, (exchanges,)) for worker in workers)
         protocol.report([rate for rate, _ in results], exchanges, right)

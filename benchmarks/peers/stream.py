@@ -31,7 +31,9 @@ def main() -> None:
     told = {}
     for name, source in (("push_s", 1), ("fetch_s", 0)):
         once = comm.bcast(stream(comm, vectors, source, UNDER_WAY))
-        told[name] = stream(comm, vectors, source, max(2 * UNDER_WAY, round(options.seconds / once)))
+        told[name] = stream(
+            comm, vectors, source, max(2 * UNDER_WAY, round(options.seconds / once))
+        )
     if comm.rank == 0:
         print(json.dumps(told), flush=True)
 

@@ -1,4 +1,4 @@
-"""`asgd_mpi.train` on a disk that refuses writes of logs for a while (EIO), as `python -m chaos.failing_disk`.
+"""`asgd_mpi.train` on a disk that refuses writes of logs for a while (EIO), as `python -m tests.chaos.failing_disk`.
 
 ASGD_DISK_FAILS: the number of the first write of `pushes.log` that is refused, and of how many from there on.
 """
@@ -9,6 +9,7 @@ import sys
 
 from asgd_mpi import train
 from asgd_mpi.record import events
+from asgd_mpi.runtime import rank
 
 first, count = map(int, os.environ["ASGD_DISK_FAILS"].split(","))
 calls = itertools.count()
@@ -37,5 +38,6 @@ class FailingLog(events.EventLog):
 
 
 if __name__ == "__main__":
-    train.EventLog = FailingLog
+    assert rank.EventLog is events.EventLog  # what a run writes its pushes with
+    rank.EventLog = FailingLog
     sys.exit(train.main())

@@ -71,11 +71,14 @@ def _launch(source: Path, out: Path, shard_size: int, dice: random.Random, live_
     os._exit(0)
 
 
-def _run_task(source: Path, out: Path, shard_size: int, rank: int, workers: int, live_on: bool) -> None:
+def _run_task(
+    source: Path, out: Path, shard_size: int, rank: int, workers: int, live_on: bool
+) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
-    tqdm.set_lock(threading.RLock())  # its own is shared by all that a process has forked: a killed one may hold it for ever
+    # its own is shared by all that a process has forked: a killed one may hold it for ever
+    tqdm.set_lock(threading.RLock())
     imagenet.rank_and_size = lambda: (rank, TASKS)
     if live_on:
         imagenet.end_with_parent = lambda: None
@@ -100,11 +103,16 @@ def main() -> int:
         right = {path.name: path.read_bytes() for path in (root / "packed").iterdir()}
         for number in range(options.times):
             out = root / str(number)
-            kills += killed_again_and_again(root / "archives", out, 8, random.Random(options.seed + number))
+            kills += killed_again_and_again(
+                root / "archives", out, 8, random.Random(options.seed + number)
+            )
             found = {path.name: path.read_bytes() for path in out.iterdir()}
             verify(out)
             if found != right:
-                print(f"seed {options.seed + number}: {sorted(found)} differ from {sorted(right)}", file=sys.stderr)
+                print(
+                    f"seed {options.seed + number}: {sorted(found)} differ from {sorted(right)}",
+                    file=sys.stderr,
+                )
                 return 1
     print(f"{options.times} sets packed, {kills} launchers killed, every file as it should be")
     return 0

@@ -1,0 +1,14 @@
+"""Vectors that go on from saved ones."""
+
+from collections.abc import Mapping
+
+import torch
+
+
+def load_(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """Copy what was saved into one's own, by name; zero that with an empty `state`, as at the beginning."""
+    for name, tensor in own.items():
+        if state:
+            tensor.copy_(state[name])
+        else:
+            tensor.zero_()

@@ -1,0 +1,154 @@
+"""A task as a configuration opens it: the data, the network with its first weights, the plan of the run.
+
+The server, the workers and the replay open the same task from the same configuration, and get the same one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from asgd_mpi.config import limits
+from asgd_mpi.config.resolved import Resolved
+from asgd_mpi.config.rulebook import RULEBOOK, in_flight, rate_scale, pacing
+from asgd_mpi.data.dataset import DatasetLoader
+from asgd_mpi.data.loader import Loader
+from asgd_mpi.optim.error_feedback import kept_at
+from asgd_mpi.optim.lr_schedule import Schedule
+from asgd_mpi.optim.objective import Objective
+from asgd_mpi.protocol.ledger import Plan
+from asgd_mpi.vector.flat import FlatModel
+from asgd_mpi.vector.groups import ParameterGroup
+from asgd_mpi.vector.no_decay import parameter_groups
+
+# with n_push auto: while one is under way the next is summed up, and either may be longer than the last one
+LEASE_PUSHES = 4
+
+Forward = Callable[[nn.Module], object]  # a pass of a network in training
+
+
+@dataclass(frozen=True)
+class OpenedTask(ABC):
+    """See the module. `config` is complete; `train` and `val` are the data, `val` without samples if nothing is validated."""
+
+    config: Resolved
+    train: Any
+    val: Any
+    metrics: tuple[str, ...] = ()  # that validations measure; none for image classification
+
+    is_own = False  # a task of the user's
+    maximize = False  # the first of them is to be high
+    unit = "images"  # what a sample is called
+    computes = True  # the gradients; else a loop of the user's does
+    is_seeded = True  # the first weights are a function of the seed
+
+    def begin(self, rank: Any, flat: FlatModel) -> None:  # noqa: B027 - most have nothing to note
+        """Take note that a worker begins, with its network (see runtime.ranks)."""
+
+    @property
+    @abstractmethod
+    def objective(self) -> Objective:
+        """Return what is minimised and measured."""
+
+    @abstractmethod
+    def build_module(self) -> nn.Module:
+        """Return the network with its first weights, a function of the seed. Raises ConfigError."""
+
+    @abstractmethod
+    def first_module(self, note: Callable[[str], None] = lambda text: None) -> nn.Module:
+        """Return the network with the weights that training begins with. Raises ConfigError.
+
+        `note` is told what was done to what a file holds.
+        """
+
+    @abstractmethod
+    def outline(self) -> nn.Module:
+        """Return the network to be cut into stages. Raises ConfigError."""
+
+    @abstractmethod
+    def carried(self, module: nn.Module, forward: Forward | None = None) -> list[str]:
+        """Return the names of what the network's forward pass moves in training (see model.buffers). Raises ConfigError.
+
+        `module` is trained for it, twice: nobody may need it afterwards. `forward`: such a pass, in place of one of noise.
+        """
+
+    @abstractmethod
+    def train_loader(
+        self, on_skip: Callable[[str], None] = print, touch_on_device: bool = False
+    ) -> Loader | DatasetLoader:
+        """Return what makes batches of the training split."""
+
+    @abstractmethod
+    def val_loader(self, on_skip: Callable[[str], None] = print) -> Loader | DatasetLoader:
+        """Return what makes batches of the validation split."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the data and of how it is prepared (see record.checkpoint.Manifest)."""
+        data = self.train
+        return {
+            "num_classes": data.num_classes,
+            "channels": 0,
+            "image_size": 0,
+            "data": data.fingerprint,
+            "mean": [],
+            "std": [],
+            "class_names": list(data.class_names),
+            "is_own": self.is_own,
+        }
+
+    @property
+    def smallest(self) -> int:
+        """Samples that a batch, or a part of one, has at least; 1 in runs that were recorded without."""
+        return self.config.data.min_batch or 1
+
+    def groups(self, module: nn.Module) -> list[ParameterGroup]:
+        """Return the parameters of the network, by their place in its vector, with the rate and the weight decay of each."""
+        return parameter_groups(module, limits.names(self.config.rule.no_decay))
+
+    def plan(self, num_workers: int) -> Plan:
+        data, run, samples = self.config.data, self.config.run, self.train.num_samples
+        n_push = self.config.exchange.n_push
+        # while a push is under way
+        sums_on = n_push == "auto"
+        # two are held: enough for a push
+        lease_batches = max(data.lease_batches, 1 if sums_on else n_push)
+        return Plan(
+            num_workers,
+            samples,
+            self.val.num_samples,
+            round(run.epochs * samples),
+            data.batch_size,
+            lease_batches,
+            run.validate_every,
+            self.config.failure.max_nonfinite,
+            round(self.config.rule.warm_start_epochs * samples),
+            pacing(self.config.rule, num_workers),
+            LEASE_PUSHES if sums_on else 0,
+            RULEBOOK[self.config.rule.name].moves == "elastic",
+            self.smallest,
+            self.metrics,
+            self.maximize,
+            signed_loss=self.is_own,
+            keeps_reads=RULEBOOK[self.config.rule.name].keeps_reads,
+        )
+
+    def kept_at(self, samples: int) -> int:
+        """Return how many numbers of a chunk a push on a snapshot of this sample clock sends; 0 if it is not sparse."""
+        return kept_at(self.config.exchange, samples, self.train.num_samples)
+
+    def schedule(self, num_workers: int) -> Schedule:
+        samples, config = self.train.num_samples, self.config
+        return Schedule(
+            config.schedule,
+            samples,
+            round(config.run.epochs * samples),
+            num_workers,
+            config.rule.staleness,
+            in_flight(config.rule, num_workers, config.exchange.overlap),
+            rate_scale(config.rule, num_workers),
+        )

@@ -1,0 +1,39 @@
+"""How a packet is cut into messages."""
+
+import numpy as np
+import pytest
+
+from asgd_mpi.comm import packets, world
+from asgd_mpi.protocol.messages import HEADER_BYTES
+
+
+@pytest.mark.parametrize("size, parts", [(0, 0), (1, 1), (999, 1), (1000, 1), (1001, 2), (5000, 5)])
+def test_memory_is_cut_into_parts_that_one_call_carries(monkeypatch, size, parts):
+    monkeypatch.setattr(world, "MAX_BYTES", 1000)
+    memory = np.arange(size, dtype=np.uint8)
+    found = world.cut(memory)
+    assert len(found) == parts and all(0 < len(part) <= 1000 for _, part in found)
+    assert b"".join(part.tobytes() for _, part in found) == memory.tobytes()
+    assert all(
+        np.shares_memory(part, memory[start:]) and part[0] == memory[start] for start, part in found
+    )
+    assert sum(part.nbytes for _, part in world.cut(np.zeros(size, np.int64))) == 8 * size
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 871, 872, 873, 1872, 1873, 2000])
+def test_a_packet_has_as_many_messages_whatever_its_payload(monkeypatch, num_bytes):
+    """MPI keeps their order, so that each is received where it belongs."""
+    monkeypatch.setattr(world, "MAX_BYTES", 1000)
+    sent, received = packets._Packet(2000, None), packets._Packet(2000, None)
+    sent.bytes[:] = np.random.default_rng(0).integers(1, 255, len(sent.bytes))
+    messages = sent.messages(num_bytes)
+    assert (
+        sum(map(len, messages)) == HEADER_BYTES + num_bytes
+        and len(messages) == len(received.messages()) == 3
+    )
+    for message, room in zip(messages, received.messages()):
+        room[: len(message)] = message
+    assert np.array_equal(
+        received.bytes[: HEADER_BYTES + num_bytes], sent.bytes[: HEADER_BYTES + num_bytes]
+    )
+    assert not received.bytes[HEADER_BYTES + num_bytes :].any()
