@@ -111,6 +111,10 @@ class ServerClient:
             # which may still fill the gradient
             self._stream.wait_stream(torch.cuda.current_stream(self._flat.device))
         self._trip = self._run(self._go, header, fill, fetch, whole)
+        if not self._thread:
+            # now, not in `wait`: an interval of the meter may end in between, and must hold no time from before it began
+            trip = self._trip.result()
+            self._meter.add(push=trip.push_s, fetch=trip.fetch_s)
 
     def push_gradient(self, header: Header, fetch: bool, code: torch.Tensor | None = None) -> int:
         """Set out with the gradient of `flat`, or the bytes of a compressed one; returns how many bytes travel.
@@ -148,8 +152,6 @@ class ServerClient:
         if self._thread:
             waited = time.perf_counter() - started
             self._meter.add(push=waited, hidden=max(0.0, trip.push_s + trip.fetch_s - waited))
-        else:
-            self._meter.add(push=trip.push_s, fetch=trip.fetch_s)
         self.mail = trip.mail
         if trip.snapshot is None:
             return False

@@ -472,7 +472,7 @@ class FollowerStage(_Stage):
             raise _Interrupted
 
     def _next_command(self) -> dict:
-        """Return the leader may take its time: it works for all stages with the server, or rests."""
+        """Wait for the next command, and return it. The leader may take its time: it works for all stages with the server."""
         while not wait.for_a_while(self._commands.has, IDLE_S):
             self.team.world.demand_server()
             self.meter.add()  # no stall

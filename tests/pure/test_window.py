@@ -1,6 +1,7 @@
 """Where things lie in the server's memory, and how much of it there must be."""
 
 import shutil
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ from asgd_mpi.comm.server_window import ServerWindow
 from asgd_mpi.comm.worker_window import Snapshot, WorkerWindow
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.protocol.messages import Header, Kind, Mail
+from asgd_mpi.record.events import PHASES, EventLog, read_events
+from asgd_mpi.record.meter import Meter
 from asgd_mpi.runtime.client import ServerClient
 from asgd_mpi.vector.codec import BLOCK, rounded, vector_in
 from asgd_mpi.vector.flat import FlatModel
@@ -188,3 +191,27 @@ def test_what_a_worker_followed_is_fetched_anew_if_it_was_held_until_there_was_a
     client.push_gradient(Header(Kind.GRADIENT, 0, 1, 4, 1, 0, 1), fetch=True)
     assert client.wait() and client.version == latest and client.samples == 10 * latest
     assert counts["followed"] == 1 - fetches and counts["fetches"] == 1
+
+
+def test_an_interval_that_ends_amid_an_exchange_holds_no_time_of_before_it_began(tmp_path):
+    flat = FlatModel(nn.Linear(4, 4), torch.device("cpu"))
+    window = SimpleNamespace(await_mail=lambda *_: Mail(judged=1, version=0))
+    outbox = SimpleNamespace(
+        payload=flat.gradient.view(torch.uint8),
+        sent=1,
+        send=lambda *_: time.sleep(0.02),
+        wait=lambda: None,
+    )
+    log = EventLog(tmp_path / "log.jsonl")
+    meter = Meter(log, interval_s=0.0)
+    client = ServerClient(window, outbox, flat, meter, overlap=False)
+    client.push_gradient(Header(Kind.GRADIENT, 0, 1, 4, 1, 0, 1), fetch=False)
+    meter.tick()
+    client.wait()
+    meter.flush()
+    log.close()
+    first, second = read_events(tmp_path / "log.jsonl")
+    assert first.push >= 0.02 and second.push == 0
+    for interval in (first, second):
+        phases = sum(getattr(interval, phase) for phase in PHASES)
+        assert phases == pytest.approx(interval.t1 - interval.t0, abs=1e-6)
