@@ -42,12 +42,17 @@ FAR_OUT = 4  # times the measured workers, from which a number of workers is a g
 
 @dataclass(frozen=True)
 class Advice:
-    text: str  # what was measured, and what follows
-    change: str = ""  # what to do, in a few words; "": nothing
+    found: str  # what was measured, and what follows from it
+    do: str = ""  # what to do about it, and what that gains, in sentences
+    change: str = ""  # ... in a few words; "": nothing
     gain: float | None = (
         None  # images/s, as a share of what they are, at most; None: the numbers do not give it
     )
     is_alarm: bool = False  # the run's result is in doubt
+
+    @property
+    def text(self) -> str:
+        return f"{self.found} {self.do}".rstrip()
 
 
 def advise(summary: Summary, cost: Cost | None = None) -> list[str]:
@@ -147,8 +152,8 @@ def _audit(summary: Summary) -> Advice | None:
         f"; and {more} more, see the audit" if more > 0 else ""
     )
     return Advice(
-        f"The record contradicts itself ({named}): do not trust the weights of this run "
-        "before the cause is known.",
+        f"The record contradicts itself ({named}).",
+        "Do not trust the weights of this run before the cause is known.",
         "Look at the audit before these weights are used",
         is_alarm=True,
     )
@@ -171,24 +176,24 @@ def _saturated(summary: Summary) -> Advice | None:
         summary.num_workers * 2 * batch / (2 * own + step["fetch"] + summary.apply_s),
     )
     gain = doubled / summary.images_per_s - 1
-    text = (
+    found = (
         f"The server is busy {percent(summary.server_busy, 0)} of the time: one update takes {short(summary.apply_s)}, "
         f"so it applies at most {number(batch / summary.apply_s, 0)} {summary.unit}/s at {number(batch, 0)} {summary.unit} a push. "
         "More workers will not help."
     )
-    change = "Take no more workers"
+    change, do = "Take no more workers", ""
     if summary.num_parameters and summary.num_parameters >= SHARED_OUT:
         change = f"--servers {2 * summary.config.get('exchange.servers', 1)}"
-        more = f" More servers share the update out, on cores of their own: {change}."
+        more = f"More servers share the update out, on cores of their own: {change}."
     else:
         more = ""
     if gain > 0.05:
         change = f"--data.batch_size {2 * asked if asked else round(2 * batch)}"
-        text += (
-            f" Twice the batch ({change}) halves the updates for each image: expected up "
-            f"to +{percent(gain, 0)}, if a step then takes twice as long. Choose the learning rate anew."
+        do = (
+            f"Twice the batch ({change}) halves the updates for each image: expected up "
+            f"to +{percent(gain, 0)}, if a step then takes twice as long. Choose the learning rate anew. "
         )
-    return Advice(text + more, change, gain if gain > 0.05 else None)
+    return Advice(found, (do + more).rstrip(), change, gain if gain > 0.05 else None)
 
 
 def _servers(summary: Summary) -> Advice | None:
@@ -197,7 +202,7 @@ def _servers(summary: Summary) -> Advice | None:
     if share < WAITS:
         return None
     return Advice(
-        f"Rank 0 waits {percent(share, 0)} of its time for the other servers to apply their slices: more of them would not help. "
+        f"Rank 0 waits {percent(share, 0)} of its time for the other servers to apply their slices: more of them would not help.",
         "Give each server a core of its own, or take fewer --servers.",
         "Give each server a core of its own, or take fewer --servers",
     )
@@ -217,9 +222,9 @@ def _waiting(summary: Summary) -> Advice | None:
     )
     if len({rank.host for rank in summary.present}) > 1:
         return Advice(
-            text
-            + "they wait for the message to travel, not for the update. Compare the bandwidth below with the link's, see "
-            "that the server has a core of its own, and send less often: a larger --data.batch_size.",
+            text + "they wait for the message to travel, not for the update.",
+            "Compare the bandwidth below with the link's, see that the server has a core of its own, and send less often: "
+            "a larger --data.batch_size.",
             _larger_batch(summary),
             halved(share),
         )
@@ -229,21 +234,21 @@ def _waiting(summary: Summary) -> Advice | None:
         if cores >= threads:
             return Advice(
                 text
-                + f"on one host nothing travels, and its {cores} cores are enough for {count(threads, 'thread')}. See that "
-                "no two ranks are bound to one core (mpirun --report-bindings), and what else runs there.",
+                + f"on one host nothing travels, and its {cores} cores are enough for {count(threads, 'thread')}.",
+                "See that no two ranks are bound to one core (mpirun --report-bindings), and what else runs there.",
                 "See how the ranks are bound to cores (mpirun --report-bindings)",
                 without(share),
             )
         return Advice(
             text
-            + f"on one host nothing travels, so they wait for a core. All {len(summary.present)} ranks compute on its CPUs: "
-            "give each rank a core of its own, or start fewer.",
+            + f"on one host nothing travels, so they wait for a core. All {len(summary.present)} ranks compute on its CPUs.",
+            f"{SHORT_OF_CORES}.",
             SHORT_OF_CORES,
             without(share),
         )
     return Advice(
-        text
-        + "on one host nothing travels but from and to the GPUs. See that the server has a core of its own, and send less "
+        text + "on one host nothing travels but from and to the GPUs.",
+        "See that the server has a core of its own, and send less "
         "often: a larger --data.batch_size.",
         _larger_batch(summary),
         halved(share),
@@ -264,15 +269,15 @@ def _waiting_for_each_other(summary: Summary, share: float) -> Advice:
     slowest, median = max(step, key=step.get), statistics.median(step.values())
     if step[slowest] < SLOWER * median:
         return Advice(
-            text
-            + "No one of them is much slower than the others; a rule that does not wait gives that time back.",
+            text + "No one of them is much slower than the others.",
+            "A rule that does not wait gives that time back.",
             "A rule that does not wait, such as --rule asgd",
             without(share),
         )
     return Advice(
         text
-        + f"Rank {slowest} takes {short(step[slowest])} for a step, the median is {short(median)}: look at what else runs "
-        "there, leave it out, or take a rule that does not wait.",
+        + f"Rank {slowest} takes {short(step[slowest])} for a step, the median is {short(median)}.",
+        "Look at what else runs there, leave it out, or take a rule that does not wait.",
         f"Look at what slows rank {slowest} down, or take a rule that does not wait (--rule asgd)",
         without(share),
     )
@@ -294,7 +299,8 @@ def _bubble(summary: Summary) -> Advice | None:
     if found.are_columns:
         return Advice(
             f"The columns of a replica wait for each other {percent(found.measured, 0)} of the time that a batch takes, for maps on their "
-            "way or for the slower one: give each a device of its own, and larger parts (a larger --data.batch_size, "
+            "way or for the slower one.",
+            "Give each a device of its own, and larger parts (a larger --data.batch_size, "
             "fewer --compute.micro_batches), which share out what a message costs.",
             _larger_batch(summary),
         )
@@ -306,7 +312,8 @@ def _bubble(summary: Summary) -> Advice | None:
     gain = (1 - then) / (1 - found.measured) - 1 if found.measured < 1 else 0.0
     return Advice(
         f"The {found.num_stages} stages of a replica wait for each other {percent(found.measured, 0)} of the time that a batch takes"
-        f"{expected}: cut a batch into more parts than {found.num_parts} (--compute.micro_batches), or take fewer stages.",
+        f"{expected}.",
+        f"Cut a batch into more parts than {found.num_parts} (--compute.micro_batches), or take fewer stages.",
         f"--compute.micro_batches {more}",
         gain if gain > 0 else None,
     )
@@ -318,8 +325,8 @@ def _data(summary: Summary) -> Advice | None:
         return None
     if share < 1:
         return Advice(
-            f"The workers wait {percent(share, 0)} of their time for {summary.unit}: raise --data.threads, or keep the shards on a "
-            f"faster disk. Without that wait up to +{percent(without(share), 0)} {summary.unit}/s.",
+            f"The workers wait {percent(share, 0)} of their time for {summary.unit}.",
+            f"Raise --data.threads, or keep the shards on a faster disk. Without that wait up to +{percent(without(share), 0)} {summary.unit}/s.",
             "More --data.threads, or a faster disk",
             without(share),
         )
@@ -331,8 +338,8 @@ def _fetch(summary: Summary) -> Advice | None:
     if share < WAITS or not step:
         return None
     return Advice(
-        f"Fetching the weights takes {percent(share, 0)} of the workers' time, {short(step['fetch'])} for each push: a "
-        "larger --data.batch_size fetches less often.",
+        f"Fetching the weights takes {percent(share, 0)} of the workers' time, {short(step['fetch'])} for each push.",
+        "A larger --data.batch_size fetches less often.",
         _larger_batch(summary),
         halved(share),
     )
@@ -350,12 +357,13 @@ def _lease(summary: Summary) -> Advice | None:
         busiest = min(workers, key=lambda rank: rank.phases["idle"])
         return Advice(
             f"{text}, one of them for {seconds(longest)}, and a lease of the slowest takes {seconds(lease_s)}: it was not the "
-            f"leases that they waited for. Something stood still; rank {busiest.rank} was idle least. See what held it, and "
-            "the notes.",
+            f"leases that they waited for. Something stood still; rank {busiest.rank} was idle least.",
+            "See what held it, and the notes.",
             f"See what held rank {busiest.rank} while the others were idle",
         )
     return Advice(
-        f"{text}, as at the end of a run. A smaller --data.lease_batches shares the rest out more evenly.",
+        f"{text}, as at the end of a run.",
+        "A smaller --data.lease_batches shares the rest out more evenly.",
         "A smaller --data.lease_batches",
         _at_most(summary, without(share)),
     )
@@ -384,8 +392,8 @@ def _validate(summary: Summary) -> Advice | None:
         return None
     every = summary.settings.get("run.validate_every")
     return Advice(
-        f"Validation takes {percent(share, 0)} of the workers' time ({count(len(summary.validations), 'validation')}): a larger "
-        "--run.validate_every gives it back to training.",
+        f"Validation takes {percent(share, 0)} of the workers' time ({count(len(summary.validations), 'validation')}).",
+        "A larger --run.validate_every gives it back to training.",
         f"--run.validate_every {2 * every:g}" if every else "A larger --run.validate_every",
         halved(share),
     )
@@ -474,7 +482,8 @@ def _stragglers(summary: Summary) -> Advice | None:
         waited = "Nobody waits for them"
     return Advice(
         f"Below half of the median speed while they train: {names}{more}. {waited}; they did {percent(share)} of the work"
-        f"{', with the stalest gradients' if _are_stalest(summary) else ''}. Look at what else runs there, or leave them out.",
+        f"{', with the stalest gradients' if _are_stalest(summary) else ''}.",
+        "Look at what else runs there, or leave them out.",
         f"Look at what else runs beside {_ranks([worker.rank for worker in slow])}",
     )
 
@@ -506,8 +515,8 @@ def _torn(summary: Summary) -> Advice | None:
     if not summary.fetches or summary.torn_reads < TORN * summary.fetches:
         return None
     return Advice(
-        f"{summary.torn_reads:,} reads of {summary.fetches:,} fetches were torn and done again: raise --exchange.ring, so "
-        "that a snapshot stays longer before it is overwritten.",
+        f"{summary.torn_reads:,} reads of {summary.fetches:,} fetches were torn and done again.",
+        "Raise --exchange.ring, so that a snapshot stays longer before it is overwritten.",
         "A larger --exchange.ring",
     )
 
@@ -529,7 +538,8 @@ def _scaled(summary: Summary) -> Advice | None:
     return Advice(
         f"{percent(summary.scaled_pushes / pushes, 0)} of the gradients were scaled down, to {percent(summary.mean_scale, 0)} in "
         f"the mean, so that one push of all {summary.num_workers} workers does not move the weights too far (--rule.max_drift): "
-        f"a good part of the rate is not used. Smaller steps, more often, use it: --data.batch_size {batch // 2}, at half of the "
+        "a good part of the rate is not used.",
+        f"Smaller steps, more often, use it: --data.batch_size {batch // 2}, at half of the "
         "rate, or fewer workers.",
         f"--data.batch_size {batch // 2} at half of the rate",
     )
@@ -539,7 +549,8 @@ def _skipped(summary: Summary) -> Advice | None:
     if not summary.skipped_images:
         return None
     return Advice(
-        f"Left out: {count(summary.skipped_images, f'damaged {one_of(summary.unit)}')}. The notes name them; make their shards again.",
+        f"Left out: {count(summary.skipped_images, f'damaged {one_of(summary.unit)}')}.",
+        "The notes name them; make their shards again.",
         f"Make the shards of the damaged {summary.unit} again",
     )
 
@@ -548,8 +559,8 @@ def _retries(summary: Summary) -> Advice | None:
     if not summary.read_retries:
         return None
     return Advice(
-        f"Failed and repeated: {count(summary.read_retries, 'read')} of shards, each after half a second or more. Look at the "
-        "file system; the notes name the shards.",
+        f"Failed and repeated: {count(summary.read_retries, 'read')} of shards, each after half a second or more.",
+        "Look at the file system; the notes name the shards.",
         "Look at the file system of the shards",
     )
 
@@ -577,8 +588,8 @@ def _plateau(summary: Summary, cost: Cost | None) -> Advice | None:
         price = f", {cost.total - until:,.4g} of the {cost.total:,.4g} that it cost"
     return Advice(
         f"No better since epoch {best.epoch:.1f} ({measure.name} {measure.cell(value)}): the last "
-        f"{percent(rest, 0)} of the run ({seconds(rest * whole)}{price}) gained nothing. Stop earlier, or "
-        "lower the learning rate sooner.",
+        f"{percent(rest, 0)} of the run ({seconds(rest * whole)}{price}) gained nothing.",
+        "Stop earlier, or lower the learning rate sooner.",
         "Stop earlier, or lower the learning rate sooner",
     )
 

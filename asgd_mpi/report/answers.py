@@ -208,6 +208,6 @@ def _change(summary: Summary, found: list[Advice]) -> Answer:
     return Answer(
         question,
         best.change,
-        best.text + ("" if best.is_alarm else gain),
+        best.text if best.is_alarm else f"{best.found}{gain}",
         "bad" if best.is_alarm else "open",
     )

@@ -408,6 +408,12 @@ def test_a_piece_of_advice_is_given_where_it_is_right_and_only_there(tmp_path, n
     for number, (change, is_said) in enumerate(((right, True), (wrong, False))):
         summary = change(summarize(make_run(tmp_path / str(number), make_pushes())))
         assert (words in said(summary)) == is_said, said(summary)
+        for piece in advice.pieces(
+            summary
+        ):  # where the change is the title, the text goes on from it
+            assert not piece.change or piece.change.lower() not in piece.found.lower()
+        change = answers(summary)[2]
+        assert change.short.lower() not in change.text.lower(), change
 
 
 def test_whether_more_workers_would_help_is_said_by_the_server_and_the_cores(tmp_path):
