@@ -207,8 +207,9 @@ class Metrics:
         # positions left out of their epoch
         self.given_up = 0
         self._gpus: dict[str, GpuUse] = {}
-        # GPU, start -> lowest and highest count
-        self._energy: dict[tuple[str, int], tuple[float, float]] = {}
+        # GPU, start -> lowest and highest count, and how often it was read
+        self._energy: dict[tuple[str, int], tuple[float, float, int]] = {}
+        self._driven: dict[tuple[int, int], set[str]] = defaultdict(set)  # rank, start -> GPUs
 
     @property
     def ranks(self) -> list[Rank]:
@@ -224,10 +225,28 @@ class Metrics:
     def gpus(self) -> list[GpuUse]:
         """Every GPU of which there is a reading; two ranks that share one count it once."""
         for use in self._gpus.values():
-            spent = [high - low for (gpu, _), (low, high) in self._energy.items() if gpu == use.id]
+            spent = [
+                high - low
+                for (gpu, _), (low, high, readings) in self._energy.items()
+                if gpu == use.id and readings > 1
+            ]
             if spent:
                 use.energy_j = sum(spent)
         return sorted(self._gpus.values(), key=lambda use: use.ranks)
+
+    @property
+    def without_energy(self) -> list[int]:
+        """The ranks on a GPU whose energy is not known of every start in which they computed."""
+        counted = {key for key, (_, _, readings) in self._energy.items() if readings > 1}
+        return sorted(
+            {
+                file.rank
+                for file in self.files
+                for start in file.starts
+                if file.device.startswith("cuda") and file.role != "server"
+                if not any((gpu, start) in counted for gpu in self._driven[file.rank, start])
+            }
+        )
 
     def read(self, number: int, restart: int, events: Iterable[Event]) -> None:
         """Add up one metrics file: what a rank did in one start of the run."""
@@ -250,6 +269,7 @@ class Metrics:
 
     def _measure(self, rank: Rank, restart: int, reading: Gpu) -> None:
         use = self._gpus.setdefault(reading.id, GpuUse(reading.id, rank.host))
+        self._driven[rank.rank, restart].add(reading.id)
         if rank.rank not in use.ranks:
             use.ranks = [*use.ranks, rank.rank]
         if reading.utilisation is not None:
@@ -263,10 +283,11 @@ class Metrics:
                 reading.memory_total,
             )
         if reading.energy_j is not None:
-            low, high = self._energy.get((reading.id, restart), (math.inf, -math.inf))
+            low, high, readings = self._energy.get((reading.id, restart), (math.inf, -math.inf, 0))
             self._energy[reading.id, restart] = (
                 min(low, reading.energy_j),
                 max(high, reading.energy_j),
+                readings + 1,
             )
 
     def _add(self, rank: Rank, event: Event, offset_s: float) -> None:

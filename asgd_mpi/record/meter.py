@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
+
 from asgd_mpi.record.events import PHASES, EventLog, Interval, Span
 from asgd_mpi.record.nvml import Gauge
 
@@ -74,10 +76,15 @@ class Meter:
             0.0, elapsed - sum(getattr(interval, phase) for phase in PHASES if phase != "idle")
         )
         self._log.write(interval)
-        if self.gauge:
-            reading = self.gauge.read()
-            if reading:
-                self._log.write(reading)
+        self._read_gauge()
+
+    def begin(self) -> None:
+        """Write the first reading of the rank's GPU, after its Start: what it uses from here on is told as of the run."""
+        self._read_gauge(utilisation=None)  # of the second before
+
+    def _read_gauge(self, **changes: None) -> None:
+        if self.gauge and (reading := self.gauge.read()):
+            self._log.write(msgspec.structs.replace(reading, **changes))
 
     def _fresh(self) -> None:
         self._started = time.perf_counter()

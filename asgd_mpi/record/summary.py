@@ -161,6 +161,8 @@ class Summary(msgspec.Struct):
     forgotten_validations: int = 0  # ... of versions that were forgotten with them
     read_retries: int = 0  # reads of shards that failed and were repeated
     gpus: list[GpuUse] = []  # those of which NVML told something
+    # ranks on a GPU whose energy is not in `energy_kwh`, or not of every start
+    without_energy: list[int] = []
     pipelines: Pipelines | None = None  # if networks are cut into stages
     # paths within the run directory of those that have not been removed
     checkpoints_there: list[str] = []
@@ -335,6 +337,7 @@ def summarize(run: RunDir) -> Summary:
         total_samples=metrics.total_samples,
         read_retries=sent["read_retries"],
         gpus=metrics.gpus,
+        without_energy=metrics.without_energy,
         pipelines=pipelines(metrics.cuts, starts, metrics.files),
         checkpoints_there=[str(path.relative_to(run.path)) for path in run.checkpoints_by_name],
     )

@@ -28,6 +28,9 @@ class Cost(msgspec.Struct):
     energy_kwh: float | None = None  # of the GPUs, where the driver counts it
     price_per_kwh: float | None = None  # part of `total`, if given
     given_gpus: int | None = None  # that the user gave
+    without_energy: list[
+        int
+    ] = []  # ranks on a GPU whose energy is not, or not all, in `energy_kwh`
 
 
 def price(
@@ -56,6 +59,7 @@ def price(
         summary.energy_kwh,
         price_per_kwh,
         num_gpus,
+        summary.without_energy,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from asgd_mpi.errors import one_line
+from asgd_mpi.errors import few, one_line
 from asgd_mpi.record.events import PHASES
 from asgd_mpi.record.summary import Summary
 from asgd_mpi.report import units
@@ -68,6 +68,7 @@ def _template(name: str) -> jinja2.Template:
         count=units.count,
         workers=units.workers,
         gpus=gpus,
+        energy=energy,
         thin=thin,
         left_out=left_out,
         bar=_bar,
@@ -80,6 +81,17 @@ def gpus(cost: Cost) -> str:
     if cost.is_cpu:
         return units.count(cost.num_gpus, "rank") + " without a GPU, each priced as one,"
     return units.count(cost.num_gpus, "GPU")
+
+
+def energy(energy_kwh: float | None, without: Sequence[int]) -> str:
+    """`0.12 kWh`, and whose is not in it."""
+    if energy_kwh is None:
+        return units.NONE
+    told = f"{units.rate(energy_kwh)} kWh"
+    if without:
+        ranks = "rank" if len(without) == 1 else "ranks"
+        told += f" (without that of {ranks} {few(without, MAX_ROWS)}, which was not, or not always, measured)"
+    return told
 
 
 def thin(rows: Sequence[Any]) -> list[Any]:

@@ -24,7 +24,7 @@ from asgd_mpi.report.answers import answers
 from asgd_mpi.report.cost import Cost, cost_until
 from asgd_mpi.report.incidents import incidents
 from asgd_mpi.report.measure import measures
-from asgd_mpi.report.markdown import gpus, left_out, thin
+from asgd_mpi.report.markdown import energy, gpus, left_out, thin
 
 HERE = Path(__file__).parent
 
@@ -89,6 +89,7 @@ def template(name: str) -> jinja2.Template:
         size=units.size,
         short=units.short,
         thin=thin,
+        energy=energy,
         left_out=left_out,
         unbroken=_unbroken,
     )
@@ -206,9 +207,10 @@ def _money(cost: Cost, unit: str) -> list[tuple[str, str]]:
 def _energy(cost: Cost) -> str:
     if cost.energy_kwh is None:
         return "not measured"
+    told = energy(cost.energy_kwh, cost.without_energy)
     if cost.price_per_kwh is None:
-        return f"{cost.energy_kwh:,.4g} kWh, not in the total"
-    return f"{cost.energy_kwh:,.4g} kWh at {cost.price_per_kwh:,.4g}"
+        return f"{told}, not in the total"
+    return f"{told} at {cost.price_per_kwh:,.4g}"
 
 
 def _machine(summary: Summary) -> list[tuple[str, str]]:

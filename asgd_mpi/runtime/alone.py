@@ -32,6 +32,7 @@ from asgd_mpi.protocol.messages import Header, Kind, Mail
 from asgd_mpi.record import origin
 from asgd_mpi.record.events import Note, Start
 from asgd_mpi.record.meter import Meter
+from asgd_mpi.record.nvml import open_gauge
 from asgd_mpi.record.metrics import Metrics, to_all
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.runtime import devices
@@ -130,8 +131,11 @@ class Alone:
                     alone=True,
                 )
             )
-            log.flush()
             meter = Meter(log, config.record.interval_s, config.record.spans)
+            if gpu := places.gpu(number):
+                meter.gauge = open_gauge(gpu.id)
+            meter.begin()
+            log.flush()
             ranks.append(
                 Rank(
                     world=Place(number, config.run.timeout_s),

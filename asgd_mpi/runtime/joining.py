@@ -198,6 +198,7 @@ def _train(
             clock_error_s=offset.error,
         )
     )
+    meter.begin()
     if choice and world.is_server:
         log.write(Note(time.time(), choice))
     log.flush()  # the replay of a killed run needs it

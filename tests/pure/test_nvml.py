@@ -84,6 +84,30 @@ def test_every_interval_of_a_rank_with_a_gpu_is_followed_by_a_reading(driver, tm
     assert second.energy_j - first.energy_j == 300.0
 
 
+def test_the_first_reading_is_of_the_start_and_what_was_used_until_the_first_interval_counts(
+    driver, tmp_path
+):
+    driver()
+    run = make_run(tmp_path / "run", make_pushes())
+    log = EventLog(run.metrics_of(1))
+    meter = Meter(log, interval_s=0.0)
+    meter.gauge = nvml.open_gauge(UUID)
+    meter.begin()
+    log.close()
+    [use] = summarize(run).gpus
+    assert (use.energy_j, use.utilisation, use.memory_bytes) == (None, None, 6 * GB)
+    log = EventLog(run.metrics_of(1))
+    meter = Meter(log, interval_s=0.0)
+    meter.gauge = nvml.open_gauge(UUID)
+    pynvml = sys.modules["pynvml"]
+    pynvml.energy_mj = 5_300_000  # it goes on
+    meter.flush()
+    log.close()
+    summary = summarize(run)
+    assert (summary.gpus[0].energy_j, summary.gpus[0].utilisation) == (300.0, 0.87)
+    assert summary.without_energy == [2, 3]
+
+
 @pytest.mark.parametrize(
     "missing, known",
     [("energy", {"utilisation", "memory_bytes"}), ("utilisation", {"memory_bytes", "energy_j"})],
@@ -176,7 +200,9 @@ def test_energy_has_a_price(run, tmp_path, capsys):
     summary = summarize(run)
     assert price(summary, 2.0, 3, 500.0).total == pytest.approx(price(summary, 2.0, 3).total + 0.5)
     assert report.main([str(run.path), "--price-per-kwh", "500", "--no-write", "--full"]) == 0
-    assert "0.001 kWh at 500" in capsys.readouterr().out
+    without = "0.001 kWh (without that of rank 3, which was not, or not always, measured)"
+    assert f"{without} at 500" in capsys.readouterr().out
+    assert f"{without} at 500" in Reader(page(summary, price(summary, 2.0, 3, 500.0))).text
     bare = make_run(tmp_path / "bare", make_pushes())
     assert report.main([str(bare.path), "--price-per-kwh", "500"]) == 2
     assert "holds no energy" in capsys.readouterr().err
