@@ -69,6 +69,32 @@ class Times:
     spread: float = 0.0  # standard deviation of a step over its mean
 
 
+@dataclass(frozen=True)
+class Machines:
+    """The machines that are made up: how long things take on them, and which of them fail. Workers are ranks 1, 2, ..."""
+
+    times: Times
+    seed: int = 0  # of the workers' step times
+    failures: Sequence[Failure] = ()
+
+    def steps_of(self, worker: int) -> Callable[[], float]:
+        """Return what draws a worker's own step times, in seconds."""
+        slow = {one.rank: one.amount for one in self.failures if one.kind == "slow"}
+        mean_s = slow.get(worker + 1, 1.0) * self.times.step_s
+        return forecast.steps(mean_s, self.times.spread, random.Random(f"{self.seed}:{worker}"))
+
+    def dying_step_of(self, worker: int) -> int:
+        """Return the step that a worker dies at; 0 for none."""
+        dies = {one.rank: one.step for one in self.failures if one.kind != "slow" and one.step}
+        return dies.get(worker + 1, 0)
+
+    def dying_times(self) -> Iterator[tuple[int, float]]:
+        """Yield (worker, seconds after the start) of those that die at a time, whatever they do then."""
+        for one in self.failures:
+            if one.kind != "slow" and not one.step:
+                yield one.rank - 1, one.t or 0.0
+
+
 @dataclass
 class _Computed:
     """A push that is under way: its gradient is computed at the server's turn, from this."""
@@ -141,6 +167,7 @@ class Simulation:
     """The event loop, and what it leaves behind: `pushes`, and the events of each rank in `books`.
 
     `computation` does the arithmetic; `moves`: how the rule's workers move their own weights (rulebook). Pure otherwise.
+    `interval_s`: of what is noted in the books.
     """
 
     def __init__(
@@ -148,16 +175,15 @@ class Simulation:
         plan: Plan,
         exchange: ExchangeConfig,
         computation: SingleProcessTrainer,
-        times: Times,
+        machines: Machines,
         moves: str = "",
-        seed: int = 0,
-        failures: Sequence[Failure] = (),
         progress: Progress | None = None,
         interval_s: float = 1.0,
         loss_watch: LossWatch | None = None,
     ):
         self.ledger = Ledger(plan, computation.schedule)
-        self.plan, self.exchange, self.computation, self.times = plan, exchange, computation, times
+        self.plan, self.exchange, self.computation = plan, exchange, computation
+        self.times = machines.times
         self.habits = protocol.Habits(
             n_push=exchange.n_push,
             n_fetch=exchange.n_fetch,
@@ -185,27 +211,20 @@ class Simulation:
         self._asleep: dict[int, list[Process]] = {}
         # events that do not take place: their worker was woken before
         self._void: set[int] = set()
-        slow = {failure.rank: failure.amount for failure in failures if failure.kind == "slow"}
-        dies = {
-            failure.rank: failure.step
-            for failure in failures
-            if failure.kind != "slow" and failure.step
-        }
         self.workers = [
             _Worker(
                 number,
                 self._mail[number],
-                _steps(times, slow.get(number + 1, 1.0), f"{seed}:{number}"),
-                dies.get(number + 1, 0),
+                machines.steps_of(number),
+                machines.dying_step_of(number),
             )
             for number in range(plan.num_workers)
         ]
         for worker in self.workers:
             worker.process = self._work(worker)
             self._spawn(worker, worker.process)
-        for failure in failures:
-            if failure.kind != "slow" and not failure.step:
-                self._spawn(None, self._die(self.workers[failure.rank - 1], failure.t or 0.0))
+        for number, after_s in machines.dying_times():
+            self._spawn(None, self._die(self.workers[number], after_s))
 
     def run(self) -> None:
         """Play the training to its end. Raises TrainingDiverged, WorkersLost."""
@@ -547,11 +566,6 @@ class Simulation:
                 self._spawn(worker, worker.process)
 
 
-def _steps(times: Times, factor: float, seed: str) -> Callable[[], float]:
-    """A worker's own step times, in seconds."""
-    return forecast.steps(factor * times.step_s, times.spread, random.Random(seed))
-
-
 def prepare(
     task: OpenedTask, num_workers: int, times: Times, progress: Progress | None = None
 ) -> Simulation:
@@ -567,10 +581,8 @@ def prepare(
         task.plan(num_workers),
         config.exchange,
         SingleProcessTrainer(task, num_workers),
-        times,
+        Machines(times, config.run.seed, _failures(config.run.inject, num_workers)),
         rulebook.RULEBOOK[config.rule.name].moves,
-        config.run.seed,
-        _failures(config.run.inject, num_workers),
         progress,
         config.record.interval_s,
         LossWatch(*rulebook.momentum_of(config.rule), rulebook.momentum_option(config.rule)),

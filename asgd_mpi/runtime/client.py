@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -40,12 +40,18 @@ class RoundTrip:
     fetch_s: float = 0.0
 
 
+class Formats(NamedTuple):
+    """In which formats vectors travel."""
+
+    fetched: str = "float32"  # see vector.codec
+    pushed: PushFormat | None = None  # None: as what is fetched
+
+
 class ServerClient:
     """Owns the worker's MPI calls. `version` is that of the fetched weights; `mail` came with the last trip.
 
-    What is fetched is in flat.weights, or, with `fetches_aside`, in flat.spare_weights. leader: of the stages, if the network
-    is cut: each fetches its own part, and they put the gradient together. wire: format of what is fetched; push: of what is
-    pushed, if that is another one.
+    What is fetched is in flat.weights, or, with `fetches_aside`, in flat.spare_weights. lead: of the stages, if the network
+    is cut: each fetches its own part, and they put the gradient together.
     """
 
     def __init__(
@@ -56,19 +62,13 @@ class ServerClient:
         meter: Meter,
         overlap: bool,
         fetches_aside: bool = False,
-        wire: str = "float32",
+        formats: Formats = Formats(),
         lead: LeadStage | None = None,
-        push: PushFormat | None = None,
     ):
+        self._window, self._outbox, self._flat, self._meter = window, outbox, flat, meter
         self._leader = lead
-        self._window, self._outbox, self._flat, self._meter, self._wire = (
-            window,
-            outbox,
-            flat,
-            meter,
-            wire,
-        )
-        self._push = push or PushFormat((lead or flat).num_floats, wire)
+        self._wire = wire = formats.fetched
+        self._push = formats.pushed or PushFormat((lead or flat).num_floats, wire)
         if overlap:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="client")
         else:

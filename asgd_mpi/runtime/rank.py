@@ -47,7 +47,7 @@ from asgd_mpi.record.unit import counted
 from asgd_mpi.runtime.checkpointer import Checkpointer
 from asgd_mpi.runtime.fault_injection import Injector
 from asgd_mpi.runtime.server import Server
-from asgd_mpi.runtime.worker import Worker
+from asgd_mpi.runtime.worker import Books, Disturbances, Subject, Worker
 from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
 from asgd_mpi.task import OpenedTask
 from asgd_mpi.vector.flat import FlatModel
@@ -216,16 +216,15 @@ def open_worker(
         number,
         client,
         replica,
-        rank.task.objective,
-        loaders,
+        Subject(rank.task.objective, *loaders, rank.task.metrics),
         config,
-        rank.meter,
-        WorkerCheckpointer(rank.run, rank.restart, number, rank.note),
-        rank.log if config.record.hash_snapshots else None,
-        signals.asked_to_leave,
-        rank.injector.step,
+        Books(
+            rank.meter,
+            WorkerCheckpointer(rank.run, rank.restart, number, rank.note),
+            rank.log if config.record.hash_snapshots else None,
+        ),
         lead,
-        rank.task.metrics,
+        Disturbances(signals.asked_to_leave, rank.injector.step),
     )
     _restore_momentum(rank, worker)
     rank.version = lambda: client.version

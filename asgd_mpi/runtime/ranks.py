@@ -19,7 +19,7 @@ from asgd_mpi.protocol.messages import Orders
 from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.watchdog import Watch
 from asgd_mpi.runtime.checkpointer import Checkpointer
-from asgd_mpi.runtime.client import ServerClient
+from asgd_mpi.runtime.client import Formats, ServerClient
 from asgd_mpi.runtime.last_words import let_server_speak, tell_error, tell_server
 from asgd_mpi.runtime.placement import StagePlacement
 from asgd_mpi.runtime.rank import Rank, finish, make_own_rule, open_server, open_worker, restore
@@ -134,9 +134,8 @@ def run_worker(
         rank.meter,
         exchange.overlap,
         elastic,
-        exchange.fetch_wire,
+        Formats(exchange.fetch_wire, rank.window.whole.pushed),
         lead,
-        rank.window.whole.pushed,
     )
     worker = open_worker(rank, flat, client, loaders, lead)
     failure = ""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import xxhash
@@ -56,11 +56,37 @@ class _Computed:
         return self.loss / max(1, self.seen)
 
 
-class Worker:
-    """Everything a worker holds; `run` is its loop. `loaders` are those of the train and the val split.
+class Subject(NamedTuple):
+    """What a worker is to learn, and how that is measured."""
 
-    at_every_batch: what to do to a gradient that has been computed; failures are rehearsed with it. leader: what computes in
-    place of `replica.flat`, if the network is cut into stages.
+    objective: Objective
+    train: Loader
+    val: Loader
+    metrics: Sequence[str] = ()
+
+
+class Books(NamedTuple):
+    """What a worker writes down."""
+
+    meter: Meter  # where its time goes
+    checkpointer: WorkerCheckpointer
+    # of every fetched snapshot's hash, if asked for
+    hashes: EventLog | None = None
+
+
+class Disturbances(NamedTuple):
+    """What may come in between, from outside of the run."""
+
+    # returns the signal that asked this process to end; "" while there was none
+    asked_to_leave: Callable[[], str] = lambda: ""
+    # what to do to a gradient that has been computed: failures are rehearsed with it
+    at_every_batch: Callable[[torch.Tensor], None] = lambda gradient: None
+
+
+class Worker:
+    """Everything a worker holds; `run` is its loop.
+
+    lead: what computes in place of `replica.flat`, if the network is cut into stages.
     """
 
     def __init__(
@@ -68,16 +94,11 @@ class Worker:
         number: int,
         client: ServerClient,
         replica: Replica,
-        objective: Objective,
-        loaders: tuple[Loader, Loader],
+        subject: Subject,
         config: Resolved,
-        meter: Meter,
-        checkpointer: WorkerCheckpointer,
-        log: EventLog | None = None,
-        asked_to_leave: Callable[[], str] = lambda: "",
-        at_every_batch: Callable[[torch.Tensor], None] = lambda gradient: None,
+        books: Books,
         lead: LeadStage | None = None,
-        metrics: Sequence[str] = (),
+        disturbances: Disturbances = Disturbances(),
     ):
         self.number = number
         self.client = client
@@ -85,17 +106,13 @@ class Worker:
         self.network = lead or replica.flat  # the whole of it
         # of the stages that compute, if there are several
         self.lead = lead
-        self.objective, self.metrics = objective, metrics
-        self.train_loader, self.val_loader = loaders
+        self.objective, self.train_loader, self.val_loader, self.metrics = subject
         self.batch_size, self.smallest = config.data.batch_size, config.data.min_batch or 1
         self.exchange = config.exchange
         # how they come about
         self.statistics = config.model.batchnorm if self.network.measured else "none"
-        self.meter = meter
-        self.checkpointer = checkpointer
-        # of every fetched snapshot's hash, if asked for
-        self.log = log
-        self.at_every_batch = at_every_batch
+        self.meter, self.checkpointer, self.hashes = books
+        self.at_every_batch = disturbances.at_every_batch
         self._ahead = ReadAhead(self.train_loader, max(AHEAD, config.data.threads + 2))
         # the last lease that the loader has heard of
         self._last_ahead = 0
@@ -117,7 +134,7 @@ class Worker:
             ),
             self._cut,
             client.is_back,
-            lambda: bool(asked_to_leave()),
+            lambda: bool(disturbances.asked_to_leave()),
         )
 
     def run(self) -> None:
@@ -301,13 +318,13 @@ class Worker:
             self.client.fetched,
             lacks_push=self.replica.is_under_way,
         )
-        if self.log:
+        if self.hashes:
             with self._gathering():
                 weights = self.lead.gathered("weights") if self.lead else self.client.fetched
                 digest = xxhash.xxh3_64_hexdigest(
                     codec.rounded(weights, self.exchange.fetch_wire).cpu().numpy()
                 )
-            self.log.write(Fetch(time.time(), self.client.version, self.client.sent, digest))
+            self.hashes.write(Fetch(time.time(), self.client.version, self.client.sent, digest))
         return True
 
     @contextmanager

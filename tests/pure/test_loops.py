@@ -36,9 +36,9 @@ from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.replay import replay
 from asgd_mpi.runtime.checkpointer import Checkpointer
-from asgd_mpi.runtime.client import ServerClient
+from asgd_mpi.runtime.client import Formats, ServerClient
 from asgd_mpi.runtime.server import Server
-from asgd_mpi.runtime.worker import Worker
+from asgd_mpi.runtime.worker import Books, Subject, Worker
 from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
 from asgd_mpi.task import complete, open_task
 from asgd_mpi.vector import codec
@@ -125,19 +125,15 @@ class Cluster:
             meter,
             exchange.overlap,
             elastic,
-            exchange.fetch_wire,
-            push=self.exchange.layout.pushed,
+            Formats(exchange.fetch_wire, self.exchange.layout.pushed),
         )
         Worker(
             number,
             client,
             replica,
-            self.task.objective,
-            loaders,
+            Subject(self.task.objective, *loaders),
             self.task.config,
-            meter,
-            WorkerCheckpointer(self.run, 0, number),
-            log,
+            Books(meter, WorkerCheckpointer(self.run, 0, number), log),
         ).run()
         meter.flush()
         log.close()

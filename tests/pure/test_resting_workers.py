@@ -16,7 +16,7 @@ from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.runtime.client import ServerClient
-from asgd_mpi.runtime.worker import Worker
+from asgd_mpi.runtime.worker import Books, Disturbances, Subject, Worker
 from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
 from asgd_mpi.vector.flat import FlatModel
 
@@ -107,12 +107,10 @@ def make_worker(digits, directory, monkeypatch, what, **more):
         0,
         client,
         Replica(flat, task.config, 1, task.schedule(1)),
-        task.objective,
-        (task.train_loader(), task.val_loader()),
+        Subject(task.objective, task.train_loader(), task.val_loader()),
         task.config,
-        meter,
-        WorkerCheckpointer(run, 0, 0),
-        asked_to_leave=lambda: "SIGTERM" if "signal" in what else "",
+        Books(meter, WorkerCheckpointer(run, 0, 0)),
+        disturbances=Disturbances(lambda: "SIGTERM" if "signal" in what else ""),
     )
     server.meter = meter
     return server, worker.rest if what == "failed" else worker.run

@@ -17,7 +17,7 @@ from asgd_mpi.config.failures import parse as parse_failures
 from asgd_mpi.config.options import Config, DataConfig, ExchangeConfig, RuleConfig, ScheduleConfig
 from asgd_mpi.config.rulebook import RULEBOOK, pacing
 from asgd_mpi.errors import TrainingDiverged, WorkersLost
-from asgd_mpi.offline.simulation import Simulation, Times, prepare
+from asgd_mpi.offline.simulation import Machines, Simulation, Times, prepare
 from asgd_mpi.offline.simulation import simulate as train
 from asgd_mpi.offline.trainer import Computed, SingleProcessTrainer, Snapshot
 from asgd_mpi.optim.objective import Tally
@@ -311,9 +311,8 @@ def play(
         plan,
         exchange,
         Parabola(config, num_workers, lr_at),
-        times,
+        Machines(times, failures=parse_failures(failures)),
         RULEBOOK[rule.name].moves,
-        failures=parse_failures(failures),
     )
     watch(game)
     with mock.patch.object(ScaledLoss, "compute_gradient_", staticmethod(compute_gradient_)):
@@ -560,10 +559,8 @@ def test_no_rule_deadlocks_or_loses_a_sample_whoever_is_slow_dies_or_finishes_ea
         plan,
         exchange,
         NoArithmetic(num_workers, nonfinite, seed),
-        times,
+        Machines(times, seed, parse_failures(",".join(failures))),
         entry.moves,
-        seed,
-        parse_failures(",".join(failures)),
     )
     try:
         game.run()
@@ -606,7 +603,7 @@ def test_with_n_push_auto_nobody_waits_for_a_full_server(digits):
         plan,
         task.config.exchange,
         NoArithmetic(8, 0.0, 0),
-        Times(step_s=0.1, push_s=0.01, apply_s=0.06, fetch_s=0.01, spread=0.3),
+        Machines(Times(step_s=0.1, push_s=0.01, apply_s=0.06, fetch_s=0.01, spread=0.3)),
     )
     game.run()
     # a push waits for those of seven others: 4 steps and more
