@@ -311,7 +311,15 @@ class Run:
             _leave(FAULT)
 
     def _at_exit(self) -> None:
-        """Tell the others if this loop was left before its end."""
+        """Tell the others if this loop was left before its end, or not entered at all."""
+        if not self._is_entered and not self.is_alone:
+            _tell_first(
+                ConfigError(
+                    f"rank {self.rank} has ended without run.batches, in which the other ranks wait for it. Call it on every rank, "
+                    "rank 0 included: what it yields there is nothing."
+                )
+            )
+            _leave(self._engine.give_up(WRONG))
         if self._is_waiting:
             self._leave_with(
                 ConfigError(

@@ -358,6 +358,21 @@ def test_what_comes_after_init_is_refused_before_anything_is_trained(begin):
         next(run.batches(DATA, batch_size=4))
 
 
+def test_a_rank_that_ends_without_its_batches_ends_the_job_and_says_which(
+    begin, capsys, monkeypatch
+):
+    """The others wait in run.batches, for as long as it takes to start a job of their size."""
+    ended, run = [], begin(*linear())
+    run._at_exit()  # alone nobody waits for it
+    monkeypatch.setattr(api, "_leave", ended.append)
+    run._engine = SimpleNamespace(is_alone=False, give_up=lambda status: status)
+    run._at_exit()
+    assert ended == [2]
+    assert re.fullmatch(
+        "error: rank 1 has ended without run.batches, .*\n", capsys.readouterr().err
+    )
+
+
 def test_wrong_use_ends_a_script_in_one_line_and_status_2(openmpi, tmp_path):
     (tmp_path / "loop.py").write_text(
         "import torch, asgd_mpi\n"
