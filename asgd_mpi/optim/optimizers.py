@@ -51,6 +51,11 @@ class Optimizer(ABC):
         self, weights: torch.Tensor, gradient: torch.Tensor, rate: float, step: int, piece: slice
     ) -> None:
         """Move a piece of the weights by that of the gradient, float32. `step`: 1 for the first one since the state was zero."""
+        only = self._ranges.only
+        if only:
+            state = [[whole[piece]] for whole in self.state.values()]
+            self._move_([weights], [gradient], state, rate * only.rate, step, only)
+            return
         for settings, ranges in self._ranges.of(piece):
             self._move_(
                 [weights[one] for one in ranges],

@@ -88,6 +88,8 @@ def spread(
 class Ranges:
     """A vector of `num_floats`, cut by settings: `of(piece)` are the ranges of a piece, those with one settings together.
 
+    only: the settings of all of it, if it has but one range; who asks that first saves itself the cutting, piece by piece.
+
     by_parameter: a range for each group, without the gap behind it, as torch's own call for that parameter; for a kernel that
     rounds the last numbers of a tensor in another way than the others. Else neighbours with the same settings are one range.
     """
@@ -104,6 +106,10 @@ class Ranges:
             self._whole = groups
         else:
             self._whole = _covering(num_floats, groups)
+        # None: there are several, or gaps
+        self.only: Settings | None = None
+        if len(self._whole) == 1 and (self._whole[0].start, self._whole[0].stop) == (0, num_floats):
+            self.only = self._whole[0].settings
         # what does not change from call to call
         self._known: dict[tuple[int, int], list[tuple[Settings, list[slice]]]] = {}
 
