@@ -251,7 +251,7 @@ def test_ranges_cover_a_vector_once_and_a_slice_has_its_part_of_each():
         (decay, [slice(0, 9), slice(16, 32)]),
         (fast, [slice(80, 96)]),
     ]
-    assert Ranges(96).only == Settings() and Ranges(96, groups[:1]).only is None
+    assert Ranges(96).only == Settings() and Ranges(192, groups[:1]).only is None
     assert Ranges(48, [ParameterGroup(0, 48, fast)], by_parameter=True).only == fast
     assert Ranges(192, groups).only is None
     assert Ranges(64, [ParameterGroup(0, 48, fast)], by_parameter=True).only is None
