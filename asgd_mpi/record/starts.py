@@ -6,6 +6,7 @@ Times are Unix seconds on rank 0's clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import msgspec
 from asgd_mpi.record.events import Resume, Start, read_events, read_log, written_at
 from asgd_mpi.record.rundir import RunDir
 
-TAIL_BYTES = 1 << 16  # of a file, in which its last whole line is looked for
+TAIL_BYTES = 1 << 16  # of a file, in which its latest time is looked for
 
 
 class Restart(msgspec.Struct):
@@ -60,18 +61,11 @@ def _start(run: RunDir, restart: int, metrics: Path) -> Restart | None:
     if begun is None:
         return None
     resumed = _first(read_log, log)
-    times = [
-        written_at(begun),
-        *(
-            written_at(entry)
-            for entry in (_last(read_events, metrics), _last(read_log, log))
-            if entry
-        ),
-    ]
+    began = written_at(begun)
     return Restart(
         restart,
-        times[0],
-        max(times),
+        began,
+        max(began, _latest(read_events, metrics), _latest(read_log, log)),
         begun.num_workers if isinstance(begun, Start) else 0,
         resumed.version if isinstance(resumed, Resume) else 0,
     )
@@ -84,11 +78,13 @@ def _first(read, path: Path):
         return None
 
 
-def _last(read, path: Path):
-    last = None
+def _latest(read, path: Path) -> float:
+    """Return the latest time among the last lines: what a thread beside wrote may lie after what came later."""
+    latest = -math.inf
     try:
         for entry in read(path, TAIL_BYTES):
-            last = entry or last
+            if entry:
+                latest = max(latest, written_at(entry))
     except (OSError, UnicodeError):
         pass
-    return last
+    return latest

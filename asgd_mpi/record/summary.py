@@ -199,6 +199,15 @@ class Summary(msgspec.Struct):
         return sum(known) / 3.6e6 if known else None
 
     @property
+    def missing_samples(self) -> int:
+        """Samples that were due and never used, those of epochs that were never begun with them."""
+        length, total = self.num_samples, self.total_samples
+        begun = sum(
+            max(0, min(length, total - epoch.epoch * length)) for epoch in self.audit.epochs
+        )
+        return sum(epoch.missing for epoch in self.audit.epochs) + max(0, total - begun)
+
+    @property
     def overlap(self) -> float | None:
         """The share of the workers' push and fetch that lay behind the computation, 0..1; None if there was neither."""
         workers = [rank for rank in self.ranks if rank.rank]

@@ -95,6 +95,8 @@ class _Span:
 
     start: float
     stop: float
+    low: float  # of the whole bin, whose sums these are: intervals may begin before the run, and end after its last push
+    high: float
     sums: _Bin
 
     @property
@@ -111,6 +113,8 @@ class Bins:
         # n -> the bin of [n, n + 1) widths, in Unix time less the pauses before
         self._bins: dict[int, _Bin] = {}
         self._low, self._high = math.inf, -math.inf
+        # of the workers' intervals
+        self._first, self._last = math.inf, -math.inf
 
     def add_push(self, push: Push) -> None:
         images, t = push.positions - push.skipped, self._at(push.t)
@@ -132,6 +136,8 @@ class Bins:
             return
         self._reach(begin)
         self._reach(end)
+        if rank:
+            self._first, self._last = min(self._first, begin), max(self._last, end)
         busy_s = interval.apply + interval.checkpoint
         for number in range(math.floor(begin / self._width_s), math.floor(end / self._width_s) + 1):
             covered = min(end, (number + 1) * self._width_s) - max(begin, number * self._width_s)
@@ -158,27 +164,31 @@ class Bins:
         self._reach(started)
         self._reach(stopped)
         spans = _spans(self._bins, self._width_s, started, stopped)
+        told = [max(0.0, min(s.high, self._last) - max(s.low, self._first)) for s in spans]
         if any(sums.pushes for sums in self._bins.values()):
-            counts = "applied"
+            counts, seconds = "applied", [span.seconds for span in spans]
         else:
-            counts = "trained"
+            counts, seconds = "trained", told
         workers = [
-            [getattr(span.sums, counts)[worker] / span.seconds for span in spans]
+            [_per_s(getattr(span.sums, counts)[worker], s) for span, s in zip(spans, seconds)]
             for worker in range(num_workers)
         ]
         return Timeline(
             width_s=self._width_s,
             t=[(span.start + span.stop) / 2 - started for span in spans],
             images_per_s=[
-                sum(getattr(span.sums, counts).values()) / span.seconds for span in spans
+                _per_s(sum(getattr(span.sums, counts).values()), s)
+                for span, s in zip(spans, seconds)
             ],
             staleness=_means(spans, "staleness", "pushes"),
             staleness_max=[span.sums.staleness_max if span.sums.pushes else None for span in spans],
             loss=_means(spans, "loss", "images"),
             lr=_means(spans, "lr", "pushes"),
             server_busy=_means(spans, "busy_s", "covered_s"),
-            pushed_bytes_per_s=[span.sums.bytes_pushed / span.seconds for span in spans],
-            fetched_bytes_per_s=[span.sums.bytes_fetched / span.seconds for span in spans],
+            pushed_bytes_per_s=[_per_s(span.sums.bytes_pushed, s) for span, s in zip(spans, told)],
+            fetched_bytes_per_s=[
+                _per_s(span.sums.bytes_fetched, s) for span, s in zip(spans, told)
+            ],
             worker_lowest=[min(rates) for rates in zip(*workers)],
             worker_median=[statistics.median(rates) for rates in zip(*workers)],
             worker_highest=[max(rates) for rates in zip(*workers)],
@@ -209,17 +219,23 @@ class Bins:
                 self._bin(number // 2).take(sums)
 
 
+def _per_s(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds else 0.0
+
+
 def _spans(bins: dict[int, _Bin], width_s: float, started: float, stopped: float) -> list[_Span]:
     """One span a bin between the two times; a piece of a bin at either end goes with its neighbour."""
     spans = []
     for number in range(math.floor(started / width_s), math.floor(stopped / width_s) + 1):
-        start, stop = max(started, number * width_s), min(stopped, (number + 1) * width_s)
+        low, high = number * width_s, (number + 1) * width_s
+        start, stop = max(started, low), min(stopped, high)
         if stop > start:
-            spans.append(_Span(start, stop, bins.get(number, _Bin())))
+            spans.append(_Span(start, stop, low, high, bins.get(number, _Bin())))
     for here in (0, -1):
         if len(spans) > 1 and spans[here].seconds < width_s / 2:
             short, beside = spans.pop(here), spans[here]
             beside.start, beside.stop = min(beside.start, short.start), max(beside.stop, short.stop)
+            beside.low, beside.high = min(beside.low, short.low), max(beside.high, short.high)
             merged = _Bin()
             merged.take(beside.sums)
             merged.take(short.sums)

@@ -172,9 +172,7 @@ def _right(summary: Summary) -> Answer:
         return Answer(question, short, f"The run failed: {summary.reason}.", "bad")
     if not found.num_pushes:
         return Answer(question, short, "There is no applied push to audit.", "open")
-    repeated, missing = (
-        sum(getattr(epoch, name) for epoch in found.epochs) for name in ("repeated", "missing")
-    )
+    repeated, missing = sum(epoch.repeated for epoch in found.epochs), summary.missing_samples
     words.append(
         f"Audit: {units.count(found.num_pushes, 'push', 'pushes')}, each applied once; {repeated:,} samples repeated, "
         f"{missing:,} {'missing' if summary.status == 'finished' else 'still to come'}."

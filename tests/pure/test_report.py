@@ -278,7 +278,7 @@ def test_the_bubble_of_stages_is_the_sum_over_the_raw_lines(tmp_path):
     for text in (markdown, html):
         assert "wait for each other 34.2 % of the time; the plan expected 20.0 %" in text
     assert (
-        "wait for each other 34 % of the time that a batch takes (the plan expected 20 %): cut a batch into more parts than 4"
+        "wait for each other 34 % of the time that a batch takes (the plan expected 20 %). Cut a batch into more parts than 4"
         in markdown
     )
     assert "The columns of a replica wait for each other 34 %" in report.render(
