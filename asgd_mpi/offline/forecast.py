@@ -383,20 +383,32 @@ def calibrate(observations: Sequence[Observation]) -> Costs:
     if largest.num_workers == smallest.num_workers:
         return alone
     shared = _move(alone, "apply_s", largest.costs.apply_s - alone.apply_s)
-    # that of the larger run
-    setting = {name: getattr(largest.costs, name) for name in ("n_push", "n_fetch")}
     return _move(
         shared,
         "overhead_s",
         _solve(
             lambda seconds: (
                 simulate(
-                    replace(_move(shared, "overhead_s", seconds), **setting), largest.num_workers
+                    as_set(_move(shared, "overhead_s", seconds), largest), largest.num_workers
                 ).images_per_s
             ),
             largest.images_per_s,
             shared.cycle_s - shared.serve_s,
         ),
+    )
+
+
+def as_set(costs: Costs, observation: Observation) -> Costs:
+    """Return the costs with the batches, pushes and fetches of a run; what a batch takes is in proportion to its images."""
+    of = observation.costs
+    longer = of.batch / costs.batch
+    return replace(
+        costs,
+        batch=of.batch,
+        step_s=longer * costs.step_s,
+        shared_s=longer * costs.shared_s,
+        n_push=of.n_push,
+        n_fetch=of.n_fetch,
     )
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from asgd_mpi.offline.forecast import Costs, Observation, Outcome, simulate
+from asgd_mpi.offline.forecast import Costs, Observation, Outcome, as_set, simulate
 from asgd_mpi.report.advice import FAR_OUT
 from asgd_mpi.report.answers import Answer
 from asgd_mpi.report.units import count, number, percent
@@ -26,6 +26,7 @@ class Miss:
     num_workers: int
     measured: float  # images/s
     predicted: float
+    batch: float  # images
 
     @property
     def share(self) -> float:
@@ -38,7 +39,8 @@ def misses(calibrated: Costs, observations: Sequence[Observation]) -> list[Miss]
         Miss(
             one.num_workers,
             one.images_per_s,
-            simulate(calibrated, one.num_workers).images_per_s,
+            simulate(as_set(calibrated, one), one.num_workers).images_per_s,
+            one.costs.batch,
         )
         for one in sorted(observations, key=lambda one: one.num_workers)
     ]
@@ -96,10 +98,17 @@ def _how_sure(outcomes: Sequence[Outcome], found: Sequence[Miss]) -> Answer:
     text = f"What the model says of the runs that it was calibrated with is off by {told}."
     if len(sizes) == 1:
         text += " Runs of one size do not show what workers share: add one with more."
+    batches = sorted({round(miss.batch) for miss in found})
+    are_alike = batches[-1] <= (1 + CLOSE) * batches[0]
+    if not are_alike:
+        text += (
+            f" Their batches are of {number(batches[0], 0)} to {number(batches[-1], 0)} samples: that a step takes as much longer is "
+            "taken for granted; runs with one --batch-size would show it."
+        )
     times = outcomes[-1].num_workers / max(sizes)
     if times > FAR_OUT:
         text += f" {outcomes[-1].num_workers:,} workers are {number(times, 0)} times as many as were measured: a guess."
-    is_close = abs(worst.share) <= CLOSE and len(sizes) > 1 and times <= FAR_OUT
+    is_close = abs(worst.share) <= CLOSE and len(sizes) > 1 and times <= FAR_OUT and are_alike
     state = "open"
     if abs(worst.share) > FAR:
         state = "bad"

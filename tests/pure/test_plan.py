@@ -253,6 +253,24 @@ def test_runs_with_several_batches_a_push_tell_the_same(n_push):
             ).images_per_s == pytest.approx(simulate(setting, num_workers).images_per_s, rel=0.05)
 
 
+def test_a_larger_run_with_smaller_batches_is_fitted_and_missed_as_one_with_those_batches():
+    known = replace(COSTS, overhead_s=0.003)
+    quarter = replace(known, batch=8, step_s=known.step_s / 4)
+    runs = [observed(known, 1), observed(replace(quarter, n_push=2), 20)]
+    found = calibrate(runs)
+    assert found.overhead_s == pytest.approx(0.003, rel=0.1)
+    for setting in (known, replace(known, n_push=4)):
+        for num_workers in (2, 20, 60):
+            assert simulate(
+                replace(found, n_push=setting.n_push), num_workers
+            ).images_per_s == pytest.approx(simulate(setting, num_workers).images_per_s, rel=0.05)
+    missed = planned.misses(found, runs)
+    assert [abs(miss.share) < 0.01 for miss in missed] == [True, True]
+    outcomes = [simulate(found, count) for count in (1, 40)]
+    sure = planned.answers(found, outcomes, what_moves(found, 40), missed)[1]
+    assert sure.state == "open" and "Their batches are of 8 to 32 samples" in sure.text
+
+
 def test_what_moves_a_saturated_server_is_its_own_time_and_the_batch():
     moves = {name: (gain, knee) for name, gain, knee in what_moves(COSTS, 100)}
     assert moves["twice the batch, in steps twice as long"][0] == pytest.approx(1.0, abs=0.01)
