@@ -227,7 +227,7 @@ def recomputed(path):
         made[push["version"] + 1] = push["t"], samples
     newest = {push["version"] + 1 for push in raw.pushes}
     for score in raw.events("validation"):
-        if score["version"] in newest and (score["version"] < _kept_until(raw, score)):
+        if score["version"] in newest and (score["version"] < kept_until(raw, score)):
             found[f"v{score['version']} samples"] = made[score["version"]][1]
             found[f"v{score['version']} made after"] = raw.at(made[score["version"]][0])
             found[f"v{score['version']} accuracy"] = 1 - score["top1_error"]
@@ -333,7 +333,7 @@ def recomputed_energy(raw, found):
     return energy
 
 
-def _kept_until(raw, score):
+def kept_until(raw, score):
     """The version up to which the start that wrote this score is part of the history."""
     [start] = {start for (_, start), file in raw.files.items() if score in file}
     later = [

@@ -29,6 +29,7 @@ class Drawing(HTMLParser):
         super().__init__()
         self.groups, self.ticks = [], defaultdict(list)  # axis -> [place, text]
         self.lines, self.shapes = [], []  # arrays (N, 2)
+        self.marks = []  # (x, y)
         self.feed(svg)
         self.close()
 
@@ -41,6 +42,8 @@ class Drawing(HTMLParser):
             at = float(found[axis[0]])
             if not self.ticks[axis] or self.ticks[axis][-1][1] is not None:
                 self.ticks[axis].append([at, None])
+        if tag == "use" and not axis and "legend" not in "".join(self.groups):
+            self.marks.append((float(found["x"]), float(found["y"])))
         if tag == "path" and not axis and "d" in found and "legend" not in "".join(self.groups):
             numbers = re.findall(r"[MLz]|-?[\d.]+(?:e-?\d+)?", found["d"])
             points = np.array([float(word) for word in numbers if word not in "MLz"])
@@ -87,6 +90,11 @@ class Drawing(HTMLParser):
         slope, offset = np.polyfit(law(value), at, 1)
         assert slope * law(value) + offset == pytest.approx(at, abs=0.1)
         return slope * law(np.asarray(values, float)) + offset
+
+    def has_marks(self, x, y):
+        """Return whether there is a mark at each of the points."""
+        marks = np.array(self.marks)
+        return all(np.hypot(*(marks - point).T).min() < CLOSE for point in zip(x, y))
 
     def passes(self, x, y):
         """Return whether one line goes through all of the points."""
