@@ -12,14 +12,18 @@ from pathlib import Path
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.process import ending
 
-SCRIPTS = Path(__file__).parent / "slurm"
+
+def scripts() -> Path:
+    """Return where the scripts are: in an installed package within it, in a clone beside it."""
+    package = Path(__file__).parent
+    return next(place for place in (package / "slurm", package.parent / "slurm") if place.is_dir())
 
 
 def write(directory: Path) -> list[Path]:
     """Copy the scripts that are not there yet; return them. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for script in sorted(SCRIPTS.iterdir()):
+    for script in sorted(scripts().iterdir()):
         if not (directory / script.name).exists():
             written.append(Path(shutil.copy(script, directory / script.name)))
     return written

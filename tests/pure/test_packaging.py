@@ -20,6 +20,7 @@ PARTS = (
     "slurm",
     "pyproject.toml",
     "setup.cfg",
+    "setup.py",
     "MANIFEST.in",
     "README.md",
     "CHANGELOG.md",
@@ -48,7 +49,7 @@ def built(tmp_path_factory):
     ignored = shutil.ignore_patterns("__pycache__")
     for part in PARTS:
         if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, work / "clone" / part, symlinks=True, ignore=ignored)
+            shutil.copytree(ROOT / part, work / "clone" / part, ignore=ignored)
         else:
             shutil.copy(ROOT / part, work / "clone" / part)
     sdist = build(work / "clone", "sdist", work)
