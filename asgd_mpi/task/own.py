@@ -174,9 +174,11 @@ class OwnTask(OpenedTask):
 def told_of_own(task: OwnTask) -> Iterator[str]:
     """Say what a task of the user's trains with, line by line: before the run."""
     config = task.config
+    has_factor = any(task.own.schedule(share) != 1 for share in (0.0, 0.25, 0.5, 0.75))
+    times = ", times your schedule" if has_factor else ""
     yield (
         f"{config.model.name}: {config.run.epochs:g} epochs, batches of {config.data.batch_size}, lr {config.schedule.lr:g} "
-        f"({config.schedule.name}), momentum {config.rule.momentum:g}, weight decay {config.rule.weight_decay:g}; what you did not "
+        f"({config.schedule.name}{times}), momentum {config.rule.momentum:g}, weight decay {config.rule.weight_decay:g}; what you did not "
         f"give are {RECIPE.source}"
     )
     if own := task.own.settings.values():

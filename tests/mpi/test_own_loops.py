@@ -286,6 +286,17 @@ def test_one_worker_is_the_optimizer_with_its_groups_to_the_bit(begin, capsys, k
     assert told.startswith("4 parameters have settings of their own: rate 0.004; weight decay 0")
 
 
+def test_a_rate_that_falls_by_a_schedule_of_ones_own_is_not_told_to_be_constant(begin, capsys):
+    for schedule, told in (
+        (None, "lr 0.1 (constant), "),
+        (lambda share: 1 - share, "lr 0.1 (constant, times your schedule), "),
+    ):
+        run = begin(*linear(), schedule=schedule)
+        for loss in trained(run, run._loop.model):
+            run.step(loss)
+        assert told in capsys.readouterr().out
+
+
 def test_a_run_with_groups_goes_on_with_them_and_with_others_only_if_that_is_meant(begin, capsys):
     rows = torch.utils.data.TensorDataset(torch.randn(32, 3), torch.randn(32, 1))
 

@@ -2,8 +2,10 @@
 
 import re
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+import shown
 import torch
 from conftest import finish
 
@@ -112,6 +114,9 @@ def test_replicas_of_stages_replay_in_one_process_to_the_bit(
     assert replay.main([str(run.path)]) == 0
     assert len(re.findall(r"worker \d, stage \d", done.stdout)) == num_workers * num_stages
     assert len(re.findall(r"(?m)^ +\d  \S+ \.\.\. \S+ \(\d+\) +\d+ ", done.stdout)) == num_stages
+    if "columns" not in start:
+        [block] = shown.blocks(Path(__file__).parents[2] / "docs/several-gpus.md")
+        assert shown.not_printed(block, done.stdout, r"conv1|layer\S+|fc\b") == []
     summary, pushes = summarize(run), list(history.pushes(run))
     assert (
         summary.problems == []

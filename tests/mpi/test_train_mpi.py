@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import msgspec
 import pytest
+import shown
 import torch
 import torchvision
 from photos import write_odd_files, write_tree
@@ -364,20 +365,6 @@ def test_a_network_with_batch_norm_is_saved_with_the_statistics_it_was_validated
     assert state["1.running_var"].ne(1).all()
 
 
-def printed_by_page(page):
-    """A pattern of each line that a page shows of the first training: with any numbers, times and run directory."""
-    shown = next(block for block in page.read_text().split("```")[1::2] if "images/s" in block)
-    for line in shown.splitlines():
-        if line not in ("", "..."):
-            line = re.sub(r"\S+_digits_cnn|(\d+ min )?\d+ s left|\d[\d.,]*", "\0", line)
-            # columns are as wide as their numbers, so any spaces will do for some
-            words = (
-                r"\s+".join(map(re.escape, re.split(" +", part)))
-                for part in line.strip().split("\0")
-            )
-            yield "^ *" + r"\S+( min \S+ s left| s left)?".join(words)
-
-
 def test_the_embedded_default_reaches_97_percent_as_written_in_the_readme(openmpi, tmp_path):
     done = openmpi.run(4, "-m", "asgd_mpi.train", "--compute.workers_per_gpu", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -388,8 +375,8 @@ def test_the_embedded_default_reaches_97_percent_as_written_in_the_readme(openmp
         done.stdout,
     )
     for page in (ROOT / "README.md", ROOT / "docs/get-started.md"):
-        for line in printed_by_page(page):
-            assert re.search(line, done.stdout, re.MULTILINE), f"{page.name}: {line}"
+        [block] = shown.blocks(page)
+        assert shown.not_printed(block, done.stdout) == [], page.name
     [run] = (tmp_path / "runs").iterdir()
     saved = max((run / "checkpoints").iterdir())  # beside it is the best one on the way
     told = subprocess.run(

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_documents import ROOT, WRITTEN
+import shown
+from test_documents import ROOT, WRITTEN, commands_in_text
+from test_small_sets import cifar10
 
 from data_prep import synthetic
 
@@ -50,13 +52,14 @@ def without_comment(line):
     return re.sub(r"\s+# .*$", "", line).strip()
 
 
-def shown():
-    """Page and command of each line of a block of commands, and of the heads of the examples."""
+def all_shown():
+    """Page and command of each line of a block of commands, of each in the text, and of the heads of the examples."""
     found = set()
     for page in (*WRITTEN, *EXAMPLES):
         if page.suffix == ".md":
             blocks = (block.replace("\\\n", " ") for block in BLOCK.findall(page.read_text()))
             lines = [line for block in blocks for line in block.splitlines()]
+            lines += commands_in_text(page.read_text())
         else:
             lines = HEAD.findall(page.read_text().split('"""')[1])
         name = str(page.relative_to(ROOT))
@@ -67,7 +70,7 @@ def shown():
 def test_every_command_has_a_state_and_no_state_is_of_a_command_that_is_gone():
     listed = [(row.page, row.command) for row in rows()]
     assert len(listed) == len(set(listed))
-    assert set(listed) == shown(), "write into tests/commands.tsv what becomes of it"
+    assert set(listed) == all_shown(), "write into tests/commands.tsv what becomes of it"
 
 
 def test_the_tests_that_are_named_exist_and_what_is_not_run_has_a_reason():
@@ -154,3 +157,44 @@ def test_the_commands_that_cost_little_do_what_the_pages_say(reader):
         "data/mine",
     )
     assert all((reader / name).exists() for name in made)
+
+
+# The blocks that show what a program prints, and the tests that compare them with it.
+COMPARED = {
+    "README.md": "mpi/test_train_mpi.py",
+    "docs/get-started.md": "mpi/test_train_mpi.py",
+    "docs/own-training.md": "pure/test_commands_of_documents.py",
+    "docs/several-gpus.md": "mpi/test_stages_mpi.py",
+    "docs/slurm.md": "slurm/test_slurm.py",
+}
+
+
+def test_what_a_page_shows_of_a_program_is_compared_with_what_it_prints():
+    pages = [page for page in WRITTEN if shown.blocks(page)]
+    assert {str(page.relative_to(ROOT)) for page in pages} == set(COMPARED)
+    assert all(len(shown.blocks(page)) == 1 for page in pages)
+    for page, test in COMPARED.items():
+        text = (ROOT / "tests" / test).read_text()
+        assert "shown.not_printed(" in text and Path(page).name in text, page
+
+
+def test_a_line_that_a_program_can_no_longer_print_is_found():
+    printed = " 25%   1,423 images/s, epoch 10.1, loss 0.049, 2 min 00 s left\n"
+    block = printed.replace("1,423", "93").replace("2 min 00", "5")
+    assert shown.not_printed(block, printed) == []
+    for other in (block.replace("images", "samples"), block.replace(" left", ""), "report: x\n"):
+        assert shown.not_printed(other, printed) == [other.rstrip("\n")]
+
+
+def test_a_small_set_is_packed_and_its_dry_run_says_what_the_page_shows(tmp_path, monkeypatch):
+    page = ROOT / "docs" / "own-training.md"
+    [block], commands = shown.blocks(page), commands_in_text(page.read_text())
+    [pack] = [line for line in commands if "data_prep.small" in line]
+    [dry] = [line for line in commands if "data/cifar10" in line]
+    monkeypatch.chdir(tmp_path)
+    cifar10(tmp_path / "source")
+    words = pack.replace("DIR", "source", 1).replace("DIR", "data/cifar10").split()
+    assert run(words[2], words[3:])[0] == 0
+    status, printed = run(dry.split()[2], [*dry.split()[3:], "--epochs", "5"])
+    assert status == 0
+    assert shown.not_printed(block, printed) == []

@@ -136,9 +136,14 @@ def commands_of(page):
     for block in re.finditer(r"^( *)```bash\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
         if not NOT_RUN.search(text[: block.start()]):
             found += block[2].replace("\\\n", " ").splitlines()
+    return [line for line in (*found, *commands_in_text(text)) if line.strip()]
+
+
+def commands_in_text(text):
+    """The commands between backticks in what is not a block; a variable may stand before a script of slurm/."""
     rest = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
-    spans = re.findall(r"`((?:python|mpirun|srun|sbatch)\s[^`]+)`", rest)
-    return [line for line in (*found, *(" ".join(span.split()) for span in spans)) if line.strip()]
+    begins = r"python\s|mpirun\s|srun\s|sbatch\s|asgd-mpi\s|[A-Z]+=[^`]*\sslurm/"
+    return [" ".join(span.split()) for span in re.findall(rf"`((?:{begins})[^`]+)`", rest)]
 
 
 def meant(words):

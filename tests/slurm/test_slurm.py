@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import shown
 import slurm_cluster
 from photos import write_tree
 
@@ -118,6 +119,8 @@ def test_a_training_runs_on_all_nodes_and_gpus(site):
     assert demand_finished(run)["top1_error"] < 0.1
     assert hosts_of(run) == ["n1", "n1", "n1", "n2", "n2", "n3", "n3"]
     assert "launcher: srun --mpi=pmix" in log and "\r" not in log
+    [block] = shown.blocks(Path(__file__).parents[2] / "docs/slurm.md")
+    assert shown.not_printed(block, log) == []
     for rank, host, gpu in (
         (1, "n1", 0),
         (2, "n1", 1),
