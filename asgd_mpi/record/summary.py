@@ -11,6 +11,7 @@ Images are those applied at the server (`pushes.log`) or, without that file, tho
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ import yaml
 
 from asgd_mpi.config import options as configuration
 from asgd_mpi.config import rulebook
-from asgd_mpi.errors import few, one_line, printable
+from asgd_mpi.errors import few, one_line, plural, printable
 from asgd_mpi.record import history
 from asgd_mpi.record.aggregate import (
     COUNTERS,
@@ -164,6 +165,8 @@ class Summary(msgspec.Struct):
     # ranks on a GPU whose energy is not in `energy_kwh`, or not of every start
     without_energy: list[int] = []
     pipelines: Pipelines | None = None  # if networks are cut into stages
+    # logs of starts that have pushed, and are not there: their pushes are in no number here
+    lost_logs: list[str] = []
     # paths within the run directory of those that have not been removed
     checkpoints_there: list[str] = []
 
@@ -289,6 +292,7 @@ def summarize(run: RunDir) -> Summary:
         _read_versions(run, lines.problems),
     )
     status, reason = _status(run, ranks)
+    lost_logs = _lost_logs(run, metrics.files)
     return Summary(
         name=printable(run.path.resolve().name),
         unit=one_line(metrics.unit),
@@ -299,7 +303,12 @@ def summarize(run: RunDir) -> Summary:
         cores=_cores(versions),
         status=status,
         reason=reason,
-        problems=_problems(run, ranks, checked.num_workers) + lines.problems + scores.problems,
+        problems=_problems(run, ranks, checked.num_workers)
+        + _missing_of_starts(run, starts, metrics.files)
+        + lost_logs
+        + lines.problems
+        + scores.problems,
+        lost_logs=lost_logs,
         unreadable_lines=lines.unreadable,
         num_workers=checked.num_workers,
         started=started,
@@ -472,6 +481,39 @@ def _problems(run: RunDir, ranks: list[Rank], num_workers: int) -> list[str]:
                 f"its intervals to {rank.seconds:.1f} s."
             )
     return problems
+
+
+def _missing_of_starts(run: RunDir, starts: list[Restart], files: list[Rank]) -> list[str]:
+    """Return which files of a start are missing of ranks that have one of another start."""
+    there = {(file.rank, start) for file in files for start in file.starts}
+    known = {start.restart: start.num_workers for start in starts}
+    needed = {(0, restart) for restart in run.restarts}
+    needed |= {(rank, start) for start, count in known.items() for rank in range(count + 1)}
+    ranks = {rank for rank, _ in there}
+    missing = sorted((start, rank) for rank, start in needed - there if rank in ranks)
+    if not missing:
+        return []
+    names = [f"metrics/{run.metrics_of(rank, start).name}" for start, rank in missing]
+    told = few(names, NAMED)
+    if any(rank == 0 for _, rank in missing):
+        told += "; how such a start ended, its validations and its checkpoints are unknown"
+    return [f"missing, or no plain file: {told}."]
+
+
+def _lost_logs(run: RunDir, files: list[Rank]) -> list[str]:
+    """Return, in a sentence each, the starts of which rank 0 has counted pushes and the log is not there."""
+    counted = {
+        start: file.counts["pushes"] for file in files if file.rank == 0 for start in file.starts
+    }
+    lost = []
+    for start in sorted(counted.keys() - {0, *run.restarts}):
+        path = run.pushes_of(start)
+        if counted[start] or os.path.lexists(path):
+            lost.append(
+                f"{path.name} is missing, or no plain file, and start {start} has applied "
+                f"{counted[start]} {plural(counted[start], 'push', 'pushes')}: no number of the pushes is of that start."
+            )
+    return lost
 
 
 def _read_config(run: RunDir, num_workers: int, problems: list[str]) -> dict[str, Any]:

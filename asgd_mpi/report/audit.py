@@ -1,7 +1,7 @@
 """The audit of a run as plain text: which samples of each epoch were due, used, repeated, missing, and whether all is well.
 
 In: a `Summary`. Out: an `Account`, one line an epoch, also for epochs that were due and never begun. Violated is what
-`record.audit` calls so, and besides: nothing on record, samples used beyond those due and, of a finished run, samples never
+`record.audit` calls so, and besides: nothing on record, the log of a start lost, samples used beyond those due and, of a finished run, samples never
 used and lines of `pushes.log` that cannot be read. In a run that did not finish, missing samples are those still to come.
 """
 
@@ -47,7 +47,7 @@ def account(summary: Summary, gap: str = "") -> Account:
     """Check one run; `gap`: where its log has a hole (`history.gap`)."""
     is_over = summary.status == "finished"
     epochs = _epochs(summary)
-    violations = list(summary.audit.violations)
+    violations = [*summary.audit.violations, *(one.removesuffix(".") for one in summary.lost_logs)]
     missing = sum(epoch.missing for epoch in epochs)
     violations += [
         f"epoch {row.epoch}: {row.beyond:,} samples used that were not due"

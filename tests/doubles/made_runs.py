@@ -28,6 +28,7 @@ class MadeRun:
         seconds: float = 12.0,
         rule: str = "asgd",
         device: str = "cuda:0",
+        is_whole: bool | None = None,  # every sample that was due was used
         **settings,
     ):
         self.path, self.chance = path, random.Random(seed)
@@ -35,6 +36,7 @@ class MadeRun:
         self.crews = crews or [chance.randint(1, 5) for _ in range(chance.randint(1, 3))]
         self.stages = chance.choice([1, 1, 2])
         self.device = device
+        self.is_whole = chance.random() < 0.5 if is_whole is None else is_whole
         self.num_samples, self.batch = chance.randint(60, 300), chance.randint(3, 40)
         self.no_energy = chance.random() < 0.4  # of the last GPU
         self.counters = {}  # GPU -> J
@@ -65,6 +67,10 @@ class MadeRun:
             if self.chance.random() < 0.3:
                 self.counters[gpu] = 0.0  # the driver was loaded anew
         server = self._push_all(start, num_workers, begin + 0.5, end - 0.3)
+        is_last = start == len(self.crews) - 1
+        total = 50 * self.num_samples
+        if is_last and self.is_whole:
+            total = sum(positions for _, positions in self.pushes)
         for rank in range(num_workers * self.stages + 1):
             offset = self.chance.uniform(-0.2, 0.2) if rank else 0.0
             role = "server" if not rank else "worker" if rank <= num_workers else "stage"
@@ -79,7 +85,7 @@ class MadeRun:
                     "num_workers": num_workers,
                     "num_parameters": 1000,
                     "num_samples": self.num_samples,
-                    "total_samples": 50 * self.num_samples,
+                    "total_samples": total,
                     "reads_own_pushes": False,
                     "clock_offset_s": offset,
                 }
@@ -99,7 +105,6 @@ class MadeRun:
                 )
             else:
                 log += self._worker_intervals(rank, begin - offset, end - offset)
-            is_last = start == len(self.crews) - 1
             if is_last:
                 log.append(
                     {"event": "end", "t": end + 0.2 - offset, "status": "finished", "reason": ""}

@@ -1,11 +1,16 @@
 """`python -m asgd_mpi.report RUN --audit`: the account of each epoch, and an exit status that a script can rely on."""
 
+import os
+
 import msgspec
 import pytest
+from made_runs import MadeRun
 from test_report import EPOCH, PUSHES, T0, cut, make_pushes, make_run, write_log
 
 from asgd_mpi import report
 from asgd_mpi.record.events import End, Resume, Start, read_events
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
 
 
 def audited(capsys, *runs):
@@ -133,3 +138,47 @@ def test_a_resume_is_held_to_the_epochs_that_it_was_asked_for(tmp_path, capsys, 
     assert status == (1 if missing else 0) and len(rows) == -(-total // EPOCH)
     assert sum(int(row[4]) for row in rows) == missing
     assert (f"{missing} samples that were due were never used" in text) == bool(missing)
+
+
+@pytest.mark.parametrize("kind", ["gone", "directory", "pipe", "link"])
+def test_the_log_of_a_later_start_that_is_lost_is_a_violation_also_of_a_killed_run(
+    tmp_path, capsys, kind
+):
+    MadeRun(tmp_path / "run", 3, [2, 2], 8, is_whole=True)
+    run = RunDir.open(tmp_path / "run")
+    for rank in range(5):
+        if run.metrics_of(rank, 1).exists():
+            cut_end(run.metrics_of(rank, 1))
+    assert report.main([str(run.path), "--audit"]) == 0
+    before = run.pushes_of(1).read_text().count("\n") - 1
+    replace_by(kind, run.pushes_of(1))
+    capsys.readouterr()
+    assert report.main([str(run.path), "--audit"]) == 1
+    told = f"pushes.r1.log is missing, or no plain file, and start 1 has applied {before} pushes"
+    assert told in capsys.readouterr().out
+    assert told in " ".join(summarize(run).problems)
+
+
+@pytest.mark.parametrize("rank, what", [(0, "how such a start ended"), (1, "")])
+def test_the_metrics_of_one_start_that_are_lost_are_named(tmp_path, rank, what):
+    MadeRun(tmp_path / "run", 3, [2, 2], 8, is_whole=True)
+    run = RunDir.open(tmp_path / "run")
+    assert not summarize(run).problems
+    replace_by("pipe", run.metrics_of(rank, 1))
+    [problem] = [one for one in summarize(run).problems if "no plain file" in one]
+    assert f"metrics/rank00{rank}.r1.jsonl" in problem and what in problem
+
+
+def cut_end(path):
+    """Take the End event away, as a kill does."""
+    path.write_text("".join(line for line in path.open() if '"end"' not in line))
+
+
+def replace_by(kind, path):
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/dev/zero")
