@@ -98,9 +98,13 @@ class Layout:
     def mail(self, worker: int) -> int:
         return self.promise(self.num_workers) + WORD * messages.MAIL_WORDS * worker
 
+    @cached_property
+    def _ring(self) -> int:
+        return _to_page(self.mail(self.num_workers))
+
     def slot(self, index: int) -> int:
         """Return the weights, (P,) float32."""
-        return _to_page(self.mail(self.num_workers)) + index * (self._whole + self._shown)
+        return self._ring + index * (self._whole + self._shown)
 
     def shown(self, index: int) -> int:
         """Return the weights as they travel."""
@@ -133,11 +137,11 @@ class Layout:
         """A worker on a server's host: its gradient."""
         return _to_page(self.payload_bytes)
 
-    @property
+    @cached_property
     def _whole(self) -> int:
         return _to_page(4 * self.num_parameters)
 
-    @property
+    @cached_property
     def _shown(self) -> int:
         return 0 if self.wire == "float32" else _to_page(self.vector_bytes)
 

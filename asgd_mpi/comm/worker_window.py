@@ -67,6 +67,9 @@ class WorkerWindow(Window):
         super().__init__(world, layout)
         self._layouts = [layout.of(number) for number in range(layout.num_servers)]
         self._read_at = [layout.read_at(number) for number in range(layout.num_servers)]
+        # that of a further stage, too: see topology
+        worker = world.worker % layout.num_workers
+        self._who = f"rank {world.rank} (worker {worker} on {world.host})"
 
     def _own_bytes(self, has_server: bool) -> int:
         # and no further stage of one
@@ -302,21 +305,23 @@ class WorkerWindow(Window):
 
     def _get(self, reads: dict[int, tuple[np.ndarray, int]], what: str) -> None:
         """Read from several servers at once: (into, from which byte on) of each. Raises ServerLost."""
-        far = {number: read for number, read in reads.items() if not self.near[number]}
+        far = []
         with self.world.as_loss_of_server():
-            requests = [
-                request
-                for number, read in far.items()
-                for request in self._begin_to_get(number, *read)
-            ]
-            for number in reads.keys() - far.keys():
-                self._copy(number, *reads[number])
-            self._until(
-                lambda: all(request.Test() for request in requests),
-                f"let it read {what}",
-                wait.BUSY_S,
-                [self.servers[number] for number in far],
-            )
+            requests: list[MPI.Request] = []
+            for number, (into, offset) in reads.items():
+                if not self.near[number]:
+                    far.append(self.servers[number])
+                    requests += self._begin_to_get(number, into, offset)
+            for number, (into, offset) in reads.items():
+                if self.near[number]:
+                    self._copy(number, into, offset)
+            if requests:
+                self._until(
+                    lambda: all(request.Test() for request in requests),
+                    f"let it read {what}",
+                    wait.BUSY_S,
+                    far,
+                )
 
     def _copy(self, number: int, into: np.ndarray, offset: int) -> None:
         """An Rget of memory of this host takes ten times as long to begin, which is all that a look at the mail takes."""
@@ -346,13 +351,10 @@ class WorkerWindow(Window):
         servers: Sequence[int] = (SERVER,),
         beat: Callable[[], int] | None = None,
     ) -> T:
-        # that of a further stage, too: see topology
-        worker = self.world.worker % self.whole.num_workers
-        who = f"rank {self.world.rank} (worker {worker} on {self.world.host})"
         return wait.until(
             wait.unless(poll, self.world.demand_server),
             self.world.timeout_s,
-            f"{who} waits for rank {', '.join(map(str, servers))} to {what}",
+            f"{self._who} waits for rank {', '.join(map(str, servers))} to {what}",
             longest_s,
             beat,
         )

@@ -64,6 +64,8 @@ class Vectors:
         if config.exchange.wire in COMPRESSED:
             form = push_format(config.exchange, flat.module)
             self._feedback = ErrorFeedback(form, flat.weights, keeps_last)
+        # the bytes of what is pushed, uint8, if it is compressed
+        self.code: torch.Tensor | None = None
         self._sum = torch.zeros_like(flat.weights) if self._moves == "descends" else None
         self._optimizer: Optimizer | None = None
         self._steps: dict[str, torch.Tensor] = {}
@@ -85,11 +87,6 @@ class Vectors:
         if self._optimizer:
             kept |= self._optimizer.state
         return kept | self._steps
-
-    @property
-    def code(self) -> torch.Tensor | None:
-        """The bytes of what is pushed, uint8, if it is compressed."""
-        return self._feedback.code if self._feedback else None
 
     def load_(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from another one's `state`; begin anew, with an empty one."""
@@ -175,7 +172,8 @@ class Vectors:
         """Leave what is pushed where the client takes it from."""
         if self._feedback:
             self._feedback.push_(self.flat.gradient, kept)
-        else:
+            self.code = self._feedback.code
+        elif self._wire != "float32":
             codec.round_(self.flat.gradient, self._wire)
         if self._began is not None and self._overlaps:
             self._began.copy_(self.flat.gradient)

@@ -102,15 +102,16 @@ class Replica:
             self._vectors, self._gradient = Vectors(flat, config, num_workers, groups), flat
         self._loss = ScaledLoss(config.compute, gradient_of, config.data.min_batch or 1)
         self._num_trained = num_trained
-        self._carried = Carried(flat)
+        self._carried = Carried(flat) if flat.carried else None
         # for a checkpoint
         self.keeps_state = (
-            workers_keep_state(config) or bool(self._carried.state) and not begins_anew(rule)
+            workers_keep_state(config) or self._carried is not None and not begins_anew(rule)
         )
         self._kept_at = kept_at or partial(
             error_feedback.kept_at, config.exchange, samples_per_epoch=0
         )
-        # of the last push: numbers of every chunk
+        self._is_sparse = config.exchange.wire == "topk"
+        # of the last push: numbers of every chunk, if it is sparse
         self.kept = 0
         if config.compute.compile:
             flat.module.compile()
@@ -121,11 +122,14 @@ class Replica:
             # auto overlaps, which the rules that move weights refuse
             assert isinstance(n_push, int)
             self._share /= n_push
+        self._is_limited = not math.isinf(self._share)  # by max_drift
         self._is_adaptive = is_adaptive(rule)
         self._longest_step = math.inf  # over the rate
         self._highest_factor = max((group.settings.rate for group in groups), default=1.0)
         self._snapshot = self._own = flat.weights
-        self._rate, self._samples, self._batches = 0.0, 0, 0
+        self._rate, self._samples = 0.0, 0
+        # since the last push: a rule may have moved the velocity with them
+        self.batches = 0
         self._batch_size = config.data.batch_size or 0
         self._last_rate = 0.0  # of the last step of its own weights
         self._is_finite = True  # the loss of every batch since the last push
@@ -139,14 +143,10 @@ class Replica:
     @property
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint keeps of it, (P,) float32 each, and what is carried, by name; nothing if it moves its own weights: then it begins anew."""
-        if self.keeps_state:
-            return {**self._vectors.state, **self._carried.state}
-        return {}
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether there are batches since the last push: a rule may have moved the velocity with them."""
-        return self._batches > 0
+        if not self.keeps_state:
+            return {}
+        carried = self._carried.state if self._carried else {}
+        return {**self._vectors.state, **carried}
 
     @property
     def code(self) -> torch.Tensor | None:
@@ -156,13 +156,14 @@ class Replica:
     def load_(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from another one's `state`; begin anew, with an empty one."""
         self._vectors.load_(state)
-        self._carried.load_(state)
-        self._batches, self.base, self._lacks_push = 0, -1, False
+        if self._carried:
+            self._carried.load_(state)
+        self.batches, self.base, self._lacks_push = 0, -1, False
 
     def restore_(self, path: Path) -> None:
         """Go on from a `state` in a file. Raises RunDirError."""
         self._vectors.restore_(str(path))
-        if self._carried.state:
+        if self._carried:
             self._carried.load_(checkpoint.read_tensors(path))
 
     def fetched_(
@@ -176,7 +177,8 @@ class Replica:
         self._snapshot, self._samples = snapshot, samples
         if self.moves == "elastic" and self.base != -1:
             return  # it goes on at its rate until it has pushed
-        self._rate = self._rate_at(samples)
+        if self.moves or self._is_limited:
+            self._rate = self._rate_at(samples)
         if self.moves != "elastic":
             self._own = snapshot
             if self.moves and self._shares:
@@ -212,7 +214,7 @@ class Replica:
 
     def begin_(self) -> bool:
         """Let the network hold what the next batch is computed on; returns whether its gradient is to be added."""
-        is_first, self._batches = self._batches == 0, self._batches + 1
+        is_first, self.batches = self.batches == 0, self.batches + 1
         if self.moves == "elastic" and not is_first:
             # by the gradient before this one: the last one of a push moves with the pull, in `finish`
             self._move_(False)
@@ -223,23 +225,25 @@ class Replica:
             self._lacks_push = False
         if self._shares:
             self.flat.weights.copy_(self._own)
-        if is_first:
+        if is_first and self._carried:
             self._carried.begin_()
-            # when the push is finished, a newer snapshot may have come
+        if is_first and self._is_sparse:
+            # now: when the push is finished, a newer snapshot may have come
             self.kept = self._kept_at(self._samples)
         accumulate = not (is_first or self.moves)
         if not accumulate:  # when a push is finished, other weights may have been fetched
             if isinstance(self._vectors, Vectors):
                 self._vectors.own = self._own
-            self._longest_step = self._longest_here()
+            if self._is_limited:
+                self._longest_step = self._longest_here()
         return accumulate
 
     def end_(self, loss: float) -> None:
         """Take note that the gradient of a batch with this loss has been computed."""
-        is_first = self._batches == 1
+        is_first = self.batches == 1
         self._is_finite = math.isfinite(loss) and (is_first or self._is_finite)
         if self.moves == "local":
-            own = (self._batches - 1) * self._batch_size
+            own = (self.batches - 1) * self._batch_size
             self._rate = self._rate_at(self._samples + own)
         if self.moves in ("descends", "local"):
             self._move_(is_first)
@@ -250,14 +254,14 @@ class Replica:
 
     def give_up(self) -> None:
         """Forget the batches since the last push."""
-        self._batches = 0
+        self.batches = 0
 
     def finish(self) -> bool:
         """Turn flat.gradient, (P,) float32, into what is pushed; whether it and the losses are finite.
 
         If not, the next gradient begins anew; so must, by `load_`, one that moves its own weights, which are spoilt.
         """
-        batches, self._batches = self._batches, 0
+        batches, self.batches = self.batches, 0
         factor = 1.0
         if self.moves in ("descends", "local"):
             self._vectors.take_sum_()
@@ -273,17 +277,20 @@ class Replica:
         elif not self.moves:
             factor = self.scale = self._clip(batches)
         self._vectors.finish_(factor, 0 if self.moves else batches, self.kept)
-        self._carried.finish_()
+        if self._carried:
+            self._carried.finish_()
         return True
 
     def show_carried_(self) -> None:
         """Let the network hold what this worker's last push has left of what it carries: to validate."""
-        self._carried.begin_()
+        if self._carried:
+            self._carried.begin_()
 
     def undo_(self) -> None:
         """Go back to before the last push, which has been dropped: its images will be trained again, so the velocity must not hold them."""
         self._vectors.undo_()
-        self._carried.undo_()
+        if self._carried:
+            self._carried.undo_()
 
     def _move_(self, is_first: bool) -> None:
         self._vectors.move_(self._clip(), self._rate, is_first)
@@ -308,7 +315,7 @@ class Replica:
 
     def _longest_here(self) -> float:
         """Return the norm that `max_drift` leaves to a step, over the rate, on the weights that its gradient is computed on."""
-        if math.isinf(self._share) or not self._rate:
+        if not self._rate:
             return math.inf
         # from zero, any step is far
         fastest = self._rate * self._highest_factor

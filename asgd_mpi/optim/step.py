@@ -50,9 +50,7 @@ def compute_gradient_(
     the gradient is then of no use.
     """
 
-    def look_when_done() -> None:
-        if look is None:
-            return
+    def look_when_done(look: Callable[[], None]) -> None:
         if flat.device.type == "cuda":
             # sync: kernels are only asked for, often long before
             torch.cuda.current_stream(flat.device).synchronize()
@@ -65,11 +63,13 @@ def compute_gradient_(
     sizes, losses = sizes_of(batch.size, count), []
     begins = itertools.accumulate(sizes, initial=batch.start)
     for part, size, begin in zip(parts_of(inputs, batch.size, count), sizes, begins):
-        look_when_done()
+        if look:
+            look_when_done(look)
         seed_(flat.device, seed, batch.epoch, begin)
         with autocast(flat.device, compute):
             loss = objective.loss(flat.module, part) * (size / batch.size * scale)
-        look_when_done()
+        if look:
+            look_when_done(look)
         if loss.requires_grad:
             loss.backward()
         losses.append(loss.detach())

@@ -160,9 +160,11 @@ Action: TypeAlias = Union[
     TakeWritten,
     Leave,
 ]
-# ends when all is done that it says; the bool of some: see their docstrings
+# ends when all is done that it says
 Actions: TypeAlias = Generator[Action, Any, None]
-Deciding: TypeAlias = Generator[Action, Any, bool]
+
+# with these a worker goes on with its lease
+AT_WORK = (Orders.GO_ON, Orders.REPORT)
 
 
 # ---- when
@@ -205,8 +207,8 @@ class Habits:
 class Client:
     """See the module. `mail` is the last that came, `version` that of the weights that were fetched last.
 
-    cut: the batches of a lease, (epoch, start, stop) each. is_back: whether Take would not wait. is_asked_to_leave: whether
-    this process is to end.
+    cut: the batches of a lease, (epoch, start, stop) each. is_back: whether Take would not wait. asked_to_leave: the signal
+    that asked this process to end; "" if there was none.
     """
 
     def __init__(
@@ -214,11 +216,11 @@ class Client:
         habits: Habits,
         cut: Callable[[Lease], Iterable[tuple[int, int, int]]],
         is_back: Callable[[], bool],
-        is_asked_to_leave: Callable[[], bool] = lambda: False,
+        asked_to_leave: Callable[[], str] = lambda: "",
     ):
         self.mail, self.version = Mail(judged=0, version=0), 0
         self._habits, self._cut, self._is_back = habits, cut, is_back
-        self._is_asked_to_leave = is_asked_to_leave
+        self._asked_to_leave = asked_to_leave
         self._cadence = Cadence(habits.n_push, habits.n_fetch)
         self._is_elastic = habits.moves == "elastic"
         self._saves = habits.saves
@@ -228,6 +230,7 @@ class Client:
         self._made = 0  # ... the version that the last one made
         self._done = 0  # the last lease that was worked on
         self._saved = 0  # the last checkpoint that the state was saved for
+        self._unwritten = 0  # files that it has begun to write, and not heard of since
         # packets, as far as this worker knows
         self._dropped = self._refused = 0
         self._has_told_of_signal = False
@@ -258,9 +261,10 @@ class Client:
                 yield from self._refresh()  # the answer to the last push may bring it
             if self._granted is None and not (yield from self._is_interrupted()):
                 # idle: all is lent, and others still work on theirs
-                yield from self._tell_of_saved(wait=True)
+                yield from self._tell_of_written(wait=True)
                 self.mail = yield Await(self._is_news, "grant it a lease")
-                yield from self._save_if_asked()
+                if self._is_asked_to_save:
+                    yield from self._save()
                 if self._granted:
                     # others have moved the weights in the meantime
                     yield from self._refresh()
@@ -268,7 +272,8 @@ class Client:
                 yield from self._await_end()
             if self.mail.orders == Orders.REPORT and self._granted is None:
                 yield from self._say(Kind.HERE)
-                yield from self._lost_membership()
+                if self.mail.dropped != self._dropped:
+                    yield from self._begin_anew()
                 continue
             if self.mail.orders != Orders.GO_ON:
                 return None
@@ -296,8 +301,10 @@ class Client:
         yield Validate(lease)
         yield from self._take()
         if lease.work == Work.VALIDATE and self.mail.best == self.version:
+            self._unwritten += 1
             yield SaveBest(self.version)
-        yield from self._lost_membership()
+        if self.mail.dropped != self._dropped:
+            yield from self._begin_anew()
         yield from self._refresh()
 
     def _push(self, done: Sum) -> Actions:
@@ -307,7 +314,8 @@ class Client:
             # what its own weights are pulled to
             yield Fetch()
         yield from self._take()
-        if (yield from self._lost_membership()):
+        if self.mail.dropped != self._dropped:
+            yield from self._begin_anew()
             return
         if self._is_elastic:
             read_version = self.version
@@ -317,14 +325,16 @@ class Client:
         self._has_pushed = True
         if not self._habits.overlap or self._habits.moves and self._is_asked_to_save:
             yield from self._take()
-            yield from self._lost_membership()
+            if self.mail.dropped != self._dropped:
+                yield from self._begin_anew()
 
     def _give_up(self, done: Sum) -> Actions:
         """Give back what was to be pushed, and begin the next step."""
         self._sum, self._has_moved = None, False
         yield GiveUp(done, self.version)
         yield from self._take()
-        yield from self._lost_membership()
+        if self.mail.dropped != self._dropped:
+            yield from self._begin_anew()
 
     def _refresh(self, whole: bool = False) -> Actions:
         """Deliver what there is, and fetch the latest weights."""
@@ -333,8 +343,8 @@ class Client:
         yield from self._take()
         yield Fetch(whole)
         yield from self._take()
-        if self._habits.tells_reads:
-            yield from self._lost_membership()
+        if self._habits.tells_reads and self.mail.dropped != self._dropped:
+            yield from self._begin_anew()
 
     def _take(self) -> Actions:
         """Wait for the trip; new weights, new leases."""
@@ -348,9 +358,11 @@ class Client:
         self._has_pushed = False
         if is_fresh and self._habits.tells_reads:
             yield from self._tell_of_read()
-        if self.mail.orders != Orders.LEAVE:  # then all pushes are waited for first
-            yield from self._save_if_asked()
-        yield from self._tell_of_saved()
+        # to leave, all pushes are waited for first
+        if self._is_asked_to_save and self.mail.orders != Orders.LEAVE:
+            yield from self._save()
+        if self._unwritten:
+            yield from self._tell_of_written()
 
     def _see(self, taken: Taken) -> bool:
         """Take note of what came; whether there were weights."""
@@ -365,41 +377,45 @@ class Client:
         """Have the server keep the snapshot that was fetched; while it holds that no longer, fetch another: a torn read."""
         while True:
             yield from self._say(Kind.READ, self.version)
-            if self.mail.read == self.version or not self._is_to_go_on:
+            if self.mail.read == self.version or self.mail.orders not in AT_WORK:
                 return
             yield Fetch(is_torn=True)
             self._see((yield Take()))
 
-    def _save_if_asked(self) -> Actions:
-        """Begin to write the state, if a checkpoint waits for it."""
-        if self._is_asked_to_save and not (self._habits.moves and self._has_moved):
+    def _save(self) -> Actions:
+        """Begin to write the state for the checkpoint that waits for it, unless batches have moved it since the last push."""
+        if not (self._habits.moves and self._has_moved):
             self._saved = self.mail.save
+            self._unwritten += 1
             yield Save(self._saved, self._made)
 
-    def _tell_of_saved(self, wait: bool = False) -> Actions:
+    def _tell_of_written(self, wait: bool = False) -> Actions:
         for kind, version in (yield TakeWritten(wait)):
+            self._unwritten -= 1
             yield from self._say(kind, version)
 
-    def _is_interrupted(self) -> Deciding:
+    def _is_interrupted(self) -> Generator[Action, Any, bool]:
         """Return whether to leave the lease as it is: the run is left, or this worker has lost it."""
-        if not self._has_told_of_signal and self._is_asked_to_leave():
+        if self._asked_to_leave() and not self._has_told_of_signal:
             self._has_told_of_signal = True
             yield from self._take()
             yield from self._say(Kind.SIGNAL)
             # what is summed up is trained again
             yield from self._await_end()
-        return not self._is_to_go_on or (yield from self._lost_membership())
+        if self.mail.orders not in AT_WORK:
+            return True
+        if self.mail.dropped != self._dropped:
+            yield from self._begin_anew()
+            return True
+        return False
 
-    def _lost_membership(self) -> Deciding:
-        """Return whether a packet was dropped since this worker had been retired: then it begins again, as a new one."""
-        if self.mail.dropped == self._dropped:
-            return False
+    def _begin_anew(self) -> Actions:
+        """Begin again as a new worker, since a packet was dropped that had come after it was retired."""
         self._dropped = self.mail.dropped
         self._sum, self._has_moved = None, False
         yield BeginAnew()
         self._made = self.mail.version
         yield from self._refresh()
-        return True
 
     def _leave(self) -> Actions:
         """Save what the next start needs, and say goodbye."""
@@ -409,8 +425,9 @@ class Client:
                 # what is saved must not hold batches that will be trained again
                 yield from self._push(self._sum)
                 yield from self._take()
-            yield from self._save_if_asked()
-        yield from self._tell_of_saved(wait=True)
+            if self._is_asked_to_save:
+                yield from self._save()
+        yield from self._tell_of_written(wait=True)
         yield Leave()
 
     def _say(self, kind: Kind, read_version: int = 0) -> Actions:
@@ -429,7 +446,7 @@ class Client:
             or self._saves
             and mail.save > self._saved
             or not self._has_told_of_signal
-            and self._is_asked_to_leave()
+            and self._asked_to_leave() != ""
         )
 
     @property
@@ -439,10 +456,6 @@ class Client:
 
     def _first_of(self, mail: Mail) -> Lease | None:
         return next((lease for lease in mail.leases if lease.number > self._done), None)
-
-    @property
-    def _is_to_go_on(self) -> bool:
-        return self.mail.orders in (Orders.GO_ON, Orders.REPORT)
 
     @property
     def _is_asked_to_save(self) -> bool:

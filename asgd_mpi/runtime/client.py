@@ -173,18 +173,12 @@ class ServerClient:
 
     def await_mail(self, until: Callable[[Mail], bool], for_what: str) -> None:
         """Wait for mail of which `until` holds, for as long as the server lives."""
-        self.mail = self._run(
-            self._window.await_mail, self.sent, self._by_order(until), for_what
-        ).result()
-
-    def _by_order(self, until: Callable[[Mail], bool]) -> Callable[[Mail], bool]:
-        """Return `until` for a wait that the server has ordered: that is no stall."""
 
         def look(mail: Mail) -> bool:
-            self._meter.add()
+            self._meter.add()  # a wait that the server has ordered is no stall
             return until(mail)
 
-        return look
+        self.mail = self._run(self._window.await_mail, self.sent, look, for_what).result()
 
     def is_overtaken(self) -> bool:
         """Return whether a gradient on the weights that were fetched last cannot count any more. Not with overlap."""
@@ -211,44 +205,48 @@ class ServerClient:
     ) -> RoundTrip:
         started = time.perf_counter()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            memory = None if self._leader else self._memory(whole)
+            followed, until = None, _at_once
             if header is not None:
                 self._outbox.send(header, fill(self._outbox.payload))
                 self._outbox.wait()
-            followed = self._follow(whole) if header is not None and fetch else None
-            if header and header.kind in (Kind.GRADIENT, Kind.NONFINITE):
-                until = _may_go_on
-            else:
-                until = lambda mail: True
+                if fetch and memory is not None:
+                    # the snapshot that will hold this packet, while it is written, if that can be
+                    followed = self._window.follow(self._outbox.sent, memory, whole)
+                if header.kind in (Kind.GRADIENT, Kind.NONFINITE):
+                    until = self._may_go_on
             trip = RoundTrip(
-                self._window.await_mail(self.sent, self._by_order(until), "let it go on"),
+                self._window.await_mail(self._outbox.sent, until, "let it go on"),
                 push_s=time.perf_counter() - started,
             )
-            if fetch:
-                trip.snapshot, trip.num_bytes = self._fetch(trip.mail.version, whole, followed)
+            if fetch and self._leader:
+                trip.snapshot, trip.num_bytes = self._leader.fetch(trip.mail.version, whole)
+            elif fetch:
+                trip.snapshot = self._fetch(memory, trip.mail.version, whole, followed)
+                trip.num_bytes = len(memory)
         if self._stream:
             self._stream.synchronize()
         trip.fetch_s = time.perf_counter() - started - trip.push_s
         return trip
 
-    def _follow(self, whole: bool) -> Snapshot | None:
-        """Read the snapshot that will hold the packet which has left, while it is written, if that can be."""
-        if self._leader:
-            return None
-        return self._window.follow(self.sent, self._memory(whole), whole)
+    def _may_go_on(self, mail: Mail) -> bool:
+        """Return whether the server does not hold this worker, after a push, until others have made theirs."""
+        self._meter.add()  # by order: no stall
+        return not mail.hold or mail.orders != Orders.GO_ON
 
-    def _fetch(self, at_least: int, whole: bool, followed: Snapshot | None) -> tuple[Snapshot, int]:
-        """Read a snapshot, unless the one that was `followed` is still the latest; also returns its bytes."""
-        if self._leader:
-            return self._leader.fetch(at_least, whole)
-        memory = self._memory(whole)
+    def _fetch(
+        self, memory: torch.Tensor, at_least: int, whole: bool, followed: Snapshot | None
+    ) -> Snapshot:
+        """Read a snapshot into `memory`, unless the one that was `followed` is still the latest, and from there into the weights."""
         if followed and self._window.is_latest(followed.version):
             snapshot = followed
         else:
             snapshot = self._window.fetch(memory, at_least, whole)
-        weights = self._into
-        if memory.data_ptr() != weights.data_ptr():
-            codec.copy_(weights, codec.vector_in(memory, len(weights), self._format(whole)))
-        return snapshot, len(memory)
+        if self._staging is not None:
+            weights = self._into
+            if memory.data_ptr() != weights.data_ptr():
+                codec.copy_(weights, codec.vector_in(memory, len(weights), self._format(whole)))
+        return snapshot
 
     @property
     def _into(self) -> torch.Tensor:
@@ -267,5 +265,5 @@ class ServerClient:
         return "float32" if whole else self._wire
 
 
-def _may_go_on(mail: Mail) -> bool:
-    return not mail.hold or mail.orders != Orders.GO_ON
+def _at_once(mail: Mail) -> bool:
+    return True

@@ -23,10 +23,10 @@ class Injector:
     """The failures of one rank; call `step` at each of its steps."""
 
     def __init__(self, failures: list[Failure], rank: int):
-        self._failures = [failure for failure in failures if failure.rank == rank]
+        self.failures = [failure for failure in failures if failure.rank == rank]
         self._steps = 0
         self._last = time.monotonic()
-        for failure in self._failures:
+        for failure in self.failures:
             if failure.t is not None or failure.step is None and failure.kind in SIGNALS:
                 timer = threading.Timer(failure.t or 0.0, _signal, [failure])
                 timer.daemon = True
@@ -35,7 +35,7 @@ class Injector:
     def step(self, gradient: torch.Tensor | None = None) -> None:
         """A step is over; `gradient`: what it computed. Raises InjectedError."""
         self._steps += 1
-        for failure in self._failures:
+        for failure in self.failures:
             if failure.kind == "slow":
                 time.sleep((failure.amount - 1) * max(0.0, time.monotonic() - self._last))
             elif (

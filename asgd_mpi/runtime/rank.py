@@ -224,7 +224,9 @@ def open_worker(
             rank.log if config.record.hash_snapshots else None,
         ),
         lead,
-        Disturbances(signals.asked_to_leave, rank.injector.step),
+        Disturbances(
+            signals.asked_to_leave, rank.injector.step if rank.injector.failures else None
+        ),
     )
     _restore_momentum(rank, worker)
     rank.version = lambda: client.version

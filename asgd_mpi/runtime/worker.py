@@ -45,16 +45,6 @@ class _Computed:
     seen: int = 0  # batches that have samples
     skipped: int = 0
 
-    def add(self, batch: Batch, loss: float) -> None:
-        self.loss += loss
-        self.seen += batch.size > 0
-        self.skipped += batch.skipped
-
-    @property
-    def mean_loss(self) -> float:
-        """Over the batches that have samples; 0 if none has."""
-        return self.loss / max(1, self.seen)
-
 
 class Subject(NamedTuple):
     """What a worker is to learn, and how that is measured."""
@@ -79,8 +69,8 @@ class Disturbances(NamedTuple):
 
     # returns the signal that asked this process to end; "" while there was none
     asked_to_leave: Callable[[], str] = lambda: ""
-    # what to do to a gradient that has been computed: failures are rehearsed with it
-    at_every_batch: Callable[[torch.Tensor], None] = lambda gradient: None
+    # what to do to a gradient that has been computed, to rehearse failures
+    at_every_batch: Callable[[torch.Tensor], None] | None = None
 
 
 class Worker:
@@ -134,7 +124,7 @@ class Worker:
             ),
             self._cut,
             client.is_back,
-            lambda: bool(disturbances.asked_to_leave()),
+            disturbances.asked_to_leave,
         )
 
     def run(self) -> None:
@@ -142,7 +132,14 @@ class Worker:
         turns = self.batches()
         batch = next(turns, None)
         while batch is not None:
-            loss = self._compute(batch)
+            try:
+                loss: float | None = self.replica.add(batch, self.objective)
+                if self.at_every_batch:
+                    self.at_every_batch(self.flat.gradient)
+                if self._may_be_overtaken:
+                    self._demand_use()
+            except _Overtaken:
+                loss = None
             try:
                 batch = turns.send(loss)
             except StopIteration:
@@ -155,8 +152,10 @@ class Worker:
         while batch is not None:
             loss: float | None = yield from self.replica.driven(batch, self.objective)
             try:
-                self.at_every_batch(self.flat.gradient)
-                self._demand_use()
+                if self.at_every_batch:
+                    self.at_every_batch(self.flat.gradient)
+                if self._may_be_overtaken:
+                    self._demand_use()
             except _Overtaken:
                 loss = None
             try:
@@ -193,7 +192,9 @@ class Worker:
                 # -> flat.gradient (P,)
                 with self.meter.phase("compute"):
                     loss = yield batch
-                answer = self._take_loss(batch, loss)
+                answer = loss is not None
+                if loss is not None:
+                    self._count(batch, loss)
             else:
                 answer = self._do(action)
 
@@ -252,27 +253,17 @@ class Worker:
                 batchnorm.begin_anew_(self.flat.measured)
         return batch
 
-    def _take_loss(self, batch: Batch, loss: float | None) -> bool:
-        """Take note of the loss of a batch; whether its gradient counts."""
-        if loss is None:
-            return False
-        self._computed.add(batch, loss)
+    def _count(self, batch: Batch, loss: float) -> None:
+        """Take note of a batch whose gradient counts."""
+        assert self._computed is not None  # since the batch was taken
+        self._computed.loss += loss
+        self._computed.seen += batch.size > 0
+        self._computed.skipped += batch.skipped
         self.meter.add(images=batch.stop - batch.start, skipped_images=batch.skipped)
-        return True
-
-    def _compute(self, batch: Batch) -> float | None:
-        """Return the loss of a batch; None if the step has been made without it, so that it was not finished."""
-        try:
-            loss = self.replica.add(batch, self.objective)
-            self.at_every_batch(self.flat.gradient)
-            self._demand_use()
-        except _Overtaken:
-            return None
-        return loss
 
     def _demand_use(self) -> None:
         """Raises _Overtaken if the gradient that is being computed cannot count any more."""
-        if self._may_be_overtaken and self.client.is_overtaken():
+        if self.client.is_overtaken():
             raise _Overtaken
 
     def _push(self, push: protocol.Push) -> None:
@@ -291,7 +282,7 @@ class Worker:
             push.read_version,
             push.sum,
             skipped=done.skipped,
-            loss=done.mean_loss,
+            loss=done.loss / max(1, done.seen),
             base=self.replica.base,
             scale=self.replica.scale,
             kept=self.replica.kept if is_finite else 0,
@@ -316,7 +307,7 @@ class Worker:
             self.client.version,
             self.client.samples,
             self.client.fetched,
-            lacks_push=self.replica.is_under_way,
+            lacks_push=self.replica.batches > 0,
         )
         if self.hashes:
             with self._gathering():

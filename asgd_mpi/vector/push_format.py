@@ -38,7 +38,7 @@ class PushFormat:
     small: Ranges = ()  # in order; of a compressed wire
     most: int = 0  # that are ever kept
 
-    @property
+    @cached_property
     def is_compressed(self) -> bool:
         return self.wire in codec.COMPRESSED
 
@@ -54,7 +54,7 @@ class PushFormat:
     def num_bytes(self, kept: int = 0) -> int:
         """Return the bytes of a vector; a multiple of 4."""
         if not self.is_compressed or kept == CHUNK:
-            return codec.num_bytes(self.num_floats, self._plain)
+            return self._plain_bytes
         return self._starts(kept)[-1]
 
     def vector_in(self, memory: torch.Tensor, kept: int = 0) -> Vector:
@@ -71,10 +71,14 @@ class PushFormat:
         )
         return replace(self, num_floats=own.stop - own.start, small=small)
 
-    @property
+    @cached_property
     def _plain(self) -> str:
         """The format of a vector of which nothing is left out."""
         return "float32" if self.is_compressed else self.wire
+
+    @cached_property
+    def _plain_bytes(self) -> int:
+        return codec.num_bytes(self.num_floats, self._plain)
 
     @cached_property
     def small_of(self) -> list[Ranges]:

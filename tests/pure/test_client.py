@@ -56,7 +56,7 @@ class Server:
     def live(self, habits, act=lambda client: client.work()):
         """Let a worker live to its end; returns what it did, with nothing of what it is told each time."""
         self.client = Client(
-            habits, self.cut, self.is_back, lambda: self.batches >= self.signal_after
+            habits, self.cut, self.is_back, lambda: "SIGTERM" * (self.batches >= self.signal_after)
         )
         actions, answer = act(self.client), None
         try:
