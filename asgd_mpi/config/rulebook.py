@@ -16,7 +16,7 @@ from asgd_mpi.protocol.barrier import Pacing
 
 if TYPE_CHECKING:
     from asgd_mpi.config.options import Recipe, RuleConfig
-    from asgd_mpi.config.resolved import Resolved, ResolvedRule
+    from asgd_mpi.config.resolved import Resolved, ResolvedExchange, ResolvedRule
 
 # A gradient is wrong by as much as the weights have moved since they were read, so that is what is limited: a step relative
 # to the weights is what matters of it (LARS, You et al. 2017, arXiv:1708.03888), and where it is too long the gradient is
@@ -456,34 +456,57 @@ def vectors(rule: ResolvedRule, num_workers: int, wire: str = "float32") -> tupl
 def check(config: Resolved, num_workers: int) -> None:
     """Refuse combinations that make no sense, with the reason. `config` is complete. Raises ConfigError."""
     rule, exchange = config.rule, config.exchange
-    entry = RULEBOOK[rule.name]
+    _check_step(rule)
+    _check_momentum(rule)
+    if RULEBOOK[rule.name].server == "dc":
+        _check_compensation(rule, exchange)
+    _check_exchange(rule, exchange)
+    if steps_at_workers(rule):
+        _check_steps_of_workers(rule, config.stages.number)
+    _check_staleness(rule, num_workers)
+    _check_shares(rule, num_workers)
 
-    def demand(holds: bool, option: str, value: object, reason: str) -> None:
-        if not holds:
-            raise ConfigError(f"--{option} {value} with --rule.name {rule.name}: {reason}.")
 
-    at, optimizer, allowed = rule.momentum_at, optimizer_of(rule), momenta(rule)
+def _demand(rule: ResolvedRule, holds: bool, option: str, value: object, reason: str) -> None:
+    """Raise ConfigError for an option, unless it holds what the rule asks of it."""
+    if not holds:
+        raise ConfigError(f"--{option} {value} with --rule.name {rule.name}: {reason}.")
+
+
+def _check_step(rule: ResolvedRule) -> None:
+    """Refuse another step of the server, or another optimizer, than the rule can have."""
+    entry, optimizer = RULEBOOK[rule.name], optimizer_of(rule)
     plain = (entry.server, entry.moves, entry.optimizer) == ("sgd", "", "")
-    demand(
+    _demand(
+        rule,
         not rule.own or plain and optimizer == "sgd",
         "rule.own",
         rule.own,
         "a class of yours moves the weights in place of the rule's own step; take asgd, sasgd, ssp or ringmaster, without --rule.optimizer",
     )
-    demand(
+    _demand(
+        rule,
         bool(rule.own) or not rule.own_options,
         "rule.own_options",
         rule.own_options,
         "they are of a class of yours; name it with --rule package.module:Class",
     )
-    demand(
+    _demand(
+        rule,
         rule.optimizer in (None, optimizer),
         "rule.optimizer",
         rule.optimizer,
         f"the rule is one for {optimizer} alone; leave the optimizer out, or take it with another rule, such as asgd or sync",
     )
+
+
+def _check_momentum(rule: ResolvedRule) -> None:
+    """Refuse a momentum where the rule can have none, and a place where nobody may keep it."""
+    entry, at = RULEBOOK[rule.name], rule.momentum_at
+    optimizer, allowed = optimizer_of(rule), momenta(rule)
     if optimizer in ADAM:
-        demand(
+        _demand(
+            rule,
             not rule.momentum,
             "rule.momentum",
             rule.momentum,
@@ -494,7 +517,7 @@ def check(config: Resolved, num_workers: int) -> None:
             why = (
                 f"the server keeps the means of {optimizer}; dana and worker let the workers do so"
             )
-        demand(at in allowed, "rule.momentum_at", at, why)
+        _demand(rule, at in allowed, "rule.momentum_at", at, why)
     elif rule.momentum and (at == "none" or at not in allowed):
         places = [place for place in allowed if place != "none"]
         why = "it is set to none"
@@ -507,81 +530,110 @@ def check(config: Resolved, num_workers: int) -> None:
         }
         why = reasons.get(optimizer if optimizer != "sgd" else entry.server, why)
         remedy = f"choose of {', '.join(places)}" if places else "leave the momentum out"
-        demand(False, "rule.momentum_at", at, f"{why}; {remedy}")
-    if entry.server == "dc":
-        demand(
-            exchange.n_push == 1,
-            "exchange.n_push",
-            exchange.n_push,
-            "the compensation squares the gradient of one batch, and a sum over several has another square; leave n_push at 1",
-        )
-        why = (
-            "the compensation is for the way from the weights that a gradient was computed on, and the server keeps one snapshot "
-            "for each worker, that of its latest fetch; leave overlap and n_fetch out"
-        )
-        demand(not exchange.overlap, "exchange.overlap", "true", why)
-        demand(exchange.n_fetch == 1, "exchange.n_fetch", exchange.n_fetch, why)
+        _demand(rule, False, "rule.momentum_at", at, f"{why}; {remedy}")
+
+
+def _check_compensation(rule: ResolvedRule, exchange: ResolvedExchange) -> None:
+    """Refuse exchanges that a compensation of delays is not defined for."""
+    _demand(
+        rule,
+        exchange.n_push == 1,
+        "exchange.n_push",
+        exchange.n_push,
+        "the compensation squares the gradient of one batch, and a sum over several has another square; leave n_push at 1",
+    )
+    why = (
+        "the compensation is for the way from the weights that a gradient was computed on, and the server keeps one snapshot "
+        "for each worker, that of its latest fetch; leave overlap and n_fetch out"
+    )
+    _demand(rule, not exchange.overlap, "exchange.overlap", "true", why)
+    _demand(rule, exchange.n_fetch == 1, "exchange.n_fetch", exchange.n_fetch, why)
+
+
+def _check_exchange(rule: ResolvedRule, exchange: ResolvedExchange) -> None:
+    """Refuse to overlap, to round, to leave out or to fetch seldom what the rule needs."""
+    entry, at, optimizer = RULEBOOK[rule.name], rule.momentum_at, optimizer_of(rule)
     why = "a worker would compute while it is to wait, or on weights that it is about to move"
     if exchange.n_push == "auto":
         why += "; n_push auto needs the overlap"
-    demand(entry.may_overlap or not exchange.overlap, "exchange.overlap", "true", why)
-    demand(
+    _demand(rule, entry.may_overlap or not exchange.overlap, "exchange.overlap", "true", why)
+    _demand(
+        rule,
         exchange.wire == "float32" or entry.server not in _NEEDS_FLOAT32,
         "exchange.wire",
         exchange.wire,
         f"{_NEEDS_FLOAT32.get(entry.server)}, smaller than what rounding them loses; take float32",
     )
-    demand(
+    _demand(
+        rule,
         exchange.fetch_wire == "float32" or entry.server not in _NEEDS_FLOAT32,
         "exchange.fetch_wire",
         exchange.fetch_wire,
         f"{_NEEDS_FLOAT32.get(entry.server)}, smaller than what rounding them loses; take float32",
     )
-    demand(
+    _demand(
+        rule,
         exchange.wire not in COMPRESSED or optimizer == "sgd" or steps_at_workers(rule),
         "exchange.wire",
         exchange.wire,
         f"{optimizer} squares what arrives, and what is left out of one push arrives with later ones, in sum; take float32 or "
         "bfloat16",
     )
-    demand(
+    _demand(
+        rule,
         exchange.wire != "topk" or not (rule.momentum and at.startswith("server")),
         "rule.momentum_at",
         at,
         "topk sends a number every so many pushes only, and a velocity at the server goes on with it in all of the others; take "
         "dana or worker, which are applied to the gradient before anything is left out, or wire int8",
     )
-    demand(
+    _demand(
+        rule,
         entry.moves != "elastic" or exchange.n_fetch == exchange.n_push,
         "exchange.n_fetch",
         exchange.n_fetch,
         "the difference to the centre is of the weights that were just fetched; leave n_fetch out",
     )
-    demand(
+    _demand(
+        rule,
         entry.moves != "local" or exchange.n_fetch == exchange.n_push,
         "exchange.n_fetch",
         exchange.n_fetch,
         "a worker sets out from the weights that it has just fetched; leave n_fetch out",
     )
-    demand(
-        not (steps_at_workers(rule) and optimizer in ADAM and rule.max_drift),
+
+
+def _check_steps_of_workers(rule: ResolvedRule, num_stages: int) -> None:
+    """Refuse what the steps of another optimizer than SGD, made by the workers, cannot go with."""
+    optimizer = optimizer_of(rule)
+    _demand(
+        rule,
+        not (optimizer in ADAM and rule.max_drift),
         "rule.max_drift",
         rule.max_drift,
         f"the steps of {optimizer} are as long whatever their gradients, so there is nothing to scale down; leave it out",
     )
-    demand(
-        not (steps_at_workers(rule) and optimizer != "sgd" and config.stages.number > 1),
+    _demand(
+        rule,
+        not (optimizer != "sgd" and num_stages > 1),
         "rule.optimizer",
         optimizer,
         "every stage would keep a part of its state, which a checkpoint does not put together; take sgd, or leave --stages out",
     )
-    demand(
+
+
+def _check_staleness(rule: ResolvedRule, num_workers: int) -> None:
+    """Refuse weights of stale gradients other than the rule's own."""
+    entry, optimizer = RULEBOOK[rule.name], optimizer_of(rule)
+    _demand(
+        rule,
         rule.staleness == entry.staleness or not entry.staleness,
         "rule.staleness",
         rule.staleness,
         f"the rule has its own weights ({entry.staleness})",
     )
-    demand(
+    _demand(
+        rule,
         pacing(rule, num_workers).mean_of == 1
         or optimizer not in ADAM
         or rule.staleness in (None, "constant"),
@@ -590,13 +642,19 @@ def check(config: Resolved, num_workers: int) -> None:
         f"a step is the mean of gradients of several stalenesses, and the length of {optimizer}'s steps is not theirs: a weight of each "
         "would change the direction alone; take constant",
     )
-    demand(
+
+
+def _check_shares(rule: ResolvedRule, num_workers: int) -> None:
+    """Refuse to wait for fewer than one of the workers, or to share a step among more than all."""
+    _demand(
+        rule,
         rule.name != "sync_backup" or rule.backup < num_workers,
         "rule.backup",
         rule.backup,
         f"of {num_workers} workers, none would be waited for",
     )
-    demand(
+    _demand(
+        rule,
         rule.name != "softsync" or rule.splits <= num_workers,
         "rule.splits",
         rule.splits,
