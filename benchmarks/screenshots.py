@@ -1,4 +1,4 @@
-"""Pictures of the pages of a small real run: `python -m benchmarks.screenshots [--out docs] [--runs DIR] [--minutes 0.3]`.
+"""Pictures of the pages of a small real run: `python -m benchmarks.screenshots [--out docs] [--runs DIR] [--minutes 3]`.
 
 Trains the digits with `asgd_mpi.poc` (1 and 3 workers, synchronously and asynchronously; finished runs of DIR are taken as
 they are), reports and compares the runs, and has a headless Chromium show the pages: on a laptop, light and dark, and on a
@@ -32,14 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--runs", type=Path, default=Path("runs/screenshots"))
-    parser.add_argument("--minutes", type=float, default=0.3, help="of each of the three runs")
+    parser.add_argument(
+        "--minutes", type=float, default=3, help="of each of the three runs, at most"
+    )
     options = parser.parse_args(arguments)
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         raise ConfigError("there is no chromium and no google-chrome to show the pages with.")
     trained = ["--workers", "1,3", "--minutes", str(options.minutes), "--out", str(options.runs)]
-    # the checkpoints that it keeps are on the page
-    if status := poc.main([*trained, "--", "--run.validate_every", "0.5"]):
+    # the checkpoints that it keeps are on the page; so few epochs that the runs finish
+    if status := poc.main([*trained, "--", "--epochs", "20", "--run.validate_every", "0.5"]):
         return status
     run = options.runs / "async-3"
     report.main([str(run)])
@@ -81,7 +83,7 @@ def shoot(browser: str, page: Path, out: Path, size: tuple[int, int], *flags: st
             stderr=subprocess.DEVNULL,
         )
         shown = Image.open(f"{place}/whole.png").convert("RGB").crop((0, 0, width, height))
-        shown.quantize(256, Image.Quantize.MAXCOVERAGE).save(out, optimize=True)
+        shown.quantize(256, Image.Quantize.MEDIANCUT).save(out, optimize=True)
     print(f"{out}: {width} x {height}, {out.stat().st_size / 1000:.0f} kB", flush=True)
 
 
