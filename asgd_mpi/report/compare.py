@@ -328,7 +328,7 @@ def _sentences(
         )
     elif found is None and len({entry.num_workers for entry in measured}) > 1:
         sentences.append(
-            f"No limit is fitted: that takes runs of one rule and n_push with {FEWEST_SIZES} numbers of workers or more."
+            f"No limit is fitted: that takes runs of one rule and one n_push, with {FEWEST_SIZES} different numbers of workers or more."
         )
     elif found:
         sentences.append(
