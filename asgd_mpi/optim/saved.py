@@ -6,9 +6,9 @@ import torch
 
 
 def load_(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Copy what was saved into one's own, by name; zero that with an empty `state`, as at the beginning."""
+    """Copy what was saved into one's own, by name; zero what was not, as at the beginning: the settings may be others."""
     for name, tensor in own.items():
-        if state:
+        if name in state:
             tensor.copy_(state[name])
         else:
             tensor.zero_()

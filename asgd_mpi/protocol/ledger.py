@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from asgd_mpi.protocol import claims
@@ -452,6 +452,8 @@ class Ledger:
             self.best = Score(
                 version, num_images, loss, top1_error, top5_error, final=False, metrics=metrics
             )
+        if wrong := self._impossible(state.get("gathered", 0)):
+            raise LedgerError(f"the saved ledger says {wrong}")
         waiting = [segment for work, segment in self._returned if work == Work.TRAIN] + [
             *self._later,
             *self.given_up,
@@ -476,8 +478,29 @@ class Ledger:
                 f"the saved ledger does not add up: {self.samples} samples applied, {claimed - self.samples} to do again, "
                 f"{self._lent} lent in all, {self.plan.total_samples} in this run"
             )
+        if twice := _overlap(waiting):
+            raise LedgerError(
+                f"the saved ledger holds position {twice.start} of epoch {twice.epoch} twice: its sample would be used twice"
+            )
         for account in self._accounts:
             account.read = account.made = account.begun = self.version
+
+    def _impossible(self, gathered: int) -> str:
+        """Return what of the saved numbers no run has, in words."""
+        if self.steps > self.version:
+            return f"that {self.steps} steps were made of {self.version} pushes"
+        if gathered > self.version:
+            return f"that {gathered} of {self.version} pushes wait for a step"
+        best = self.best
+        if best is None:
+            return ""
+        if best.version > self.version:
+            return f"that the best version is {best.version}, and it is of version {self.version}"
+        errors = () if best.metrics else (best.top1_error, best.top5_error)
+        for error in errors:
+            if error is None or not 0 <= error <= 1:
+                return f"that the best version has an error of {error}; it is 0 to 1"
+        return ""
 
     def _settle(self, header: Header, works: set[Work]) -> tuple[Segment, ...]:
         """Check a packet against what its worker was lent and move the worker's cursor; returns what it covers."""
@@ -651,6 +674,15 @@ class Ledger:
 
     def _epochs_validated(self, samples: int) -> int:
         return int(samples / (self.plan.num_samples * self.plan.validate_every))
+
+
+def _overlap(segments: Iterable[Segment]) -> Segment | None:
+    """Return the beginning of what two segments have in common; None if none do."""
+    ordered = sorted(segments, key=lambda segment: (segment.epoch, segment.start))
+    for before, after in zip(ordered, ordered[1:]):
+        if before.epoch == after.epoch and after.start < before.stop:
+            return after
+    return None
 
 
 def _score(plan: Plan, parts: list[Header], final: bool) -> Score:

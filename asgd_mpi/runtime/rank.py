@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from asgd_mpi.config.rulebook import (
     momentum_option,
     workers_keep_state,
 )
-from asgd_mpi.config.topology import Topology
+from asgd_mpi.config.topology import SERVER, Topology
 from asgd_mpi.data.dataset import DatasetLoader
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.errors import UserError
@@ -307,13 +307,28 @@ def restore(rank: Rank, flat: FlatModel, rule: Rule, own: slice) -> dict | None:
     has_state = rule.state and checkpoint.SERVER in rank.manifest.files
     saved = checkpoint.read_tensors(rank.directory / checkpoint.SERVER) if has_state else {}
     ledger = checkpoint.read_ledger(rank.directory)
+    if rank.world.rank == SERVER:
+        _tell_absent(rank.directory, "the rule", rule.state.keys() - saved.keys() - {EMA})
     # under another rule than before, the optimizer's first step is still to come; a mean that begins later begins here
     return ledger if rule.load_({EMA: flat.weights} | saved, own) else ledger | {"steps": 0}
 
 
 def _restore_momentum(rank: Rank, worker: Worker) -> None:
     if str(rank.world.worker) in (rank.manifest.momenta if rank.manifest else {}):
-        worker.replica.restore_(rank.directory / checkpoint.worker_file(rank.world.worker))
+        path = rank.directory / checkpoint.worker_file(rank.world.worker)
+        worker.replica.restore_(path)
+        if rank.task.config.stages.number == 1:  # else its state lies on several ranks
+            names = (
+                worker.replica.state.keys() - checkpoint.read_tensors(path, is_mapped=True).keys()
+            )
+            _tell_absent(path, f"rank {rank.world.rank}", names)
+
+
+def _tell_absent(path: Path, whose: str, names: Collection[str]) -> None:
+    """Say what a checkpoint of other settings does not hold."""
+    if names:
+        told = f"warning: {path} holds no {', '.join(sorted(names))} of {whose}: zero in its place"
+        print(told, file=sys.stderr, flush=True)
 
 
 def _begin_log(rank: Rank, ledger: Ledger) -> EventLog:

@@ -217,6 +217,7 @@ def demand_same_trained(point: Point, module: nn.Module, carried: Collection[str
                     f"{size}: other parameters are frozen (requires_grad=False) than before. {again}"
                 )
             _demand_like(path, key, vector, torch.empty(size, device="meta"))
+            _demand_finite(path, key, vector)
     frozen = {
         name: p
         for name, p in module.named_parameters()
@@ -247,6 +248,8 @@ def _demand_state_of(point: Point, module: nn.Module) -> None:
     for name, tensor in own.items():
         if isinstance(tensor, torch.Tensor):  # a module's extra state is what it likes
             _demand_like(path, name, state[name], tensor)
+    for name, _ in module.named_parameters():  # a buffer may be a mask of infinities
+        _demand_finite(path, name, state[name])
 
 
 def _demand_like(path: Path, name: object, found: object, due: torch.Tensor) -> None:
@@ -260,6 +263,12 @@ def _demand_like(path: Path, name: object, found: object, due: torch.Tensor) -> 
             f"{path} holds {name} as {found.dtype} of shape {tuple(found.shape)}, where {due.dtype} of shape "
             f"{tuple(due.shape)} is due. {_ANOTHER}"
         )
+
+
+def _demand_finite(path: Path, name: str, found: torch.Tensor) -> None:
+    """Raise RunDirError for numbers that no run saves: whatever is trained on them is not finite either."""
+    if not torch.isfinite(found).all():
+        raise RunDirError(f"{path} holds numbers in {name} that are not finite. {_ANOTHER}")
 
 
 def lost_pushes(run: RunDir, point: Point) -> list[Push]:

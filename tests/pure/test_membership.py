@@ -253,6 +253,37 @@ def test_a_saved_ledger_that_does_not_add_up_is_refused():
         Cast(state=cast.ledger.state() | {"samples": 3})
 
 
+@pytest.mark.parametrize(
+    "change, claim",
+    [
+        ({"steps": 2}, "2 steps were made of 1 pushes"),
+        ({"gathered": 9}, "9 of 1 pushes wait"),
+        ({"best": [2, 4, 1.0, 0.5, 0.5]}, "the best version is 2"),
+        ({"best": [1, 4, 1.0, -1.0, 0.5]}, "an error of -1.0"),
+        ({"best": [1, 4, 1.0, 0.5, 1e300]}, r"an error of 1e\+300"),
+        ({"best": [1, 4, 1.0, None, None]}, "an error of None"),
+    ],
+)
+def test_a_saved_ledger_that_says_what_no_run_has_done_is_refused(change, claim):
+    cast = Cast()
+    cast.step(0)
+    state = cast.ledger.state()
+    Cast(state=state | {"best": [1, 4, 1.0, 0.5, 0.25]})
+    with pytest.raises(LedgerError, match=claim):
+        Cast(state=state | change)
+
+
+def test_a_saved_ledger_that_would_use_a_sample_twice_is_refused_though_it_adds_up():
+    cast = Cast()
+    cast.step(0)
+    state = cast.ledger.state()
+    first = state["todo"][0]
+    state["todo"].append(first)
+    state["lent"] += first[3] - first[2]
+    with pytest.raises(LedgerError, match="twice"):
+        Cast(state=state)
+
+
 def test_with_one_worker_the_resumed_leases_are_cut_as_they_would_have_been():
     plan = Plan(1, *[getattr(PLAN, name) for name in PLAN.__dataclass_fields__][1:])
     whole, cut = Cast(plan), Cast(plan)

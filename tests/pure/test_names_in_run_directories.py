@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from asgd_mpi.errors import ConfigError, RunDirError
+from asgd_mpi.optim import saved
 from asgd_mpi.protocol.ledger import Plan
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.checkpoint import LEDGER, MODEL, Manifest
@@ -199,6 +200,49 @@ def test_a_ledger_that_this_run_cannot_have_saved_is_refused_in_one_line(run, ol
     with pytest.raises(RunDirError, match=said) as refused:
         resume.demand_samples_left(point, Plan(1, 16, 8, 40, 8, 1, 1.0))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name, key", [(MODEL, "weight"), ("server.pt", "v"), ("worker000.pt", "u")]
+)
+def test_a_checkpoint_of_numbers_that_are_not_finite_is_refused_and_a_mask_of_infinities_is_not(
+    run, name, key, value
+):
+    module = torch.nn.Linear(16, 1, bias=False)
+    module.register_buffer("mask", torch.tensor([float("-inf"), 0.0]))
+    save(run, 2)
+    directory = run.checkpoint(2)
+    kept = {
+        MODEL: module.state_dict(),
+        "server.pt": {"v": torch.ones(16)},
+        "worker000.pt": {"u": torch.ones(16)},
+    }
+    for file, state in kept.items():
+        checkpoint.write_tensors(directory / file, state)
+    manifest = replace_files(checkpoint.read_manifest(directory), kept)
+    point = resume.Point(1, directory, manifest)
+    resume.demand_same_trained(point, module, [])
+    kept[name] = {**kept[name], key: torch.full_like(kept[name][key], value)}
+    checkpoint.write_tensors(directory / name, kept[name])
+    told = f"{name} holds numbers in {key} that are not finite"
+    with pytest.raises(RunDirError, match=told) as refused:
+        resume.demand_same_trained(point, module, [])
+    assert "\n" not in str(refused.value)
+
+
+def replace_files(manifest, names):
+    manifest.files = {**manifest.files, **dict.fromkeys(names, "")}
+    return manifest
+
+
+def test_what_a_checkpoint_of_other_settings_does_not_hold_is_zero_and_the_rest_goes_on():
+    own = {"velocity": torch.ones(2), "residual": torch.ones(2)}
+    saved.load_(own, {"velocity": torch.full((2,), 3.0)})
+    assert {name: tensor.tolist() for name, tensor in own.items()} == {
+        "velocity": [3, 3],
+        "residual": [0, 0],
+    }
 
 
 def test_a_resume_under_other_versions_says_what_that_means(run):

@@ -11,7 +11,7 @@ from asgd_mpi.config.resolved import with_recipe
 from asgd_mpi.config import rulebook
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
-from asgd_mpi.protocol.barrier import Pacing
+from asgd_mpi.protocol.barrier import Pacing, StepBarrier
 from asgd_mpi.protocol.ledger import Ledger, Plan
 from asgd_mpi.protocol.messages import Header, Kind
 
@@ -125,6 +125,13 @@ def test_a_gradient_that_is_too_stale_is_dropped_and_its_worker_is_told():
     assert (one.ledger.version, one.mail[2].refused) == (4, 1)
     one.step(2)
     assert (one.ledger.version, one.mail[2].refused) == (5, 1)
+
+
+def test_fewer_workers_than_before_make_a_step_of_all_that_had_waited_for_it():
+    """Of softsync, whose steps are of as many gradients as there are workers: 3 of 4 wait, and a resume has 2."""
+    barrier = StepBarrier(Pacing(mean_of=2), 2, version=7, gathered=3)
+    steps = [barrier.take(0, 8 + number, lambda: [0, 1], False) for number in range(5)]
+    assert steps == [4, 0, 2, 0, 2]
 
 
 def test_the_last_step_is_the_mean_of_what_is_left():
