@@ -499,8 +499,8 @@ def describe(
         then = f"{number(costs.limit, 0)} {unit}/s is the limit (the {whose(costs)})"
     else:
         then = f"pushes wait (for the {whose(costs)}), and sum up more batches"
-    lines.append(f"the knee is at about {number(costs.knee, 0)} workers: with more, {then}")
-    lines.append(f"what would move {outcomes[-1].num_workers:,} workers:")
+    lines.append(f"the knee is at about {workers([round(costs.knee)])}: with more, {then}")
+    lines.append(f"what would move {workers([outcomes[-1].num_workers])}:")
     lines += [
         f"  {name}: {100 * gain:+.0f} % {unit}/s, the knee at {number(knee, 0)}"
         for name, gain, knee in moves

@@ -82,7 +82,7 @@ def _how_many(costs: Costs, outcomes: Sequence[Outcome], unit: str) -> Answer:
     if best is not last:
         text += f" With {last.num_workers:,} it is {number(last.images_per_s, 0)}, {percent(share(last), 0)} each."
     if math.isfinite(costs.limit) and costs.knee < last.num_workers:
-        text += f" From about {number(costs.knee, 0)} workers on, {number(costs.limit, 0)} {unit}/s is the limit (the {whose(costs)})."
+        text += f" From about {count(round(costs.knee), 'worker')} on, {number(costs.limit, 0)} {unit}/s is the limit (the {whose(costs)})."
     short = f"Up to {best.num_workers:,}"
     if best is last:
         short += " and more"
@@ -131,6 +131,6 @@ def _what_moves(
     return Answer(
         question,
         name[0].upper() + name[1:],
-        f"Expected: {100 * gain:+.0f} % {unit}/s with {many}; the knee is then at about {number(knee, 0)} workers.",
+        f"Expected: {100 * gain:+.0f} % {unit}/s with {many}; the knee is then at about {count(round(knee), 'worker')}.",
         "open",
     )

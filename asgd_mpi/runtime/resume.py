@@ -22,6 +22,7 @@ from asgd_mpi.record import checkpoint, history
 from asgd_mpi.record.checkpoint import Manifest, software
 from asgd_mpi.record.events import FLUSHED_S, End, Push, read_events
 from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.unit import counted
 from asgd_mpi.vector.flat import num_floats
 
 
@@ -298,7 +299,7 @@ def describe(
         kept = set(manifest.momenta)
         if kept and num_workers is not None and num_workers != manifest.num_workers:
             yield (
-                f"{num_workers} workers in place of {manifest.num_workers}: the momentum of "
+                f"{counted(num_workers, 'workers')} in place of {manifest.num_workers}: the momentum of "
                 f"{len([w for w in kept if int(w) >= num_workers])} is dropped, "
                 f"{max(0, num_workers - len(kept))} begin without"
             )
@@ -308,7 +309,7 @@ def describe(
     else:
         unwritten = f", those of the last {FLUSHED_S:g} s or so, which were not yet written down when that start was killed,"
     yield (
-        f"lost: {len(lost)} pushes ({samples} samples) that are on record after that{unwritten} and those in flight; their samples "
+        f"lost: {counted(len(lost), 'pushes')} ({counted(samples, 'samples')}) that are on record after that{unwritten} and those in flight; their samples "
         "are trained again"
     )
 
@@ -322,6 +323,8 @@ def _has_closed_books(run: RunDir, restart: int) -> bool:
 
 
 def _what(manifest: Manifest) -> str:
-    parts = [f"the momentum of {len(manifest.momenta)} workers"] if manifest.momenta else []
+    parts = (
+        [f"the momentum of {counted(len(manifest.momenta), 'workers')}"] if manifest.momenta else []
+    )
     parts += ["the rule's state"] if checkpoint.SERVER in manifest.files else []
     return ", ".join(parts) or "no momentum (none was kept)"

@@ -403,6 +403,15 @@ def seen_runs(**rates):
     return [Observation(replace(COSTS, travel_s=0.0, overhead_s=0.0), n, rate[n]) for n in rate]
 
 
+def test_a_plan_whose_limit_is_one_worker_says_so_of_one_worker():
+    costs = replace(COSTS, apply_s=20 * COSTS.step_s)
+    assert round(costs.knee) == 1
+    runs = [Observation(costs, n, simulate(costs, n).images_per_s) for n in (1, 2, 4)]
+    many, _, moves = told(runs)
+    assert "From about 1 worker on, " in many.text
+    assert moves.text.endswith("is then at about 1 worker.")
+
+
 def test_the_plan_says_first_how_far_it_misses_the_runs_that_it_was_calibrated_with():
     many, sure, moves = told(seen_runs())
     assert sure.state == "good" and (many.short, many.state) == ("Up to 4 and more", "good")
