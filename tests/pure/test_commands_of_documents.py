@@ -16,6 +16,9 @@ from test_small_sets import cifar10
 
 from data_prep import synthetic
 
+# of runpy: what this process has imported is run anew
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
 TABLE = ROOT / "tests" / "commands.tsv"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -134,8 +137,6 @@ def run(module, words):
     return status, out.getvalue()
 
 
-# of runpy: what this process has imported is run anew
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_the_commands_that_cost_little_do_what_the_pages_say(reader):
     """One after the other, in the order of the table, as somebody would type them."""
     wrong = []
