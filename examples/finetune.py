@@ -40,7 +40,8 @@ val_set = torch.utils.data.Subset(digits, order[-200:])
 
 groups = [{"params": model.fc.parameters()}, {"params": last.parameters(), "lr": 1e-3}]
 optimizer = torch.optim.AdamW(groups, lr=1e-2)
-run = asgd_mpi.init(model, optimizer, epochs=2)
+# each worker keeps Adam's means of its own gradients, which bears several workers in a run as short as this
+run = asgd_mpi.init(model, optimizer, epochs=2, options={"rule.momentum_at": "dana"})
 
 
 @run.validate(val_set, maximize=True)
