@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from asgd_mpi import report
-from asgd_mpi.config.options import long_names, ours
+from asgd_mpi.config.parse import long_names, ours
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.offline.trainer import finished
 from asgd_mpi.process import launchers, signals

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 
-from asgd_mpi.config import help_text, options
+from asgd_mpi.config import help_text, parse
 from asgd_mpi.process import ending
 
 HOME = {"report": "asgd_mpi.report.command"}  # where a verb's parser is, unless in its module
@@ -42,7 +42,7 @@ complete -o default -F _asgd_mpi asgd-mpi
 
 def of_verbs(verbs: list[str]) -> dict[str, list[help_text.Option]]:
     """Return the options of each verb; none of one that has no parser."""
-    training = _listed(options.make_parser(), options.SHORTHANDS)
+    training = _listed(parse.make_parser(), parse.SHORTHANDS)
     found = {}
     for verb in verbs:
         module = importlib.import_module(HOME.get(verb, f"asgd_mpi.{verb}"))

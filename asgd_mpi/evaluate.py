@@ -20,7 +20,7 @@ import jsonargparse
 import torch
 
 from asgd_mpi.config import command_line, limits
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import written
 from asgd_mpi.config.options import Config, DataConfig
 from asgd_mpi.data import images as preparing
 from asgd_mpi.data.augment import Normalise, make_policy
@@ -424,7 +424,7 @@ def _own_task(name: str, run: RunDir, manifest: checkpoint.Manifest) -> OwnTask:
     """Open the task of a checkpoint, with the seed and the batches of the run that it lies in. Raises ConfigError, DataError."""
     file = run.config_of(manifest.restart)
     if file.exists():
-        config = configuration.as_before(configuration.read(file))
+        config = written.as_before(written.read(file))
         data, model = (
             replace(config.data, source="task"),
             replace(config.model, name=name),

@@ -21,7 +21,7 @@ import jsonargparse
 import msgspec
 
 from asgd_mpi.config import command_line, exchange_choice, limits, rulebook
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import written
 from asgd_mpi.config.exchange_choice import TOPK, WIRES, Measured
 from asgd_mpi.config.rulebook import WAITING
 from asgd_mpi.errors import ConfigError, RunDirError, tell
@@ -446,7 +446,7 @@ def _smaller_batches(options: jsonargparse.Namespace, num_workers: int) -> list[
     run = RunDir.open(options.run_dir[0])
     if not run.config.exists():
         return []
-    config, samples = configuration.read(run.config), summarize(run).num_samples
+    config, samples = written.read(run.config), summarize(run).num_samples
     if config.data.batch_size is None or config.run.epochs is None:  # an old record
         return []
     divisor = rulebook.batch_divisor(config, num_workers, samples, rulebook.LEAST_BATCH)

@@ -22,7 +22,7 @@ import jsonargparse
 import yaml
 
 from asgd_mpi.config import command_line, limits
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse, plain, written
 from asgd_mpi.config.options import Config
 from asgd_mpi.errors import ConfigError, RunDirError, printable, tell
 from asgd_mpi.process import ending, signals
@@ -187,7 +187,7 @@ def _run(options: jsonargparse.Namespace, passed_on: list[str]) -> int:
     stem = Path(options.config_file).stem or options.task.rpartition(":")[2]
     out = Path(options.out or (f"runs/poc-{stem}" if stem else "runs/poc"))
     _demand_same(
-        out, yaml.safe_load(configuration.to_yaml(config)) | {"poc": {"sync_lr": options.sync_lr}}
+        out, yaml.safe_load(written.to_yaml(config)) | {"poc": {"sync_lr": options.sync_lr}}
     )
     left = {trial: _left_s(out / trial.name, budget_s) for trial in wanted}
     tell(
@@ -277,7 +277,7 @@ def _left_s(path: Path, budget_s: float) -> float:
 
 def _configured(arguments: list[str]) -> Config:
     """Read what all runs share, with the options that a task of the user's brings. Raises ConfigError."""
-    config = configuration.parse(arguments)
+    config = parse.parse(arguments)
     if config.data.source != "task":
         return config
     from asgd_mpi.runtime.prepare import configured  # loads torch
@@ -299,7 +299,7 @@ def _demand_same(out: Path, now: dict[str, dict]) -> None:
         text = ""
         if file.exists():
             text = bounded.read(file, bounded.LARGEST_YAML).decode()
-        before = configuration.sections(text)
+        before = plain.sections(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunDirError(
             f"{file} cannot be read or made ({error}): give another directory with --out DIR."

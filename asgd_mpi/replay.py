@@ -25,7 +25,7 @@ import torch
 
 from asgd_mpi import api
 from asgd_mpi.config import command_line, limits
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import written
 from asgd_mpi.config.options import Config
 from asgd_mpi.config.topology import SERVER
 from asgd_mpi.errors import ConfigError, DataError, RunDirError, tell
@@ -343,8 +343,8 @@ class Given:
 
 def _read_config(path: Path) -> Config:
     """Read the configuration that a start wrote down. Raises ConfigError for values that no start has."""
-    config = configuration.as_before(configuration.read(path))
-    in_force = configuration.in_force(config, num_workers=1)
+    config = written.as_before(written.read(path))
+    in_force = written.in_force(config, num_workers=1)
     try:
         limits.check(config)
         if left := [name for name, value, _ in limits.values(in_force) if value is None]:

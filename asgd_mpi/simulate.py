@@ -18,7 +18,7 @@ import torch
 from asgd_mpi.errors import tell
 from asgd_mpi import plan
 from asgd_mpi.config import command_line, limits, rulebook
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import written
 from asgd_mpi.config.options import Config
 from asgd_mpi.offline import forecast
 from asgd_mpi.offline.simulation import Simulation, Times, simulate
@@ -51,7 +51,7 @@ def write_run(run: RunDir, task: OpenedTask, simulation: Simulation) -> None:
     """Write the log, the metrics, the last version and the marker of success, as a run does; time begins at 0."""
     config, plan_, exchange = task.config, simulation.plan, task.config.exchange
     computation, score = simulation.computation, simulation.scores[-1]
-    write_whole(run.config, configuration.record(config, plan_.num_workers).encode())
+    write_whole(run.config, written.record(config, plan_.num_workers).encode())
     write_whole(
         run.versions,
         msgspec.json.encode({"torch": str(torch.__version__), "mpi": "none: simulated"}),

@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from asgd_mpi.config import limits
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.options import RuleConfig
 from asgd_mpi.config.rulebook import RULEBOOK, defaults
 from asgd_mpi.data.loader import Batch, Loader

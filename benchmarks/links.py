@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from asgd_mpi.comm.worker_window import SAMPLE, TRIES
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.errors import RunDirError
 from asgd_mpi.model import emulated
 from asgd_mpi.config.exchange_choice import TOPK, WIRES

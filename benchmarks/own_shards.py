@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import options as configuration, parse
 from asgd_mpi.data.augment import make_policy
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.data.manifest import read_manifest
@@ -29,7 +29,7 @@ def tell(data: Path, gpus: int, gpu_rate: float) -> None:
         _evict(data / shard.file)
     shards = ShardSet.open(data, "train")
     read, megabytes = _reading(shards)
-    settings = complete(configuration.parse(["--data", str(data), "--model", "resnet50"])).data
+    settings = complete(parse.parse(["--data", str(data), "--model", "resnet50"])).data
     decoded, threads = _decoding(shards, settings)
     print(f"{data}: {read:,.0f} images/s ({megabytes:,.0f} MB/s) read by one thread, with nothing in this host's "
           f"page cache; a file server's own cache may have helped")  # fmt: skip

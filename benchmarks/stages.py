@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.pipeline.schedule import SCHEDULES, bubble
 from asgd_mpi.process import ending
 from asgd_mpi.record.summary import summarize

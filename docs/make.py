@@ -27,7 +27,7 @@ import asgd_mpi  # noqa: E402
 from asgd_mpi import launched  # noqa: E402
 from asgd_mpi.__main__ import PREPARE, VERBS  # noqa: E402
 from asgd_mpi.config import help_text  # noqa: E402
-from asgd_mpi.config import options as configuration  # noqa: E402
+from asgd_mpi.config import parse  # noqa: E402
 
 MADE = "<!-- made by docs/make.py -->\n\n"
 # where an error is raised -> the part of the page that it belongs to; the first that fits
@@ -56,7 +56,7 @@ def options() -> str:
         "```yaml\nrun:\n  epochs: 30\nschedule:\n  lr: 0.05\n```\n",
         "## train\n",
     ]
-    for group in help_text.groups(configuration.make_parser(), configuration.SHORTHANDS):
+    for group in help_text.groups(parse.make_parser(), parse.SHORTHANDS):
         title = "In general" if group.title == "options" else group.title
         lines += [f"### {title}\n", *(_item(one) for one in group.options), ""]
     for module in [f"asgd_mpi.{verb}" for verb in VERBS if verb != "train"] + [

@@ -19,8 +19,8 @@ from asgd_mpi.config.options import (
     RuleConfig,
     RunConfig,
     ScheduleConfig,
-    fetch_wire,
 )
+from asgd_mpi.config.written import fetch_wire
 
 OPEN = {"min_batch", "max_drift", "clip_norm"}
 # what a task without images has

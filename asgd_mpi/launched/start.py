@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from asgd_mpi import api, errors
-from asgd_mpi.config.options import long_names
+from asgd_mpi.config.parse import long_names
 from asgd_mpi.errors import ConfigError, RankFailed, RanksLost, UserError
 from asgd_mpi.launched.source import demand_made_alike, located
 from asgd_mpi.process import launchers, mpirun_env

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from asgd_mpi import api
-from asgd_mpi.config.options import long_names, ours
+from asgd_mpi.config.parse import long_names, ours
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.launched.source import demand_made_alike, located
 from asgd_mpi.record.rundir import RunDir

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import plain
 from asgd_mpi.config import rulebook
 from asgd_mpi.errors import few, one_line, plural, printable
 from asgd_mpi.record import history
@@ -520,7 +520,7 @@ def _read_config(run: RunDir, num_workers: int, problems: list[str]) -> dict[str
     """Every setting by its dotted name; what old records leave open as it was in force."""
     path = run.latest(run.config_of)
     try:
-        sections = configuration.sections(bounded.read(path, bounded.LARGEST_YAML).decode())
+        sections = plain.sections(bounded.read(path, bounded.LARGEST_YAML).decode())
         found = {
             f"{section}.{name}": value
             for section, values in sections.items()
@@ -529,7 +529,7 @@ def _read_config(run: RunDir, num_workers: int, problems: list[str]) -> dict[str
     except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
         problems.append(f"{path.name} cannot be read ({_why(error)}): the settings are unknown.")
         return {}
-    if others := configuration.of_other_kinds(found):
+    if others := plain.of_other_kinds(found):
         problems.append(
             f"{path.name} holds {len(others)} settings of another kind than theirs, which are left out: {few(others, NAMED)}."
         )

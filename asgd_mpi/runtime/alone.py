@@ -21,7 +21,7 @@ import torch
 
 from asgd_mpi.comm.arrival import Arrival
 from asgd_mpi.comm.layout import Layout
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import options as configuration, written
 from asgd_mpi.config import exchange_choice, topology
 from asgd_mpi.config.rulebook import RULEBOOK
 from asgd_mpi.config.topology import Topology
@@ -81,7 +81,7 @@ class Alone:
         self.directory = run.path
         tell(setup["greeting"])
         # nothing has to travel
-        config = exchange_choice.as_plain(configuration.from_yaml(setup["config"]))
+        config = exchange_choice.as_plain(written.from_yaml(setup["config"]))
         exchange = replace(config.exchange, overlap=False, servers=1)
         config = replace(config, exchange=exchange)
         status = yield from self._train(config, run, setup)

@@ -20,7 +20,7 @@ from asgd_mpi.comm.layout import Layout
 from asgd_mpi.comm.server_window import ServerWindow
 from asgd_mpi.comm.worker_window import WorkerWindow
 from asgd_mpi.comm.world import World, library, tasks_of_scheduler
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import written
 from asgd_mpi.config import exchange_choice, topology
 from asgd_mpi.config.resolved import Resolved
 from asgd_mpi.config.topology import Topology
@@ -60,7 +60,7 @@ def take_part(
     write_report: makes the report of a finished run. own: the user's task, if it is not to be found by its name.
     """
     run = RunDir.open(setup["run"])
-    config = configuration.from_yaml(setup["config"])
+    config = written.from_yaml(setup["config"])
     world.timeout_s = config.run.timeout_s
     try:
         places = Topology.of(setup["ranks"], config.stages.number, config.exchange.servers)
@@ -164,7 +164,7 @@ def _train(
         task, choice = choosing.choose(world, places, task, module, device)
         config, exchange = task.config, task.config.exchange
         if world.is_server:
-            text = configuration.record(config, places.num_workers)
+            text = written.record(config, places.num_workers)
             write_whole(run.config_of(restart), text.encode())
             print(choice, flush=True)
     everyone = world.gather(

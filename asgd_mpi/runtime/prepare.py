@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from asgd_mpi.comm.layout import Layout
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse, written
 from asgd_mpi.config import exchange_choice, failures, rulebook, topology
-from asgd_mpi.config.options import Config, ConfigError, ExchangeConfig
+from asgd_mpi.config.options import Config, ExchangeConfig
 from asgd_mpi.config.rulebook import is_adaptive, is_kept_by_workers
 from asgd_mpi.config.topology import Topology
-from asgd_mpi.errors import DiskRefuses, plural, tell
+from asgd_mpi.errors import ConfigError, DiskRefuses, plural, tell
 from asgd_mpi.model import buffers
 from asgd_mpi.optim.error_feedback import push_format
 from asgd_mpi.optim.rules import make_rule
@@ -52,12 +52,12 @@ def prepare(
             f"{groups or 'none'!r}. Give them there, and leave the option out."
         )
     if point:
-        old = configuration.read(run.latest(run.config_of), configuration.asked)
+        old = written.read(run.latest(run.config_of), written.asked)
         if old.rule.groups is None:  # a record from before they were kept
             old = replace(old, rule=replace(old.rule, groups=groups))
         base = exchange_choice.before_choice(old, config)
-        base = configuration.of_this_start(base, config)
-        config = complete(configuration.parse(arguments, base=base))
+        base = written.of_this_start(base, config)
+        config = complete(parse.parse(arguments, base=base))
         config = exchange_choice.as_chosen_before(config, old)
     config = replace(config, rule=replace(config.rule, groups=groups))
     if point:
@@ -166,7 +166,7 @@ def prepare(
         run.demand_own(0, places.size)
         run.tell_of_writers()
     restart, directory = (point.restart, point.directory) if point else (0, None)
-    text = configuration.record(config, num_workers)
+    text = written.record(config, num_workers)
     write_whole(run.config_of(restart), text.encode())
     if unknown := trust.record(config.model.name, run.path):
         print(unknown, flush=True)
@@ -201,13 +201,13 @@ def configured(arguments: list[str], own: Task | None = None) -> Config:
     `own`: the task, if it is not to be found by its name. The code of one is imported only if the user names it (see `trust`).
     """
     if own is None:
-        config = configuration.parse(arguments)
+        config = parse.parse(arguments)
         trust.demand_named(config.model.name, arguments)
         trust.demand_named(config.rule.own, arguments, "--rule")
         if config.data.source not in OWN:
             return config
         own = find(config.model.name)
-    return configuration.parse(arguments, base=with_options(Config(), own))
+    return parse.parse(arguments, base=with_options(Config(), own))
 
 
 def _greeting(places: Topology, task: OpenedTask, run: RunDir) -> str:

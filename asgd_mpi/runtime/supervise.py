@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.process import launchers, mpirun_env
 from asgd_mpi.process.ending import FAULT, RESUME_ME
@@ -89,7 +89,7 @@ def train(
     Raises RunDirError if `output`, which is appended to, cannot be written.
     """
     run = RunDir(Path(arguments[list(arguments).index("--run.dir") + 1]))
-    asked = configuration.parse(list(arguments))
+    asked = parse.parse(list(arguments))
     num_ranks = num_workers * asked.stages.number + asked.exchange.servers
     command = [*begin(num_ranks), sys.executable, "-m", "asgd_mpi.train", *arguments]
     began, started = time.time(), None

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from asgd_mpi.config.options import config_files
+from asgd_mpi.config.parse import config_files
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.record.disk import write_whole
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.data.loader import ranges
 from asgd_mpi.task import Task, complete, open_task
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from asgd_mpi.comm import wait
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.record.events import EventLog, Interval, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.task import complete, open_task

@@ -15,7 +15,7 @@ import torch
 from conftest import kill_session
 from test_loops import Cluster, make_task
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.errors import DiskRefuses, RunDirError, WorkersLost
 from asgd_mpi.model import networks
 from asgd_mpi.runtime import ranks

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from asgd_mpi import api, replay, report
-from asgd_mpi.config.options import ours, read
+from asgd_mpi.config.parse import ours
+from asgd_mpi.config.written import read
 from asgd_mpi.errors import ConfigError, DataError
 from asgd_mpi.record.events import Logged, read_events
 from asgd_mpi.task.loop import options_of

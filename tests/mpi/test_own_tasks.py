@@ -15,7 +15,7 @@ from torch.nn import functional
 import asgd_mpi
 import own_tasks
 from asgd_mpi import api, replay, simulate
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import written as configuration
 from asgd_mpi.config.options import Config
 from asgd_mpi.data.dataset import DatasetLoader, Samples
 from asgd_mpi.data.order import Order, Sequential

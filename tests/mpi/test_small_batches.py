@@ -3,7 +3,7 @@
 import h5py
 import pytest
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.data.loader import ranges
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.offline.trainer import SingleProcessTrainer

@@ -11,7 +11,7 @@ from conftest import finish
 
 from asgd_mpi import evaluate, replay
 from asgd_mpi.comm.stage_group import pack, unpack
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.record import checkpoint, history

@@ -16,7 +16,7 @@ import torchvision
 from photos import write_odd_files, write_tree
 
 from asgd_mpi import evaluate, replay
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import written as configuration
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import RunDirError
 from asgd_mpi.optim.step import compute_gradient_

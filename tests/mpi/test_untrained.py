@@ -9,7 +9,7 @@ from networks_for_tests import Keeping, keeping, moving
 from torch import nn
 
 from asgd_mpi import replay
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.errors import ConfigError, RunDirError
 from asgd_mpi.model import batchnorm, networks

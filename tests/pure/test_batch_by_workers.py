@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from asgd_mpi import simulate
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse, written
 from asgd_mpi.config.options import Recipe
 from asgd_mpi.config.resolved import with_recipe
 from asgd_mpi.config.rulebook import LEAST_BATCH, LEAST_PUSHES, batch_divisor
@@ -17,7 +17,7 @@ RECIPE = Recipe(4, 32, "none", 0.9, 0.0, "cosine", 0.4)
 
 
 def divisor(num_workers, num_samples, *options, least=LEAST_BATCH):
-    config = with_recipe(configuration.parse(list(options)), RECIPE)
+    config = with_recipe(parse.parse(list(options)), RECIPE)
     return batch_divisor(config, num_workers, num_samples, least)
 
 
@@ -54,7 +54,7 @@ def test_what_was_not_measured_keeps_the_batch_of_its_recipe(options):
 
 def opened(digits, *options, num_workers=32):
     """The configuration of a run of the digits, and what is said of it."""
-    asked = configuration.parse(["--data", str(digits), "--epochs", "20", *options])
+    asked = parse.parse(["--data", str(digits), "--epochs", "20", *options])
     task, told = for_workers(open_task(complete(asked)), asked, num_workers)
     return task.config, told
 
@@ -79,7 +79,7 @@ def test_the_rate_of_adamw_is_divided_by_the_root(digits):
 
 def test_a_run_that_goes_on_with_another_number_of_workers_keeps_its_batch(digits):
     config, _ = opened(digits)
-    again = configuration.parse([], base=configuration.asked(configuration.record(config, 32)))
+    again = parse.parse([], base=written.asked(written.record(config, 32)))
     task, told = for_workers(open_task(complete(again)), again, 64)
     assert (task.config.data.batch_size, task.config.schedule.lr, told) == (4, 0.005, [])
 
@@ -109,5 +109,5 @@ def test_a_simulation_and_a_run_take_the_same_batch_and_say_so_before_they_begin
         setup = prepare([*options, "--run.dir", str(tmp_path / "run")], ranks, None, hold)
     assert line in capsys.readouterr().out
     for text in (setup["config"], (out / "config.yaml").read_text()):
-        config = configuration.from_yaml(text)
+        config = written.from_yaml(text)
         assert (config.data.batch_size, config.schedule.lr) == (4, 0.005)

@@ -16,7 +16,7 @@ import yaml
 from test_checkpoint import LEDGER_TEXT, write
 
 from asgd_mpi import evaluate, report
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse, plain, written
 from asgd_mpi.data.manifest import MANIFEST, read_manifest
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError, DataError, RunDirError
@@ -61,16 +61,14 @@ def test_a_configuration_of_more_than_settings_is_refused_in_one_line_with_its_f
     text, reason = TOO_MUCH[what]
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=reason) as refused:
-        configuration.read(tmp_path / "config.yaml") if what != "long" else configuration.from_yaml(
-            text
-        )
+        written.read(tmp_path / "config.yaml") if what != "long" else written.from_yaml(text)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
     with pytest.raises(ConfigError, match="config.yaml"):
-        configuration.read(tmp_path / "config.yaml")
+        written.read(tmp_path / "config.yaml")
 
 
 def test_aliases_and_merges_that_stay_small_are_read():
-    assert configuration.sections("run: &r {seed: 3}\ndata:\n  <<: *r\n") == {
+    assert plain.sections("run: &r {seed: 3}\ndata:\n  <<: *r\n") == {
         "run": {"seed": 3},
         "data": {"seed": 3},
     }
@@ -141,7 +139,7 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path, what):
         with pytest.raises(OSError, match="no plain file"):
             read(path)
     with pytest.raises(ConfigError, match="no plain file"):
-        configuration.read(path)
+        written.read(path)
     with pytest.raises(RunDirError, match="no plain file"):
         checkpoint.read_tensors(path)
 
@@ -383,8 +381,8 @@ def test_large_runs_are_within_the_limits(tmp_path):
         )
         < bounded.LARGEST_JSON
     )
-    assert yaml.safe_load(configuration.to_yaml(configuration.parse([]))) == configuration.sections(
-        configuration.to_yaml(configuration.parse([]))
+    assert yaml.safe_load(written.to_yaml(parse.parse([]))) == plain.sections(
+        written.to_yaml(parse.parse([]))
     )
 
 

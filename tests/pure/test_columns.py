@@ -7,7 +7,7 @@ import torch
 from networks_for_tests import columned
 from torch import nn
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.data.loader import Batch
 from asgd_mpi.errors import ConfigError

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import options as configuration, parse, written
 from asgd_mpi.config.resolved import with_recipe
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
@@ -12,14 +12,12 @@ from asgd_mpi.model import networks
 
 def refused(*arguments):
     with pytest.raises(ConfigError) as caught:
-        configuration.parse(list(arguments))
+        parse.parse(list(arguments))
     return str(caught.value)
 
 
 def test_the_short_forms_of_the_readme_reach_their_fields():
-    config = configuration.parse(
-        ["--data", "DIR", "--model=alexnet", "--lr", "0.5", "--epochs", "3"]
-    )
+    config = parse.parse(["--data", "DIR", "--model=alexnet", "--lr", "0.5", "--epochs", "3"])
     assert (config.data.path, config.model.name, config.schedule.lr, config.run.epochs) == (
         "DIR",
         "alexnet",
@@ -31,31 +29,31 @@ def test_the_short_forms_of_the_readme_reach_their_fields():
 def test_a_file_is_read_and_the_command_line_overrides_it(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("data:\n  batch_size: 7\nmodel:\n  name: resnet18\n")
-    config = configuration.parse(["--config", str(file), "--data.batch_size", "9"])
+    config = parse.parse(["--config", str(file), "--data.batch_size", "9"])
     assert (config.data.batch_size, config.model.name) == (9, "resnet18")
 
 
 def test_what_is_written_to_the_run_directory_reads_back_the_same():
     arguments = ["--schedule.gamma", "0.25", "--n-sync", "3", "--exchange.n_fetch", "6"]
-    config = with_recipe(configuration.parse(arguments), networks.recipe("alexnet"))
+    config = with_recipe(parse.parse(arguments), networks.recipe("alexnet"))
     exchange = config.exchange
     assert (exchange.ring, exchange.n_push, exchange.n_fetch) == (3, 3, 6)
     assert (exchange.overlap, exchange.fetch_wire) == (False, "float32")
-    again = configuration.from_yaml(configuration.to_yaml(config))
+    again = written.from_yaml(written.to_yaml(config))
     assert configuration.settings(again) == configuration.settings(config)
 
 
 def test_a_complete_configuration_holds_nothing_open_but_what_follows_from_the_ranks():
     for rule in configuration.RULES:
-        config = with_recipe(configuration.parse(["--rule", rule]), networks.DIGITS)
+        config = with_recipe(parse.parse(["--rule", rule]), networks.DIGITS)
         found = {name for name, value in configuration.settings(config).items() if value is None}
         assert found == {"data.min_batch", "rule.max_drift", "rule.clip_norm"}
-        settled = configuration.settings(configuration.in_force(config, num_workers=4))
+        settled = configuration.settings(written.in_force(config, num_workers=4))
         assert None not in settled.values()
 
 
 def test_a_recipe_fills_in_only_what_was_left_open():
-    config = with_recipe(configuration.parse(["--lr", "0.125"]), networks.recipe("alexnet"))
+    config = with_recipe(parse.parse(["--lr", "0.125"]), networks.recipe("alexnet"))
     assert (config.schedule.lr, config.data.batch_size, config.rule.weight_decay) == (
         0.125,
         128,

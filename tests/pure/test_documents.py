@@ -13,7 +13,7 @@ import yaml
 from test_limits_of_commands import COMMANDS
 
 from asgd_mpi import evaluate, replay, report, simulate
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.command_line import FirstParser
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from asgd_mpi import plan
 from asgd_mpi.config import exchange_choice, limits
 from asgd_mpi.config.resolved import with_recipe
 from asgd_mpi.config.exchange_choice import ENOUGH, TRIED, Measured, bytes_of_push, fetch_wire
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import options as configuration, parse, written
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
 from asgd_mpi.offline.forecast import Costs
@@ -105,10 +105,10 @@ def test_nothing_is_left_open_and_a_resume_keeps_what_was_chosen():
     assert exchange_choice.is_open(asked) and not exchange_choice.is_open(first)
     limits.check(first)
     # the same command line again, on top of what the run has written down
-    text = configuration.record(first, 8)
-    old = configuration.asked(text)
+    text = written.record(first, 8)
+    old = written.asked(text)
     base = exchange_choice.before_choice(old, asked)
-    again = configuration.parse([*DILOCO, *AUTO], base=base)
+    again = parse.parse([*DILOCO, *AUTO], base=base)
     again = with_recipe(again, networks.DIGITS)
     assert exchange_choice.as_chosen_before(again, old).exchange == first.exchange
     # what was not left open then is not what is asked for now

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_checkpoint import write
 
 from asgd_mpi import report
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse, written
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError, DataError, RunDirError, UserError
 from asgd_mpi.protocol import messages
@@ -79,7 +79,7 @@ def test_a_header_of_any_numbers_is_read_or_refused(words, loss, guesses):
 )
 def test_a_configuration_of_any_text_is_read_or_refused(text):
     try:
-        configuration.from_yaml(text)
+        written.from_yaml(text)
     except ConfigError as error:
         assert "cannot be read" in str(error)
 
@@ -90,9 +90,7 @@ def test_a_configuration_of_any_text_is_read_or_refused(text):
 )
 def test_a_command_line_of_any_words_is_read_or_refused(words):
     try:
-        configuration.parse(
-            [f"--{word}" if number % 2 else word for number, word in enumerate(words)]
-        )
+        parse.parse([f"--{word}" if number % 2 else word for number, word in enumerate(words)])
     except (ConfigError, SystemExit):
         pass
 

@@ -16,15 +16,16 @@ from test_limits_of_commands import COMMANDS
 
 from asgd_mpi import __main__ as overview
 from asgd_mpi import completion, slurm_scripts
-from asgd_mpi.config import help_text, options
-from asgd_mpi.config.options import ESSENTIALS, SHORTHANDS, ConfigError
+from asgd_mpi.config import help_text, options, parse
+from asgd_mpi.config.parse import ESSENTIALS, SHORTHANDS
 from asgd_mpi.data import packers
+from asgd_mpi.errors import ConfigError
 from asgd_mpi.task.opening import complete
 
 
 def printed(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
-        options.parse(list(arguments))
+        parse.parse(list(arguments))
     assert not end.value.code
     return capsys.readouterr().out
 
@@ -77,7 +78,7 @@ def test_every_example_is_one_that_its_command_takes():
             words = shlex.split(example)
             arguments = words[words.index(f"asgd_mpi.{verb}") + 1 :]
             if verb == "train":
-                options.parse(arguments)
+                parse.parse(arguments)
             elif verb != "slurm_scripts":
                 own = arguments[: arguments.index("--")] if "--" in arguments else arguments
                 module = "asgd_mpi.report.command" if verb == "report" else f"asgd_mpi.{verb}"
@@ -101,13 +102,13 @@ def test_every_example_is_one_that_its_command_takes():
 )
 def test_an_unknown_option_is_told_with_what_was_meant(given, meant):
     with pytest.raises(ConfigError) as error:
-        options.parse([given, "3"])
+        parse.parse([given, "3"])
     assert str(error.value).startswith(f"unknown option {given}") and meant in str(error.value)
     assert "--exchange " not in str(error.value)  # a section is no option
 
 
 def test_an_option_is_taken_with_dashes_for_underscores():
-    config = options.parse(["--data.batch-size", "7", "--checkpoint.every-s=9"])
+    config = parse.parse(["--data.batch-size", "7", "--checkpoint.every-s=9"])
     assert config.data.batch_size == 7 and config.checkpoint.every_s == 9
     assert set(ESSENTIALS) & set(SHORTHANDS)
 

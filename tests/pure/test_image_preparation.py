@@ -14,9 +14,9 @@ from torchvision import models
 from torchvision.transforms import functional as theirs
 
 from asgd_mpi import evaluate, simulate
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import written as configuration
 from asgd_mpi.config.resolved import with_recipe
-from asgd_mpi.config.options import parse
+from asgd_mpi.config.parse import parse
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks, pretrained

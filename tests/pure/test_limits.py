@@ -8,7 +8,7 @@ from torch import nn
 
 from asgd_mpi.config import limits
 from asgd_mpi.config.resolved import with_recipe
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import options as configuration, parse
 from asgd_mpi.config.options import Config
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.model import networks
@@ -26,8 +26,8 @@ def test_every_number_of_the_configuration_has_a_range():
 @pytest.fixture
 def parser(monkeypatch):
     """One for all calls: it takes longer to make than to use."""
-    one = configuration.make_parser()
-    monkeypatch.setattr(configuration, "make_parser", lambda: one)
+    one = parse.make_parser()
+    monkeypatch.setattr(parse, "make_parser", lambda: one)
 
 
 def test_no_option_takes_nonsense_through_a_file_or_the_command_line_but_in_one_line_that_names_it(
@@ -41,7 +41,7 @@ def test_no_option_takes_nonsense_through_a_file_or_the_command_line_but_in_one_
             # each option and each value both ways, but not each of their pairs: a call takes 12 ms
             given = (["--config", str(file)], [f"--{option}={value}"])[(number + place) % 2]
             try:
-                configuration.parse(given)
+                parse.parse(given)
             except ConfigError as error:
                 assert str(error).startswith(f"--{option} ") and "\n" not in str(error), error
 
@@ -66,9 +66,7 @@ def test_a_number_is_refused_by_its_name_or_passes_the_dry_run(
         if FIELDS[option][0] is int and not isinstance(value, int):
             continue
         config = _with(option, value, path=str(digits))
-        monkeypatch.setattr(
-            configuration, "parse", lambda arguments: limits.check(config) or config
-        )
+        monkeypatch.setattr(parse, "parse", lambda arguments: limits.check(config) or config)
         try:
             assert prepare([], RANK, None, ExitStack()) == {"status": 0}
         except UserError as error:
@@ -114,16 +112,16 @@ def test_a_section_that_is_no_section_and_a_key_without_a_value_are_named(tmp_pa
     ):
         file.write_text(text)
         with pytest.raises(ConfigError) as caught:
-            configuration.parse(["--config", str(file)])
+            parse.parse(["--config", str(file)])
         assert part in str(caught.value) and "\n" not in str(caught.value)
     file.write_bytes("model:\n  weights: Gr\u00fc\u00dfe.pt\n".encode("latin-1"))
     with pytest.raises(ConfigError, match="not UTF-8"):
-        configuration.parse(["--config", str(file)])
+        parse.parse(["--config", str(file)])
     file.write_text("model:\n  weights:\n")
     with pytest.raises(ConfigError, match="--model.weights"):
-        configuration.parse(["--config", str(file)])
+        parse.parse(["--config", str(file)])
     file.write_text("data:\n  image_size:\n")  # None is a value that it has
-    assert configuration.parse(["--config", str(file)]).data.image_size is None
+    assert parse.parse(["--config", str(file)]).data.image_size is None
 
 
 @pytest.mark.parametrize("option", limits.PATHS)
@@ -133,7 +131,7 @@ def test_a_home_directory_and_a_variable_are_what_a_shell_makes_of_them(option, 
     section, name = option.split(".")
 
     def parsed(path):
-        return getattr(getattr(configuration.parse([f"--{option}={path}"]), section), name)
+        return getattr(getattr(parse.parse([f"--{option}={path}"]), section), name)
 
     assert parsed("~/x/~") == "/somewhere/x/~"
     assert parsed("$SCRATCH/${HOME}") == "/fast//somewhere"
@@ -145,7 +143,7 @@ def test_a_home_directory_and_a_variable_are_what_a_shell_makes_of_them(option, 
 
 def test_spans_of_less_than_an_image_are_refused_once_the_data_set_is_known():
     config = with_recipe(
-        configuration.parse(["--schedule.name", "step"]),
+        parse.parse(["--schedule.name", "step"]),
         configuration.Recipe(2, 4, "none", 0, 0, "step", 0.1),
     )
     limits.check_with_data(config, 100)

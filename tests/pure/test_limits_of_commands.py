@@ -11,7 +11,8 @@ from test_endings import ROOT, SOURCES, guard
 
 import asgd_mpi
 from asgd_mpi import __main__ as overview
-from asgd_mpi.config import command_line, options
+from asgd_mpi.config import command_line
+from asgd_mpi.errors import ConfigError
 from asgd_mpi.report import command
 
 WITHOUT_OPTIONS = (
@@ -117,7 +118,7 @@ def others(parser, option):
 def refusal(parser, arguments):
     try:
         parser.read(arguments)
-    except options.ConfigError as error:
+    except ConfigError as error:
         return str(error)
 
 
@@ -247,7 +248,7 @@ def test_a_command_without_options_says_what_it_is_and_takes_none(name, capsys):
 @pytest.mark.parametrize("text", ["", "0", "1,,2", "1,-2", "1;2", "1.5", "5000", "1,5000", "1e3"])
 def test_numbers_of_workers_are_whole_within_the_limit_and_have_commas_between_them(text):
     with pytest.raises(
-        options.ConfigError, match="^--workers .*: give whole numbers from 1 to 4096 with commas"
+        ConfigError, match="^--workers .*: give whole numbers from 1 to 4096 with commas"
     ):
         command_line.counts("--workers", text, 4096)
     assert command_line.counts("--workers", "8, 1,2,2", 4096) == [1, 2, 8]

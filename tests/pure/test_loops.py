@@ -9,7 +9,7 @@ from fakes import Exchange, FakeInbox, FakeOutbox, FakeServerWindow, FakeWorkerW
 from torch import nn
 
 from asgd_mpi.comm.arrival import Arrival
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.rulebook import RULEBOOK, workers_keep_state
 from asgd_mpi.errors import RunDirError, TrainingDiverged
 from asgd_mpi.optim.error_feedback import push_format

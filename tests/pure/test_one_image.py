@@ -2,7 +2,7 @@
 
 import pytest
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.runtime import preflight
 from asgd_mpi.task import complete, open_task

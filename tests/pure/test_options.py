@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from asgd_mpi import simulate
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import options as configuration, parse
+from asgd_mpi.config.written import asked, record, to_yaml
 from asgd_mpi.record.events import EventLog, Push, Resume, Start
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
@@ -39,13 +40,13 @@ def test_every_option_defines_the_run_or_is_free_and_a_new_one_is_a_decision():
 
 def finished(*options, num_workers=8):
     return complete(
-        configuration.parse(["--data.source", "synthetic", "--data.image_size", "8", *options])
+        parse.parse(["--data.source", "synthetic", "--data.image_size", "8", *options])
     ), num_workers
 
 
 def written(path, *options, num_workers=8):
     run = RunDir.create(path, "test")
-    run.config.write_text(configuration.record(*finished(*options, num_workers=num_workers)))
+    run.config.write_text(record(*finished(*options, num_workers=num_workers)))
     log = EventLog(run.metrics_of(0))
     log.write(Start(1.0, 0, "server", "h", "cpu", num_workers, 10, 160, 160))
     log.close()
@@ -65,17 +66,17 @@ def test_the_record_holds_the_values_in_force_and_a_resume_resolves_only_what_wa
     options, num_workers, drift
 ):
     config, _ = finished(*options)
-    text = configuration.record(config, num_workers)
+    text = record(config, num_workers)
     values = yaml.safe_load(text)
     assert values["rule"]["max_drift"] == drift and values["rule"]["clip_norm"] == 0
     assert not [
         name for section in values.values() for name, value in section.items() if value is None
     ]
-    again = configuration.asked(text)
+    again = asked(text)
     # None stays open: of other workers it is another one
     assert again.rule.max_drift == config.rule.max_drift
-    assert not resume.demand_same(again, complete(configuration.parse([], base=again)))
-    assert yaml.safe_load(configuration.record(again, 8))["rule"]["max_drift"] == (
+    assert not resume.demand_same(again, complete(parse.parse([], base=again)))
+    assert yaml.safe_load(record(again, 8))["rule"]["max_drift"] == (
         0.25 if drift == 0 and not options else drift
     )
 
@@ -114,7 +115,7 @@ def test_runs_that_differ_in_what_is_free_do_not_differ(tmp_path):
 def test_an_old_record_that_leaves_max_drift_open_is_read_as_what_was_in_force(tmp_path):
     old = written(tmp_path / "old")
     config, _ = finished()
-    old.config.write_text(configuration.to_yaml(config))
+    old.config.write_text(to_yaml(config))
     assert yaml.safe_load(old.config.read_text())["rule"]["max_drift"] is None
     assert summarize(old).settings["rule.max_drift"] == 0.25
     assert not compare([summarize(old), summarize(written(tmp_path / "new"))]).differences
@@ -122,7 +123,7 @@ def test_an_old_record_that_leaves_max_drift_open_is_read_as_what_was_in_force(t
 
 def test_the_settings_of_a_resumed_run_are_those_of_its_latest_start(tmp_path):
     run = written(tmp_path / "run")
-    run.config_of(1).write_text(configuration.record(*finished("--lr", "0.5")))
+    run.config_of(1).write_text(record(*finished("--lr", "0.5")))
     assert summarize(run).config["schedule.lr"] == 0.5
 
 

@@ -9,9 +9,10 @@ import torch
 
 import asgd_mpi
 from asgd_mpi import replay, simulate
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config import rulebook
-from asgd_mpi.config.options import RuleConfig, long_names
+from asgd_mpi.config.options import RuleConfig
+from asgd_mpi.config.parse import long_names
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.optim.rules import EMA, make_rule
 from asgd_mpi.protocol.messages import Verdict

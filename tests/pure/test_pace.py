@@ -6,7 +6,7 @@ import math
 import pytest
 from test_membership import Cast
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.resolved import with_recipe
 from asgd_mpi.config import rulebook
 from asgd_mpi.errors import ConfigError

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse, written
 from asgd_mpi.errors import ConfigError
 
-BASE = configuration.to_yaml(configuration.parse([]))
+BASE = written.to_yaml(parse.parse([]))
 HARM = {
     "a class at the top": "class_path: harmful.C\n",
     "a class in a section": "run:\n  class_path: harmful.C\n",
@@ -40,7 +40,7 @@ def harmful(tmp_path, monkeypatch):
 @pytest.mark.parametrize("what", HARM)
 def test_what_a_run_directory_holds_is_refused_before_anything_of_it_is_loaded(what):
     with pytest.raises(ConfigError):
-        configuration.from_yaml(HARM[what])
+        written.from_yaml(HARM[what])
 
 
 @pytest.mark.parametrize("what", HARM)
@@ -48,13 +48,13 @@ def test_what_a_run_directory_holds_is_refused_before_anything_of_it_is_loaded(w
 def test_a_file_of_the_command_line_is_refused_likewise_by_its_name(tmp_path, what, form):
     (tmp_path / "c.yaml").write_text(HARM[what])
     with pytest.raises(ConfigError, match="config"):
-        configuration.parse(form.split())
+        parse.parse(form.split())
 
 
 def test_settings_are_read_as_before(tmp_path):
-    assert configuration.from_yaml(BASE) == configuration.parse([])
+    assert written.from_yaml(BASE) == parse.parse([])
     (tmp_path / "c.yaml").write_text(
         "run:\n  epochs: 3\nrule.momentum: 0.5\nexchange:\n  n_push: auto\n"
     )
-    config = configuration.parse(["--config", "c.yaml"])
+    config = parse.parse(["--config", "c.yaml"])
     assert (config.run.epochs, config.rule.momentum, config.exchange.n_push) == (3, 0.5, "auto")

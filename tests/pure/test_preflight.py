@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.optim.step import compute_gradient_

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import options as configuration, parse
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.optim.rules import make_rule
 from asgd_mpi.protocol.messages import Verdict
@@ -88,7 +88,7 @@ def test_slices_that_are_moved_apart_are_those_of_the_whole_to_the_bit(
         "--rule.dc_lambda",
         "2",
     ]
-    rule = configuration.parse([*options, *SETTINGS[setting]]).rule
+    rule = parse.parse([*options, *SETTINGS[setting]]).rule
     before, generator = torch.get_num_threads(), torch.Generator().manual_seed(1)
     whole = torch.randn(num_floats, generator=generator)
     apart = [whole[part].clone() for part in cut(num_floats, num_servers)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config import rulebook
 from asgd_mpi.config.options import Recipe, ScheduleConfig
 from asgd_mpi.config.resolved import with_recipe

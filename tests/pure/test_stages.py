@@ -12,7 +12,7 @@ from networks_for_tests import crossed
 from torch import nn
 from torch.nn import functional
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks

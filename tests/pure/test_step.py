@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.optim.step import ScaledLoss, compute_gradient_
 from asgd_mpi.task import complete, open_task

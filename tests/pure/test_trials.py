@@ -5,7 +5,7 @@ import pytest
 from photos import write_odd_files, write_tree
 
 from asgd_mpi import evaluate
-from asgd_mpi.config.options import parse
+from asgd_mpi.config.parse import parse
 from asgd_mpi.data.augment import make_policy
 from asgd_mpi.data.folder import FolderSet, SyntheticSet
 from asgd_mpi.data.loader import Loader

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from asgd_mpi.config import options as configuration
+from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.options import RULES, Recipe
 from asgd_mpi.config.resolved import with_recipe
 from asgd_mpi.config.rulebook import RULEBOOK, pacing
