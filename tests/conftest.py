@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import by_unit
 import hypothesis
@@ -19,6 +20,9 @@ import pytest
 import tiers
 
 from asgd_mpi.process import mpirun_env
+
+if TYPE_CHECKING:
+    from benchmarks.hosts import Hosts
 
 # how long an example takes is the machine's affair
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -61,6 +65,13 @@ class Launcher:
             print(f"{command[0]} did not start, and is started again:\n{done.stderr}", flush=True)
             done = finish(self.start_as_given(command, cwd), timeout_s)
         return done
+
+    def on_hosts(
+        self, several: Hosts, ranks: int, *command: str, ranks_per_host: int = 2
+    ) -> list[str]:
+        """Return what starts `python command...` on several hosts, from the first one on: for `run_as_given`."""
+        options = [*several.mpirun_options(ranks_per_host), "-x", "PYTHONPATH", "-np", str(ranks)]
+        return several.command([self.mpirun, *options, sys.executable, *command])
 
     def start_as_given(self, command: list[str], cwd: Path) -> subprocess.Popen:
         """Start a command in a session of its own; end it with `finish`."""

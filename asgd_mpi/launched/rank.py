@@ -18,7 +18,8 @@ from asgd_mpi.process.launchers import rank_by_launcher
 
 def main(errors: str, directory: str, module: str, function: str, *words: str) -> None:
     """Call the function of a module that lies in `directory`, or on the path; `words`: its command line."""
-    sys.path[:0] = [directory] if directory else []
+    if directory:
+        sys.path.insert(0, directory)
     try:
         home = importlib.import_module(module)
         sys.argv[:] = [home.__file__ or module, *words]

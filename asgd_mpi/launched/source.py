@@ -55,6 +55,13 @@ def located(what: Any) -> Place:
     return _written(what, vars(home))
 
 
+def class_of(what: Any) -> type:
+    """Return a class itself, or that of an object."""
+    if inspect.isclass(what):
+        return what
+    return type(what)
+
+
 def demand_made_alike(what: Any) -> None:
     """Raise ConfigError for an object of a class that takes arguments: others make one of the class alone."""
     kind = type(what)
@@ -68,9 +75,9 @@ def demand_made_alike(what: Any) -> None:
 def _written(what: Any, namespace: dict[str, Any]) -> Place:
     """Write the source of something that a cell defines, and of what it uses, to a file."""
     parts = dict(_parts(what.__name__, namespace, set()))
-    call = (
-        f"if __name__ == '__main__':\n    {what.__name__}()\n" if inspect.isfunction(what) else ""
-    )
+    call = ""
+    if inspect.isfunction(what):
+        call = f"if __name__ == '__main__':\n    {what.__name__}()\n"
     imports = [text for text in parts.values() if text.startswith("import ")]
     others = [text for text in parts.values() if not text.startswith("import ")]
     text = "\n\n".join(["\n".join(imports), *others, call]).strip() + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any
 from asgd_mpi import api, errors
 from asgd_mpi.config.parse import long_names
 from asgd_mpi.errors import ConfigError, RankFailed, RanksLost, UserError
-from asgd_mpi.launched.source import demand_made_alike, located
+from asgd_mpi.launched.source import class_of, demand_made_alike, located
 from asgd_mpi.process import launchers, mpirun_env
 from asgd_mpi.process.ending import DEGRADED, RESUME_ME
 from asgd_mpi.task import Task
@@ -81,15 +80,15 @@ def launch(
         _raise(min(reports, key=lambda report: report["when"]), run)
     if status not in (0, DEGRADED, RESUME_ME):
         told = [line[len("error: ") :] for line in last if line.startswith("error: ")]
-        raise RanksLost(
-            told[0] if told else f"the ranks ended with status {status}: {''.join(last)}"
-        )
+        if told:
+            raise RanksLost(told[0])
+        raise RanksLost(f"the ranks ended with status {status}: {''.join(last)}")
     return run
 
 
 def _command(what: Any, words: Sequence[str], said: str) -> tuple[list[str], str]:
     """Return what Python runs on each rank, and a directory that it finds modules in."""
-    kind = what if inspect.isclass(what) else type(what)
+    kind = class_of(what)
     if not issubclass(kind, Task):
         place = located(what)
         return ["-c", RANK, said, *place, *words], ""
@@ -111,7 +110,9 @@ def _raise(report: Mapping[str, Any], run: Path | None) -> None:
 
 def _word(value: Any) -> str:
     """Return a value as the command line takes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def _mpirun(ranks: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from asgd_mpi import api
 from asgd_mpi.config.parse import long_names, ours
 from asgd_mpi.errors import ConfigError
-from asgd_mpi.launched.source import demand_made_alike, located
+from asgd_mpi.launched.source import class_of, demand_made_alike, located
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.task import Task
 
@@ -45,7 +44,8 @@ def train(
         >>> import asgd_mpi
         >>> asgd_mpi.train(asgd_mpi.Task, epochs=3)  # doctest: +SKIP
     """
-    if not issubclass(kind := task if inspect.isclass(task) else type(task), Task):
+    kind = class_of(task)
+    if not issubclass(kind, Task):
         raise ConfigError(
             f"asgd_mpi.train was given a {kind.__name__}: give a class that inherits from asgd_mpi.Task, or one made of it."
         )

@@ -1,6 +1,5 @@
 """The doctor: from findings to remedies, and that it never hangs."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,19 +280,7 @@ def test_every_host_has_its_link_to_rank_0(openmpi, tmp_path):
         pytest.skip(reason)
     with hosts.hosts(3, tmp_path) as several:
         done = openmpi.run_as_given(
-            several.command(
-                [
-                    openmpi.mpirun,
-                    *several.mpirun_options(ranks_per_host=2),
-                    "-x",
-                    "PYTHONPATH",
-                    "-np",
-                    "5",
-                    sys.executable,
-                    "-m",
-                    "asgd_mpi.doctor",
-                ]
-            ),
+            openmpi.on_hosts(several, 5, "-m", "asgd_mpi.doctor"),
             cwd=tmp_path,
         )
     assert done.returncode == 0, done.stdout + done.stderr

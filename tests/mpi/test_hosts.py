@@ -1,7 +1,6 @@
 """Training over several hosts: network namespaces of this machine, joined by slow links."""
 
 import re
-import sys
 import time
 
 import pytest
@@ -43,31 +42,24 @@ def finished(request, openmpi, digits, tmp_path_factory) -> RunDir:
     directory = tmp_path_factory.mktemp("hosts")
     with hosts.hosts(3, directory) as several:
         several.shape("netem delay 200us rate 2gbit")
-        command = several.command(
-            [
-                openmpi.mpirun,
-                *several.mpirun_options(ranks_per_host=2),
-                "-x",
-                "PYTHONPATH",
-                "-np",
-                str(NUM_WORKERS + 1),
-                sys.executable,
-                "-m",
-                "asgd_mpi.train",
-                "--data",
-                str(digits),
-                "--compute.device",
-                "cpu",
-                "--epochs",
-                "2",
-                "--run.dir",
-                "run",
-                "--run.progress",
-                "none",
-                "--record.hash_snapshots",
-                "true",
-                *request.param,
-            ]
+        command = openmpi.on_hosts(
+            several,
+            NUM_WORKERS + 1,
+            "-m",
+            "asgd_mpi.train",
+            "--data",
+            str(digits),
+            "--compute.device",
+            "cpu",
+            "--epochs",
+            "2",
+            "--run.dir",
+            "run",
+            "--run.progress",
+            "none",
+            "--record.hash_snapshots",
+            "true",
+            *request.param,
         )
         done = openmpi.run_as_given(command, cwd=directory)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -84,36 +76,29 @@ def cut(openmpi, digits, tmp_path_factory) -> RunDir:
     run = RunDir(directory / "run")
     with hosts.hosts(3, directory) as several:
         process = openmpi.start_as_given(
-            several.command(
-                [
-                    openmpi.mpirun,
-                    *several.mpirun_options(ranks_per_host=2),
-                    "-x",
-                    "PYTHONPATH",
-                    "-np",
-                    str(NUM_WORKERS + 1),
-                    sys.executable,
-                    "-m",
-                    "asgd_mpi.train",
-                    "--data",
-                    str(digits),
-                    "--compute.device",
-                    "cpu",
-                    "--epochs",
-                    "40",
-                    "--run.dir",
-                    "run",
-                    "--model",
-                    "networks_for_tests:restless",
-                    "--run.progress",
-                    "none",
-                    "--compute.threads",
-                    "1",
-                    "--failure.retire_after_s",
-                    "3",
-                    "--run.timeout_s",
-                    "60",
-                ]
+            openmpi.on_hosts(
+                several,
+                NUM_WORKERS + 1,
+                "-m",
+                "asgd_mpi.train",
+                "--data",
+                str(digits),
+                "--compute.device",
+                "cpu",
+                "--epochs",
+                "40",
+                "--run.dir",
+                "run",
+                "--model",
+                "networks_for_tests:restless",
+                "--run.progress",
+                "none",
+                "--compute.threads",
+                "1",
+                "--failure.retire_after_s",
+                "3",
+                "--run.timeout_s",
+                "60",
             ),
             cwd=directory,
         )
@@ -149,30 +134,24 @@ def test_with_two_bytes_a_number_half_as_much_crosses_the_links(openmpi, digits,
         for wire in ("float32", "bfloat16"):
             before = several.num_bytes_sent()
             done = openmpi.run_as_given(
-                several.command(
-                    [
-                        openmpi.mpirun,
-                        *several.mpirun_options(ranks_per_host=1),
-                        "-x",
-                        "PYTHONPATH",
-                        "-np",
-                        "2",
-                        sys.executable,
-                        "-m",
-                        "reads_by_messages",
-                        "--data",
-                        str(digits),
-                        "--compute.device",
-                        "cpu",
-                        "--epochs",
-                        "2",
-                        "--run.dir",
-                        wire,
-                        "--run.progress",
-                        "none",
-                        "--exchange.wire",
-                        wire,
-                    ]
+                openmpi.on_hosts(
+                    several,
+                    2,
+                    "-m",
+                    "reads_by_messages",
+                    "--data",
+                    str(digits),
+                    "--compute.device",
+                    "cpu",
+                    "--epochs",
+                    "2",
+                    "--run.dir",
+                    wire,
+                    "--run.progress",
+                    "none",
+                    "--exchange.wire",
+                    wire,
+                    ranks_per_host=1,
                 ),
                 cwd=tmp_path,
             )
@@ -199,25 +178,18 @@ def test_two_sites_behind_one_slow_link_train_with_a_twentieth_of_the_bytes(
             pytest.skip("this kernel gives a link no rate: tc qdisc ... tbf")
         before = several.num_bytes_between(1)
         done = openmpi.run_as_given(
-            several.command(
-                [
-                    openmpi.mpirun,
-                    *several.mpirun_options(ranks_per_host=2),
-                    "-x",
-                    "PYTHONPATH",
-                    "-np",
-                    "6",
-                    sys.executable,
-                    "-m",
-                    "asgd_mpi.train",
-                    "--data",
-                    str(digits),
-                    "--model",
-                    "networks_for_tests:broad",
-                    *"--rule diloco --n-sync 30 --exchange.wire int8 --exchange.overlap true".split(),
-                    *"--epochs 12 --batch-size 16 --lr 0.05 --run.dir run --run.progress none".split(),
-                    *"--compute.device cpu --compute.threads 1".split(),
-                ]
+            openmpi.on_hosts(
+                several,
+                6,
+                "-m",
+                "asgd_mpi.train",
+                "--data",
+                str(digits),
+                "--model",
+                "networks_for_tests:broad",
+                *"--rule diloco --n-sync 30 --exchange.wire int8 --exchange.overlap true".split(),
+                *"--epochs 12 --batch-size 16 --lr 0.05 --run.dir run --run.progress none".split(),
+                *"--compute.device cpu --compute.threads 1".split(),
             ),
             cwd=tmp_path,
         )
