@@ -2,7 +2,7 @@
 
 `with_recipe` makes it, once, of what was asked (`Config`); what computes is given this one. Three fields stay open in it
 until the ranks have met: `data.min_batch` follows from the trial step, `rule.max_drift` and `rule.clip_norm` from the number of
-workers (see `options.in_force`).
+workers (see `written.in_force`).
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.unit import counted
 from asgd_mpi.runtime.checkpointer import Checkpointer
 from asgd_mpi.runtime.fault_injection import Injector
-from asgd_mpi.runtime.server import Server
+from asgd_mpi.runtime.server import Incidents, Links, Server, ServerBooks, ServerHabits
 from asgd_mpi.runtime.worker import Books, Disturbances, Subject, Worker
 from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
 from asgd_mpi.task import OpenedTask
@@ -160,31 +160,30 @@ def open_server(
         pushes.sync,
         rank.room,
     )
-    moves = bool(RULEBOOK[config.rule.name].moves)
     server = Server(
-        rank.window,
-        inbox,
+        Links(rank.window, inbox, group),
         ledger,
         rule,
-        rank.meter,
-        rank.log,
-        pushes,
-        progress,
-        rank.world.timeout_s,
-        config.failure,
-        config.checkpoint,
-        checkpointer,
-        config.record.hash_snapshots,
-        config.exchange.fetch_wire,
+        ServerBooks(rank.meter, rank.log, pushes, progress, checkpointer),
+        ServerHabits(
+            rank.world.timeout_s,
+            config.failure,
+            config.checkpoint,
+            config.record.hash_snapshots,
+            config.exchange.fetch_wire,
+            averages_statistics=config.model.batchnorm == "server_ema" and statistics is not None,
+            workers_keep_momentum=workers_keep_state(config)
+            or bool(rank.carried)
+            and not begins_anew(config.rule),
+            workers_move=bool(RULEBOOK[config.rule.name].moves),
+        ),
         statistics,
-        config.model.batchnorm == "server_ema" and statistics is not None,
-        workers_keep_state(config) or bool(rank.carried) and not begins_anew(config.rule),
-        moves,
         LossWatch(*momentum_of(config.rule), momentum_option(config.rule)),
-        signals.asked_to_leave,
-        rank.injector.step,
-        group,
-        lambda failed: tee.read_error(rank.run.error_of(failed)),
+        Incidents(
+            signals.asked_to_leave,
+            rank.injector.step,
+            lambda failed: tee.read_error(rank.run.error_of(failed)),
+        ),
     )
     rank.version = lambda: ledger.version
     return Serving(server, first, pushes, progress, checkpointer)

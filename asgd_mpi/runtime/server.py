@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import xxhash
@@ -54,47 +54,88 @@ LOOK_S = 0.1  # between two looks around
 ROOM_LOOK_S = 1.0  # ... and at the room that the disk has
 
 
-@dataclass
-class Server:
-    """Everything rank 0 holds; `run` is its loop. `asked_to_leave` names the signal that came, if one did."""
+class Links(NamedTuple):
+    """The memory and the packets that join a server with its workers."""
 
     window: ServerWindow
     inbox: Inbox
-    ledger: Ledger
-    rule: Rule
+    group: ServerGroup | None = None  # the servers of further slices
+
+
+class ServerBooks(NamedTuple):
+    """What rank 0 writes down."""
+
     meter: Meter
     log: EventLog
     pushes: EventLog
     progress: Progress
+    checkpointer: Checkpointer
+
+
+@dataclass(frozen=True)
+class ServerHabits:
+    """A server's part of the options, beside what its ledger and its rule know of them."""
+
     timeout_s: float
     failure: FailureConfig
     checkpoint: CheckpointConfig
-    checkpointer: Checkpointer
     hash_snapshots: bool = False
     wire: str = "float32"  # format of what travels
-    # batch-norm statistics of the last validated version
-    statistics: torch.Tensor | None = None
-    averages_statistics: bool = False  # ... or the running mean over all pushes
+    averages_statistics: bool = False  # the running mean over all pushes
     workers_keep_momentum: bool = False
     workers_move: bool = False  # their own weights, between two fetches
-    loss_watch: LossWatch = field(default_factory=LossWatch)
+
+
+class Incidents(NamedTuple):
+    """What a server is told from outside of the run, and what may be done to it."""
+
+    # the signal that came, in words, if one did
     asked_to_leave: Callable[[], str] = lambda: ""
     at_every_pass: Callable[[], None] = lambda: None  # failures that are rehearsed
-    group: ServerGroup | None = None  # the servers of further slices
     # type and message of what a rank failed of
     error_of: Callable[[int], str] = lambda rank: ""
-    final_score: Score | None = field(default=None, init=False)
-    latest_score: Score | None = field(default=None, init=False)
-    left_because: str = field(default="", init=False)  # a signal: the run is to be resumed
-    losses: list[Retirement] = field(default_factory=list, init=False)
 
-    def __post_init__(self):
+
+class Server:
+    """Everything rank 0 holds; `run` is its loop.
+
+    statistics: of batch norm, of the last validated version, or, by `habits`, their running mean; None if there are none.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        ledger: Ledger,
+        rule: Rule,
+        books: ServerBooks,
+        habits: ServerHabits,
+        statistics: torch.Tensor | None = None,
+        loss_watch: LossWatch | None = None,
+        incidents: Incidents = Incidents(),
+    ):
+        self.window, self.inbox, self.group = links
+        self.ledger, self.rule = ledger, rule
+        self.meter, self.log, self.pushes, self.progress, self.checkpointer = books
+        self.timeout_s, self.failure, self.checkpoint = (
+            habits.timeout_s,
+            habits.failure,
+            habits.checkpoint,
+        )
+        self.hash_snapshots, self.wire = habits.hash_snapshots, habits.wire
+        self.statistics, self.averages_statistics = statistics, habits.averages_statistics
+        self.workers_keep_momentum = habits.workers_keep_momentum
+        self.loss_watch = loss_watch or LossWatch()
+        self.asked_to_leave, self.at_every_pass, self.error_of = incidents
+        self.final_score: Score | None = None
+        self.latest_score: Score | None = None
+        self.left_because = ""  # a signal: the run is to be resumed
+        self.losses: list[Retirement] = []
         now = time.monotonic()
         self._heard = [now] * self.ledger.plan.num_workers  # when each worker was last heard of
         self._looked = self._saved_at = self._room_looked = now
         self._saved_samples = self.ledger.samples
         self._versions = Versions(self.ledger, time.time())
-        self._membership = Membership(self.ledger, self.workers_move)
+        self._membership = Membership(self.ledger, habits.workers_move)
         self._best_made: Made | None = None
         self._last_save = 0  # number of the checkpoint that the workers save for as they leave
         # why the run is left, if the disk is nearly full

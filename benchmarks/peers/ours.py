@@ -25,7 +25,7 @@ from asgd_mpi.record.events import EventLog
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.runtime.client import ServerClient
-from asgd_mpi.runtime.server import Server
+from asgd_mpi.runtime.server import Links, Server, ServerBooks, ServerHabits
 from asgd_mpi.vector.flat import FlatModel, num_floats
 from benchmarks.peers import protocol
 
@@ -87,18 +87,11 @@ def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, optio
     with tempfile.TemporaryDirectory() as place:
         pushes = EventLog(Path(place) / "pushes.log")
         server = Server(
-            window,
-            Inbox(world, window),
+            Links(window, Inbox(world, window)),
             TimedLedger(options.workers, options.warmup + options.seconds),
             rule,
-            meter,
-            log,
-            pushes,
-            Progress("none", ENDLESS, ENDLESS),
-            world.timeout_s,
-            FailureConfig(),
-            CheckpointConfig(every_s=0),
-            NoSaver(),
+            ServerBooks(meter, log, pushes, Progress("none", ENDLESS, ENDLESS), NoSaver()),
+            ServerHabits(world.timeout_s, FailureConfig(), CheckpointConfig(every_s=0)),
         )
         server.publish_first(torch.zeros(window.layout.num_parameters))
         server.run()

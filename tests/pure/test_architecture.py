@@ -57,10 +57,9 @@ PLAIN_DATA = {
     "record/timeline.py:_Bin": "sums, all from defaults",
     "runtime/findings.py": "a field is an answer to the doctor",
 }
-# ... and what is not that, and has more all the same: none is to join them
+# ... and what is not that, and has more all the same: none is to join it
 MORE = {
     "runtime/rank.py:Rank": 14,
-    "runtime/server.py:Server": 23,
 }
 
 

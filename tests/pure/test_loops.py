@@ -37,7 +37,7 @@ from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.replay import replay
 from asgd_mpi.runtime.checkpointer import Checkpointer
 from asgd_mpi.runtime.client import Formats, ServerClient
-from asgd_mpi.runtime.server import Server
+from asgd_mpi.runtime.server import Links, Server, ServerBooks, ServerHabits
 from asgd_mpi.runtime.worker import Books, Subject, Worker
 from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
 from asgd_mpi.task import complete, open_task
@@ -79,24 +79,27 @@ class Cluster:
             sync=self.pushes.sync,
         )
         self.server = Server(
-            FakeServerWindow(self.exchange),
-            FakeInbox(self.exchange),
+            Links(FakeServerWindow(self.exchange), FakeInbox(self.exchange)),
             Ledger(self.plan, task.schedule(num_workers)),
             rule,
-            Meter(self.log, 1.0),
-            self.log,
-            self.pushes,
-            Progress("none", self.plan.total_samples, self.plan.num_samples),
-            20,
-            task.config.failure,
-            task.config.checkpoint,
-            checkpointer,
-            hash_snapshots=True,
-            wire=config.fetch_wire,
-            statistics=statistics,
-            averages_statistics=task.config.model.batchnorm == "server_ema",
-            workers_keep_momentum=workers_keep_state(task.config),
-            workers_move=bool(RULEBOOK[task.config.rule.name].moves),
+            ServerBooks(
+                Meter(self.log, 1.0),
+                self.log,
+                self.pushes,
+                Progress("none", self.plan.total_samples, self.plan.num_samples),
+                checkpointer,
+            ),
+            ServerHabits(
+                20,
+                task.config.failure,
+                task.config.checkpoint,
+                hash_snapshots=True,
+                wire=config.fetch_wire,
+                averages_statistics=task.config.model.batchnorm == "server_ema",
+                workers_keep_momentum=workers_keep_state(task.config),
+                workers_move=bool(RULEBOOK[task.config.rule.name].moves),
+            ),
+            statistics,
         )
         self.first_weights = flat.weights
         self.sent_bytes = []
