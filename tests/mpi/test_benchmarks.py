@@ -14,7 +14,9 @@ from asgd_mpi.config import parse as configuration
 from asgd_mpi.record.events import EventLog, Interval, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.task import complete, open_task
+from asgd_mpi.vector import codec
 from benchmarks import convergence, data_wait, exchange, gpu, hosts, launch, training
+from benchmarks.way import Way, num_files
 from benchmarks.peers import protocol
 
 ROOT = Path(__file__).parents[2]
@@ -330,3 +332,26 @@ def test_a_small_comparison_with_a_plain_loop_runs_without_a_gpu(openmpi, tmp_pa
     )
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert "aten::convolution_backward" in names and result["copies_hidden"] == {"resnet18": None}
+
+
+def test_a_step_counts_calls_of_ours_and_what_a_wait_asks_again_once():
+    found, answers = Way(), iter([0, 0, 0, 1])
+    look = wait.unless(lambda: next(answers), lambda: None)
+    before = sys.getprofile()
+    sys.setprofile(found.note)
+    try:
+        codec.num_bytes(4, "float32")
+        codec.num_bytes(8, "float32")
+        wait.until(look, 1.0, "nobody waits for anything")
+        codec.num_bytes(8, "float32")
+        len([number for number in range(3)])
+    finally:
+        sys.setprofile(before)
+    [step] = found.steps
+    assert step == {
+        codec.num_bytes.__code__: 3,
+        wait.until.__code__: 1,
+        wait.for_a_while.__code__: 1,
+        look.__code__: 1,
+    }
+    assert num_files(step) == 2
