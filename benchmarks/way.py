@@ -98,20 +98,29 @@ def count() -> int:
     return status
 
 
-def main(workers: int = 1, verbose: bool = False) -> None:
+def main(workers: int = 1, verbose: bool = False, launcher: str = "mpirun --bind-to none") -> None:
     """Print the three medians, of the first worker.
 
     Args:
         workers: of the run
         verbose: also every function of a step, with its calls
+        launcher: starts the ranks
     """
     with tempfile.TemporaryDirectory() as scratch:
-        found, command = (
-            Path(scratch) / "way.json",
-            launch.python("benchmarks.way", "--epochs", workers),
-        )
-        command += ["--run.progress", "none", "--run.dir", str(Path(scratch) / "run")]
-        launch.run([*launch.mpirun(1 + workers), *command], DEADLINE_S, {FOUND: str(found)})
+        found = Path(scratch) / "way.json"
+        options = [
+            "--epochs",
+            workers,
+            "--run.progress",
+            "none",
+            "--run.dir",
+            Path(scratch) / "run",
+        ]
+        command = [
+            *launch.mpirun(1 + workers, launcher),
+            *launch.python("benchmarks.way", *options),
+        ]
+        launch.run(command, DEADLINE_S, {FOUND: str(found)})
         (functions, files, calls), lines = json.loads(found.read_text())
     if verbose:
         print("\n".join(lines))

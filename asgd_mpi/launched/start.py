@@ -80,9 +80,9 @@ def launch(
         _raise(min(reports, key=lambda report: report["when"]), run)
     if status not in (0, DEGRADED, RESUME_ME):
         told = [line[len("error: ") :] for line in last if line.startswith("error: ")]
-        if told:
-            raise RanksLost(told[0])
-        raise RanksLost(f"the ranks ended with status {status}: {''.join(last)}")
+        if not told:
+            told = [f"the ranks ended with status {status}: {''.join(last)}"]
+        raise RanksLost(told[0])
     return run
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -355,3 +356,14 @@ def test_a_step_counts_calls_of_ours_and_what_a_wait_asks_again_once():
         look.__code__: 1,
     }
     assert num_files(step) == 2
+
+
+def test_the_way_of_a_gradient_on_a_worker_does_not_become_longer(openmpi):
+    """99 functions in 22 files when this was written; which of them wait for the server changes from run to run."""
+    told = launch.run(
+        launch.python("benchmarks.way", "--launcher", f"{openmpi.mpirun} --bind-to none"), 300
+    )
+    functions, files, _ = map(
+        int, re.match(r"(\d+) functions in (\d+) files, (\d+)", told).groups()
+    )
+    assert 50 < functions <= 104 and 10 < files <= 23, told
