@@ -101,7 +101,9 @@ def pieces(summary: Summary, cost: Cost | None = None) -> list[Advice]:
     """Return the advice, the weightiest first."""
     found = [piece for rule in RULES if (piece := rule(summary))]
     plateau = _plateau(summary, cost)
-    return [*found, plateau] if plateau else found
+    if plateau:
+        return [*found, plateau]
+    return found
 
 
 def worker_shares(summary: Summary) -> dict[str, float]:

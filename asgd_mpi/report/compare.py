@@ -182,7 +182,9 @@ def fit(points: Sequence[tuple[int, float]]) -> Fit | None:
     worker_s, shared_s = (u1 * vv - v1 * uv) / determinant, (v1 * uu - u1 * uv) / determinant
     if worker_s <= 0:  # more workers brought nothing at all
         return Fit(0.0, v1 / vv)
-    return Fit(worker_s, shared_s) if shared_s > 0 else Fit(u1 / uu, 0.0)
+    if shared_s > 0:
+        return Fit(worker_s, shared_s)
+    return Fit(u1 / uu, 0.0)
 
 
 def _are_of_one_kind(entries: Sequence[Entry]) -> bool:

@@ -37,7 +37,9 @@ class Measure:
         """Return what is the lower the better."""
         if value is None:
             return math.inf
-        return -value if self.maximize else value
+        if self.maximize:
+            return -value
+        return value
 
     def best(self, scores: Sequence[Validation]) -> float | None:
         return min(map(self.of, scores), key=self.rank, default=None)

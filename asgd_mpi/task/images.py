@@ -43,7 +43,9 @@ class ImageTask(OpenedTask):
 
     @property
     def channels(self) -> int:
-        return self.train.image_shape[2] if self.train.image_shape else 3
+        if not self.train.image_shape:
+            return 3
+        return self.train.image_shape[2]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -82,7 +84,9 @@ class ImageTask(OpenedTask):
     def outline(self) -> nn.Module:
         """Return the network without memory for its parameters, to be cut into stages; with it, if its code needs it."""
         module = networks.outline(self.config.model.name, self.train.num_classes, self.channels)
-        return self._laid_out(module) if module else self.build_module()
+        if module is None:
+            return self.build_module()
+        return self._laid_out(module)
 
     def first_module(self, note: Callable[[str], None] = lambda text: None) -> nn.Module:
         """Return the network with the weights that training begins with: random, or from a file. Raises ConfigError.
@@ -134,7 +138,9 @@ class ImageTask(OpenedTask):
     def cuts(self, plan: StagePlan, balance: str) -> list[int]:
         """Return where the network is cut: at the user's names, or by what is to be balanced. Raises ConfigError."""
         stages = self.config.stages
-        return plan.cuts_at(stages.names) if stages.names else plan.cuts_by(balance, stages.number)
+        if stages.names:
+            return plan.cuts_at(stages.names)
+        return plan.cuts_by(balance, stages.number)
 
     @property
     def _shape_of_part(self) -> tuple[int, ...]:
@@ -188,4 +194,6 @@ def open_split(
     """Open one split of a data set, as `data.source` and `data.path` name it. Raises DataError."""
     if source == "synthetic":
         return SyntheticSet(split)
-    return FolderSet(path, split) if source == "folder" else ShardSet.open(path, split, on_retry)
+    if source == "folder":
+        return FolderSet(path, split)
+    return ShardSet.open(path, split, on_retry)

@@ -163,8 +163,10 @@ class OwnTask(OpenedTask):
 
     def trial(self, size: int, of_validation: bool = False) -> Any:
         """Return a batch of the first samples of a split, as the network takes it, on the CPU. Raises ConfigError."""
-        loader = self.val_loader() if of_validation else self.train_loader()
-        whose = "val_set" if of_validation else "train_set"
+        if of_validation:
+            loader, whose = self.val_loader(), "val_set"
+        else:
+            loader, whose = self.train_loader(), "train_set"
         with blamed(f"{self.name}: a batch of {whose} cannot be made", "Mend that, or `collate`"):
             batch = loader.batch(0, 0, size)
             loader.close()
