@@ -29,7 +29,7 @@ from asgd_mpi.config import written
 from asgd_mpi.config.options import Config
 from asgd_mpi.config.topology import SERVER
 from asgd_mpi.errors import ConfigError, DataError, RunDirError, tell
-from asgd_mpi.offline.trainer import SingleProcessTrainer, Snapshot, finished
+from asgd_mpi.offline.trainer import Computed, SingleProcessTrainer, Snapshot, finished
 from asgd_mpi.optim.replica import Replica
 from asgd_mpi.optim.rules import EMA, Rule
 from asgd_mpi.process import ending
@@ -149,6 +149,11 @@ def replaying(
                 f"replay computes {computed.loss!r}: the log, the data or the arithmetic (threads, library) differ. "
                 "Replay with the data and the versions that versions.json of the run names."
             )
+        if wrong := _other(push, computed):
+            raise RunDirError(
+                f"the push that made version {latest.version + 1} recorded {wrong}: the log was changed, or the data are "
+                "others. Take a copy that was not changed."
+            )
         fetched[push.worker], made[push.worker] = push.read_version, push.version + 1
         steps += push.mean_of > 0
         verdict = Verdict(
@@ -229,6 +234,17 @@ def _check(push: Push, version: int, lr: float, snapshots: dict[int, Snapshot]) 
             f"pushes.log does not follow from itself: version {version} at rate {lr!r} was due, with a read "
             f"of one of the versions {min(snapshots)} to {version}; it has {push}. It was cut or changed: take a copy that was not."
         )
+
+
+def _other(push: Push, computed: Computed) -> str:
+    """Return what a line says of its push that the replay finds to be otherwise; a log of before it was written says 0, or 1."""
+    if push.skipped and push.skipped != computed.skipped:
+        return f"{push.skipped} samples left out, the replay leaves out {computed.skipped}"
+    if push.scale != 1 and not math.isclose(push.scale, computed.scale, rel_tol=1e-5):
+        return (
+            f"that it was scaled by {push.scale:.6g}, the replay scales it by {computed.scale:.6g}"
+        )
+    return ""
 
 
 RANGES = {"until": (limits.at_least(0, 2**62), "a version is a whole number from 0")}
@@ -540,9 +556,15 @@ def _replay_session(
             f"{run.path}: the log of pushes or the metrics of the ranks are missing or damaged (start "
             f"{session.restart}): a replay needs every push."
         )
-    num_workers = next(iter(starts.values())).num_workers
+    counts = {start.num_workers for start in starts.values()}
+    if len(counts) > 1:
+        raise RunDirError(
+            f"{run.path}: its metrics say of start {session.restart} that it had {' and '.join(map(str, sorted(counts)))} "
+            "workers. They were changed, or are of several runs: take a copy that was not changed."
+        )
+    [num_workers] = counts
     task = given.task_of(run, session.restart)
-    _demand_possible(session.log, entries, task.plan(num_workers))
+    _demand_possible(session, entries, task.plan(num_workers))
     pushes = sum(isinstance(entry, Push) for entry in entries.values())
     flat, point = yield from replaying(
         task,
@@ -607,34 +629,46 @@ def _read(log: Path) -> dict[int, Push | Turn | None]:
         ) from error
 
 
-def _demand_possible(log: Path, entries: Mapping[int, Push | Turn], plan: Plan) -> None:
+def _demand_possible(session: Session, entries: Mapping[int, Push | Turn], plan: Plan) -> None:
     """Raise RunDirError, with the number of the line and the value, for what no run of `plan` writes."""
     for number, entry in entries.items():
-        if wrong := out_of_range(_ranges(entry, plan)):
+        if wrong := out_of_range(_ranges(entry, plan, session.restart)):
             raise RunDirError(
-                f"{log}, line {number}: {wrong}. No run of these settings writes that: the log was changed, or is of "
+                f"{session.log}, line {number}: {wrong}. No run of these settings writes that: the log was changed, or is of "
                 "another run. Take a copy that was not changed."
             )
 
 
-def _ranges(entry: Push | Turn, plan: Plan) -> Iterator[tuple[str, float, float, float]]:
+def _ranges(
+    entry: Push | Turn, plan: Plan, restart: int
+) -> Iterator[tuple[str, float, float, float]]:
     """Yield (name, value, least, most) of a line's numbers."""
     last = plan.num_workers - 1
     yield "version", entry.version, 0, plan.total_samples
     if isinstance(entry, Resume):
-        yield "number of workers", entry.num_workers, 1, MAX_WORKERS
-        yield "number of momenta", len(entry.momenta), 0, MAX_WORKERS
+        yield "number of workers", entry.num_workers, plan.num_workers, plan.num_workers
+        yield "number of momenta", len(entry.momenta), plan.num_workers, plan.num_workers
+        for made in entry.momenta:
+            yield "momentum", made, -1, plan.total_samples
+        yield "start", entry.restart, restart, restart
+        yield "parent", entry.parent, 0, restart - 1
         return
     yield "worker", entry.worker, 0, last
     if isinstance(entry, Push):
         yield "read_version", entry.read_version, 0, entry.version
         yield "base", entry.base, -1, entry.read_version
-        yield "mean_of", entry.mean_of, 0, max(plan.total_samples, plan.num_workers)
+        least, most = 0, max(plan.total_samples, plan.num_workers)
+        if plan.pacing.mean_of == 1:
+            # of a resume: what had waited under more workers
+            least, most = 1, most if restart else 1
+        yield "mean_of", entry.mean_of, least, most
         yield "rate", entry.lr, 0, sys.float_info.max
         for epoch, start, stop in entry.segments:
             yield "epoch", epoch, 0, plan.last_epoch
             yield "start", start, 0, plan.num_samples - 1
             yield "stop", stop, start + 1, plan.num_samples
+        yield "skipped", entry.skipped, 0, entry.positions
+        yield "scale", entry.scale, 0, 1
 
 
 def _different(flat: FlatModel, found: State) -> list[str]:

@@ -18,8 +18,10 @@ import yaml
 
 from asgd_mpi import evaluate, plan, replay, report, simulate
 from asgd_mpi.errors import UserError
+from asgd_mpi.protocol.ledger import Plan
 from asgd_mpi.record import checkpoint
-from asgd_mpi.record.events import sealed
+from asgd_mpi.record.events import Resume, sealed
+from asgd_mpi.record.history import Session
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.runtime.prepare import prepare
 
@@ -288,7 +290,11 @@ def test_what_is_no_file_in_the_place_of_one_is_read_or_refused_in_one_line(
         (7, -0.5, "its rate is -0.5,"),
         (10, [[0, 0, 1], [0, 1000, 5000]], "its stop is 5000, and can be 1001 to 1437"),
         (11, 2**62, "its mean_of is 4611686018427387904,"),
+        (9, -1, "its skipped is -1,"),
+        (9, 10**6, "its skipped is 1000000,"),
+        (11, 5, "its mean_of is 5, and can be 1 to 1"),
         (12, 5, "its base is 5,"),
+        (13, 1.5, "its scale is 1.5, and can be 0 to 1"),
     ],
 )
 def test_a_replay_names_the_line_and_the_value_that_no_run_writes(
@@ -305,3 +311,55 @@ def test_a_replay_names_the_line_and_the_value_that_no_run_writes(
         assert replay.main([str(path), *arguments]) == 2
         [error] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert f"pushes.log, line 5: {said}" in error
+
+
+@pytest.mark.parametrize(
+    "at, value, said",
+    [
+        (9, 3, "made version 5 recorded 3 samples left out, the replay leaves out 0"),
+        (13, 0.5, "made version 5 recorded that it was scaled by 0.5, the replay scales it by"),
+    ],
+)
+def test_a_replay_holds_a_line_to_what_it_computes_of_its_push(
+    original, digits, tmp_path, capsys, at, value, said
+):
+    path = tmp_path / "run"
+    shutil.copytree(original, path)
+    log = path / "pushes.log"
+    lines = log.read_bytes().splitlines()
+    log.write_bytes(
+        replaced(lines, 4, lambda: as_json(mutated(json.loads(lines[4])[:-1], (at,), value)))
+    )
+    assert replay.main([str(path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_metrics_that_contradict_each_other_are_not_replayed(original, digits, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(original, path)
+    file = path / "metrics" / "rank000.jsonl"
+    lines = file.read_bytes().splitlines()
+    begun = json.loads(lines[0])
+    del begun["crc32"]
+    file.write_bytes(replaced(lines, 0, lambda: as_json(begun | {"num_workers": 60000})))
+    assert replay.main([str(path)]) == 2
+    assert "that it had 2 and 60000 workers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"restart": 7}, "its start is 7, and can be 2 to 2"),
+        ({"parent": 2}, "its parent is 2, and can be 0 to 1"),
+        ({"num_workers": 9}, "its number of workers is 9, and can be 3 to 3"),
+        ({"momenta": [-1] * 9}, "its number of momenta is 9, and can be 3 to 3"),
+        ({"momenta": [-1, 10**12, -1]}, "its momentum is 1000000000000, and can be -1 to 100"),
+    ],
+)
+def test_what_a_start_says_that_it_goes_on_from_is_one_of_the_run(tmp_path, change, said):
+    entry = Resume(10.0, 2, 0, 4, 40, 3, [3, -1, 2])
+    session = Session(2, tmp_path / "pushes.r2.log", entry)
+    plan = Plan(3, 20, 4, 100, 4, 5, 1.0)
+    replay._demand_possible(session, {1: entry}, plan)
+    with pytest.raises(UserError, match=f"line 1: {said}"):
+        replay._demand_possible(session, {1: msgspec.structs.replace(entry, **change)}, plan)
