@@ -273,6 +273,16 @@ def test_without_saving_nothing_is_saved():
     assert not any(isinstance(one, Save) for one in did)
 
 
+@pytest.mark.parametrize("saves", [False, True])
+def test_it_looks_what_has_been_written_only_while_something_is_being_written(saves):
+    asked = Mail(0, 0, save=1, leases=(lease(1, 6),))
+    server, _ = train(replace(PLAIN, saves=saves), 6, after={3: asked})
+    looks = [place for place, one in enumerate(server.actions) if one == TakeWritten()]
+    began = [place for place, one in enumerate(server.actions) if isinstance(one, Save)]
+    # told of at the first look, and that was the last one
+    assert looks == [place + 1 for place in began] and len(began) == saves
+
+
 @pytest.mark.parametrize("torn", [0, 1, 3])
 def test_a_worker_tells_what_it_reads_and_reads_again_until_the_server_keeps_it(torn):
     server = Server(Mail(0, 0, leases=(lease(1, 1),)), torn=torn)
