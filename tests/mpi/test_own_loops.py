@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from asgd_mpi import api, replay, report
+import asgd_mpi
+from asgd_mpi import api, replay, report, simulate
 from asgd_mpi.config.parse import ours
 from asgd_mpi.config.written import read
 from asgd_mpi.errors import ConfigError, DataError
 from asgd_mpi.record.events import Logged, read_events
 from asgd_mpi.task.loop import options_of
+from benchmarks import digits_loop
 
 SCRIPT = str(Path(__file__).parents[1] / "doubles" / "loops_for_tests.py")
 
@@ -296,6 +298,22 @@ def test_a_rate_that_falls_by_a_schedule_of_ones_own_is_not_told_to_be_constant(
         for loss in trained(run, run._loop.model):
             run.step(loss)
         assert told in capsys.readouterr().out
+
+
+def test_a_loop_over_the_digits_ends_with_the_weights_of_train(
+    begin, digits, tmp_path, monkeypatch
+):
+    """Of one worker; what a loop's network and data are worth is those of the embedded default."""
+    (tmp_path / "digits").symlink_to(digits)
+    monkeypatch.setattr(asgd_mpi, "init", begin)
+    digits_loop.main()
+    own = api._run.directory
+    plain = ["--workers", "1", "--epochs", "1", "--data.augment", "none", "--out", "train"]
+    assert simulate.main(plain) == 0
+    ends = [max(run.glob("checkpoints/v*/model.pt")) for run in (own, tmp_path / "train")]
+    weights, expected = (torch.load(end, weights_only=True) for end in ends)
+    assert ends[0].parent.name == ends[1].parent.name and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_a_run_with_groups_goes_on_with_them_and_with_others_only_if_that_is_meant(begin, capsys):
