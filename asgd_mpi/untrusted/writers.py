@@ -41,8 +41,13 @@ def told(path: Path) -> str:
     """Return one line on what others may change of a directory, in it, and on the way to it; empty if nothing."""
     user, real = os.geteuid(), Path(os.path.realpath(path))
     passages = {*Path(os.path.abspath(path)).parents, *real.parents}
-    found = []
-    for place in [*sorted(passages), real, *islice(_within(real), MOST)]:
+    within, found = list(islice(_within(real), MOST)), []
+    for place in list(filter(os.path.islink, within)):
+        target = Path(os.path.realpath(place))
+        if not target.is_relative_to(real):  # what it leads to is read, too
+            passages.update(target.parents)
+            within += islice(_within(target), MOST)
+    for place in [*sorted(passages), real, *within]:
         try:
             status = os.stat(place)
         except (OSError, ValueError):  # whoever reads it says so

@@ -227,6 +227,24 @@ def test_what_others_may_write_is_told_once_with_what_to_do(tmp_path, where):
     assert "\n" not in said and " more" not in said
 
 
+@pytest.mark.parametrize("where", ["", "kept", "kept/rank000.jsonl"])
+def test_what_a_link_in_a_run_directory_leads_to_is_looked_at_like_what_lies_in_it(tmp_path, where):
+    run = RunDir.create(tmp_path / "run", "net")
+    run.config.write_text("")
+    kept = tmp_path / "elsewhere" / "kept"
+    kept.mkdir(parents=True)
+    (kept / "rank000.jsonl").write_text("")
+    run.metrics.rmdir()
+    run.metrics.symlink_to(kept)
+    (run.path / "notes").symlink_to(run.checkpoints)
+    assert writers.told(run.path) == ""
+    place = tmp_path / "elsewhere" / where
+    place.chmod(0o777)
+    said = writers.told(run.path)
+    name = "run/metrics" if where == "kept" else place.name
+    assert said.count(f"{name} may be written by everybody") == 1 and " more" not in said
+
+
 def test_every_verb_that_believes_a_run_directory_says_who_else_may_write_it(
     received, digits, capsys
 ):
