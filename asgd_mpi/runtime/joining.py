@@ -140,7 +140,8 @@ def _train(
 
     task = open_task(config, lambda text: note(text, read_retries=1), own, setup["metrics"])
     if task.is_own:
-        _demand_same_data(world, task.train.fingerprint)
+        _demand_same_data(world, task.train.fingerprint, "training")
+        _demand_same_data(world, task.val.fingerprint or "0-", "validation")
     device = devices.take(places, world.rank)
     if gpu := places.gpu(world.rank):
         meter.gauge = open_gauge(gpu.id)
@@ -269,8 +270,8 @@ def _train(
         watch.close()
 
 
-def _demand_same_data(world: World, fingerprint: str) -> None:
-    """Raise DataError unless all ranks have as many samples, and the same first one."""
+def _demand_same_data(world: World, fingerprint: str, split: str) -> None:
+    """Raise DataError unless all ranks have as many samples of a split, and the same first one."""
     found = world.gather(fingerprint)
     for number, other in enumerate(found):
         if other != found[topology.SERVER]:
@@ -279,8 +280,8 @@ def _demand_same_data(world: World, fingerprint: str) -> None:
             if ours == theirs:
                 what = f"{ours} samples, as rank 0, but another first one"
             if not world.is_server:  # one says it for all, and ends the job
-                world.barrier("rank 0 to say whose training set differs")
+                world.barrier("rank 0 to say whose data differ")
             raise DataError(
-                f"the training set of rank {number} has {what}: a sample is lent to a worker by its position, so every rank must "
-                "have the same ones in the same order. Sort what you list, and seed what you shuffle."
+                f"the {split} set of rank {number} has {what}: a sample is lent to a worker by its position, so every rank must "
+                "have the same ones in the same order. Give it on every rank, sort what you list, and seed what you shuffle."
             )

@@ -85,12 +85,26 @@ def test_ranks_with_other_data_are_told_before_anything_is_trained(openmpi, tmp_
     assert "the training set of rank 2 has 257 samples, rank 0 has 256" in done.stdout + done.stderr
 
 
-def test_ranks_whose_first_samples_differ_are_told_that():
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            ["256-aa", "256-aa", "256-bb"],
+            "rank 2 has 256 samples, as rank 0, but another first one",
+        ),
+        (
+            ["70-aa", "0-", "0-"],
+            "the validation set of rank 1 has 0 samples, rank 0 has 70: .* on ev",
+        ),
+    ],
+)
+def test_ranks_whose_first_samples_differ_or_who_have_none_are_told_that(found, words):
+    """So it is if run.validate is called on rank 0 alone, in whose name it is printed."""
     from asgd_mpi.runtime.joining import _demand_same_data  # loads MPI
 
-    world = SimpleNamespace(gather=lambda own: ["256-aa", "256-aa", "256-bb"], is_server=True)
-    with pytest.raises(DataError, match="rank 2 has 256 samples, as rank 0, but another first one"):
-        _demand_same_data(world, "256-aa")
+    world = SimpleNamespace(gather=lambda own: found, is_server=True)
+    with pytest.raises(DataError, match=words):
+        _demand_same_data(world, found[0], "validation")
 
 
 def test_a_run_that_was_killed_goes_on_at_the_sample(openmpi, tmp_path, capsys):

@@ -6,6 +6,7 @@ import runpy
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from asgd_mpi.record import checkpoint
 from asgd_mpi.record.events import Validation, read_events
 from asgd_mpi.report import command
 from asgd_mpi.runtime.preflight import try_out_
-from asgd_mpi.runtime.prepare import configured
+from asgd_mpi.runtime.prepare import configured, prepare
 from asgd_mpi.task import open_task
 from asgd_mpi.task.own import completed, find, with_options
 from asgd_mpi.task.opening import complete
@@ -120,7 +121,7 @@ def forked(*words, number=None):
         finally:
             sys.stdout.flush()
             os._exit(status)
-    deadline, saved = time.monotonic() + 60, set(Path("run/checkpoints").glob("v*"))
+    deadline, saved = time.monotonic() + 120, set(Path("run/checkpoints").glob("v*"))
     while number and time.monotonic() < deadline:
         if set(Path("run/checkpoints").glob("v*")) - saved:
             os.kill(pid, number)
@@ -226,6 +227,13 @@ def test_one_worker_is_torch_sgd_to_the_bit():
 def test_what_is_wrong_with_a_task_is_said_before_the_run(name, words):
     with pytest.raises((ConfigError, DataError), match=words):
         tried(name)
+
+
+def test_the_network_of_a_task_is_not_cut_into_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ranks = [{"host": "here", "gpus": []}] * 3
+    with pytest.raises(ConfigError, match="a task of your own has one of its own. Leave --stages"):
+        prepare(["--task", "own_tasks:Regression", "--stages", "2"], ranks, None, ExitStack())
 
 
 def test_a_dataset_that_draws_gives_the_same_samples_again_and_leaves_the_generators_alone():
