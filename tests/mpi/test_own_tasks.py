@@ -1,8 +1,6 @@
 """A task of a user's own: trained under MPI, simulated, replayed to the bit, resumed; and what is wrong with one, before the run."""
 
 import json
-import os
-import runpy
 import signal
 import sys
 import time
@@ -15,7 +13,7 @@ from torch.nn import functional
 
 import asgd_mpi
 import own_tasks
-from asgd_mpi import api, replay, simulate
+from asgd_mpi import replay, simulate
 from asgd_mpi.config import written as configuration
 from asgd_mpi.config.options import Config
 from asgd_mpi.data.dataset import DatasetLoader, Samples
@@ -33,6 +31,7 @@ from asgd_mpi.runtime.prepare import configured, prepare
 from asgd_mpi.task import open_task
 from asgd_mpi.task.own import completed, find, with_options
 from asgd_mpi.task.opening import complete
+from conftest import finish
 
 
 def opened(name):
@@ -103,49 +102,38 @@ def test_a_script_trains_a_task_alone_and_on_every_rank(openmpi, tmp_path, capsy
     assert "the weights are the same to the bit" in capsys.readouterr().out
 
 
-def forked(*words, number=None):
-    """Run script.py in a copy of this process, and ask it to leave by a signal once it has saved; returns (status, what it said)."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            sys.argv, api._run = ["script.py", *words], None
-            runpy.run_path("script.py", run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    deadline, saved = time.monotonic() + 120, set(Path("run/checkpoints").glob("v*"))
-    while number and time.monotonic() < deadline:
+def alone(openmpi, *words, number=None):
+    """Run script.py in a process, and ask it to leave by a signal once it has saved; returns (status, what it said)."""
+    saved = set(Path("run/checkpoints").glob("v*"))
+    process = openmpi.start_as_given([sys.executable, "script.py", *words], Path.cwd())
+    deadline = time.monotonic() + 120
+    while number and process.poll() is None and time.monotonic() < deadline:
         if set(Path("run/checkpoints").glob("v*")) - saved:
-            os.kill(pid, number)
+            process.send_signal(number)
             break
         time.sleep(0.02)
-    return os.WEXITSTATUS(os.waitpid(pid, 0)[1]), Path("said").read_text()
+    done = finish(process, 120)
+    return done.returncode, done.stdout + done.stderr
 
 
-def test_a_script_that_is_asked_to_leave_saves_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_script_that_is_asked_to_leave_saves_says_so_and_goes_on(
+    openmpi, tmp_path, monkeypatch, capsys
+):
     """By either signal, with status 75; a dry run of what goes on writes nothing."""
     monkeypatch.chdir(tmp_path)
     Path("script.py").write_text(SCRIPT)
     # sums of two batches diverge at this rate, in the epochs that the script asks for
     begin = ("--run.dir", "run", "--checkpoint.every_samples", "100", "--exchange.n_push", "1")
-    status, said = forked(*begin, "--inject", "slow:30x@rank1", number=signal.SIGUSR2)
+    status, said = alone(openmpi, *begin, "--inject", "slow:30x@rank1", number=signal.SIGUSR2)
     assert status == 75 and "asked to end by" in said and "it is" not in said, said
     files = sorted(Path("run").rglob("*"))
-    status, dry = forked("--resume", "run", "--dry-run")
+    status, dry = alone(openmpi, "--resume", "run", "--dry-run")
     assert status == 0 and "goes on at version" in dry and "it is" not in dry, dry
     assert sorted(Path("run").rglob("*")) == files
     slow = ("--resume", "run", "--inject", "slow:30x@rank1")
-    status, said = forked(*slow, number=signal.SIGTERM)
+    status, said = alone(openmpi, *slow, number=signal.SIGTERM)
     assert status == 75 and "go on with --resume run" in said and "it is" not in said, said
-    status, said = forked("--resume", "run", "--inject", "")
+    status, said = alone(openmpi, "--resume", "run", "--inject", "")
     assert status == 0 and "run it is, False" in said, said
     assert command.main(["run", "--audit"]) == 0
     assert replay.main(["run", "--task", "own_tasks:Regression"]) == 0
