@@ -297,7 +297,8 @@ def test_the_cells_of_the_notebook_run_one_after_the_other(here, openmpi, capfd)
     with here.context() as patch:
         patch.setattr(asgd_mpi, "init", Plain)
         names["train"]()
-    assert metric == pytest.approx(Plain.made.pop().score(), abs=0.05)
+    plain = Plain.made.pop().score()
+    assert metric == pytest.approx(plain, abs=0.028)  # three deviations of 8 seeds: 0.866 +- 0.009
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
