@@ -62,7 +62,7 @@ def _copy(options: argparse.Namespace) -> Callable[[], object]:
 
 
 def _codings(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """Return what is timed, by name."""
     cases: dict[str, Callable[[], object]] = {}
     kept = kept_of(options.density)
     for wire in ("int8", "int4", "topk"):

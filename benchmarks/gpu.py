@@ -93,7 +93,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _task(model: str, options: argparse.Namespace) -> list[str]:
-    """What ours and the plain loop train on what."""
+    """Return what ours and the plain loop train, and on which data."""
     return [
         "--model",
         model,
@@ -160,7 +160,7 @@ def _hidden(model: str, options: argparse.Namespace, failures: list[str]) -> flo
 
 
 def hidden_share(events: Sequence[dict]) -> float | None:
-    """Of the seconds in which something is copied to or from the GPU the share in which a kernel runs; None: no copies."""
+    """Return the share of the copying seconds, to or from the GPU, in which a kernel runs; None: no copies."""
     copies, kernels, either = (
         _seconds(events, categories) for categories in (COPIES, KERNELS, COPIES + KERNELS)
     )

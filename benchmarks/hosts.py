@@ -101,7 +101,7 @@ class Hosts:
         return ["sh", "-c", f"exec {self._inside(self.names[0], shlex.join(command))}"]
 
     def enter(self) -> list[str]:
-        """What stands before a command that is to run on the first host, in its place: signals reach it."""
+        """Return what stands before a command that is to run on the first host, in its place: signals reach it."""
         name = self.names[0]
         run = ["sh", "-c", f'hostname {name}; exec "$@"', "sh"]
         return ["ip", "netns", "exec", name, "unshare", "--uts", *run]

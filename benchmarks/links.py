@@ -185,7 +185,7 @@ def _measure(
 
 
 def _round_s(arguments: list[str], link: float, options: argparse.Namespace) -> float:
-    """What a push and its fetch take at most, with the batches between."""
+    """Return the most seconds that a push and its fetch take, with the batches between."""
     exchange = configuration.parse(arguments).exchange
     n_push = 1 if exchange.n_push in (None, "auto") else exchange.n_push
     push = exchange.density if exchange.wire == TOPK else WIRES[exchange.wire]

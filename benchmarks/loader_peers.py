@@ -127,7 +127,7 @@ def ffcv(tree: Path, work: Path) -> Contender:
 
 
 def open_and_read(tree: Path) -> Contender:
-    """What an ImageFolder does to get the bytes of a file."""
+    """Read the bytes of a file as an ImageFolder does."""
     paths = sorted(str(path) for path in (tree / "train").rglob("*.JPEG"))
     order = np.random.default_rng(0).permutation(len(paths)).tolist()
 

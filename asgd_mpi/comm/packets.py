@@ -245,7 +245,7 @@ class Inbox:
         return Arrival(worker, header, self._gradient(packet, header), statistics)
 
     def _gradient(self, packet: _Packet, header: Header) -> Vector:
-        """What a packet brings of a gradient; of no other kind is it looked at."""
+        """Return what a packet brings of a gradient; a packet of another kind is not looked at."""
         if header.kind != Kind.GRADIENT:
             return torch.empty(0)
         payload, kept = packet.payload, header.kept
@@ -254,7 +254,7 @@ class Inbox:
         return self._layout.pushed.vector_in(payload, kept)
 
     def _due_bytes(self, header: Header) -> int:
-        """Of the payload of a packet in a message."""
+        """Return the bytes that the payload of a packet in a message must have."""
         match header.kind:
             case Kind.GRADIENT:
                 return self._layout.pushed.num_bytes(header.kept)

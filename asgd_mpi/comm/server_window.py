@@ -202,7 +202,7 @@ class ServerWindow(Window):
         }
 
     def slice_of(self, payload: torch.Tensor, kept: int) -> torch.Tensor:
-        """What a payload of `payloads`, uint8, holds for this server, if so many numbers of a chunk were pushed."""
+        """Return what a payload, uint8, holds for this server, if so many numbers of a chunk were pushed."""
         return payload[self.whole.pushed_at(self._number, kept)]
 
     def _meet(self, far: list[int]) -> None:

@@ -218,7 +218,7 @@ class Metrics:
 
     @property
     def total_samples(self) -> int:
-        """Of the run, as its latest start was asked for: a resume may ask for more epochs, or fewer."""
+        """Return those of the run, as its latest start was asked for: a resume may ask for more epochs, or fewer."""
         return self._totals[max(self._totals)] if self._totals else 0
 
     @property

@@ -280,7 +280,7 @@ def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
 
 
 def _wire(exchange: ExchangeConfig) -> str:
-    """What is said of the formats that travel; nothing of float32."""
+    """Return what is said of the formats that travel; nothing of float32."""
     if exchange.wire == "auto":
         return "; the format on the wire is chosen by the links, which are measured first"
     if exchange.wire == exchange.fetch_wire == "float32":

@@ -204,7 +204,7 @@ class Server:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to be trained: the workers are to be sent home."""
+        """Return whether nothing more is to be trained: the workers are to be sent home."""
         return self.ledger.finished or bool(self.left_because)
 
     def send_home(self) -> None:

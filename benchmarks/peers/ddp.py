@@ -113,7 +113,7 @@ def train(
 
 
 def shares(rank: int, workers: int, per_epoch: int, steps: int) -> Iterator[Range]:
-    """Where this rank's batches lie."""
+    """Return where this rank's batches lie."""
     for step in range(steps):
         epoch, position = divmod(step, per_epoch)
         start = (position * workers + rank) * DIGITS.batch_size

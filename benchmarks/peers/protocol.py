@@ -59,7 +59,7 @@ def step_(
 
 
 def are_right(weights: torch.Tensor, num_steps: int) -> bool:
-    """Whether `weights`, (P,) float32, are those after `num_steps` steps from zero: one step more or less is seen."""
+    """Return whether `weights`, (P,) float32, are those after `num_steps` steps from zero: one step more or less is seen."""
     change = LR * (2 * num_steps - 2 + 2.0 ** (1 - num_steps)) if num_steps else 0.0
     for start in range(0, len(weights), 7 << 17):  # a multiple of the gradient's period
         piece = weights[start : start + (7 << 17)].double()
