@@ -88,20 +88,7 @@ def _measure(
     ideal = options.workers * BATCH / step_ms * 1e3  # images/s
     epochs = options.seconds * ideal / DIGITS_IMAGES
     arguments = [
-        "--model",
-        "benchmarks.networks:vector",
-        "--epochs",
-        str(epochs),
-        "--batch-size",
-        str(BATCH),
-        "--lr",
-        "0.01",
-        "--data.augment",
-        "none",
-        "--data.threads",
-        "1",
-        "--run.validate_every",
-        str(2 * epochs),
+        *training.unprepared("benchmarks.networks:vector", epochs, BATCH),
         "--exchange.n_push",
         n_push,
         *WITHOUT_VECTORS,

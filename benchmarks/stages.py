@@ -128,20 +128,7 @@ def _train(
     epochs = options.seconds * ideal / DIGITS_IMAGES
     width = NUM_LINKS // num_stages
     arguments = [
-        "--model",
-        "benchmarks.networks:chain",
-        "--epochs",
-        str(epochs),
-        "--batch-size",
-        str(BATCH),
-        "--lr",
-        "0.01",
-        "--data.augment",
-        "none",
-        "--data.threads",
-        "1",
-        "--run.validate_every",
-        str(2 * epochs),
+        *training.unprepared("benchmarks.networks:chain", epochs, BATCH),
         "--compute.micro_batches",
         str(micro_batches),
         "--stages",

@@ -50,7 +50,7 @@ def run(
 
 
 def recipe(rate: float, epochs: float, momentum: bool = True) -> list[str]:
-    """The options that train any network on the digits as their own recipe says; or with the momentum that the rule has."""
+    """Return the options that train any network on the digits as their own recipe says; or with the momentum that the rule has."""
     kept = ["--rule.momentum", str(DIGITS.momentum)] if momentum else []
     return [
         "--epochs",
@@ -68,6 +68,26 @@ def recipe(rate: float, epochs: float, momentum: bool = True) -> list[str]:
         DIGITS.schedule,
         "--schedule.warmup_epochs",
         str(DIGITS.warmup_epochs),
+    ]
+
+
+def unprepared(network: str, epochs: float, batch: int) -> list[str]:
+    """Return options of a training on digits whose images cost nothing to prepare, validated at its end only."""
+    return [
+        "--model",
+        network,
+        "--epochs",
+        str(epochs),
+        "--batch-size",
+        str(batch),
+        "--lr",
+        "0.01",
+        "--data.augment",
+        "none",
+        "--data.threads",
+        "1",
+        "--run.validate_every",
+        str(2 * epochs),
     ]
 
 

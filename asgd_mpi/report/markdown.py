@@ -49,31 +49,33 @@ def render_comparison(comparison: Comparison) -> str:
     return _template("comparison.md.j2").render(c=comparison)
 
 
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
+def environment(**options: Any) -> jinja2.Environment:
+    """Return what reads the templates of this directory, with the filters that Markdown and HTML share."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=_plain,
+        **options,
     )
-    environment.filters.update(
+    made.filters.update(
         number=units.number,
         rate=units.rate,
         percent=units.percent,
         seconds=units.seconds,
         size=units.size,
         short=units.short,
-        count=units.count,
-        workers=units.workers,
-        gpus=gpus,
         energy=energy,
         thin=thin,
         left_out=left_out,
-        bar=_bar,
     )
-    return environment.get_template(name)
+    return made
+
+
+def _template(name: str) -> jinja2.Template:
+    made = environment(keep_trailing_newline=True, finalize=_plain)
+    made.filters.update(count=units.count, workers=units.workers, gpus=gpus, bar=_bar)
+    return made.get_template(name)
 
 
 def gpus(cost: Cost) -> str:

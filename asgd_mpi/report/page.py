@@ -24,7 +24,7 @@ from asgd_mpi.report.answers import answers
 from asgd_mpi.report.cost import Cost, cost_until
 from asgd_mpi.report.incidents import incidents
 from asgd_mpi.report.measure import measures
-from asgd_mpi.report.markdown import energy, gpus, left_out, thin
+from asgd_mpi.report.markdown import environment, energy, gpus
 
 HERE = Path(__file__).parent
 
@@ -73,34 +73,16 @@ def page(summary: Summary, cost: Cost | None = None, live: Live | None = None) -
 @cache
 def template(name: str) -> jinja2.Template:
     """Return a template of this directory; every value printed by it is escaped for HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    environment.filters.update(
-        number=units.number,
-        rate=units.rate,
-        percent=units.percent,
-        seconds=units.seconds,
-        size=units.size,
-        short=units.short,
-        thin=thin,
-        energy=energy,
-        left_out=left_out,
-        unbroken=_unbroken,
-    )
+    made = environment(autoescape=True, finalize=_shown)
+    made.filters["unbroken"] = _unbroken
     script = (HERE / "page.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment.globals.update(
+    made.globals.update(
         css=jinja2.utils.markupsafe.Markup((HERE / "page.css").read_text()),
         script=jinja2.utils.markupsafe.Markup(script),
         script_hash=f"sha256-{digest}",  # no other script of the page is run
     )
-    return environment.get_template(name)
+    return made.get_template(name)
 
 
 def _unbroken(text: str) -> jinja2.utils.markupsafe.Markup:

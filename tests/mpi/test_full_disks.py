@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import kill_session
+from full_disk import Full
 from test_loops import Cluster, make_task
 
 from asgd_mpi.config import parse as configuration
@@ -248,22 +249,6 @@ def test_a_best_model_that_is_refused_is_told_once(tmp_path):
 
 
 def test_a_lock_is_held_on_a_full_disk_though_it_cannot_say_by_whom(tmp_path, monkeypatch):
-    class Full:
-        def __init__(self, file):
-            self._file = file
-
-        def write(self, content):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self._file.close()
-
-        def __getattr__(self, name):
-            return getattr(self._file, name)
-
     run, really_open = RunDir.create(tmp_path / "run", "net"), disk.open_own
     monkeypatch.setattr(disk, "open_own", lambda *how, **more: Full(really_open(*how, **more)))
     with run.locked():

@@ -1,12 +1,12 @@
 """Whatever happens to the lines of a log, it is named, and a resume goes on from what the log still shows."""
 
-import errno
 import io
 import itertools
 import random
 
 import pytest
 import torch
+from full_disk import Full
 
 from asgd_mpi import report
 from asgd_mpi.errors import DiskRefuses, RunDirError
@@ -235,25 +235,6 @@ def test_a_log_that_was_refused_a_line_takes_no_other_and_no_checkpoint_counts_o
         ):
             act()
     log.close()
-
-
-class Full:
-    """A file on a full disk."""
-
-    def __init__(self, file):
-        self._file = file
-
-    def write(self, content):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._file.close()
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
 
 
 def test_a_full_disk_is_told_as_such_though_torch_raises_an_error_of_its_own(tmp_path, monkeypatch):
