@@ -307,6 +307,12 @@ def test_a_validation_is_of_whole_weights_and_the_best_on_the_way_are_saved(work
     assert (SaveBest(0) in did, Say(Kind.BEST, 0) in did) == (is_saved, is_saved)
 
 
+def test_the_best_is_told_of_as_soon_as_it_is_written_and_not_at_the_end():
+    did = Server(Mail(0, 0, best=0, leases=(lease(1, 4, Work.VALIDATE), lease(2, 2)))).live(PLAIN)
+    first = next(place for place, one in enumerate(did) if isinstance(one, Compute))
+    assert did.index(SaveBest(0)) < did.index(Say(Kind.BEST, 0)) < first
+
+
 @pytest.mark.parametrize("can_save", [True, False])
 def test_after_a_failure_it_says_so_rests_and_saves_at_the_end_if_it_can(can_save):
     server = Server(Mail(0, 0, leases=(lease(1, 3),)), last=Mail(0, 0, Orders.LEAVE, save=1))

@@ -259,6 +259,18 @@ def test_ranges_cover_a_vector_once_and_a_slice_has_its_part_of_each():
         Ranges(96, [ParameterGroup(16, 48, fast), ParameterGroup(40, 64, decay)])
 
 
+def test_a_group_that_is_the_whole_vector_has_its_own_rate():
+    config = settings("asgd", momentum=0.9, momentum_at="server")
+    rule = make_rule(48, config, 1, [ParameterGroup(0, 48, Settings(rate=0.25))])
+    plain = make_rule(48, config, 1)
+    weights, gradient = torch.randn(48), torch.randn(48)
+    others = weights.clone()
+    for _ in range(3):
+        push_(rule, weights, gradient, 0.2)
+        push_(plain, others, gradient, 0.05)
+    assert torch.equal(weights, others)
+
+
 # of torch.optim's groups: rate, decay, betas
 RATES, DECAYS, BETAS = (1.0, 0.25, 2.0), (0.1, 0.0, 0.3), ((0.9, 0.95), (0.8, 0.9), (0.9, 0.95))
 WITH_GROUPS = {
