@@ -11,10 +11,11 @@ last, and only when the training is finished: launchers are known to return 0 wi
 
 from __future__ import annotations
 
-from asgd_mpi.process import signals
+from asgd_mpi.process import interpreter, signals
 
-if __name__ == "__main__":
-    signals.install()  # before anything heavy is imported
+if __name__ == "__main__":  # before anything heavy is imported
+    signals.install()
+    interpreter.begin()
 
 import sys
 from contextlib import ExitStack
@@ -63,4 +64,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interpreter.loaded()
+    interpreter.end(main())

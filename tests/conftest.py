@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import hypothesis
 import pytest
 import tiers
 
+import asgd_mpi
 from asgd_mpi.process import mpirun_env
 
 if TYPE_CHECKING:
@@ -260,6 +262,10 @@ def pytest_configure(config) -> None:
     """Leave out what takes long, unless somebody chose: with -m, or by naming files or tests."""
     if config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.markexpr:
         config.option.markexpr = tiers.EVERY_DAY
+    if not hasattr(config, "workerinput"):
+        # where Python is told to write no bytecode, every rank would compile all that it imports
+        for directory in (Path(asgd_mpi.__file__).parent, DOUBLES):
+            compileall.compile_dir(directory, quiet=2)
 
 
 def pytest_report_header(config) -> list[str]:

@@ -65,10 +65,14 @@ def test_an_own_task_trains_and_replays_to_the_bit(openmpi, tmp_path, capsys, na
         return
     assert list(scores[-1].metrics)[0] == ("near" if name == "Hits" else "mse")
     assert scores[-1].top1_error is None and scores[-1].num_images == 70
+    first = "near" if name == "Hits" else "mse"
     pick = max if name == "Hits" else min
-    best = pick(next(iter(score.metrics.values())) for score in scores)
+    best = pick(scores, key=lambda score: score.metrics[first])
+    # the final validation may measure this version again, in other parts, with another last digit
+    measured = [score.metrics[first] for score in scores if score.version == best.version]
     kept = [checkpoint.read_manifest(path) for path in (run / "checkpoints").glob("v*")]
-    assert best in [next(iter(manifest.metrics.values()), None) for manifest in kept]
+    told = {manifest.version: manifest.metrics.get(first) for manifest in kept}
+    assert told[best.version] in measured
 
 
 SCRIPT = """

@@ -1,0 +1,49 @@
+"""What Python itself costs a process that loads torch: without this, 0.4 s more at its start, and 0.5 s more at its end.
+
+torch makes a million objects that stay. While they are loaded the garbage collector goes through them again and again, and at
+the end the interpreter takes them apart one by one, for nothing: the memory goes with the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import sys
+from typing import NoReturn
+
+_status: int | None = None  # that the process is to end with, once it is known
+
+
+def begin() -> None:
+    """Collect no garbage while modules are loaded. Called first: what registers with atexit later is called before `_end`."""
+    gc.disable()
+    atexit.register(_end)
+
+
+def loaded() -> None:
+    """Collect garbage from now on, and never look through what has been loaded."""
+    gc.freeze()
+    gc.enable()
+
+
+def end(status: int) -> NoReturn:
+    """End the process as `sys.exit` does: threads are waited for, and what has registered with atexit is called."""
+    global _status
+    _status = status
+    sys.exit(status)
+
+
+def _end() -> None:
+    """End the process without taking the interpreter apart; an exception that nobody caught ends it as usual."""
+    if _status is None or _mpi_is_open():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_status)
+
+
+def _mpi_is_open() -> bool:
+    """Return whether mpi4py has yet to end MPI, which it does when the interpreter is gone."""
+    loaded = sys.modules.get("mpi4py.MPI")
+    return loaded is not None and loaded.Is_initialized() and not loaded.Is_finalized()
