@@ -226,7 +226,7 @@ class Run:
     def log(self, **values: float) -> None:
         """Record numbers of your own, by name, with the time."""
         if self._loop.rank is not None:
-            self._loop.rank.log.write(
+            self._loop.rank.books.log.write(
                 Logged.now({name: float(value) for name, value in values.items()})
             )
 
@@ -244,7 +244,7 @@ class Run:
         except StopIteration as end:
             self._end(end.value)
         rank = self._loop.rank
-        self.directory = rank.run.path if rank is not None else self._engine.directory
+        self.directory = rank.files.run.path if rank is not None else self._engine.directory
 
     def _end(self, status: int) -> None:
         self._is_over, self._has_stepped = True, True

@@ -38,7 +38,9 @@ from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.runtime import devices
 from asgd_mpi.runtime.prepare import configured, prepare
 from asgd_mpi.runtime.rank import (
+    Files,
     Rank,
+    RankBooks,
     Serving,
     Turns,
     finish,
@@ -109,6 +111,12 @@ class Alone:
             push=push_format(config.exchange, module),
         )
         window = LocalWindow(layout)
+        files = Files(
+            run,
+            setup["restart"],
+            Path(setup["checkpoint"]) if setup["checkpoint"] else None,
+            setup["room"],
+        )
         ranks = []
         for number, role in ((topology.SERVER, "server"), (WORKER, "worker")):
             listeners = self._own.listeners if number == topology.SERVER else []
@@ -141,16 +149,10 @@ class Alone:
                     world=Place(number, config.run.timeout_s),
                     places=places,
                     task=task,
-                    run=run,
-                    restart=setup["restart"],
-                    directory=Path(setup["checkpoint"]) if setup["checkpoint"] else None,
                     window=window,
-                    meter=meter,
-                    log=log,
-                    note=_noting(meter, log),
+                    files=files,
+                    books=RankBooks(meter, log, _noting(meter, log), self._write_report),
                     carried=carried,
-                    room=setup["room"],
-                    write_report=self._write_report,
                 )
             )
         everyone = [
@@ -168,8 +170,8 @@ class Alone:
         config, server = rank.task.config, serving.server
         is_elastic = RULEBOOK[config.rule.name].moves == "elastic"
         flat = FlatModel(module, self.device, spare_weights=is_elastic, carried=rank.carried)
-        client = LocalClient(server, flat, rank.meter, config.exchange.fetch_wire, is_elastic)
-        loaders = rank.task.train_loader(rank.note), rank.task.val_loader(rank.note)
+        client = LocalClient(server, flat, rank.books.meter, config.exchange.fetch_wire, is_elastic)
+        loaders = rank.task.train_loader(rank.books.note), rank.task.val_loader(rank.books.note)
         worker = open_worker(rank, flat, client, loaders)
         if rank.task.computes:
             worker.run()

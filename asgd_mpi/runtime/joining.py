@@ -42,7 +42,7 @@ from asgd_mpi.runtime import choosing, devices
 from asgd_mpi.runtime.last_words import fail, in_short
 from asgd_mpi.runtime.placement import StagePlacement
 from asgd_mpi.runtime.prepare import prepare
-from asgd_mpi.runtime.rank import Rank, Turns, first_module, write_versions
+from asgd_mpi.runtime.rank import Files, Rank, RankBooks, Turns, first_module, write_versions
 from asgd_mpi.runtime.ranks import run_server, run_slice_server, run_stage, run_worker
 from asgd_mpi.task import Task, open_task
 from asgd_mpi.vector import partition
@@ -229,16 +229,10 @@ def _train(
         world=world,
         places=places,
         task=task,
-        run=run,
-        restart=restart,
-        directory=Path(setup["checkpoint"]) if setup["checkpoint"] else None,
         window=window,
-        meter=meter,
-        log=log,
-        note=note,
+        files=Files(run, restart, Path(setup["checkpoint"]) if setup["checkpoint"] else None, room),
+        books=RankBooks(meter, log, note, write_report),
         carried=carried,
-        room=room,
-        write_report=write_report,
     )
     watch = Watch(
         run,

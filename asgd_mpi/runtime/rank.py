@@ -68,37 +68,50 @@ Turns = Generator[Any, float, int]
 
 
 @dataclass
-class Rank:
-    """What every kind of rank has. `directory`: the checkpoint to go on from; `room`: bytes that one takes.
+class Files:
+    """Where a start reads and writes. `directory`: the checkpoint to go on from; `room`: bytes that one takes."""
 
-    write_report: makes the report of a finished run, and returns where it is.
-    """
+    run: RunDir
+    restart: int
+    directory: Path | None
+    room: int
+
+    def __post_init__(self):
+        self.manifest = checkpoint.read_manifest(self.directory) if self.directory else None
+
+
+@dataclass(frozen=True)
+class RankBooks:
+    """What a rank writes down. `write_report` makes the report of a finished run, and returns where it is."""
+
+    meter: Meter
+    log: EventLog
+    note: Callable[[str], None]
+    write_report: Callable[[RunDir], Path]
+
+
+@dataclass
+class Rank:
+    """What every kind of rank has. `carried`: the tensors of the network that are no weights and travel with them."""
 
     world: World
     places: Topology
     task: OpenedTask
-    run: RunDir
-    restart: int
-    directory: Path | None
     window: ServerWindow | WorkerWindow
-    meter: Meter
-    log: EventLog
-    note: Callable[[str], None]
+    files: Files
+    books: RankBooks
     carried: list[str]
-    room: int
-    write_report: Callable[[RunDir], Path]
     version: Callable[[], int] = lambda: 0  # for the watchdog
 
     def __post_init__(self):
-        self.manifest = checkpoint.read_manifest(self.directory) if self.directory else None
         self.injector = Injector(failures.parse(self.task.config.run.inject), self.world.rank)
 
     def close(self, status: str, reason: str) -> None:
         """Close the books."""
         self.window.close()
-        self.meter.flush()
-        self.log.write(End(time.time(), status, reason))
-        self.log.close()
+        self.books.meter.flush()
+        self.books.log.write(End(time.time(), status, reason))
+        self.books.log.close()
 
 
 @dataclass
@@ -151,20 +164,20 @@ def open_server(
         config.run.progress, plan.total_samples, plan.num_samples, ledger.samples, task.unit
     )
     checkpointer = Checkpointer(
-        rank.run,
-        rank.restart,
+        rank.files.run,
+        rank.files.restart,
         _about(rank),
         flat,
         rule,
         config.checkpoint.keep,
         pushes.sync,
-        rank.room,
+        rank.files.room,
     )
     server = Server(
         Links(rank.window, inbox, group),
         ledger,
         rule,
-        ServerBooks(rank.meter, rank.log, pushes, progress, checkpointer),
+        ServerBooks(rank.books.meter, rank.books.log, pushes, progress, checkpointer),
         ServerHabits(
             rank.world.timeout_s,
             config.failure,
@@ -182,7 +195,7 @@ def open_server(
         Incidents(
             signals.asked_to_leave,
             rank.injector.step,
-            lambda failed: tee.read_error(rank.run.error_of(failed)),
+            lambda failed: tee.read_error(rank.files.run.error_of(failed)),
         ),
     )
     rank.version = lambda: ledger.version
@@ -218,9 +231,9 @@ def open_worker(
         Subject(rank.task.objective, *loaders, rank.task.metrics),
         config,
         Books(
-            rank.meter,
-            WorkerCheckpointer(rank.run, rank.restart, number, rank.note),
-            rank.log if config.record.hash_snapshots else None,
+            rank.books.meter,
+            WorkerCheckpointer(rank.files.run, rank.files.restart, number, rank.books.note),
+            rank.books.log if config.record.hash_snapshots else None,
         ),
         lead,
         Disturbances(
@@ -246,21 +259,24 @@ def finish(rank: Rank, server: Server) -> int:
     rank.close("left" if server.left_because else "finished", server.left_because)
     try:
         with rank.world.keeping_others():
-            print(f"report: {rank.write_report(rank.run)}", flush=True)
+            print(f"report: {rank.books.write_report(rank.files.run)}", flush=True)
     except UserError as error:  # the training is not lost with its report
         print(f"the report could not be made: {error}", file=sys.stderr, flush=True)
     except Exception:
         print(
-            f"the report could not be made; `python -m asgd_mpi.report {rank.run.path}` tries again:\n"
+            f"the report could not be made; `python -m asgd_mpi.report {rank.files.run.path}` tries again:\n"
             f"{traceback.format_exc()}",
             file=sys.stderr,
             flush=True,
         )
-    ledger, where = server.ledger, rank.run.checkpoint(server.ledger.version, rank.restart)
+    ledger, where = (
+        server.ledger,
+        rank.files.run.checkpoint(server.ledger.version, rank.files.restart),
+    )
     if server.left_because:
         print(
             f"left at version {ledger.version}, {ledger.samples} of {ledger.plan.total_samples} "
-            f"{rank.task.unit}; checkpoint: {where}\ngo on with --resume {rank.run.path}",
+            f"{rank.task.unit}; checkpoint: {where}\ngo on with --resume {rank.files.run.path}",
             flush=True,
         )
         status = RESUME_ME
@@ -271,10 +287,10 @@ def finish(rank: Rank, server: Server) -> int:
             "status": status,
             "version": ledger.version,
             **(server.final_score.named if server.final_score else {}),
-            "restart": rank.restart,
+            "restart": rank.files.restart,
             "retired": [loss.rank for loss in server.losses if loss.for_good],
         }
-        write_whole(rank.run.finished, msgspec.json.format(msgspec.json.encode(end)))
+        write_whole(rank.files.run.finished, msgspec.json.format(msgspec.json.encode(end)))
     if absent := set(ledger.present) - server.inbox.dead:
         rank.world.end_without({worker + 1 for worker in absent}, status or DEGRADED)
     return status
@@ -299,22 +315,22 @@ def _result(rank: Rank, server: Server) -> str:
 
 def restore(rank: Rank, flat: FlatModel, rule: Rule, own: slice) -> dict | None:
     """Load the checkpoint into the network, and a slice of it into the rule; returns the ledger's state."""
-    if rank.directory is None:
+    if rank.files.directory is None:
         return None
-    state, _ = checkpoint.load(rank.directory)
+    state, _ = checkpoint.load(rank.files.directory)
     flat.module.load_state_dict(state)
-    has_state = rule.state and checkpoint.SERVER in rank.manifest.files
-    saved = checkpoint.read_tensors(rank.directory / checkpoint.SERVER) if has_state else {}
-    ledger = checkpoint.read_ledger(rank.directory)
+    has_state = rule.state and checkpoint.SERVER in rank.files.manifest.files
+    saved = checkpoint.read_tensors(rank.files.directory / checkpoint.SERVER) if has_state else {}
+    ledger = checkpoint.read_ledger(rank.files.directory)
     if rank.world.rank == SERVER:
-        _tell_absent(rank.directory, "the rule", rule.state.keys() - saved.keys() - {EMA})
+        _tell_absent(rank.files.directory, "the rule", rule.state.keys() - saved.keys() - {EMA})
     # under another rule than before, the optimizer's first step is still to come; a mean that begins later begins here
     return ledger if rule.load_({EMA: flat.weights} | saved, own) else ledger | {"steps": 0}
 
 
 def _restore_momentum(rank: Rank, worker: Worker) -> None:
-    if str(rank.world.worker) in (rank.manifest.momenta if rank.manifest else {}):
-        path = rank.directory / checkpoint.worker_file(rank.world.worker)
+    if str(rank.world.worker) in (rank.files.manifest.momenta if rank.files.manifest else {}):
+        path = rank.files.directory / checkpoint.worker_file(rank.world.worker)
         worker.replica.restore_(path)
         if rank.task.config.stages.number == 1:  # else its state lies on several ranks
             names = (
@@ -331,14 +347,14 @@ def _tell_absent(path: Path, whose: str, names: Collection[str]) -> None:
 
 
 def _begin_log(rank: Rank, ledger: Ledger) -> EventLog:
-    pushes = EventLog(rank.run.pushes_of(rank.restart), rank.log.also)
-    if rank.restart:
-        momenta = rank.manifest.momenta if rank.manifest else {}
+    pushes = EventLog(rank.files.run.pushes_of(rank.files.restart), rank.books.log.also)
+    if rank.files.restart:
+        momenta = rank.files.manifest.momenta if rank.files.manifest else {}
         pushes.write(
             Resume(
                 time.time(),
-                rank.restart,
-                rank.manifest.restart if rank.manifest else rank.restart - 1,
+                rank.files.restart,
+                rank.files.manifest.restart if rank.files.manifest else rank.files.restart - 1,
                 ledger.version,
                 ledger.samples,
                 ledger.plan.num_workers,

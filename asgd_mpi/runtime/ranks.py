@@ -61,7 +61,7 @@ def run_slice_server(rank: Rank) -> int:
         rank.window,
         CoordinatorLink(rank.world, rank.window, signals.asked_to_leave),
         rule,
-        rank.meter,
+        rank.books.meter,
         flat.weights[own].clone(),
         rank.injector.step,
     )
@@ -78,12 +78,12 @@ def run_stage(rank: Rank, placement: StagePlacement) -> int:
     failures: list[str] = []
 
     def fails(error: Exception) -> str:
-        failures.append(tell_error(rank.world, rank.run, error))
+        failures.append(tell_error(rank.world, rank.files.run, error))
         return failures[-1]
 
     rank.world.hold_on_to([topology.SERVER])  # what else is needed the leader knows
     try:
-        FollowerStage(rank.meter, fails, rank.injector.step, *placement.take()).run()
+        FollowerStage(rank.books.meter, fails, rank.injector.step, *placement.take()).run()
     except StageLost as error:  # the leader: the worker is retired without a word of its own
         fails(error)
     rank.world.let_go_of(rank.places.servers)
@@ -107,8 +107,8 @@ def run_worker(
     exchange = config.exchange
     world.hold_on_to(rank.places.servers)
     loaders = (
-        rank.task.train_loader(rank.note, touch_on_device=device.type != "cpu"),
-        rank.task.val_loader(rank.note),
+        rank.task.train_loader(rank.books.note, touch_on_device=device.type != "cpu"),
+        rank.task.val_loader(rank.books.note),
     )
     outbox = Outbox(world, rank.window)
     # where it is read
@@ -121,7 +121,7 @@ def run_worker(
     )
     elastic = RULEBOOK[config.rule.name].moves == "elastic"
     gradient = outbox.payload.view(torch.float32) if in_place else None
-    lead = LeadStage(rank.meter, *placement.take()) if placement else None
+    lead = LeadStage(rank.books.meter, *placement.take()) if placement else None
     flat = (
         lead.flat
         if lead
@@ -131,7 +131,7 @@ def run_worker(
         rank.window,
         outbox,
         flat,
-        rank.meter,
+        rank.books.meter,
         exchange.overlap,
         elastic,
         Formats(exchange.fetch_wire, rank.window.whole.pushed),
@@ -149,7 +149,7 @@ def run_worker(
     except Exception as error:
         let_server_speak(world, error)
         tell = tell_error if rank.task.computes else tell_server
-        failure = tell(world, rank.run, error)
+        failure = tell(world, rank.files.run, error)
         watch.close()  # it rests from now on, and that is no stall
         if lead:
             lead.interrupt()
@@ -178,5 +178,5 @@ def _saved(
             text += "" if refused else f"\n{second}"
             refused = True
     if refused:
-        text += f" Then go on with --resume {rank.run.path}, from {checkpointer.newest}."
+        text += f" Then go on with --resume {rank.files.run.path}, from {checkpointer.newest}."
     return type(error)(text)
