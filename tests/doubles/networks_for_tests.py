@@ -1,14 +1,18 @@
 """Networks that a user might bring, some of them ill: `--model.name networks_for_tests:NAME`."""
 
+import glob
+import itertools
 import os
 import random
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from asgd_mpi.model import networks
 from asgd_mpi.model.columns import TwoColumns
+from asgd_mpi.process import signals
 
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "-1")))
 
@@ -190,9 +194,22 @@ def moving(num_classes: int, channels: int) -> nn.Module:
 
 
 def restless(num_classes: int, channels: int) -> nn.Module:
-    """Takes a random time for each step, so that pushes come in an order of their own."""
-    clock = random.SystemRandom()
-    return small(num_classes, channels, lambda: time.sleep(clock.choice([0, 0, 0.002, 0.01])))
+    """Takes a random time for each step, so that pushes come in an order of their own.
+
+    A test may have a step last until its process is asked to end, and knows by the file held.RANK that it does: from step HOLD_FROM
+    on, or once there is a file that HOLD_ONCE matches.
+    """
+    clock, steps = random.SystemRandom(), itertools.count(1)
+    first, once = int(os.environ.get("HOLD_FROM", "0")), os.environ.get("HOLD_ONCE", "")
+
+    def act():
+        time.sleep(clock.choice([0, 0, 0.002, 0.01]))
+        if 0 < first <= next(steps) or once and glob.glob(once):
+            Path(f"held.{RANK}").touch()
+            while not signals.asked_to_leave():
+                time.sleep(0.01)
+
+    return small(num_classes, channels, act)
 
 
 def normed(num_classes: int, channels: int) -> nn.Module:

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -24,10 +24,15 @@ from asgd_mpi.record.summary import summarize
 from asgd_mpi.runtime import resume
 from asgd_mpi.runtime.prepare import prepare
 
-SAMPLES, EPOCHS = 1437, 3
+SAMPLES, EPOCHS, ENDLESS = 1437, 3, 100_000
 ULFM = ("--with-ft", "ulfm")
 BRIEF = ["--failure.grace_s", "10", "--run.timeout_s", "60", "--compute.threads", "1"]
+# A rank has for certain what is lent to it before anything is computed: two leases, here 30 batches of an epoch's 45. Who computes
+# what comes later is a race: no failure at a later step than that is sure to come, unless its rank is alone.
+BRIEF += ["--data.lease_batches", "15"]
 HEAVY_BALL = ["--rule.momentum_at", "server", "--n-sync", "3"]
+# longer than `finish` waits: a job that ends has not come to its limit
+PATIENT = ["--run.timeout_s", "900", "--failure.grace_s", "900"]
 TOPK = ["--exchange.wire", "topk", "--exchange.density", "0.05", "--exchange.fetch_wire", "float16"]
 TOPK += ["--model", "networks_for_tests:broad"]
 
@@ -83,6 +88,10 @@ class Site:
         while not happened():
             assert time.monotonic() < until, "it did not happen"
             time.sleep(0.02)
+
+    def wait_for_held(self, *ranks):
+        """Until each of these is in a step that lasts (`networks_for_tests:restless`)."""
+        self.wait_for(lambda: all((self.directory / f"held.{rank}").exists() for rank in ranks))
 
     def events(self, kind):
         return [
@@ -144,11 +153,16 @@ def test_a_run_that_is_left_amid_a_push_of_diloco_delivers_it_and_replays_over_t
     site.check()
 
 
-def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers_goes_on(site):
-    process = site.start(2, epochs=8)
-    site.wait_for(lambda: site.run.pushes.exists() and site.run.pushes.stat().st_size > 1000)
+def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers_goes_on(
+    site, monkeypatch
+):
+    with monkeypatch.context() as held:
+        held.setenv("HOLD_FROM", "20")
+        process = site.start(2)
+    site.wait_for_held(1, 2)
     os.kill(process.pid, signal.SIGUSR2)
     left = finish(process)
+    assert [push.positions for push in history.pushes(site.run)][:38] == 38 * [32]
     assert left.returncode == 75, left.stdout + left.stderr
     point = resume.find(site.run)
     # nothing was in flight any more
@@ -160,8 +174,8 @@ def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers
         f"goes on at version {point.version}" in said.stdout and "lost: 0 pushes" in said.stdout
     ), said.stdout + said.stderr
     assert site.run.restarts == [0]
-    site.train(1, status=0, epochs=8)
-    assert site.check(epochs=8)["restart"] == 1
+    site.train(1, status=0)
+    assert site.check()["restart"] == 1
     summary = summarize(site.run)
     assert summary.status == "finished" and [start.num_workers for start in summary.restarts] == [
         2,
@@ -175,7 +189,7 @@ def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers
     assert len(told) == len(summary.validations) and all(
         event.samples == samples[event.version] for event in told
     )
-    done = site.train(1, status=0, epochs=8)
+    done = site.train(1, status=0)
     assert "nothing is left to do" in done.stdout
 
 
@@ -191,7 +205,7 @@ def test_a_signal_to_the_launcher_saves_everything_and_another_number_of_workers
     ids=["default", "auto", "ssp", "sync", "warm start"],
 )
 def test_workers_that_are_killed_are_retired_and_the_others_go_on(site, options):
-    # After a warm start of 3 epochs, 135 batches are left for whoever asks: each of the two takes this few for certain.
+    # after a warm start of 3 epochs 105 batches or more are left: both get their two leases
     site.train(
         3,
         *options,
@@ -236,10 +250,10 @@ def test_the_best_checkpoint_of_an_elastic_rule_is_the_centre_not_the_worker_tha
     assert f"{directory} differs from its replay in " in capsys.readouterr().out
 
 
-def test_without_fault_tolerance_the_job_ends_within_seconds_and_resumes(site):
-    began = time.monotonic()
-    site.train(2, "--inject", "kill@step20:rank1", "--checkpoint.every_s", "0.1", status=137)
-    assert time.monotonic() - began < 60 and not site.run.finished.exists()
+def test_without_fault_tolerance_the_job_ends_before_any_limit_and_resumes(site):
+    options = ["--checkpoint.every_s", "0.1", *PATIENT]
+    site.train(2, "--inject", "kill@step20:rank1", *options, status=137)
+    assert not site.run.finished.exists()
     site.train(2, status=0)
     site.check()
 
@@ -282,8 +296,10 @@ def test_a_worker_that_is_stopped_is_retired_and_comes_back_as_a_new_member(site
     )
     site.check(epochs=8)
     losses, refusals = site.events(Retirement), site.events(Refusal)
-    assert [loss.rank for loss in losses][:1] == [1] and not any(loss.for_good for loss in losses)
-    assert any("retired worker" in event.reason for event in refusals)
+    # on a machine with much else to do the other one may be silent for a second, too
+    assert 1 in {loss.rank for loss in losses} and not any(loss.for_good for loss in losses)
+    assert all("nothing has come from it for" in loss.reason for loss in losses)
+    assert any(event.rank == 1 and "retired worker" in event.reason for event in refusals)
 
 
 def test_a_push_that_makes_no_sense_is_refused_and_its_sender_retired(site, monkeypatch):
@@ -318,7 +334,7 @@ def test_a_stall_is_written_down_with_the_stacks_of_all_ranks(site):
     done = site.train(
         2,
         "--inject",
-        "stall:4s@step9:rank1",
+        "stall:8s@step9:rank1",
         "--failure.stall_s",
         "1",
         "--checkpoint.every_s",
@@ -326,52 +342,48 @@ def test_a_stall_is_written_down_with_the_stacks_of_all_ranks(site):
         status=0,
         epochs=6,
     )
-    first = sorted(path.name.split(".")[0] for path in site.run.stalls.iterdir())[0]
-    texts = [(site.run.stalls / f"{first}.rank{rank:03d}.txt").read_text() for rank in range(3)]
+    # on a machine with much else to do there may be other stalls
+    told = [
+        number
+        for number in site.run.stall_requests
+        if "fault_injection.py" in (site.run.stalls / f"{number}.rank001.txt").read_text()
+    ]
+    assert told and "stall: rank 1" in done.stderr
+    texts = [(site.run.stalls / f"{told[0]}.rank{rank:03d}.txt").read_text() for rank in range(3)]
     assert all("no progress for" in text and "most recent call first" in text for text in texts)
-    assert (
-        "in compute" in texts[1]
-        and "fault_injection.py" in texts[1]
-        and "stall: rank 1" in done.stderr
-    )
+    assert "in compute" in texts[1]
 
 
 def test_when_the_server_dies_the_workers_end_and_only_what_came_after_the_checkpoint_is_lost(site):
-    began = time.monotonic()
     done = site.train(
         2,
         "--inject",
         "kill@step60:rank0",
         "--checkpoint.every_s",
         "0.2",
+        *PATIENT,
         status=(1, 2, 137),
         ulfm=True,
     )
-    assert (
-        "the server's process (rank 0) has ended" in done.stderr and time.monotonic() - began < 60
-    )
+    assert "the server's process (rank 0) has ended" in done.stderr
     assert not site.run.finished.exists()
     site.train(1, status=0)
     site.check()
 
 
 def test_when_the_server_of_a_slice_dies_the_job_ends_with_its_name_and_fewer_go_on(site):
-    began = time.monotonic()
     done = site.train(
         2,
         "--inject",
         "kill@step20:rank3",
         "--checkpoint.every_s",
         "0.2",
+        *PATIENT,
         status=(1, 2, 137),
         ulfm=True,
         servers=2,
     )
-    assert (
-        "(rank 3) has ended" in done.stderr
-        and time.monotonic() - began < 60
-        and not site.run.finished.exists()
-    )
+    assert "(rank 3) has ended" in done.stderr and not site.run.finished.exists()
     site.train(1, status=0)
     site.check()
 
@@ -386,41 +398,43 @@ def test_when_the_server_of_a_slice_dies_the_job_ends_with_its_name_and_fewer_go
 )
 def test_a_run_goes_on_with_another_number_of_servers_and_their_state(site, options):
     """Also: a worker that is killed while others serve, and a signal to a server of a slice."""
-    site.train(3, *options, "--inject", "term@step20:rank1,kill@step9:rank3", status=75, ulfm=True)
-    site.train(2, *options, "--inject", "term@step10:rank4", status=75, servers=3)
-    site.train(2, *options, "--inject", "kill@step9:rank2", status=3, servers=2, ulfm=True)
-    site.check()
-
-
-def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(site):
-    process = site.start(
-        1,
-        "--inject",
-        "slow:6x@rank1,stall:90s@step60:rank1",
-        "--checkpoint.every_s",
-        "0.2",
-        "--failure.grace_s",
-        "60",
-        "--failure.stall_s",
-        "2",
+    # without an end, lest the others come to it first
+    site.train(3, *options, "--inject", "term@step20:rank1", status=75, epochs=ENDLESS)
+    site.train(2, *options, "--inject", "term@step10:rank4", status=75, servers=3, epochs=ENDLESS)
+    # two epochs more; of what comes back, which is lent first, a piece may be one batch
+    epochs = 2 + -(-resume.find(site.run).ledger["lent"] // SAMPLES)
+    site.train(
+        2,
+        *[*options, "--override", "run.epochs", "--inject", "kill@step2:rank2"],
+        status=3,
+        servers=2,
+        ulfm=True,
+        epochs=epochs,
     )
-    site.wait_for(lambda: list(site.run.checkpoints.glob("v*")))
-    site.wait_for(site.run.stalls.exists)
+    site.check(epochs)
+
+
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(site, monkeypatch):
+    """The first one is not enough: rank 1 does not finish its step, and there is time for that."""
+    monkeypatch.setenv("HOLD_ONCE", "run/checkpoints/v*")
+    process = site.start(1, *PATIENT, "--checkpoint.every_s", "0.2", epochs=ENDLESS)
+    site.wait_for_held(1)
     server = ranks_of(process)[0]
-    os.kill(server, signal.SIGTERM)
-    time.sleep(2.5)
-    os.kill(server, signal.SIGTERM)
-    began = time.monotonic()
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGTERM)
+        time.sleep(1.0)  # those that come within 2 s of the first one are taken for the same
     done = finish(process)
-    assert time.monotonic() - began < 15 and done.returncode == 128 + signal.SIGTERM, (
-        done.stdout + done.stderr
-    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
     assert resume.find(site.run).version > 0
 
 
-def test_two_jobs_in_one_directory_are_told(site):
-    process = site.start(1, "--inject", "slow:20x@rank1")
-    site.wait_for(lambda: site.run.pushes.exists())
+def test_two_jobs_in_one_directory_are_told(site, monkeypatch):
+    with monkeypatch.context() as held:
+        held.setenv("HOLD_FROM", "20")
+        process = site.start(1)
+    site.wait_for_held(1)
     second = site.train(1, status=2)
     os.kill(process.pid, signal.SIGUSR2)
     first = finish(process)
@@ -443,9 +457,8 @@ def test_settings_that_differ_are_refused_with_both_values_unless_they_are_meant
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(site):
-    site.train(
-        1, "--inject", "slow:6x@rank1,term@step100:rank1", "--checkpoint.every_s", "0.2", status=75
-    )
+    # one at the second look around or soon, 0.1 s after the first: long before step 100; and the last one
+    site.train(1, "--inject", "term@step100:rank1", "--checkpoint.every_samples", "64", status=75)
     newest, older = [path for path, _ in checkpoint.resumable(site.run)][:2]
     (newest / "model.pt").write_bytes(b"nothing")
     done = site.train(1, status=0)
