@@ -3,6 +3,7 @@
 import sys
 import threading
 
+from asgd_mpi.comm import wait
 from asgd_mpi.record.events import EventLog, read_events
 from asgd_mpi.record.meter import Meter
 
@@ -21,6 +22,7 @@ def test_what_threads_count_while_intervals_are_written_is_all_there(tmp_path):
     threads = [threading.Thread(target=count, args=[number]) for number in range(4)]
     for thread in threads:
         thread.start()
+    wait.until(lambda: min(counted) > 0, 60, "every thread to begin")
     for _ in range(500):
         meter.tick()
     is_over.set()
@@ -32,7 +34,6 @@ def test_what_threads_count_while_intervals_are_written_is_all_there(tmp_path):
     intervals = list(read_events(tmp_path / "log.jsonl"))
     assert (
         sum(interval.read_retries for interval in intervals) == sum(counted)
-        and min(counted) > 0
         and len(intervals) == 501
     )
 

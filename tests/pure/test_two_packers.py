@@ -18,6 +18,8 @@ from data_prep.verify import verify
 
 REPOSITORY = Path(__file__).parents[2]
 SHARD = 16
+# no process has this number, now or later
+NOBODY = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +48,17 @@ def test_the_first_directory_is_taken_whole_and_the_second_packer_is_told(tmp_pa
 def test_what_a_dead_process_left_is_removed_at_once_and_what_another_machine_makes_only_when_it_is_old(
     tmp_path, monkeypatch
 ):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    kept = takeover.own(tmp_path / "of this process")
-    names = {
-        name: takeover.own(tmp_path / name)
-        for name in ("of a dead process", "of another machine", "of long ago")
+    own = takeover.whoami()
+    owners = {
+        "of this process": own,
+        "of a dead process": f"{own.split('.')[0]}.{NOBODY}",
+        "of another machine": f"other.{os.getpid()}",
+        "of long ago": f"other.{os.getpid()}",
     }
-    for name, path in {"of this process": kept, **names}.items():
-        machine, process = path.name.split(".")[-4:-2]
-        path = names[name] = path.with_name(
-            path.name.replace(process, str(dead.pid))
-            if name == "of a dead process"
-            else path.name
-            if name == "of this process"
-            else path.name.replace(machine, "other")
-        )
+    names = {}
+    for name, owner in owners.items():
+        path = takeover.own(tmp_path / name)
+        path = names[name] = path.with_name(path.name.replace(f".{own}.", f".{owner}."))
         path.mkdir()
         (path / "file").write_text(name)
     for path in (names["of long ago"] / "file", names["of long ago"]):
