@@ -1,10 +1,14 @@
 """How a packet is cut into messages."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from asgd_mpi.comm import packets, world
-from asgd_mpi.protocol.messages import HEADER_BYTES
+from asgd_mpi.comm.layout import Layout
+from asgd_mpi.protocol.messages import HEADER_BYTES, Header, Kind, pack_header
 
 
 @pytest.mark.parametrize("size, parts", [(0, 0), (1, 1), (999, 1), (1000, 1), (1001, 2), (5000, 5)])
@@ -37,3 +41,40 @@ def test_a_packet_has_as_many_messages_whatever_its_payload(monkeypatch, num_byt
         received.bytes[: HEADER_BYTES + num_bytes], sent.bytes[: HEADER_BYTES + num_bytes]
     )
     assert not received.bytes[HEADER_BYTES + num_bytes :].any()
+
+
+class ProbedComm:
+    """MPI as Open MPI does it: a probe that finds nothing takes in what has come, and does not look again."""
+
+    def __init__(self, on_the_way: dict[int, bytes]):
+        self.on_the_way, self.there = on_the_way, {}
+
+    def Improbe(self, source, tag, status):
+        if source not in self.there:
+            self.there |= self.on_the_way
+            self.on_the_way = {}
+            return None
+        content = self.there.pop(source)
+        status.Set_elements(packets.MPI.BYTE, len(content))
+
+        def receive(where):
+            where[0][:] = np.frombuffer(content, np.uint8)
+            return SimpleNamespace(Test=lambda: True)
+
+        return SimpleNamespace(Irecv=receive)
+
+
+def test_a_server_takes_all_packets_that_have_come_and_not_all_but_the_first_workers():
+    """One that is left would wait for a whole pass, and the pass would serve fewer workers than it could."""
+    sent = {
+        worker + 1: pack_header(Header(Kind.HERE, worker, 1, 0, 0, 0, 0)) for worker in range(3)
+    }
+    layout = Layout(16, 3, 4)
+    window = SimpleNamespace(
+        layout=layout, whole=layout, payloads=dict.fromkeys(range(4), torch.zeros(64)), answer=int
+    )
+    inbox = packets.Inbox(SimpleNamespace(comm=ProbedComm(sent)), window)
+    arrivals = inbox.take(1.0)
+    assert sorted(arrival.header.worker for arrival in arrivals) == [0, 1, 2]
+    # the fourth is waited for, and these again
+    assert inbox.take(0.0) == []
