@@ -32,8 +32,10 @@ SAMPLE, TRIES = (
 )  # bytes of a message whose speed is measured, and how often: the first one opens the connection
 SMALL, LARGE = 50, 5  # repetitions of a message of one word, and of one of the window's size
 SILENCE_S = 1.0  # rank 0 stays out of MPI for so long,
-# ... and a read that begins this much later must be over by half of what is left
+# ... and a read that begins this much later must be over by half of what is left,
 PATIENCE_S = 0.2
+# ... as long as it begins no later than this: then at least as much is left of rank 0's sleep
+LATE_S = (SILENCE_S + PATIENCE_S) / 2
 THREAD_LEVELS = {
     MPI.THREAD_SINGLE: "single",
     MPI.THREAD_FUNNELED: "funneled",
@@ -240,14 +242,27 @@ class WindowProbe:
                 f"{self.world.size} ranks counted one word up from 0, and it is {count[0]}"
             )
 
-    def silent_target(self, is_prober: bool) -> float | None:
-        """Seconds that a prober's read took while rank 0 slept outside MPI; None on other ranks."""
+    def silent_target(self, probers: Sequence[int]) -> tuple[float, bool] | None:
+        """Seconds that a prober's read took while rank 0 slept outside MPI, and whether it began in time; None on other ranks.
+
+        Rank 0 goes to sleep after it has heard of every prober, and tells them before: a read that begins within LATE_S of
+        the prober's own word begins while rank 0 sleeps, however late either of them is.
+        """
+        word = np.zeros(1, np.int64)
         if self.world.is_server:
+            for prober in probers:
+                self._receive(word, prober)
+            for prober in probers:
+                self._send(word, prober)
             time.sleep(SILENCE_S)
-        if not is_prober:
+        if self.world.rank not in probers:
             return None
+        said = time.perf_counter()
+        self._send(word, SERVER)
+        self._receive(word, SERVER)
         time.sleep(PATIENCE_S)
-        return self._timed(lambda: self._read(self._seen))
+        is_in_time = time.perf_counter() - said <= LATE_S
+        return self._timed(lambda: self._read(self._seen)), is_in_time
 
     def free(self) -> None:
         for window in reversed(self._windows):

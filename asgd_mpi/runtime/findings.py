@@ -6,6 +6,7 @@ training would fail of, or be many times slower for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -97,7 +98,7 @@ class Findings:
     hdf5: str = ""  # version and build
     locking: Locking | None = None
     window: str = ""  # what could be found out of how it is carried
-    # by prober: a read while rank 0 slept
+    # by prober: a read while rank 0 slept; nan if none began in time
     silent_s: dict[int, float] = field(default_factory=dict)
     patience_s: float = 0.0  # the longest such a read takes if it needs nobody
     links: list[Link] = field(default_factory=list)
@@ -276,7 +277,14 @@ def _silent_target(found: Findings) -> Iterator[Row]:
     for rank, seconds in found.silent_s.items():
         host = found.places.hosts[rank]
         fact = f"a read from {host} while rank 0 sleeps takes {_seconds(seconds)}"
-        if seconds <= found.patience_s:
+        if math.isnan(seconds):
+            yield Row(
+                "silent target",
+                NOTE,
+                f"a read from {host} never began while rank 0 slept: rank {rank} was too late each time; are there more "
+                "ranks than cores?",
+            )
+        elif seconds <= found.patience_s:
             yield Row("silent target", OK, fact)
         elif host != server:
             yield Row(
