@@ -106,6 +106,22 @@ def test_a_script_trains_a_task_alone_and_on_every_rank(openmpi, tmp_path, capsy
     assert "the weights are the same to the bit" in capsys.readouterr().out
 
 
+# over 10 s are left of a run when it has saved for the first time, and no step takes a multiple of what it should
+SLOWLY = """
+import time
+from pathlib import Path
+import own_tasks
+
+
+def slowly(self, *arguments, loss=own_tasks.Regression.loss):
+    time.sleep(0.1 * Path("slow").exists())
+    return loss(self, *arguments)
+
+
+own_tasks.Regression.loss = slowly
+"""
+
+
 def alone(openmpi, *words, number=None):
     """Run script.py in a process, and ask it to leave by a signal once it has saved; returns (status, what it said)."""
     saved = set(Path("run/checkpoints").glob("v*"))
@@ -125,19 +141,21 @@ def test_a_script_that_is_asked_to_leave_saves_says_so_and_goes_on(
 ):
     """By either signal, with status 75; a dry run of what goes on writes nothing."""
     monkeypatch.chdir(tmp_path)
-    Path("script.py").write_text(SCRIPT)
+    Path("script.py").write_text(SLOWLY + SCRIPT)
+    slow = Path("slow")
+    slow.touch()
     # sums of two batches diverge at this rate, in the epochs that the script asks for
     begin = ("--run.dir", "run", "--checkpoint.every_samples", "100", "--exchange.n_push", "1")
-    status, said = alone(openmpi, *begin, "--inject", "slow:30x@rank1", number=signal.SIGUSR2)
+    status, said = alone(openmpi, *begin, number=signal.SIGUSR2)
     assert status == 75 and "asked to end by" in said and "it is" not in said, said
     files = sorted(Path("run").rglob("*"))
     status, dry = alone(openmpi, "--resume", "run", "--dry-run")
     assert status == 0 and "goes on at version" in dry and "it is" not in dry, dry
     assert sorted(Path("run").rglob("*")) == files
-    slow = ("--resume", "run", "--inject", "slow:30x@rank1")
-    status, said = alone(openmpi, *slow, number=signal.SIGTERM)
+    status, said = alone(openmpi, "--resume", "run", number=signal.SIGTERM)
     assert status == 75 and "go on with --resume run" in said and "it is" not in said, said
-    status, said = alone(openmpi, "--resume", "run", "--inject", "")
+    slow.unlink()
+    status, said = alone(openmpi, "--resume", "run")
     assert status == 0 and "run it is, False" in said, said
     assert command.main(["run", "--audit"]) == 0
     assert replay.main(["run", "--task", "own_tasks:Regression"]) == 0

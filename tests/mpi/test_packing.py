@@ -130,21 +130,31 @@ def test_a_development_kit_that_is_none_or_that_counts_other_images_is_an_error(
 def test_killed_at_any_moment_and_started_again_it_gives_byte_identical_files(
     made, tmp_path, workers
 ):
-    wait, kills = random.Random(workers), 0
+    dice = random.Random(workers)
+    # on a busy machine it may be done before it is killed: that says nothing
+    assert any(
+        killed_until_it_is_done(made, tmp_path / f"out{attempt}", workers, dice)
+        for attempt in range(10)
+    )
+
+
+def killed_until_it_is_done(made, out, workers, dice) -> int:
+    """Kill a packing and start it again until it is done; return how many were killed."""
+    kills = 0
     for _ in range(6):
-        process = start(made / "archives", tmp_path / "out", "--workers", str(workers))
-        while process.poll() is None and not (tmp_path / "out/.packing/plan.json").exists():
+        process = start(made / "archives", out, "--workers", str(workers))
+        while process.poll() is None and not (out / ".packing/plan.json").exists():
             time.sleep(0.001)
-        time.sleep(wait.uniform(0, 0.08))
-        os.kill(process.pid, signal.SIGKILL)  # its processes must not go on writing
+        time.sleep(dice.uniform(0, 0.08))
+        process.kill()  # its processes must not go on writing
         process.communicate(timeout=60)  # until the processes that it has started are gone, too
         kills += process.returncode == -signal.SIGKILL
-        if (tmp_path / "out" / MANIFEST).exists():
+        if (out / MANIFEST).exists():
             break
     else:
-        prepare(made / "archives", tmp_path / "out", shard_size=SHARD)
-    assert kills > 0
-    assert contents(tmp_path / "out") == contents(made / "packed")
+        prepare(made / "archives", out, shard_size=SHARD)
+    assert contents(out) == contents(made / "packed")
+    return kills
 
 
 def test_a_bad_image_stops_all_processes_and_once_it_is_replaced_the_packing_goes_on(tmp_path):
