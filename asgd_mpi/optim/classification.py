@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from asgd_mpi.data.loader import Batch
+from asgd_mpi.optim.divided import Divided, Share
 from asgd_mpi.optim.objective import Scores
 
 # Weights of auxiliary losses: Szegedy et al. 2014, arXiv:1409.4842, section 5; torchvision's references
@@ -52,6 +53,27 @@ class Classification:
             "top1": (int(right[:, 0].sum()), len(labels)),
             "top5": (int(right.sum()), len(labels)),
         }
+
+
+class DividedClassification(Divided):
+    """The first stage takes the images, the last one the labels, which are all that it has to know of a batch."""
+
+    def taken(self, inputs: Inputs) -> torch.Tensor:
+        return inputs[0]
+
+    def loss(self, outputs: torch.Tensor, inputs: tuple[Any, torch.Tensor]) -> torch.Tensor:
+        return loss_of(outputs, inputs[1])
+
+    def share(self, batch: Batch) -> Share:
+        return None, (batch.labels,)
+
+    def prepare(
+        self, share: Share, size: int, epoch: int, start: int, device: torch.device
+    ) -> tuple[None, torch.Tensor]:
+        return None, share[1][0].to(device, non_blocking=True)
+
+    def whole(self, lead: Any) -> Any:
+        return lead
 
 
 def outputs_of(outputs: Any) -> tuple:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from asgd_mpi.config.options import ComputeConfig
-from asgd_mpi.optim.classification import loss_of
+from asgd_mpi.optim.divided import Divided
 from asgd_mpi.optim.local_state import SpreadVectors
 from asgd_mpi.optim.objective import Batch, Objective, Tally, parts_of, sizes_of
 from asgd_mpi.pipeline import pipeline
@@ -99,34 +99,36 @@ def autocast(device: torch.device, compute: ComputeConfig) -> torch.autocast:
 
 @dataclass(frozen=True)
 class Parts:
-    """What all stages must know of a batch beside its images: the parts that it is computed in, and their seeds."""
+    """What all stages must know of a batch beside its samples: the parts that it is computed in, and their seeds."""
 
     epoch: int
     start: int
-    labels: list[int]
+    size: int
     seed: int
     scale: float  # of the loss
-    smallest: int = 1  # images of a part
+    smallest: int = 1  # samples of a part
 
     def count(self, compute: ComputeConfig) -> int:
-        return num_parts(len(self.labels), compute, self.smallest)
+        return num_parts(self.size, compute, self.smallest)
 
     def work(
-        self, images: torch.Tensor | None, device: torch.device, compute: ComputeConfig
+        self, inputs: Any, divided: Divided, device: torch.device, compute: ComputeConfig
     ) -> pipeline.Work:
-        """For the stages on `device`; only the first one needs the images."""
-        labels = torch.tensor(self.labels).to(device, non_blocking=True)
-        truths = labels.tensor_split(self.count(compute))
-        parts: Sequence[torch.Tensor] = ()
-        if images is not None:
-            parts = images.tensor_split(len(truths))
-        begins = list(itertools.accumulate(map(len, truths), initial=self.start))
+        """For the stages on `device`; only the first and the last one need the inputs."""
+        count = self.count(compute)
+        sizes = sizes_of(self.size, count)
+        begins = list(itertools.accumulate(sizes, initial=self.start))
+        parts = [] if inputs is None else parts_of(inputs, self.size, count)
 
-        def loss(part: int, scores: torch.Tensor) -> torch.Tensor:
-            return loss_of(scores, truths[part]) * (len(truths[part]) / len(labels) * self.scale)
+        def taken(part: int) -> torch.Tensor:
+            with autocast(device, compute):
+                return divided.taken(parts[part])
+
+        def loss(part: int, outputs: torch.Tensor) -> torch.Tensor:
+            return divided.loss(outputs, parts[part]) * (sizes[part] / self.size * self.scale)
 
         return pipeline.Work(
-            parts.__getitem__,
+            taken,
             lambda part: seed_(device, self.seed, self.epoch, begins[part]),
             loss,
             generator_of(device),
@@ -134,10 +136,10 @@ class Parts:
         )
 
 
-def looking(images: torch.Tensor | None, device: torch.device) -> pipeline.Work:
-    """Work on images (B, C, S, S) in one part whose `loss` is their scores; only the first stage needs the images."""
+def looking(taken: torch.Tensor | None, device: torch.device) -> pipeline.Work:
+    """Work on what the network takes, in one part, whose `loss` is what comes out; only the first stage needs it."""
     return pipeline.Work(
-        lambda part: images, lambda part: None, lambda part, scores: scores, generator_of(device)
+        lambda part: taken, lambda part: None, lambda part, outputs: outputs, generator_of(device)
     )
 
 

@@ -153,7 +153,7 @@ class ColumnAtWork:
         if segment == 0:
             work.seed(step.part)
         if self._has_images(step):
-            theirs = work.images(step.part)
+            theirs = work.taken(step.part)
             link.activations.put(self._crossing(step), (theirs,))
         else:
             [theirs] = link.activations.take(self._crossing(step))
@@ -236,16 +236,17 @@ class _Weighed(ColumnAtWork):
             super().do(step)
 
 
-def rows(module: nn.Module, shape: tuple[int, ...], vectors: int) -> list[Row]:
-    """Return what each column holds and sends, for images (b, C, S, S). Raises ConfigError if they cannot be computed apart.
+def rows(module: nn.Module, sample: torch.Tensor, vectors: int) -> list[Row]:
+    """Return what each column holds and sends. Raises ConfigError if they cannot be computed apart.
 
-    vectors: copies of a column's trained parameters that a rank keeps: weights, gradient, and those of the update rule.
+    sample: what the network takes, of which shape and type count, such as images (b, C, S, S). vectors: copies of a column's
+    trained parameters that a rank keeps: weights, gradient, and those of the update rule.
     """
     outline = on_meta(module)
     names = {part: name for name, part in outline.named_modules()}
     both = columns_of(outline)
     work = Work(
-        lambda part: torch.empty(shape, device="meta"),
+        lambda part: torch.empty_like(sample, device="meta"),
         lambda part: None,
         lambda part, scores: scores.sum(),
         torch.Generator(),

@@ -57,7 +57,7 @@ def trace(module: nn.Module) -> fx.GraphModule:
     except Exception as error:  # the network's own code runs in it
         raise ConfigError(
             f"the network cannot be cut into stages, since torch.fx cannot trace it: {type(error).__name__}: {error}. What "
-            "it does must not depend on the values or the number of the images; put a part that does into a module without "
+            "it does must not depend on the values or the number of the samples; put a part that does into a module without "
             "children, which is kept in one piece."
         ) from error
     finally:
@@ -71,18 +71,16 @@ def trace(module: nn.Module) -> fx.GraphModule:
             )
     if sum(node.op == "placeholder" for node in training.nodes) != 1:
         raise ConfigError(
-            "the network cannot be cut into stages: its forward must take the images and nothing else."
+            "the network cannot be cut into stages: its forward must take one tensor and nothing else."
         )
     [output] = [node.args[0] for node in training.nodes if node.op == "output"]
     if not isinstance(output, fx.Node):
-        raise ConfigError(
-            "the network cannot be cut into stages: it must return one tensor, the scores."
-        )
+        raise ConfigError("the network cannot be cut into stages: it must return one tensor.")
     return fx.GraphModule(module, training)
 
 
 class Graph:
-    """A traced network and, once it is asked for, what a run on `shape` (B, C, S, S) shows. n: the number of its nodes.
+    """A traced network and, once it is asked for, what a run on `sample` shows, of which shape and type count. n: the number of its nodes.
 
     nodes        the n calls, in order; sizes[value]: bytes of a tensor
     saved[k]     {storage: bytes} of what backward needs of node k; a storage that several nodes save has one key
@@ -90,8 +88,8 @@ class Graph:
     parameters[k]  how many numbers node k brings that no node before it has used; trained[k]: those that are not frozen
     """
 
-    def __init__(self, traced: fx.GraphModule, shape: tuple[int, ...]):
-        self.traced, self.shape = traced, shape
+    def __init__(self, traced: fx.GraphModule, sample: torch.Tensor):
+        self.traced, self.sample = traced, sample
         self.nodes = [node for node in traced.graph.nodes if node.op.startswith("call_")]
         self._place = {node: place for place, node in enumerate(self.nodes)}
         self._last_use = {
@@ -126,7 +124,7 @@ class Graph:
     def _shown(self) -> _Run:
         """The first one of a process takes a second, since torch then loads what it knows of shapes."""
         run = _Run(on_meta(self.traced))
-        run.run(torch.empty(self.shape, device="meta"))
+        run.run(torch.empty_like(self.sample, device="meta"))
         return run
 
     @cached_property

@@ -80,9 +80,9 @@ class TwoWays:
 class Work:
     """What is to be done with the parts of a batch, by their number; the first and the last stage need all of it."""
 
-    images: Callable[[int], torch.Tensor | None]  # (b, C, S, S); the first stage alone has them
+    taken: Callable[[int], torch.Tensor | None]  # by the network; the first stage alone has it
     seed: Callable[[int], None]  # sets the random numbers
-    # of the scores (b, classes): what is differentiated
+    # of what comes out of the network: what is differentiated
     loss: Callable[[int, torch.Tensor], torch.Tensor]
     generator: torch.Generator  # the random numbers
     autocast: Callable[[], AbstractContextManager] = nullcontext
@@ -137,7 +137,7 @@ class StageAtWork:
         work = self._work
         if self._before is None:
             work.seed(part)
-            taken = (work.images(part),)
+            taken = (work.taken(part),)
         else:
             *taken, state = self._before.activations.take(part)
             # of a view torch takes what its storage begins with

@@ -31,16 +31,16 @@ class Seconds:
         return Seconds(self.forward + other.forward, self.backward + other.backward)
 
 
-def measure(graph: Graph, images: torch.Tensor, repeats: int = 3) -> list[Seconds]:
-    """Return what each node takes on `images` (b, C, S, S), on their device: medians, after one run that does not count.
+def measure(graph: Graph, sample: torch.Tensor, repeats: int = 3) -> list[Seconds]:
+    """Return what each node takes on a sample (b, ...), on its device: medians, after one run that does not count.
 
     The network is left as it is: a copy is measured, and the random numbers are set back.
     """
     traced = copy.deepcopy(graph.traced).train()
-    gpus = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus, device_type=images.device.type):
-        run = _TimedRun(traced, images.device, repeats)
-        run.run(images)
+    gpus = [sample.device] if sample.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus, device_type=sample.device.type):
+        run = _TimedRun(traced, sample.device, repeats)
+        run.run(sample)
     return [run.seconds[node.name] for node in graph.nodes]
 
 
@@ -150,7 +150,7 @@ class StagePlan:
         self, graph: Graph, batch: Batch, seconds: Sequence[Seconds] | None = None, vectors: int = 3
     ):
         self.graph, self.batch, self.vectors = graph, batch, vectors
-        self._scale = batch.images / graph.shape[0]
+        self._scale = batch.images / graph.sample.shape[0]
         if seconds:
             self._until = list(accumulate(seconds, initial=Seconds(0.0, 0.0)))
         else:

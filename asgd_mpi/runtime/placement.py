@@ -58,7 +58,7 @@ class StagePlacement:
         )
         if not is_server:
             adopt_([role.module for role in roles], module)
-            self._member = (self.team, window, module, roles[stage], device, config)
+            self._member = (self.team, window, module, roles[stage], device, config, task.divided)
 
     def take(self) -> tuple:
         """Return what a Leader or an Assistant is made of; once, so that nobody else holds on to the uncut network."""
@@ -75,9 +75,10 @@ def _chain(
     """
     asked, plan, measured, told = task.config.stages, task.stage_plan(module), None, None
     if asked.balance == "time" and world.rank == 1:
-        measured = [
-            vars(each) for each in measure(plan.graph, torch.rand(plan.graph.shape).to(device))
-        ]
+        sample = plan.graph.sample
+        if sample.is_meta:
+            sample = torch.rand(sample.shape)
+        measured = [vars(each) for each in measure(plan.graph, sample.to(device))]
     found, decided = world.gather(measured)[1], None
     if world.is_server:
         seconds = [Seconds(**each) for each in found] if found else None

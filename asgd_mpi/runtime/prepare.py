@@ -20,9 +20,9 @@ from asgd_mpi.record import checkpoint, disk, tensorboard
 from asgd_mpi.record.disk import write_whole
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.unit import counted
-from asgd_mpi.runtime import checkpointer, preflight, resume, trust
+from asgd_mpi.runtime import checkpointer, divisible, preflight, resume, trust
 from asgd_mpi.task import OpenedTask, Task, complete, for_workers, open_task, told
-from asgd_mpi.task.own import OWN, find, with_options
+from asgd_mpi.task.own import OWN, OwnTask, find, with_options
 from asgd_mpi.vector.flat import num_floats
 from asgd_mpi.vector.groups import told as told_groups
 
@@ -93,13 +93,20 @@ def prepare(
     task, suited = for_workers(open_task(config, own=own), asked, num_workers)
     for line in [*told(task), *suited]:
         tell(line)
-    if num_stages > 1 and task.is_own:
+    if num_stages > 1 and not task.computes:
         raise ConfigError(
-            f"--stages.number {num_stages}: networks of image classification can be cut, whose loss is ours; a task of your own "
-            "has one of its own. Leave --stages out."
+            f"--stages.number {num_stages}: your loop computes on a whole network, of which no rank has all. Give a task of your own "
+            "(asgd_mpi.Task), whose loss is computed by the stages, or leave --stages out."
         )
     module = task.first_module(tell)
+    task.train_loader().close()
+    task, notes, carried = preflight.try_out_(task, module)
+    config = task.config
+    for note in notes:
+        tell(note)
     if num_stages > 1:
+        if isinstance(task, OwnTask):
+            divisible.demand(task, module)
         if config.stages.cut == "columns":
             task.rows_of_columns(module)
         else:
@@ -114,11 +121,6 @@ def prepare(
                 f"--stages {num_stages} with --rule.momentum_at {config.rule.momentum_at} and Adam: its means are kept by workers "
                 "whose network is whole. Leave --rule.momentum_at out, and the server keeps them."
             )
-    task.train_loader().close()
-    task, notes, carried = preflight.try_out_(task, module)
-    config = task.config
-    for note in notes:
-        tell(note)
     _demand_measurable(task)
     plain = exchange_choice.as_plain(config)
     rulebook.check(plain, num_workers)

@@ -1,6 +1,6 @@
 """A replica whose network is cut into stages, a chain of parts or two columns, each on a rank of its own.
 
-The leader, stage 0, is the worker that the server knows: it holds the lease, the images and the client. Every stage keeps its
+The leader, stage 0, is the worker that the server knows: it holds the lease, the samples and the client. Every stage keeps its
 own part of weights, gradient and momentum: it reads that from the server's snapshot, computes on it, and writes what is pushed
 to where the leader's client takes it from; no rank needs the whole vectors. The leader says when, which snapshot, and what
 takes all stages to know, the gradient's norm. So all compute a batch with the same version, and what is pushed, replayed and
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,12 +33,12 @@ from asgd_mpi.comm.worker_window import Snapshot, WorkerWindow
 from asgd_mpi.config import limits
 from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.config.resolved import Resolved
-from asgd_mpi.data.loader import Batch
+from asgd_mpi.optim.objective import Batch, Objective
 from asgd_mpi.errors import ServerLost, StageLost
 from asgd_mpi.model import batchnorm
 from asgd_mpi.model.memory import materialise_
 from asgd_mpi.optim.local_state import SpreadVectors, Vectors
-from asgd_mpi.optim.classification import Classification
+from asgd_mpi.optim.divided import Divided
 from asgd_mpi.optim.step import Parts, looking
 from asgd_mpi.pipeline.pipeline import Link, Role
 from asgd_mpi.pipeline.schedule import Step
@@ -117,6 +118,7 @@ class _Stage:
         role: Role,
         device: torch.device,
         config: Resolved,
+        divided: Divided,
     ):
         self.meter, self.team, self.window, self.role, self.device = (
             meter,
@@ -125,7 +127,7 @@ class _Stage:
             role,
             device,
         )
-        self.compute = config.compute
+        self.compute, self.divided = config.compute, divided
         self._places, self._measured = places_of(module, role.module), batchnorm.measured(module)
         # as its own train() has it, which its parts do not know
         with batchnorm.as_training(module):
@@ -174,13 +176,13 @@ class _Stage:
             )
         )
 
-    def compute_part(self, parts: Parts, accumulate: bool, images: torch.Tensor | None) -> float:
+    def compute_part(self, parts: Parts, accumulate: bool, inputs: Any) -> float:
         """This stage's part of the gradient of a batch; returns the loss, of the last stage."""
         if not accumulate:
             self.flat.gradient.zero_()
         count = parts.count(self.compute)
         at_work = self.role.at_work(
-            self._before, self._after, parts.work(images, self.device, self.compute)
+            self._before, self._after, parts.work(inputs, self.divided, self.device, self.compute)
         )
         for step in self._steps(count):
             self._await(lambda: at_work.can(step), f"what its step {step} needs")
@@ -193,9 +195,9 @@ class _Stage:
         return 0.0
 
     @torch.no_grad()
-    def forward_part(self, images: torch.Tensor | None) -> torch.Tensor | None:
-        """This stage's part of a forward pass without gradients; returns the scores, of the last stage."""
-        at_work = self.role.at_work(self._before, self._after, looking(images, self.device))
+    def forward_part(self, taken: torch.Tensor | None) -> torch.Tensor | None:
+        """This stage's part of a forward pass without gradients; returns what comes out, of the last stage."""
+        at_work = self.role.at_work(self._before, self._after, looking(taken, self.device))
         for step in self._steps(1):
             if step.is_forward:
                 self._await(lambda: at_work.can(step), f"what its step {step} needs")
@@ -266,7 +268,8 @@ class LeadStage(_Stage):
         *about: object,
     ):
         super().__init__(meter, team, window, module, *about)
-        self._whole, self.module, self.gradient = module, self, team.gradient
+        self._whole, self.gradient = module, team.gradient
+        self.module = self.divided.whole(self)
         self.measured, self._counts = self._measured, batchnorm.counts(module, self._measured)
         self.num_floats, self.num_statistics = num_floats(module), num_statistics(module)
         self.spread = SpreadVectors(
@@ -308,7 +311,7 @@ class LeadStage(_Stage):
     def compute_gradient_(
         self,
         flat: FlatModel,
-        objective: Classification,
+        objective: Objective,
         batch: Batch,
         seed: int,
         accumulate: bool = False,
@@ -317,19 +320,20 @@ class LeadStage(_Stage):
         smallest: int = 1,
     ) -> float:
         """Do what `step.compute_gradient_` does, for the whole network."""
-        images, labels = objective.prepare(batch, self.device)
-        parts = Parts(batch.epoch, batch.start, labels.tolist(), seed, scale, smallest)
+        inputs = objective.prepare(batch, self.device)
+        parts = Parts(batch.epoch, batch.start, batch.size, seed, scale, smallest)
+        words, tensors = self.divided.share(batch)
         started = time.perf_counter()
-        self._tell(do="compute", accumulate=accumulate, parts=asdict(parts))
-        self.compute_part(parts, accumulate, images)
+        self._tell(tensors, do="compute", accumulate=accumulate, parts=asdict(parts), share=words)
+        self.compute_part(parts, accumulate, inputs)
         loss = self._await_all()[-1]["result"]
         self.meter.add(pipelined=time.perf_counter() - started)
         return loss / scale
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the scores (B, classes) of images (B, C, S, S), in the mode that was set last."""
+    def __call__(self, taken: torch.Tensor) -> torch.Tensor:
+        """Return what the network makes of what it takes, in the mode that was set last."""
         self._tell(do="forward")
-        self.forward_part(images)
+        self.forward_part(taken)
         [scores] = self._scores.take(0)
         self._await_all()
         return scores
@@ -368,11 +372,11 @@ class LeadStage(_Stage):
             **self._counts,
         }
 
-    def recalibrate_(self, passes: Iterable[Callable[[LeadStage], object]]) -> None:
+    def recalibrate_(self, passes: Iterable[Callable[[Any], object]]) -> None:
         """Do what `batchnorm.recalibrate_` does, for the whole network."""
         self._set("recalibrate")
         for one in passes:
-            one(self)
+            one(self.module)
         self.train()
 
     def interrupt(self) -> None:
@@ -390,7 +394,7 @@ class LeadStage(_Stage):
         """Raises StageLost if a stage says so."""
         for stage, pipe in self._replies.items():
             if stage not in self._heard and pipe.has():
-                self._heard[stage] = pipe.hear()
+                self._heard[stage], _ = pipe.hear()
                 if error := self._heard[stage].get("error"):
                     raise StageLost(
                         f"stage {stage} of worker {self.team.worker} has failed: {error}"
@@ -401,11 +405,12 @@ class LeadStage(_Stage):
         self.set_mode(mode)
         self._await_all()
 
-    def _tell(self, **command: object) -> None:
+    def _tell(self, for_last: tuple[torch.Tensor, ...] = (), **command: object) -> None:
+        """Say a command to all other stages; tensors go with it to the last one."""
         self._heard = {}
         self.team.sync()
         for pipe in self._commands:
-            pipe.say(command)
+            pipe.say(command, for_last if pipe is self._commands[-1] else ())
 
     def _await_all(self) -> list[dict]:
         """Return the replies of the other stages, in order."""
@@ -433,6 +438,7 @@ class FollowerStage(_Stage):
         self._commands, self._replies, self._scores = (
             StageChannel(team, 0, tag, CPU, self.watch) for tag in (COMMANDS, REPLIES, SCORES)
         )
+        self._tensors: tuple[torch.Tensor, ...] = ()  # that came with the last command
         self._acts = {
             "compute": self._compute,
             "forward": self._forward,
@@ -477,10 +483,17 @@ class FollowerStage(_Stage):
             self.team.world.demand_server()
             self.meter.add()  # no stall
             self.meter.tick()
-        return self._commands.hear()
+        command, self._tensors = self._commands.hear()
+        return command
 
-    def _compute(self, accumulate: bool, parts: dict) -> float:
-        return self.compute_part(Parts(**parts), accumulate, None)
+    def _compute(self, accumulate: bool, parts: dict, share: Any) -> float:
+        about, inputs = Parts(**parts), None
+        if self._after is None:
+            inputs = self.divided.prepare(
+                (share, self._tensors), about.size, about.epoch, about.start, self.device
+            )
+            self._tensors = ()
+        return self.compute_part(about, accumulate, inputs)
 
     def _forward(self) -> None:
         with self.meter.phase("validate"):

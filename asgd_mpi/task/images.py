@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from asgd_mpi.config.rulebook import vectors
 from asgd_mpi.data import images
 from asgd_mpi.data.augment import Normalise, make_policy
 from asgd_mpi.data.folder import FolderSet, SyntheticSet
@@ -22,11 +21,7 @@ from asgd_mpi.model import networks, pretrained
 from asgd_mpi.model.buffers import moved_by_training_
 from asgd_mpi.model.trained import demand_trained
 from asgd_mpi.model.weights import load_weights_
-from asgd_mpi.optim.classification import Classification
-from asgd_mpi.pipeline import columns
-from asgd_mpi.pipeline.graph import Graph, trace
-from asgd_mpi.pipeline.plan import Batch, Row, Seconds, StagePlan
-from asgd_mpi.pipeline.schedule import SCHEDULES
+from asgd_mpi.optim.classification import Classification, DividedClassification
 from asgd_mpi.task.opened import Forward, OpenedTask
 
 
@@ -40,6 +35,10 @@ class ImageTask(OpenedTask):
     @property
     def objective(self) -> Classification:
         return Classification(self.normalise, self.config.compute.channels_last)
+
+    @property
+    def divided(self) -> DividedClassification:
+        return DividedClassification(self.objective, self.config.model.name)
 
     @property
     def channels(self) -> int:
@@ -104,11 +103,7 @@ class ImageTask(OpenedTask):
             noise = torch.randn(2, *self._shape_of_part[1:], generator=generator)
             forward = lambda network: network(noise)
         moved = moved_by_training_(module, forward)
-        if moved and self.config.stages.number > 1:
-            raise ConfigError(
-                f"--stages.number {self.config.stages.number}: the network's forward pass moves {few(moved)}, which "
-                "every worker keeps, and a network that is cut cannot. Leave --stages out."
-            )
+        self.demand_unmoved(moved)
         if moved and self.config.model.batchnorm == "server_ema":
             raise ConfigError(
                 f"--model.batchnorm server_ema: the network's forward pass moves {few(moved)}, of which there is no "
@@ -125,22 +120,8 @@ class ImageTask(OpenedTask):
     def val_loader(self, on_skip=print) -> Loader:
         return self._loader(self.val, Sequential(self.val.num_samples), "none", on_skip)
 
-    def stage_plan(self, module: nn.Module, seconds: list[Seconds] | None = None) -> StagePlan:
-        """Return what the parts of the network cost. Raises ConfigError if it cannot be cut."""
-        shape, micro = self._shape_of_part, self.config.compute.micro_batches
-        batch = Batch(shape[0], micro, SCHEDULES[self.config.stages.schedule])
-        return StagePlan(Graph(trace(module), shape), batch, seconds, self._vectors)
-
-    def rows_of_columns(self, module: nn.Module) -> list[Row]:
-        """Return what each column of the network costs. Raises ConfigError if it has none."""
-        return columns.rows(module, self._shape_of_part, self._vectors)
-
-    def cuts(self, plan: StagePlan, balance: str) -> list[int]:
-        """Return where the network is cut: at the user's names, or by what is to be balanced. Raises ConfigError."""
-        stages = self.config.stages
-        if stages.names:
-            return plan.cuts_at(stages.names)
-        return plan.cuts_by(balance, stages.number)
+    def sample(self) -> torch.Tensor:
+        return torch.empty(self._shape_of_part, device="meta")
 
     @property
     def _shape_of_part(self) -> tuple[int, ...]:
@@ -152,11 +133,6 @@ class ImageTask(OpenedTask):
             data.image_size,
             data.image_size,
         )
-
-    @property
-    def _vectors(self) -> int:
-        """Copies of its parameters that a stage keeps."""
-        return 2 + vectors(self.config.rule, 1, self.config.exchange.wire)[1]
 
     def _laid_out(self, module: nn.Module) -> nn.Module:
         return (

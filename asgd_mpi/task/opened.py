@@ -10,16 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from asgd_mpi.config import limits
 from asgd_mpi.config.resolved import Resolved
-from asgd_mpi.config.rulebook import RULEBOOK, in_flight, rate_scale, pacing
+from asgd_mpi.config.rulebook import RULEBOOK, in_flight, rate_scale, pacing, vectors
 from asgd_mpi.data.dataset import DatasetLoader
 from asgd_mpi.data.loader import Loader
+from asgd_mpi.errors import ConfigError, few
+from asgd_mpi.optim.divided import Divided
 from asgd_mpi.optim.error_feedback import kept_at
 from asgd_mpi.optim.lr_schedule import Schedule
 from asgd_mpi.optim.objective import Objective
+from asgd_mpi.pipeline import columns
+from asgd_mpi.pipeline.graph import Graph, trace
+from asgd_mpi.pipeline.plan import Batch, Row, Seconds, StagePlan
+from asgd_mpi.pipeline.schedule import SCHEDULES
 from asgd_mpi.protocol.ledger import Plan
 from asgd_mpi.vector.flat import FlatModel
 from asgd_mpi.vector.groups import ParameterGroup
@@ -54,6 +61,11 @@ class OpenedTask(ABC):
     def objective(self) -> Objective:
         """Return what is minimised and measured."""
 
+    @property
+    @abstractmethod
+    def divided(self) -> Divided:
+        """Return the same for a network that is cut into stages."""
+
     @abstractmethod
     def build_module(self) -> nn.Module:
         """Return the network with its first weights, a function of the seed. Raises ConfigError."""
@@ -68,6 +80,10 @@ class OpenedTask(ABC):
     @abstractmethod
     def outline(self) -> nn.Module:
         """Return the network to be cut into stages. Raises ConfigError."""
+
+    @abstractmethod
+    def sample(self) -> torch.Tensor:
+        """Return what the network takes of a micro-batch: its shape and its type count. Raises ConfigError."""
 
     @abstractmethod
     def carried(self, module: nn.Module, forward: Forward | None = None) -> list[str]:
@@ -85,6 +101,36 @@ class OpenedTask(ABC):
     @abstractmethod
     def val_loader(self, on_skip: Callable[[str], None] = print) -> Loader | DatasetLoader:
         """Return what makes batches of the validation split."""
+
+    def stage_plan(self, module: nn.Module, seconds: list[Seconds] | None = None) -> StagePlan:
+        """Return what the parts of the network cost. Raises ConfigError if it cannot be cut."""
+        sample, micro = self.sample(), self.config.compute.micro_batches
+        batch = Batch(len(sample), micro, SCHEDULES[self.config.stages.schedule])
+        return StagePlan(Graph(trace(module), sample), batch, seconds, self._vectors)
+
+    def rows_of_columns(self, module: nn.Module) -> list[Row]:
+        """Return what each column of the network costs. Raises ConfigError if it has none."""
+        return columns.rows(module, self.sample(), self._vectors)
+
+    def cuts(self, plan: StagePlan, balance: str) -> list[int]:
+        """Return where the network is cut: at the user's names, or by what is to be balanced. Raises ConfigError."""
+        stages = self.config.stages
+        if stages.names:
+            return plan.cuts_at(stages.names)
+        return plan.cuts_by(balance, stages.number)
+
+    def demand_unmoved(self, moved: list[str]) -> None:
+        """Raise ConfigError if the network is cut and its forward pass moves what each worker keeps."""
+        if moved and self.config.stages.number > 1:
+            raise ConfigError(
+                f"--stages.number {self.config.stages.number}: the network's forward pass moves {few(moved)}, which "
+                "every worker keeps, and a network that is cut cannot. Leave --stages out."
+            )
+
+    @property
+    def _vectors(self) -> int:
+        """Copies of its parameters that a stage keeps."""
+        return 2 + vectors(self.config.rule, 1, self.config.exchange.wire)[1]
 
     @property
     def facts(self) -> dict[str, Any]:

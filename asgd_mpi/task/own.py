@@ -13,7 +13,7 @@ from torch import nn
 from asgd_mpi.config import limits
 from asgd_mpi.config.options import Config, Recipe
 from asgd_mpi.config.resolved import Resolved, with_recipe
-from asgd_mpi.data.dataset import DatasetLoader, Samples, seed_all_
+from asgd_mpi.data.dataset import DatasetLoader, SampleBatch, Samples, seed_all_
 from asgd_mpi.data.order import Order, Sequential
 from asgd_mpi.errors import ConfigError, few
 from asgd_mpi.model import pretrained
@@ -21,6 +21,7 @@ from asgd_mpi.model.blame import blamed
 from asgd_mpi.model.buffers import moved_by_training_
 from asgd_mpi.model.trained import demand_trained
 from asgd_mpi.model.weights import load_weights_
+from asgd_mpi.optim.divided import Divided
 from asgd_mpi.optim.lr_schedule import Schedule
 from asgd_mpi.optim.objective import Objective
 from asgd_mpi.task.base import Task
@@ -108,6 +109,10 @@ class OwnTask(OpenedTask):
         return self.own
 
     @property
+    def divided(self) -> Divided:
+        return Divided(self.own, f"--stages.number {self.config.stages.number}: {self.name}")
+
+    @property
     def maximize(self) -> bool:
         return self.own.maximize
 
@@ -136,6 +141,12 @@ class OwnTask(OpenedTask):
     def outline(self) -> nn.Module:
         return self.build_module()
 
+    def sample(self) -> torch.Tensor:
+        size = -(-self.config.data.batch_size // self.config.compute.micro_batches)
+        inputs = self.trial(min(size, self.train.num_samples))
+        with blamed(f"{self.name} fails in a loss", "Mend that"):
+            return self.divided.taken(inputs)
+
     def carried(self, module: nn.Module, forward: Forward | None = None) -> list[str]:
         if not self.computes:  # nobody knows how the loop calls it
             return []
@@ -144,6 +155,7 @@ class OwnTask(OpenedTask):
             forward = lambda network: self.own.forward(network, inputs)
         with blamed(f"{self.name} fails in a forward pass", "Mend that"):
             moved = moved_by_training_(module, forward, self.name)
+        self.demand_unmoved(moved)
         if moved and self.config.model.batchnorm == "server_ema":
             raise ConfigError(
                 f"--model.batchnorm server_ema: the network's forward pass moves {few(moved)}, of which there is no "
@@ -163,6 +175,12 @@ class OwnTask(OpenedTask):
 
     def trial(self, size: int, of_validation: bool = False) -> Any:
         """Return a batch of the first samples of a split, as the network takes it, on the CPU. Raises ConfigError."""
+        batch = self.trial_batch(size, of_validation)
+        with blamed(f"{self.name}: a batch cannot be prepared", "Mend that, or `collate`"):
+            return self.own.prepare(batch, torch.device("cpu"))
+
+    def trial_batch(self, size: int, of_validation: bool = False) -> SampleBatch:
+        """Return the same as it is read."""
         if of_validation:
             loader, whose = self.val_loader(), "val_set"
         else:
@@ -170,7 +188,7 @@ class OwnTask(OpenedTask):
         with blamed(f"{self.name}: a batch of {whose} cannot be made", "Mend that, or `collate`"):
             batch = loader.batch(0, 0, size)
             loader.close()
-            return self.own.prepare(batch, torch.device("cpu"))
+        return batch
 
 
 def told_of_own(task: OwnTask) -> Iterator[str]:

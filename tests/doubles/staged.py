@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from asgd_mpi.config.options import ComputeConfig
 from asgd_mpi.data.loader import Batch
-from asgd_mpi.optim.classification import Classification
+from asgd_mpi.optim.divided import Divided
 from asgd_mpi.optim.step import Parts
 from asgd_mpi.pipeline import pipeline
 from asgd_mpi.pipeline.cut import Stage
@@ -16,7 +16,7 @@ from asgd_mpi.vector.flat import FlatModel
 
 def staged_gradient_(
     flat: FlatModel,
-    objective: Classification,
+    divided: Divided,
     batch: Batch,
     seed: int,
     compute: ComputeConfig,
@@ -25,7 +25,7 @@ def staged_gradient_(
 ) -> float:
     """Set `flat.gradient` as `compute_gradient_` does, to the bit, by the stages that the network is cut into."""
     flat.gradient.zero_()
-    images, labels = objective.prepare(batch, flat.device)
-    parts = Parts(batch.epoch, batch.start, labels.tolist(), seed, 1.0)
-    work = parts.work(images, flat.device, compute)
+    inputs = divided.objective.prepare(batch, flat.device)
+    parts = Parts(batch.epoch, batch.start, batch.size, seed, 1.0)
+    work = parts.work(inputs, divided, flat.device, compute)
     return sum(pipeline.run_(stages, work, parts.count(compute), schedule)).item()

@@ -4,7 +4,6 @@ import json
 import signal
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from torch.nn import functional
 
 import asgd_mpi
 import own_tasks
-from asgd_mpi import replay, simulate
+import staged_tasks
+from asgd_mpi import evaluate, replay, simulate
 from asgd_mpi.config import written as configuration
 from asgd_mpi.config.options import Config
 from asgd_mpi.data.dataset import DatasetLoader, Samples
@@ -25,9 +25,11 @@ from asgd_mpi.optim.step import seed_
 from asgd_mpi.protocol.messages import Verdict
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.events import Validation, read_events
+from asgd_mpi.record.rundir import RunDir
+from asgd_mpi.record.summary import summarize
 from asgd_mpi.report import command
 from asgd_mpi.runtime.preflight import try_out_
-from asgd_mpi.runtime.prepare import configured, prepare
+from asgd_mpi.runtime.prepare import configured
 from asgd_mpi.task import open_task
 from asgd_mpi.task.own import completed, find, with_options
 from asgd_mpi.task.opening import complete
@@ -239,13 +241,6 @@ def test_what_is_wrong_with_a_task_is_said_before_the_run(name, words):
         tried(name)
 
 
-def test_the_network_of_a_task_is_not_cut_into_stages(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ranks = [{"host": "here", "gpus": []}] * 3
-    with pytest.raises(ConfigError, match="a task of your own has one of its own. Leave --stages"):
-        prepare(["--task", "own_tasks:Regression", "--stages", "2"], ranks, None, ExitStack())
-
-
 def test_a_dataset_that_draws_gives_the_same_samples_again_and_leaves_the_generators_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -283,3 +278,38 @@ def test_options_that_a_task_brings_give_way_to_those_of_the_command_line():
     config = completed(configured(["--task", "own_tasks:Regression", "--lr", "0.25"]))
     assert (config.run.epochs, config.schedule.lr, config.data.batch_size) == (4, 0.25, 16)
     assert (config.data.source, config.model.name) == ("task", "own_tasks:Regression")
+
+
+def test_a_task_in_stages_trains_the_weights_of_one_rank_to_the_bit(openmpi, tmp_path, capsys):
+    """With their metrics; the replay and the evaluation compute with the whole network, whose weights the checkpoint holds."""
+    ends, events = {}, {}
+    for name, ranks, options in [("whole", 2, []), ("cut", 4, ["--stages", "3"])]:
+        options += ["--task", "staged_tasks:Words", "--run.dir", name]
+        done = openmpi.train(ranks, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = RunDir.open(tmp_path / name)
+        ends[name] = json.loads(run.finished.read_text())
+        state, manifest = checkpoint.load(run.checkpoint(ends[name]["version"], 0))
+        events[name] = [
+            event.metrics
+            for event in read_events(run.metrics_of(0, 0))
+            if isinstance(event, Validation)
+        ]
+        if name == "whole":
+            whole = state
+    assert ends["cut"] == ends["whole"] and ends["cut"]["version"] == 26
+    assert events["cut"] == events["whole"] and len(events["cut"]) == 2
+    assert all(set(metrics) == {"right", "loss"} for metrics in events["cut"])
+    assert state.keys() == whole.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.items())
+    plain = staged_tasks.Words().module()
+    path = run.checkpoint(26, 0)
+    plain.load_state_dict(torch.load(path / "model.pt", weights_only=True))
+    assert torch.equal(plain[4].weight, state["4.weight"])
+    summary = summarize(run)
+    assert not summary.audit.violations and summary.pipelines.num_stages == 3
+    assert replay.main([str(run.path)]) == 0
+    assert "the weights are the same to the bit" in capsys.readouterr().out
+    assert evaluate.main([str(path), "--task", "staged_tasks:Words"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"{name} {value:.6g}" in told for name, value in manifest.metrics.items()), told

@@ -10,7 +10,6 @@ import torch
 from conftest import finish
 
 from asgd_mpi import evaluate, replay
-from asgd_mpi.comm.stage_group import pack, unpack
 from asgd_mpi.config import parse as configuration
 from asgd_mpi.data.shards import ShardSet
 from asgd_mpi.errors import ConfigError
@@ -19,6 +18,7 @@ from asgd_mpi.record.events import Fetch, Publish, read_events
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.runtime.prepare import prepare
+from asgd_mpi.vector.packed import pack, unpack
 
 CPU = torch.device("cpu")
 OPTIONS = [

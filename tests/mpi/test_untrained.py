@@ -94,10 +94,10 @@ def test_stages_of_a_network_that_is_frozen_in_part_have_its_gradient_to_the_bit
         torch.manual_seed(0)
         module = frozen_until(number)
         flat = FlatModel(module, CPU)
-        stages = cuts and cut(Graph(trace(module), (2, 1, 8, 8)), cuts)
+        stages = cuts and cut(Graph(trace(module), torch.empty(2, 1, 8, 8)), cuts)
         settings = ComputeConfig(micro_batches=2)
         if stages:
-            staged_gradient_(flat, task.objective, batch, 0, settings, stages)
+            staged_gradient_(flat, task.divided, batch, 0, settings, stages)
         else:
             compute_gradient_(flat, task.objective, batch, 0, compute=settings)
         found.append(flat.gradient.clone())
@@ -109,7 +109,7 @@ def test_stages_of_a_network_that_is_frozen_in_part_have_its_gradient_to_the_bit
 def test_a_plan_counts_one_copy_of_what_is_frozen_and_keeps_no_network_alive():
     module, whole = frozen_until(6), networks.build("digits_cnn", 10, 1, 8)
     plans = [
-        StagePlan(Graph(trace(each), (2, 1, 8, 8)), Batch(2, 1), vectors=3)
+        StagePlan(Graph(trace(each), torch.empty(2, 1, 8, 8)), Batch(2, 1), vectors=3)
         for each in (module, whole)
     ]
     memory = [plan.memory_bytes(0, 2, 0, 4) for plan in plans]

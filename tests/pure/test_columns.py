@@ -13,7 +13,7 @@ from asgd_mpi.data.loader import Batch
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
 from asgd_mpi.model.columns import TwoColumns
-from asgd_mpi.optim.classification import Classification
+from asgd_mpi.optim.classification import Classification, DividedClassification
 from asgd_mpi.optim.step import Parts, compute_gradient_, looking
 from asgd_mpi.pipeline.columns import ColumnAtWork, columns_of, put_to_work, rows
 from asgd_mpi.pipeline.pipeline import run_in_turn_
@@ -66,16 +66,14 @@ def test_two_columns_have_the_gradients_of_the_uncut_network_to_the_bit(
     labels = torch.arange(num_images) % 10
     batch = Batch(images, labels, labels.numpy(), epoch=0, start=0, stop=num_images, skipped=0)
     plain, flat = FlatModel(module, CPU), FlatModel(copy.deepcopy(module), CPU)
-    loss = compute_gradient_(
-        plain,
-        Classification(lambda images: images, compute.channels_last),
-        batch,
-        0,
-        compute=compute,
+    objective = Classification(lambda images: images, compute.channels_last)
+    loss, divided = (
+        compute_gradient_(plain, objective, batch, 0, compute=compute),
+        DividedClassification(objective, "the network"),
     )
-    both, parts = columns_of(flat.module), Parts(0, 0, labels.tolist(), 0, 1.0)
+    both, parts = columns_of(flat.module), Parts(0, 0, len(labels), 0, 1.0)
     losses = run_in_turn_(
-        put_to_work(both, parts.work(images, CPU, compute), OfItsOwnRank),
+        put_to_work(both, parts.work((images, labels), divided, CPU, compute), OfItsOwnRank),
         by_segments(both[0].num_pairs),
         micro_batches,
     )
@@ -123,7 +121,7 @@ def test_a_plan_of_alexnet_by_the_maps_of_the_paper():
     with torch.device("meta"):
         module = networks.AlexNet2(1000)
     assert [len(places_of(module, column.module)) for column in columns_of(module)] == [1, 1]
-    first, second = rows(module, (16, 3, 224, 224), 3)
+    first, second = rows(module, torch.empty(16, 3, 224, 224, device="meta"), 3)
     assert (
         first.parameters + second.parameters == 60_965_224
         and second.parameters - first.parameters == 4096 * 1000 + 1000
@@ -180,7 +178,7 @@ def test_a_network_without_two_columns_that_can_be_computed_apart_is_refused_wit
     make, reason
 ):
     with pytest.raises(ConfigError, match=f"(?s)--stages.cut columns: .*{reason}"):
-        rows(make(), (2, 1, 8, 8), 3)
+        rows(make(), torch.empty(2, 1, 8, 8), 3)
 
 
 @pytest.mark.parametrize(

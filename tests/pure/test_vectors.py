@@ -33,7 +33,7 @@ class Spread:
         self.gradient = torch.full((num_floats(module),), torch.nan)  # what is pushed
         self.num_floats = num_floats(module)
         self.places, self.stages = [], []
-        stages = cut(Graph(trace(module), (2, 1, 8, 8)), CUTS)
+        stages = cut(Graph(trace(module), torch.empty(2, 1, 8, 8)), CUTS)
         for part in [stage.module for stage in stages]:
             places = places_of(module, part)
             materialise_(part)

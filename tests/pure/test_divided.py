@@ -1,0 +1,108 @@
+"""A task of a user's own that is cut into stages, in one process: its gradients, and what of a task cannot be cut."""
+
+import itertools
+from contextlib import ExitStack
+
+import pytest
+import torch
+from staged import staged_gradient_
+
+from asgd_mpi.config.options import Config
+from asgd_mpi.errors import ConfigError
+from asgd_mpi.optim.step import compute_gradient_
+from asgd_mpi.pipeline.cut import cut
+from asgd_mpi.pipeline.plan import measure
+from asgd_mpi.pipeline.schedule import SCHEDULES
+from asgd_mpi.runtime.prepare import prepare
+from asgd_mpi.task import complete, open_task
+from asgd_mpi.task.own import find, with_options
+from asgd_mpi.vector.flat import FlatModel
+from asgd_mpi.vector.packed import pack, unpack
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def opened(name):
+    own = find(f"staged_tasks:{name}")
+    config = with_options(Config(), own)
+    config.data.source, config.model.name = "task", f"staged_tasks:{name}"
+    return open_task(complete(config), own=own)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_stages_have_the_gradients_of_a_whole_task_to_the_bit(precision):
+    """With dropout, batch norm, parts of unequal size, and two tensors that cross a cut."""
+    task = opened("Words")
+    task.config.compute.precision = precision
+    compute, loader = task.config.compute, task.train_loader()
+    batch = loader.batch(0, 16, 32)
+    loader.close()
+    plain = FlatModel(task.build_module(), CPU)
+    loss = compute_gradient_(plain, task.objective, batch, 3, compute=compute)
+    assert plain.gradient.isfinite().all() and plain.gradient.any()
+    for num_stages, schedule in itertools.product([2, 3, 4], SCHEDULES.values()):
+        flat = FlatModel(task.build_module(), CPU)
+        plan = task.stage_plan(flat.module)
+        cuts = plan.cuts_by("memory", num_stages)
+        stages = cut(plan.graph, cuts)
+        assert len(stages) == num_stages and plan.graph.sample.dtype == torch.int64
+        found = staged_gradient_(flat, task.divided, batch, 3, compute, stages, schedule)
+        assert found == loss and torch.equal(flat.gradient, plain.gradient)
+        assert all(torch.equal(one, other) for one, other in zip(flat.statistics, plain.statistics))
+
+
+def test_each_node_of_a_task_is_measured_on_its_own_samples():
+    task = opened("Words")
+    graph = task.stage_plan(task.build_module()).graph
+    assert graph.sample.tolist() == task.trial(6)["seen"].flip(1).tolist()
+    assert all(each.forward > 0 for each in measure(graph, graph.sample, repeats=1))
+
+
+def test_the_last_stage_gets_the_batch_that_the_first_one_has_read():
+    task = opened("Words")
+    batch = task.trial_batch(5)
+    words, tensors = task.divided.share(batch)
+    _, arrived = unpack(pack(0, tensors, {}), CPU)
+    found = task.divided.prepare((words, arrived), 5, 0, 0, CPU)
+    assert list(found) == ["seen", "next"] and isinstance(found["next"], list)
+    assert found["next"][1] == ("text",) * 5 and found["seen"].dtype == torch.int64
+    assert torch.equal(found["seen"], batch.data["seen"])
+
+
+def prepared(name, *options):
+    ranks = [{"host": "here", "gpus": []}] * 3
+    words = ["--task", f"staged_tasks:{name}", "--stages", "2", "--run.dir", "run", *options]
+    return prepare(words, ranks, None, ExitStack())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Twice", r"loss\(\) calls the module more than once"),
+        ("TwoTensors", r"calls the module with \(Tensor, Tensor\), and what enters .* one tensor"),
+        ("Inside", r"loss\(\) uses module\[4\], and no rank has the whole module"),
+        ("Beside", "the gradient of 4.weight is another one by stages than by the whole network"),
+        ("Elsewhere", r"loss\(\) does not call the module that it is given"),
+        ("Noisy", r"loss\(\) draws random numbers outside of the module"),
+        ("NoisyBy", r"loss\(\) draws random numbers outside of the module"),
+        ("NoisyByPython", r"loss\(\) draws random numbers outside of the module"),
+        ("Counting", "its loss is another one by stages than by the whole network"),
+        ("Grouped", "a batch holds a ndarray, and what travels to the last stage are tensors"),
+        ("Redrawn", r"prepare\(\) makes another thing of the same batch the second time"),
+        ("TwoOutputs", "the module gives a tuple, and what comes out of the last stage is one"),
+        ("Untraceable", "cannot be cut into stages, since torch.fx cannot trace it"),
+        ("Moving", "forward pass moves calls, which every worker keeps"),
+        ("LooksToScore", r"score\(\) uses module\[4\], and no rank has the whole module"),
+    ],
+)
+def test_a_task_that_cannot_be_cut_is_refused_before_the_run(tmp_path, monkeypatch, name, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"(?s){told}"):
+        prepared(name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_that_can_be_cut_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepared("Words", "--stages.at", "2.inner.1")["metrics"] == ["right", "loss"]
