@@ -212,6 +212,7 @@ class Lion(torch.optim.Optimizer):
 
 OPTIMIZERS = {
     "language_model:Characters": lambda ps: torch.optim.AdamW(ps, weight_decay=0.01),
+    "mixup:Digits": lambda ps: torch.optim.SGD(ps, momentum=0.9, nesterov=True),
     "segmentation:Discs": lambda ps: torch.optim.SGD(ps, momentum=0.9, nesterov=True),
     "own_rule:Spirals": lambda ps: Lion(ps, 0.0),
 }
@@ -243,7 +244,7 @@ def plain_task(name, epochs, seed=0):
 
 
 # (task and options, workers, epochs, three deviations of the plain loop with 5 seeds: 3.606 +- 0.032 bits, an IoU of 0.910 +- 0.004, an
-# accuracy of 0.879 +- 0.009).
+# accuracy of 0.879 +- 0.009, of the digits 0.963 +- 0.007).
 TASKS = [
     ("language_model:Characters", 1, 1, 0.096),
     ("language_model:Characters", 3, 1, 0.096),
@@ -251,6 +252,8 @@ TASKS = [
     ("segmentation:Discs", 3, 2, 0.013),
     ("own_rule:Spirals --rule own_rule:Lion", 1, 8, 0.027),
     ("own_rule:Spirals --rule own_rule:Lion", 3, 8, 0.027),
+    ("mixup:Digits", 1, 3, 0.021),
+    ("mixup:Digits", 3, 3, 0.021),
 ]
 
 
