@@ -15,10 +15,12 @@ class Held:
         print("taken apart", flush=True)
 sys.modules["holds"] = types.SimpleNamespace(held=Held())
 atexit.register(print, "registered")
-threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+go = threading.Event()
+threading.Thread(target=lambda: (go.wait(), time.sleep(0.3), print("thread"))).start()
 print("collects" if gc.isenabled() else "collects nothing", end=" ")
 interpreter.loaded()
 print("then collects" if gc.isenabled() and gc.get_freeze_count() else "then nothing")
+go.set()
 """
 
 

@@ -569,7 +569,7 @@ def dump_dom(url, tmp_path, *options):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     return done.stdout
 
