@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TypeVar
@@ -63,7 +64,7 @@ def trace(module: nn.Module) -> fx.GraphModule:
     finally:
         for part, mode in modes.items():
             part.training = mode
-    for one, other in zip(str(training).splitlines(), str(evaluating).splitlines()):
+    for one, other in zip(_lines(training), _lines(evaluating)):
         if one != other:
             raise ConfigError(
                 f"the network cannot be cut into stages: outside of modules it does one thing in training ({one.strip()}) "
@@ -77,6 +78,16 @@ def trace(module: nn.Module) -> fx.GraphModule:
     if not isinstance(output, fx.Node):
         raise ConfigError("the network cannot be cut into stages: it must return one tensor.")
     return fx.GraphModule(module, training)
+
+
+def _lines(graph: fx.Graph) -> list[str]:
+    """Return a graph as text; tensors that the network makes anew in each pass have the names of their order in it."""
+    names: dict[str, str] = {}
+    return re.sub(
+        r"_tensor_constant\d+",
+        lambda found: names.setdefault(found[0], f"constant{len(names)}"),
+        str(graph),
+    ).splitlines()
 
 
 class Graph:
@@ -159,12 +170,14 @@ class Graph:
         ]
 
     def crossing_bytes(self, cut: int) -> int:
-        return sum(self.sizes[node] for node in self.crossing(cut))
+        return sum(self.sizes.get(node, 0) for node in self.crossing(cut))
 
     def why_not(self, cut: int) -> str:
         """Why the network cannot be cut there; empty if it can."""
         for node in self.crossing(cut):
-            if not self._shown.made[node.name].is_floating_point():
+            value = self._shown.made.get(node.name)
+            # a size, for one, is no tensor at all
+            if value is None or not value.is_floating_point():
                 return f"{node.name}, which is no tensor of floats, would have to cross"
             if self._written.get(node.name, -1) >= cut:
                 writer = self.name(self._written[node.name])

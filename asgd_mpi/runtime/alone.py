@@ -25,7 +25,7 @@ from asgd_mpi.config import options as configuration, written
 from asgd_mpi.config import exchange_choice, topology
 from asgd_mpi.config.rulebook import RULEBOOK
 from asgd_mpi.config.topology import Topology
-from asgd_mpi.errors import DeadlineExceeded, tell
+from asgd_mpi.errors import ConfigError, DeadlineExceeded, tell
 from asgd_mpi.optim.error_feedback import push_format
 from asgd_mpi.process import signals
 from asgd_mpi.protocol.messages import Header, Kind, Mail
@@ -66,7 +66,13 @@ class Alone:
         self._own, self._arguments, self._write_report = own, arguments, write_report
         self.directory: Path | None = None
         self.rank, self.is_worker = WORKER, True
-        on_cpu = configured(arguments, own).compute.device == "cpu"
+        config = configured(arguments, own)
+        if (stages := config.stages.number) > 1 and own.computes:
+            raise ConfigError(
+                f"--stages.number {stages}: python alone trains in this process, and the stages of a worker are ranks of their own. Start "
+                f"{stages + 1} of them: mpirun -np {stages + 1} python and your script, or leave --stages out."
+            )
+        on_cpu = config.compute.device == "cpu"
         here = socket.gethostname()
         self._ranks = [
             {"host": here, "gpus": []},

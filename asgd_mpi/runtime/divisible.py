@@ -20,6 +20,7 @@ from asgd_mpi.model import batchnorm
 from asgd_mpi.model.blame import blamed
 from asgd_mpi.optim.divided import Divided
 from asgd_mpi.optim.step import seed_
+from asgd_mpi.pipeline.graph import trace
 from asgd_mpi.task.own import OwnTask
 from asgd_mpi.vector.packed import pack, unpack
 
@@ -35,8 +36,9 @@ def demand(task: OwnTask, module: nn.Module) -> None:
     The network's statistics are moved by it; its weights are not.
     """
     inputs = _travelled(task)
+    is_chain = task.config.stages.cut == "chain"
     with torch.random.fork_rng([]), batchnorm.as_training(module):
-        by_stages = _by_stages(task.divided, module, inputs)
+        by_stages = _by_stages(task.divided, module, is_chain, inputs)
         _demand_same(task.divided.who, by_stages, _as_it_stands(task, module, inputs))
     _try_forward(task, module, inputs)
 
@@ -66,7 +68,9 @@ def _travelled(task: OwnTask) -> Any:
     return inputs
 
 
-def _by_stages(divided: Divided, module: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
+def _by_stages(
+    divided: Divided, module: nn.Module, is_chain: bool, inputs: Any
+) -> dict[str, torch.Tensor]:
     """Return the loss and its gradients, by name, as the stages compute them. Raises ConfigError if they cannot."""
     with (
         blamed(f"{divided.who}: loss() fails before it calls the module", MEND),
@@ -81,6 +85,8 @@ def _by_stages(divided: Divided, module: nn.Module, inputs: Any) -> dict[str, to
             f"{divided.who}: the module gives a {type(outputs).__name__}, and what comes out of the last stage is one tensor. Put what it "
             "gives into one, which loss() takes apart, or leave --stages out."
         )
+    if is_chain:
+        outputs = _traced(divided.who, module, taken, outputs)
     given = outputs.detach().requires_grad_(outputs.requires_grad)
     with (
         blamed(
@@ -96,6 +102,22 @@ def _by_stages(divided: Divided, module: nn.Module, inputs: Any) -> dict[str, to
         if gradient is not None:
             outputs.backward(gradient)
     return _gradients(module, loss)
+
+
+def _traced(
+    who: str, module: nn.Module, taken: torch.Tensor, outputs: torch.Tensor
+) -> torch.Tensor:
+    """Return what the traced network gives for what the loss calls it with. Raises ConfigError unless it is the same."""
+    graph = trace(module)
+    seed_(CPU, 0, 0, 0)
+    found = graph(taken)
+    if not torch.allclose(found, outputs, equal_nan=True, **CLOSE):
+        raise ConfigError(
+            f"{who}: the module gives another thing when torch.fx has traced it, and its parts are made of that: what its forward makes "
+            "without its input, such as torch.randn(3), is then the same each time. Put that into a module without children, which is "
+            "kept in one piece, or leave --stages out."
+        )
+    return found
 
 
 def _as_it_stands(task: OwnTask, module: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:

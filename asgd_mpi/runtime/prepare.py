@@ -72,6 +72,11 @@ def prepare(
         config.exchange.servers,
         list(range(len(ranks))),
     )
+    if num_stages > 1 and own and not own.computes:
+        raise ConfigError(
+            f"--stages.number {num_stages}: your loop computes on a whole network, of which no rank has all. Give a task of your own "
+            "(asgd_mpi.Task), whose loss is computed by the stages, or leave --stages out."
+        )
     if len(ranks) > 1 or not config.run.dry_run:
         topology.check(Topology.of(ranks), num_tasks)
         order = topology.arrange([rank["host"] for rank in ranks], num_stages, num_servers)
@@ -93,11 +98,6 @@ def prepare(
     task, suited = for_workers(open_task(config, own=own), asked, num_workers)
     for line in [*told(task), *suited]:
         tell(line)
-    if num_stages > 1 and not task.computes:
-        raise ConfigError(
-            f"--stages.number {num_stages}: your loop computes on a whole network, of which no rank has all. Give a task of your own "
-            "(asgd_mpi.Task), whose loss is computed by the stages, or leave --stages out."
-        )
     module = task.first_module(tell)
     task.train_loader().close()
     task, notes, carried = preflight.try_out_(task, module)
@@ -119,7 +119,7 @@ def prepare(
         if is_adaptive(config.rule) and is_kept_by_workers(config.rule):
             raise ConfigError(
                 f"--stages {num_stages} with --rule.momentum_at {config.rule.momentum_at} and Adam: its means are kept by workers "
-                "whose network is whole. Leave --rule.momentum_at out, and the server keeps them."
+                "whose network is whole. Leave --rule.momentum_at out (null, where a task's options name it), and the server keeps them."
             )
     _demand_measurable(task)
     plain = exchange_choice.as_plain(config)

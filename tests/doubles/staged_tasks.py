@@ -206,6 +206,38 @@ class Moving(Words):
         return Counted()
 
 
+class DrawsAnew(Words):
+    """Its network draws random numbers of a shape that does not depend on its input."""
+
+    def module(self):
+        class Shaken(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.known = Words().module()
+
+            def forward(self, seen):
+                return self.known(seen) + torch.randn(9)
+
+        return Shaken()
+
+
+class Positions(Words):
+    """Its network makes a tensor anew in each pass, always the same, and asks for a size."""
+
+    def module(self):
+        class Placed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.known, self.places = nn.Embedding(9, 4), nn.Embedding(5, 4)
+                self.last = Words().module()[2:]
+
+            def forward(self, seen):
+                known = self.known(seen) + self.places(torch.arange(5))
+                return self.last(known.view(known.size(0), -1))
+
+        return Placed()
+
+
 class LooksToScore(Words):
     def score(self, module, batch):
         return {"size": float(module[4].weight.norm())}

@@ -1,12 +1,15 @@
 """A task of a user's own that is cut into stages, in one process: its gradients, and what of a task cannot be cut."""
 
 import itertools
+import sys
 from contextlib import ExitStack
 
 import pytest
 import torch
 from staged import staged_gradient_
 
+import asgd_mpi
+import staged_tasks
 from asgd_mpi.config.options import Config
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.optim.step import compute_gradient_
@@ -15,6 +18,7 @@ from asgd_mpi.pipeline.plan import measure
 from asgd_mpi.pipeline.schedule import SCHEDULES
 from asgd_mpi.runtime.prepare import prepare
 from asgd_mpi.task import complete, open_task
+from asgd_mpi.task.loop import Loop, options_of
 from asgd_mpi.task.own import find, with_options
 from asgd_mpi.vector.flat import FlatModel
 from asgd_mpi.vector.packed import pack, unpack
@@ -92,6 +96,7 @@ def prepared(name, *options):
         ("Redrawn", r"prepare\(\) makes another thing of the same batch the second time"),
         ("TwoOutputs", "the module gives a tuple, and what comes out of the last stage is one"),
         ("Untraceable", "cannot be cut into stages, since torch.fx cannot trace it"),
+        ("DrawsAnew", "the module gives another thing when torch.fx has traced it"),
         ("Moving", "forward pass moves calls, which every worker keeps"),
         ("LooksToScore", r"score\(\) uses module\[4\], and no rank has the whole module"),
     ],
@@ -106,3 +111,36 @@ def test_a_task_that_cannot_be_cut_is_refused_before_the_run(tmp_path, monkeypat
 def test_a_task_that_can_be_cut_is_prepared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert prepared("Words", "--stages.at", "2.inner.1")["metrics"] == ["right", "loss"]
+
+
+def test_what_a_network_makes_anew_is_made_by_its_stage_and_a_size_does_not_cross():
+    task = opened("Positions")
+    module = task.build_module()
+    graph = task.stage_plan(module).graph
+    refused = {
+        graph.name(place): reason
+        for place in range(1, len(graph.nodes))
+        if (reason := graph.why_not(place))
+    }
+    assert refused == {"view": "size, which is no tensor of floats, would have to cross"}
+    tensors = (graph.sample,)
+    for stage in cut(graph, [1, 2, 7]):
+        tensors = stage(*tensors)
+    torch.manual_seed(0)
+    expected = module.eval()(graph.sample)
+    tensors = (graph.sample,)
+    for stage in cut(graph, [1, 2, 7]):
+        tensors = stage(*tensors)
+    assert torch.equal(tensors[0], expected)
+
+
+def test_a_loop_of_ones_own_and_a_process_alone_have_no_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    model = torch.nn.Linear(1, 1)
+    loop = Loop(model, options_of(torch.optim.SGD(model.parameters(), lr=0.1)))
+    ranks = [{"host": "here", "gpus": []}] * 3
+    with pytest.raises(ConfigError, match="your loop computes on a whole network"):
+        prepare(["--data.source", "script", "--stages", "2"], ranks, None, ExitStack(), loop)
+    with pytest.raises(ConfigError, match="Start 4 of them: mpirun -np 4 python and your script"):
+        asgd_mpi.train(staged_tasks.Words, options={"stages.number": 3})
