@@ -353,6 +353,11 @@ def observe(run: RunDir) -> Observation:
             f"{run.path} hides what a push costs behind the computation, or behind other workers (overlap, "
             f"n_push auto, rules {', '.join(WAITING)}): calibrate with a run that does not; the plan may then have --overlap."
         )
+    if summary.settings.get("rule.steps_by_speed"):
+        raise RunDirError(
+            f"{run.path} had pushes of as many batches as each worker's speed allowed (--rule.steps_by_speed): calibrate with a run "
+            "whose pushes are alike."
+        )
     if summary.config.get("exchange.servers", 1) > 1:
         raise RunDirError(
             f"{run.path} had several servers, which wait for each other: calibrate with a run that had one; the plan "

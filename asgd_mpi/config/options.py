@@ -186,6 +186,8 @@ class RuleConfig:
         outer_rate: of diloco; share of the way that its workers went, in the mean, that the server goes
         outer_momentum: of diloco; Nesterov's at the server
         outer_pushes: of diloco; pushes that make a step of that momentum; 0 for as many as there are workers
+        steps_by_speed: of diloco; n_push batches are those of the fastest worker, and a slower one makes fewer, by its speed from
+            push to push, so that all push at about one pace
     """
 
     # mypy takes no Literal that is computed
@@ -216,6 +218,7 @@ class RuleConfig:
     outer_rate: float = 0.7
     outer_momentum: float = 0.9
     outer_pushes: int = 0
+    steps_by_speed: bool = False
 
 
 @dataclass

@@ -601,6 +601,13 @@ def _check_exchange(rule: ResolvedRule, exchange: ResolvedExchange) -> None:
         exchange.n_fetch,
         "a worker sets out from the weights that it has just fetched; leave n_fetch out",
     )
+    _demand(
+        rule,
+        entry.moves == "local" or not rule.steps_by_speed,
+        "rule.steps_by_speed",
+        "true",
+        "what its workers push is not the way of so many local steps, so their number is the same for all; take diloco, or leave it out",
+    )
 
 
 def _check_steps_of_workers(rule: ResolvedRule, num_stages: int) -> None:

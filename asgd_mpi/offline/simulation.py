@@ -205,6 +205,7 @@ class Simulation:
         self.of_mean: Tally | None = None
         self._fetched_bytes = codec.num_bytes(len(self.latest.weights), exchange.fetch_wire)
         self.now = self._server_free_at = 0.0
+        self.ledger.begin(self.now)
         self._mail = dict(self.ledger.take_news())
         self._heap: list[tuple[float, int, _Worker | None, Process]] = []
         self._order = itertools.count()  # of events at the same time
@@ -457,7 +458,7 @@ class Simulation:
             kept=kept if is_finite else 0,
         )
         self.books[0].add(self.now, apply=self.times.apply_s)
-        verdict = self._membership.gradient(header)
+        verdict = self._membership.gradient(header, self.now)
         if isinstance(verdict, Refused):
             return self._refuse(me, verdict)
         self.latest = computation.applied(self.latest, verdict, positions)

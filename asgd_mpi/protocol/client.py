@@ -178,8 +178,13 @@ class Cadence:
     n_fetch: int
     since_fetch: int = 0  # batches pushed
 
-    def is_due(self, batches: int, is_back: bool) -> bool:
-        """Return whether a sum of `batches` is to be pushed; n_push auto sums on until the last trip is back."""
+    def is_due(self, batches: int, is_back: bool, asked: int = 0) -> bool:
+        """Return whether a sum of `batches` is to be pushed; n_push auto sums on until the last trip is back.
+
+        asked: what the server has asked for in place of n_push; 0: nothing.
+        """
+        if asked:
+            return batches >= asked
         return is_back if self.n_push == "auto" else batches == self.n_push
 
     def push(self, batches: int) -> bool:
@@ -290,7 +295,7 @@ class Client:
             self._has_moved = True
             if not counts:
                 yield from self._give_up(done)
-            elif self._cadence.is_due(done.batches, self._is_back()):
+            elif self._cadence.is_due(done.batches, self._is_back(), self.mail.batches):
                 yield from self._push(done)
             if (yield from self._is_interrupted()) or self._dropped != membership:
                 return
@@ -319,7 +324,9 @@ class Client:
             return
         if self._is_elastic:
             read_version = self.version
-        fetch = self._cadence.push(done.batches) and not self._is_elastic
+        # every push that the server has set the length of brings newer weights
+        is_due = self._cadence.push(done.batches) or self.mail.batches > 0
+        fetch = is_due and not self._is_elastic
         self._has_moved = False
         yield Push(done, read_version, fetch, moves=bool(self._habits.moves))
         self._has_pushed = True

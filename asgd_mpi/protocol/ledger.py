@@ -1,6 +1,6 @@
 """The server's decisions: which push counts, what it was worth, who works on what next, when the run is over.
 
-Pure: no MPI, no clock, no torch. Headers go in (`judge`, `tally`, `refuse`, ...), verdicts and mail come out; the run,
+Pure: no MPI, no clock (the time is told), no torch. Headers go in (`judge`, `tally`, `refuse`, ...), verdicts and mail come out; the run,
 the tests and a simulation drive the same ledger. It owns the versions, the sample clock, the leases and the membership
 of the workers, and checks its own invariants: every push is applied exactly once, in a total order; every sample of
 every epoch is used exactly once, whoever is retired on the way and however often the run is resumed (`state`).
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from asgd_mpi.protocol import claims
 from asgd_mpi.protocol.barrier import Pacing, StepBarrier
 from asgd_mpi.protocol.messages import Header, Lease, Mail, Orders, Score, Segment, Verdict, Work
+from asgd_mpi.protocol.speeds import Speeds
 
 LEASES_AHEAD = 2  # one to work on, one for the loader to read ahead
 MAX_TRIES = 3  # of a range whose gradient is not finite; then it is given up, and counted
@@ -47,6 +48,8 @@ class Plan:
     maximize: bool = False  # the first of them is to be high in the best version
     signed_loss: bool = False  # losses may be negative
     keeps_reads: bool = False  # the server keeps the snapshot that each worker computes on
+    # batches of a push of the fastest worker, where the others make fewer, by their speed; 0: all make as many
+    by_speed: int = 0
 
     @property
     def last_epoch(self) -> int:
@@ -108,6 +111,7 @@ class Ledger:
         self._is_leaving = False
         self._news: set[int] = set(range(plan.num_workers))  # workers whose mail has changed
         self._accounts = [_Account() for _ in range(plan.num_workers)]
+        self._speeds = Speeds(plan.num_workers, plan.by_speed)
         if state:
             self._restore(state)
         self._pace = StepBarrier(
@@ -163,8 +167,13 @@ class Ledger:
             default=self.version,
         )
 
-    def judge(self, header: Header) -> Verdict:
-        """Take a gradient into account. Raises LedgerError if it cannot be one of this run's."""
+    def begin(self, now: float) -> None:
+        """Take note that those who have work begin with it; `now`: seconds, of the clock of `judge`."""
+        for worker in self.in_debt:
+            self._speeds.begin(worker, now)
+
+    def judge(self, header: Header, now: float = 0.0) -> Verdict:
+        """Take a gradient into account, which came `now`. Raises LedgerError if it cannot be one of this run's."""
         self._demand_possible(
             header, "" if math.isfinite(header.loss) else "its loss is not finite"
         )
@@ -181,6 +190,7 @@ class Ledger:
             self.samples += header.count
         account.made, account.pushed = self.version, header.count
         account.nonfinite = 0
+        self._speeds.pushed(header.worker, header.count, now)
         if (
             self._epochs_validated(self.samples) > self._epochs_validated(samples)
             and not self.trained
@@ -196,6 +206,8 @@ class Ledger:
         if mean_of and self.plan.pacing.backup:
             self._news.update(self.members)  # who is late begins the next step
         self._keep_pace()
+        if not account.leases:
+            self._speeds.pause(header.worker)
         return Verdict(
             lr,
             version,
@@ -216,6 +228,7 @@ class Ledger:
         self._settle(header, {Work.VALIDATE, Work.FINAL})
         work = self._accounts[header.worker].leases[0].work
         self._accounts[header.worker].made = self.version
+        self._speeds.pause(header.worker)
         self._relend(header.worker)
         self._keep_pace()
         score: Score | None = None
@@ -254,6 +267,7 @@ class Ledger:
         # own weights would be spoilt: it begins anew
         account.made = account.begun = self.version
         account.nonfinite += 1
+        self._speeds.pause(header.worker)
         self._relend(header.worker)
         self._pace.pass_(header.worker)
         self._keep_pace()
@@ -305,6 +319,7 @@ class Ledger:
         account.is_gone = account.is_gone or is_gone
         self._returned.extend(held)
         self._news.add(worker)
+        self._speeds.forget(worker)
         self._lend_to_all()
         self._pace.forget(worker)
         self._keep_pace()
@@ -384,6 +399,7 @@ class Ledger:
                     tuple(account.leases),
                     self._pace.oldest,
                     account.kept,
+                    self._speeds.batches(worker, self.members),
                 ),
             )
 
@@ -626,8 +642,10 @@ class Ledger:
         return True
 
     def _length_of_lease(self, worker: int) -> int:
-        """Samples: near the end of the run no more than an even share of what is left, so that all end together."""
+        """Samples: if pushes grow, near the end of the run no more than an even share of what is left, so that all end together."""
         plan, size = self.plan, self.plan.batch_size
+        if plan.by_speed:
+            return max(plan.lease_batches, self._speeds.batches(worker, self.members)) * size
         share = (plan.total_samples - self._lent) // plan.num_workers
         pushes = min(plan.lease_pushes * self._accounts[worker].pushed, share)
         return max(plan.lease_batches, -(-pushes // size)) * size

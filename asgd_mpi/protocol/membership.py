@@ -43,13 +43,13 @@ class Membership:
     def __init__(self, ledger: Ledger, moves: bool):
         self._ledger, self._moves = ledger, moves
 
-    def gradient(self, header: Header) -> Verdict | Refused:
-        """Judge a gradient, finite or not. Raises LedgerError if it cannot be one of this run's."""
+    def gradient(self, header: Header, now: float = 0.0) -> Verdict | Refused:
+        """Judge a gradient, finite or not, which came `now`. Raises LedgerError if it cannot be one of this run's."""
         if header.worker not in self._ledger.members:
             return self.stray(header)
         if header.kind == Kind.NONFINITE or not math.isfinite(header.loss):
             return self._not_finite(header)
-        verdict = self._ledger.judge(header)
+        verdict = self._ledger.judge(header, now)
         if verdict.dropped:
             return Refused(f"too late: {verdict.staleness} versions stale")
         return verdict

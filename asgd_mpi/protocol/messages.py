@@ -59,6 +59,8 @@ class Mail:
     # the oldest version whose gradients can still count: others are not worth finishing
     oldest: int = 0
     read: int = -1  # the snapshot that the server keeps as what this worker computes on; -1: none
+    # that each of its next pushes is to hold, if that goes by its speed; 0: as many as its options say
+    batches: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def unpack_header(packet: bytes | memoryview) -> Header:
 
 
 MAIL_WORDS = 24
-_MAIL_FIELDS = 10  # before the leases
+_MAIL_FIELDS = 11  # before the leases
 _LEASE_WORDS = 5
 
 
@@ -233,6 +235,7 @@ def pack_mail(mail: Mail) -> list[int]:
         mail.hold,
         mail.oldest,
         mail.read,
+        mail.batches,
     ]
     for lease in mail.leases:
         words += [lease.number, lease.work, lease.epoch, lease.start, lease.stop]
@@ -244,7 +247,9 @@ def unpack_mail(words: list[int]) -> Mail | None:
     """Return the mail in MAIL_WORDS words; None if it was being written while it was read."""
     if words[-1] != _check(words[:-1]):
         return None
-    judged, version, orders, dropped, save, best, refused, hold, oldest, read = words[:_MAIL_FIELDS]
+    judged, version, orders, dropped, save, best, refused, hold, oldest, read, batches = words[
+        :_MAIL_FIELDS
+    ]
     leases = []
     for at in range(_MAIL_FIELDS, MAIL_WORDS - _LEASE_WORDS, _LEASE_WORDS):
         number, work, epoch, first, last = words[at : at + _LEASE_WORDS]
@@ -262,6 +267,7 @@ def unpack_mail(words: list[int]) -> Mail | None:
         tuple(leases),
         oldest,
         read,
+        batches,
     )
 
 

@@ -271,6 +271,8 @@ def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
         push = "; pushes as the server has time"
     elif n_push != 1:
         push = f"; a push for every {n_push} batches"
+    if rule.steps_by_speed:
+        push += ", for fewer of a slower worker"
     wire = _wire(config.exchange)
     if rule.warm_start_epochs:
         warm = f"; one worker alone for the first {rule.warm_start_epochs:g} epochs"

@@ -155,6 +155,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until the run is finished, or was left: then `left_because` says why. Raises UserError."""
+        self.ledger.begin(time.monotonic())
         while not self.is_over:
             self.turn()
         self.send_home()
@@ -271,7 +272,7 @@ class Server:
     def _judge(self, arrival: Arrival) -> Verdict | None:
         """Return the verdict on a gradient; None if it is not to be applied, which is then recorded."""
         try:
-            found = self._membership.gradient(arrival.header)
+            found = self._membership.gradient(arrival.header, time.monotonic())
         except LedgerError as error:
             self._expel(arrival.worker, str(error))
             return None

@@ -158,11 +158,11 @@ class OpenedTask(ABC):
 
     def plan(self, num_workers: int) -> Plan:
         data, run, samples = self.config.data, self.config.run, self.train.num_samples
-        n_push = self.config.exchange.n_push
+        n_push, by_speed = self.config.exchange.n_push, self.config.rule.steps_by_speed
         # while a push is under way
         sums_on = n_push == "auto"
         # two are held: enough for a push
-        lease_batches = max(data.lease_batches, 1 if sums_on else n_push)
+        lease_batches = max(data.lease_batches, 1 if sums_on or by_speed else n_push)
         return Plan(
             num_workers,
             samples,
@@ -181,6 +181,7 @@ class OpenedTask(ABC):
             self.maximize,
             signed_loss=self.is_own,
             keeps_reads=RULEBOOK[self.config.rule.name].keeps_reads,
+            by_speed=0 if sums_on or not by_speed else n_push,
         )
 
     def kept_at(self, samples: int) -> int:

@@ -142,14 +142,20 @@ def test_with_one_worker_a_run_that_was_left_and_resumed_twice_is_the_same_to_th
     site.check()
 
 
-def test_a_run_that_is_left_amid_a_push_of_diloco_delivers_it_and_replays_over_the_resume(site):
+@pytest.mark.parametrize("by_speed", [False, True], ids=["", "batches by speed"])
+def test_a_run_that_is_left_amid_a_push_of_diloco_delivers_it_and_replays_over_the_resume(
+    site, by_speed
+):
     options = ["--rule", "diloco", "--rule.optimizer", "adamw", "--n-sync", "8"]
-    done = site.train(2, *options, "--inject", "term@step30:rank1", status=75)
+    slow = "slow:3x@rank2"
+    if by_speed:
+        options += ["--rule.steps_by_speed", "true"]
+    done = site.train(2, *options, "--inject", f"term@step30:rank1,{slow}", status=75)
     assert "go on with --resume" in done.stdout
     # the push that was under way, beside whole ones; its optimizer's state is saved as it left it
     assert {push.positions // 32 for push in history.pushes(site.run)} - {8}
     assert len(resume.find(site.run).manifest.momenta) == 2
-    site.train(2, *options, status=0)
+    site.train(2, *options, "--inject", slow, status=0)
     site.check()
 
 
