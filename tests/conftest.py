@@ -39,6 +39,7 @@ TIMEOUT_S = 180
 NOT_STARTED = "listener thread failed to start"
 # where pytest-xdist's processes write down the unit of each test
 UNITS = pytest.StashKey[str]()
+STARTED: list[subprocess.Popen] = []  # by the test that runs
 QUIET = ["--run.progress", "none", "--compute.workers_per_gpu", "99"]  # whatever GPUs there are
 
 
@@ -85,7 +86,7 @@ class Launcher:
                 "PYTHONFAULTHANDLER": "1",
             }
         )
-        return subprocess.Popen(
+        started = subprocess.Popen(
             command,
             cwd=cwd,
             env=env,
@@ -95,6 +96,8 @@ class Launcher:
             text=True,
             start_new_session=True,
         )
+        STARTED.append(started)
+        return started
 
     def start_training(
         self,
@@ -234,6 +237,16 @@ def threads_as_before():
     yield
     if before and sys.modules["torch"].get_num_threads() != before:
         sys.modules["torch"].set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left():
+    """End what a test that failed has started: it may train for ever, and takes the cores from those that follow."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            kill_session(process.pid)
+    STARTED.clear()
 
 
 @pytest.fixture(scope="session")

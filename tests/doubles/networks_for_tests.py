@@ -42,8 +42,8 @@ def small(num_classes: int, channels: int, act=lambda: None) -> nn.Module:
 
 
 def slow_on_rank_3(num_classes: int, channels: int) -> nn.Module:
-    """A forward pass takes 0.05 s there."""
-    return small(num_classes, channels, lambda: time.sleep(0.05) if RANK == 3 else None)
+    """A forward pass takes 0.2 s there."""
+    return small(num_classes, channels, lambda: time.sleep(0.2) if RANK == 3 else None)
 
 
 def without_dropout(num_classes: int, channels: int) -> nn.Module:

@@ -294,7 +294,7 @@ def test_a_worker_that_is_stopped_is_retired_and_comes_back_as_a_new_member(site
         "--inject",
         "stop:5s@step20:rank1",
         "--failure.retire_after_s",
-        "1",
+        "2",
         "--failure.stall_s",
         "0.5",
         status=0,
@@ -302,7 +302,7 @@ def test_a_worker_that_is_stopped_is_retired_and_comes_back_as_a_new_member(site
     )
     site.check(epochs=8)
     losses, refusals = site.events(Retirement), site.events(Refusal)
-    # on a machine with much else to do the other one may be silent for a second, too
+    # on a machine with much else to do the other one may be silent for as long, too
     assert 1 in {loss.rank for loss in losses} and not any(loss.for_good for loss in losses)
     assert all("nothing has come from it for" in loss.reason for loss in losses)
     assert any(event.rank == 1 and "retired worker" in event.reason for event in refusals)
@@ -348,14 +348,13 @@ def test_a_stall_is_written_down_with_the_stacks_of_all_ranks(site):
         status=0,
         epochs=6,
     )
-    # on a machine with much else to do there may be other stalls
+    # On a machine with much else to do there may be other stalls: while a rank has not begun to watch, or not any more.
     told = [
-        number
+        [path.read_text() for path in sorted(site.run.stalls.glob(f"{number}.rank*.txt"))]
         for number in site.run.stall_requests
-        if "fault_injection.py" in (site.run.stalls / f"{number}.rank001.txt").read_text()
     ]
-    assert told and "stall: rank 1" in done.stderr
-    texts = [(site.run.stalls / f"{told[0]}.rank{rank:03d}.txt").read_text() for rank in range(3)]
+    assert "stall: rank 1" in done.stderr
+    [texts, *_] = [some for some in told if len(some) == 3 and "fault_injection.py" in some[1]]
     assert all("no progress for" in text and "most recent call first" in text for text in texts)
     assert "in compute" in texts[1]
 
