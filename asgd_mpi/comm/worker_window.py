@@ -47,6 +47,8 @@ SAMPLE, TRIES = 1 << 20, 3  # bytes and repetitions of a measured read,
 CLEARLY = 1.25
 # floats that a worker which follows waits for: each time it wakes, others must rest
 STRIDE = 1 << 20
+# the longest pause between two looks at the mail over a link, while a worker waits by order: each look is half a kilobyte or more
+FAR_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ class WorkerWindow(Window):
         mail = self._until(read, f"judge its packet {packets}")
         if until(mail):
             return mail
-        return self._until(read_on, for_what, beat=self._beat)
+        longest_s = wait.LONGEST_S if self.near[0] else FAR_S
+        return self._until(read_on, for_what, longest_s, beat=self._beat)
 
     def _beat(self) -> int:
         """A number that changes for as long as rank 0 lives."""

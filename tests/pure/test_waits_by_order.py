@@ -4,6 +4,7 @@ import pytest
 from test_window import make_pair
 
 from asgd_mpi.comm import wait
+from asgd_mpi.comm.worker_window import FAR_S
 from asgd_mpi.errors import DeadlineExceeded
 from asgd_mpi.protocol.messages import Lease, Mail, Orders, Work
 
@@ -111,6 +112,31 @@ def test_what_a_worker_does_by_order_may_last_longer_than_the_limit(pair, clock,
     Server(server, clock, at=5 * LIMIT_S, mail=at_last)
     assert worker.await_mail(1, until, "end it") == at_last
     assert clock.now >= 5 * LIMIT_S
+
+
+@pytest.mark.parametrize("is_near, looks_a_second", [(True, 100), (False, 1 / FAR_S)])
+def test_a_worker_of_another_host_that_waits_by_order_looks_50_times_a_second_at_most(
+    pair, clock, monkeypatch, is_near, looks_a_second
+):
+    """A poll takes 0.01 s at least on this clock; twenty times within the limit the pauses begin with none, as it looks for a beat."""
+    server, worker = pair
+    worker.world.timeout_s, orders_at = 600.0, 300.0
+    server.post(0, Mail(1, 0))
+    Server(server, clock, at=orders_at, mail=Mail(1, 0, Orders.STOP))
+    read, looks = worker.read_mail, []
+
+    def look():
+        looks.append(clock.now)
+        worker.near = [True]  # its memory is here in truth
+        found = read()
+        worker.near = [is_near]
+        return found
+
+    worker.near = [is_near]
+    monkeypatch.setattr(worker, "read_mail", look)
+    monkeypatch.setattr(worker, "_beat", lambda: int(clock.now))
+    assert worker.await_mail(1, lambda mail: mail.orders == Orders.STOP, "end it")
+    assert len(looks) == pytest.approx(orders_at * looks_a_second, rel=0.07)
 
 
 @pytest.mark.parametrize("what", ORDERED)
