@@ -4,12 +4,13 @@
     last stage     loss(module, inputs) with a module that returns what came out of the stages      -> the loss
 
 So a user's loss runs on both, as it stands. What of it depends on more than the call of the module is found before the run
-(runtime.divisible). The last stage has the batch from the first one, which reads it.
+(runtime.divisible). The last stage has the batch from the first one, which reads it; of tensors that the loss does not read there, such
+as what the network takes, it has the shape and the type alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -89,10 +90,13 @@ class _Called(BaseException):
 
 
 class Divided:
-    """An objective whose loss is computed on two ranks. `who`: see Caller."""
+    """An objective whose loss is computed on two ranks. `who`: see Caller.
 
-    def __init__(self, objective: Objective, who: str):
-        self.objective, self.who = objective, who
+    unread: where in a batch tensors lie that the last stage does not read, such as "/0" or "/images" (see `places`).
+    """
+
+    def __init__(self, objective: Objective, who: str, unread: Collection[str] = ()):
+        self.objective, self.who, self.unread = objective, who, frozenset(unread)
 
     def taken(self, inputs: Any) -> torch.Tensor:
         """Return what the loss calls the network with: the first stage."""
@@ -121,12 +125,26 @@ class Divided:
                 )
             return left.pop()
 
-        return self.objective.loss(self._caller(give), inputs)
+        try:
+            return self.objective.loss(self._caller(give), inputs)
+        except (RuntimeError, NotImplementedError) as error:
+            if self.unread and "meta" in str(error):
+                raise ConfigError(
+                    f"{self.who}: loss() reads of this batch what it did not read of the first samples, {' or '.join(sorted(self.unread))}, "
+                    "so the last stage has not got it. Let it read the same of every batch, or leave --stages out."
+                ) from error
+            raise
 
     def share(self, batch: Any) -> Share:
         """Return what the last stage has to know of a batch. Raises ConfigError for what cannot travel."""
         tensors: list[torch.Tensor] = []
-        return self._words(batch.data, tensors), tuple(tensors)
+        return self._words(batch.data, "", tensors), tuple(tensors)
+
+    def places(self, data: Any) -> list[str]:
+        """Return where the tensors of a batch lie. Raises ConfigError as `share` does."""
+        found: list[str] = []
+        self._words(data, "", [], found)
+        return found
 
     def prepare(self, share: Share, size: int, epoch: int, start: int, device: torch.device) -> Any:
         """Return the inputs of a batch on the last stage's device, of what `share` returned."""
@@ -140,16 +158,26 @@ class Divided:
     def _caller(self, answer: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         return Caller(answer, f"{self.who}: loss()")
 
-    def _words(self, value: Any, tensors: list[torch.Tensor]) -> Any:
-        """Return a value as [its kind, what JSON can hold]; its tensors are added to `tensors`."""
+    def _words(
+        self, value: Any, place: str, tensors: list[torch.Tensor], places: list[str] | None = None
+    ) -> Any:
+        """Return a value as [its kind, what JSON can hold]; its tensors are added to `tensors`, where they lie to `places`."""
+
+        def inner(key: Any, one: Any) -> Any:
+            return self._words(one, f"{place}/{key}", tensors, places)
+
+        kind = type(value)
         if isinstance(value, torch.Tensor):
+            if places is not None:
+                places.append(place)
+            if place in self.unread:
+                return ["shape", [list(value.shape), str(value.dtype).removeprefix("torch.")]]
             tensors.append(value)
             return ["tensor", len(tensors) - 1]
-        kind = type(value)
         if kind in (tuple, list):
-            return [kind.__name__, [self._words(one, tensors) for one in value]]
+            return [kind.__name__, [inner(number, one) for number, one in enumerate(value)]]
         if kind is dict and all(type(key) in PLAIN for key in value):
-            return ["dict", [[key, self._words(one, tensors)] for key, one in value.items()]]
+            return ["dict", [[key, inner(key, one)] for key, one in value.items()]]
         if kind in PLAIN:
             return ["plain", value]
         raise ConfigError(
@@ -163,6 +191,8 @@ def _value(words: Any, tensors: Sequence[torch.Tensor]) -> Any:
     kind, held = words
     if kind == "tensor":
         return tensors[held]
+    if kind == "shape":
+        return torch.empty(held[0], dtype=getattr(torch, held[1]), device="meta")
     if kind == "dict":
         return {key: _value(one, tensors) for key, one in held}
     if kind == "plain":

@@ -67,11 +67,14 @@ def _split(leaf: Any, size: int, count: int) -> Sequence[Any]:
 
 
 def on_device(inputs: Any, device: torch.device) -> Any:
-    """Return inputs with their tensors on a device."""
-    return pytree.tree_map(
-        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf,
-        inputs,
-    )
+    """Return inputs with their tensors on a device, but for those that hold a shape only (see optim.divided)."""
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+            return leaf.to(device, non_blocking=True)
+        return leaf
+
+    return pytree.tree_map(moved, inputs)
 
 
 @dataclass

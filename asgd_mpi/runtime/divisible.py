@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from asgd_mpi.data.dataset import SampleBatch
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import batchnorm
 from asgd_mpi.model.blame import blamed
@@ -30,22 +31,25 @@ MEND = "Mend that, or leave --stages out"
 CLOSE = {"rtol": 1e-3, "atol": 1e-6}  # kernels may add up in another order
 
 
-def demand(task: OwnTask, module: nn.Module) -> None:
-    """Raise ConfigError unless stages can compute the loss and the score of a task.
+def demand(task: OwnTask, module: nn.Module) -> list[str]:
+    """Raise ConfigError unless stages can compute the loss and the score of a task; returns what the last one does not read.
 
     The network's statistics are moved by it; its weights are not.
     """
-    inputs = _travelled(task)
+    batch = task.trial_batch(min(SAMPLES, task.train.num_samples))
+    inputs = _travelled(task, batch)
     is_chain = task.config.stages.cut == "chain"
     with torch.random.fork_rng([]), batchnorm.as_training(module):
         by_stages = _by_stages(task.divided, module, is_chain, inputs)
         _demand_same(task.divided.who, by_stages, _as_it_stands(task, module, inputs))
+        unread = _unread(task, batch, module(task.divided.taken(inputs)).detach())
     _try_forward(task, module, inputs)
+    return unread
 
 
-def _travelled(task: OwnTask) -> Any:
+def _travelled(task: OwnTask, batch: SampleBatch) -> Any:
     """Return the inputs of a few samples. Raises ConfigError unless the last stage gets the same."""
-    divided, batch = task.divided, task.trial_batch(min(SAMPLES, task.train.num_samples))
+    divided = task.divided
     words, tensors = divided.share(batch)
     for tensor in tensors:
         if tensor.layout != torch.strided:
@@ -128,6 +132,32 @@ def _as_it_stands(task: OwnTask, module: nn.Module, inputs: Any) -> dict[str, to
         if loss.requires_grad:
             loss.backward()
     return _gradients(module, loss)
+
+
+def _unread(task: OwnTask, batch: SampleBatch, outputs: torch.Tensor) -> list[str]:
+    """Return where tensors of the batch lie that the loss does not read once the network has given its outputs.
+
+    A tensor on the meta device has a shape and no numbers: whatever needs those fails.
+    """
+
+    def loss(unread: list[str]) -> list[torch.Tensor | None]:
+        divided = Divided(task.own, task.divided.who, unread)
+        about = (batch.size, batch.epoch, batch.start, CPU)
+        given = outputs.clone().requires_grad_()
+        value = divided.loss(given, divided.prepare(divided.share(batch), *about))
+        if not value.requires_grad:
+            return [value]
+        return [value.detach(), *torch.autograd.grad(value, [given], allow_unused=True)]
+
+    found: list[str] = []
+    if outputs.is_floating_point():
+        whole = loss([])
+        for place in task.divided.places(batch.data):
+            with suppress(Exception):  # it is read
+                without = loss([*found, place])
+                if all(map(_is_same, whole, without)):
+                    found.append(place)
+    return found
 
 
 def _gradients(module: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:

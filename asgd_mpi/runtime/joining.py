@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ from asgd_mpi.runtime.prepare import prepare
 from asgd_mpi.runtime.rank import Files, Rank, RankBooks, Turns, first_module, write_versions
 from asgd_mpi.runtime.ranks import run_server, run_slice_server, run_stage, run_worker
 from asgd_mpi.task import Task, open_task
+from asgd_mpi.task.own import OwnTask
 from asgd_mpi.vector import partition
 from asgd_mpi.vector.flat import num_floats, num_statistics
 
@@ -139,7 +141,8 @@ def _train(
         tell(text)
 
     task = open_task(config, lambda text: note(text, read_retries=1), own, setup["metrics"])
-    if task.is_own:
+    if isinstance(task, OwnTask):
+        task = replace(task, unread=tuple(setup["unread"]))
         _demand_same_data(world, task.train.fingerprint, "training")
         _demand_same_data(world, task.val.fingerprint or "0-", "validation")
     device = devices.take(places, world.rank)

@@ -106,7 +106,7 @@ def prepare(
         tell(note)
     if num_stages > 1:
         if isinstance(task, OwnTask):
-            divisible.demand(task, module)
+            task = replace(task, unread=tuple(divisible.demand(task, module)))
         if config.stages.cut == "columns":
             task.rows_of_columns(module)
         else:
@@ -182,6 +182,7 @@ def prepare(
         "carried": carried,
         "room": room,
         "metrics": list(task.metrics),
+        "unread": list(task.unread) if isinstance(task, OwnTask) else [],
         "greeting": _greeting(places, task, run),
     }
 

@@ -38,7 +38,7 @@ RECIPE = Recipe(
     weight_decay=0.0,
     schedule="cosine",
     lr=0.01,
-    source="neutral values, which know nothing of your task",
+    source="general defaults, not tuned for your task",
 )
 
 
@@ -69,6 +69,7 @@ class OwnTask(OpenedTask):
     train: Samples
     val: Samples | Nothing
     own: Task = field(kw_only=True)
+    unread: tuple[str, ...] = ()  # of a batch, by the last stage (see optim.divided)
 
     is_own = True
 
@@ -110,7 +111,8 @@ class OwnTask(OpenedTask):
 
     @property
     def divided(self) -> Divided:
-        return Divided(self.own, f"--stages.number {self.config.stages.number}: {self.name}")
+        who = f"--stages.number {self.config.stages.number}: {self.name}"
+        return Divided(self.own, who, self.unread)
 
     @property
     def maximize(self) -> bool:
@@ -257,7 +259,7 @@ def with_options(config: Config, own: Task) -> Config:
 
 
 def completed(config: Config) -> Resolved:
-    """Return the configuration of an own task with what it leaves open: no recipe knows it, so the values are neutral."""
+    """Return the configuration of an own task with what it leaves open: no recipe knows it, so these are general defaults."""
     return with_recipe(config, RECIPE)
 
 

@@ -70,6 +70,41 @@ class Words(asgd_mpi.Task):
         return {"right": (guesses == truths).float().mean(), "loss": self.loss(module, batch)}
 
 
+class Restored(Words):
+    """The last stage reads what the network takes, too."""
+
+    def loss(self, module, batch):
+        scores = module(batch["seen"])
+        return functional.cross_entropy(scores, batch["next"][0]) + functional.mse_loss(
+            scores[:, :5], batch["seen"].float()
+        )
+
+
+class Weighed(Words):
+    """What the network takes decides what the loss does."""
+
+    def collate(self, samples):
+        return super().collate(samples) | {"spare": torch.ones(3)}
+
+    def loss(self, module, batch):
+        loss = super().loss(module, batch)
+        return loss if batch["seen"].sum() >= 0 else -loss
+
+
+class Listed(Words):
+    """A list that is as long as the batch goes before what the network takes."""
+
+    def collate(self, samples):
+        batch = super().collate(samples)
+        return list(batch["next"][0]), batch["seen"]
+
+    def loss(self, module, batch):
+        return functional.cross_entropy(module(batch[1]), torch.stack(batch[0]))
+
+    def score(self, module, batch):
+        return {"loss": self.loss(module, batch)}
+
+
 class Twice(Words):
     def loss(self, module, batch):
         return super().loss(module, batch) + 0 * module(batch["seen"]).sum()

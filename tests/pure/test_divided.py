@@ -1,5 +1,6 @@
 """A task of a user's own that is cut into stages, in one process: its gradients, and what of a task cannot be cut."""
 
+import dataclasses
 import itertools
 import sys
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ import asgd_mpi
 import staged_tasks
 from asgd_mpi.config.options import Config
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.optim.divided import Divided
 from asgd_mpi.optim.step import compute_gradient_
 from asgd_mpi.pipeline.cut import cut
 from asgd_mpi.pipeline.plan import measure
@@ -72,6 +74,30 @@ def test_the_last_stage_gets_the_batch_that_the_first_one_has_read():
     assert list(found) == ["seen", "next"] and isinstance(found["next"], list)
     assert found["next"][1] == ("text",) * 5 and found["seen"].dtype == torch.int64
     assert torch.equal(found["seen"], batch.data["seen"])
+
+
+@pytest.mark.parametrize(
+    ("name", "unread"),
+    [("Words", ["/seen"]), ("Restored", []), ("Weighed", ["/spare"]), ("Listed", ["/1"])],
+)
+def test_what_the_last_stage_does_not_read_stays_with_the_first_one(
+    tmp_path, monkeypatch, name, unread
+):
+    """A tensor without numbers stands for it there: the loss has the same value, or fails."""
+    monkeypatch.chdir(tmp_path)
+    assert prepared(name)["unread"] == unread
+    task = opened(name)
+    task = dataclasses.replace(task, unread=tuple(unread))
+    batch = task.trial_batch(5)
+    inputs = task.own.prepare(batch, CPU)
+    share = task.divided.share(batch)
+    assert len(share[1]) == len(task.divided.places(batch.data)) - len(unread)
+    outputs = task.build_module()(task.divided.taken(inputs))
+    arrived = task.divided.prepare(share, 5, 0, 0, CPU)
+    assert task.divided.loss(outputs, arrived) == task.divided.loss(outputs, inputs)
+    wrong = Divided(task.own, "the task", task.divided.places(batch.data))
+    with pytest.raises(ConfigError, match="reads of this batch what it did not read of the first"):
+        wrong.loss(outputs, wrong.prepare(wrong.share(batch), 5, 0, 0, CPU))
 
 
 def prepared(name, *options):
