@@ -119,7 +119,6 @@ def replaying(
             computation.begin_anew_(entry.worker)
             fetched.pop(entry.worker, None)
             made.pop(entry.worker, None)
-            handover.see_momentum(entry.worker, entry.version, replicas[entry.worker])
         if not isinstance(entry, Push):
             continue
         if latest.version >= until:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
+import torch
 
 from asgd_mpi.config import exchange_choice, rulebook
 from asgd_mpi.config.failures import Failure
@@ -27,7 +28,7 @@ from asgd_mpi.config.options import ExchangeConfig
 from asgd_mpi.data.loader import ranges
 from asgd_mpi.errors import TOO_FAST, ConfigError, TrainingDiverged, WorkersLost
 from asgd_mpi.offline import forecast
-from asgd_mpi.offline.trainer import SingleProcessTrainer, Snapshot
+from asgd_mpi.offline.trainer import Computed, SingleProcessTrainer, Snapshot
 from asgd_mpi.optim.error_feedback import kept_at
 from asgd_mpi.optim.objective import Tally, measured
 from asgd_mpi.optim.stability import LossWatch
@@ -344,8 +345,20 @@ class Simulation:
         self.books[me.number + 1].add(
             self.now, pushes=1, bytes_pushed=self.computation.pushed.num_bytes(kept)
         )
+        # where weights of its own may be spoilt, its worker knows before it goes on
+        ahead = None
+        if self.exchange.overlap and self.habits.moves:
+            ahead = self._finish(me, done), self.computation.flat.gradient.clone()
         yield from self._start(
-            me, lambda: self._judge(me, push, done), push.fetch, is_gradient=True
+            me, lambda: self._judge(me, push, done, ahead), push.fetch, is_gradient=True
+        )
+        return ahead is not None and not ahead[0].is_finite
+
+    def _finish(self, me: _Worker, done: _Computed) -> Computed:
+        """Compute what is pushed; it is in the network's gradient then."""
+        lacks_push = done.snapshot.version < me.made
+        return self.computation.compute_(
+            me.number, done.batches, done.fetched, done.centre, lacks_push
         )
 
     def _give_up(self, me: _Worker, action: protocol.GiveUp) -> Process:
@@ -439,12 +452,21 @@ class Simulation:
 
     # ---- the server: what runtime.server does
 
-    def _judge(self, me: _Worker, push: protocol.Push, done: _Computed) -> bool:
+    def _judge(
+        self,
+        me: _Worker,
+        push: protocol.Push,
+        done: _Computed,
+        ahead: tuple[Computed, torch.Tensor] | None = None,
+    ) -> bool:
         """Return the turn of a push; whether its worker must fetch, since its own weights are spoilt."""
         computation = self.computation
-        loss, skipped, is_finite, scale, kept = computation.compute_(
-            me.number, done.batches, done.fetched, done.centre, done.snapshot.version < me.made
-        )
+        if ahead is None:
+            computed = self._finish(me, done)
+        else:
+            computed, pushed = ahead
+            computation.flat.gradient.copy_(pushed)
+        loss, skipped, is_finite, scale, kept = computed
         me.trip.is_finite, positions = is_finite, push.sum.count
         header = self._header(
             Kind.GRADIENT if is_finite else Kind.NONFINITE,

@@ -45,7 +45,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Push:
-    """Set out with a sum that was computed on `read_version`, and bring newer weights if `fetch`."""
+    """Set out with a sum that was computed on `read_version`, and bring newer weights if `fetch`. Answer: whether the own are spoilt."""
 
     sum: Sum
     read_version: int
@@ -232,7 +232,8 @@ class Client:
         self._sum: Sum | None = None
         self._has_moved = False  # batches were computed since the last push set out
         self._has_pushed = False  # a gradient is under way,
-        self._made = 0  # ... the version that the last one made
+        # ... the version that the last one made, or that the run goes on from (known with the first mail); 0: nothing is kept of any
+        self._made = -1
         self._done = 0  # the last lease that was worked on
         self._saved = 0  # the last checkpoint that the state was saved for
         self._unwritten = 0  # files that it has begun to write, and not heard of since
@@ -243,7 +244,6 @@ class Client:
     def work(self) -> Actions:
         """Work until the run is finished or left."""
         yield from self._refresh()
-        self._made = self.version
         while (lease := (yield from self._next_lease())) is not None:
             if lease.work == Work.TRAIN:
                 yield from self._train(lease)
@@ -301,8 +301,11 @@ class Client:
                 return
 
     def _validate(self, lease: Lease) -> Actions:
+        membership = self._dropped
         # what a checkpoint of this version holds
         yield from self._refresh(whole=True)
+        if self._dropped != membership:
+            return  # the lease is lent to others
         yield Validate(lease)
         yield from self._take()
         if lease.work == Work.VALIDATE and self.mail.best == self.version:
@@ -328,9 +331,10 @@ class Client:
         is_due = self._cadence.push(done.batches) or self.mail.batches > 0
         fetch = is_due and not self._is_elastic
         self._has_moved = False
-        yield Push(done, read_version, fetch, moves=bool(self._habits.moves))
+        is_spoilt = yield Push(done, read_version, fetch, moves=bool(self._habits.moves))
         self._has_pushed = True
-        if not self._habits.overlap or self._habits.moves and self._is_asked_to_save:
+        waits = is_spoilt or self._habits.moves and self._is_asked_to_save
+        if not self._habits.overlap or waits:
             yield from self._take()
             if self.mail.dropped != self._dropped:
                 yield from self._begin_anew()
@@ -350,7 +354,8 @@ class Client:
         yield from self._take()
         yield Fetch(whole)
         yield from self._take()
-        if self._habits.tells_reads and self.mail.dropped != self._dropped:
+        # before a lease of the new member is begun: it would count as done when it is broken off
+        if self.mail.dropped != self._dropped:
             yield from self._begin_anew()
 
     def _take(self) -> Actions:
@@ -362,6 +367,8 @@ class Client:
             yield Undo()
         elif self._has_pushed and taken.is_finite and self.mail.dropped == self._dropped:
             self._made = self.mail.version
+        elif self._has_pushed and self._habits.moves and not taken.is_finite:
+            self._made = 0
         self._has_pushed = False
         if is_fresh and self._habits.tells_reads:
             yield from self._tell_of_read()
@@ -377,6 +384,8 @@ class Client:
         if taken.version is None:
             return False
         self.version = taken.version
+        if self._made < 0:
+            self._made = taken.mail.version
         self._cadence.fetched()
         return True
 
@@ -421,7 +430,7 @@ class Client:
         self._dropped = self.mail.dropped
         self._sum, self._has_moved = None, False
         yield BeginAnew()
-        self._made = self.mail.version
+        self._made = 0
         yield from self._refresh()
 
     def _leave(self) -> Actions:

@@ -202,7 +202,7 @@ class Worker:
         """Do what is no gradient; returns the answer to it."""
         match action:
             case protocol.Push():
-                self._push(action)
+                return self._push(action)
             case protocol.Take():
                 is_fresh = self._take_snapshot()
                 version = self.client.version if is_fresh else None
@@ -266,8 +266,8 @@ class Worker:
         if self.client.is_overtaken():
             raise _Overtaken
 
-    def _push(self, push: protocol.Push) -> None:
-        """Finish the sum, and send the client with it."""
+    def _push(self, push: protocol.Push) -> bool:
+        """Finish the sum, and send the client with it; returns whether the own weights are spoilt."""
         done, self._computed = self._computed, None
         with self.meter.phase("compute"):
             self._is_finite = is_finite = self.replica.finish()
@@ -292,6 +292,7 @@ class Worker:
             self.meter.add(pushes=1, bytes_pushed=num_bytes)
         else:
             self.client.start(header, lambda payload: 0, push.fetch or is_spoilt)
+        return is_spoilt
 
     def _give_up(self, action: protocol.GiveUp) -> None:
         self._computed = None

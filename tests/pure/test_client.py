@@ -90,6 +90,7 @@ class Server:
                 self.pushes += 1
                 # by another worker's push, if this one is not finite
                 self.version += 1
+                return action.moves and self.pushes in self.infinite
             case Take():
                 trip, self.trip = self.trip, None
                 is_finite = self.pushes not in self.infinite
@@ -258,14 +259,29 @@ def test_a_worker_that_leaves_saves_its_state_and_pushes_before_that_only_what_h
     assert did[-3:] == [Save(1, server.version), Say(Kind.SAVED, server.version), Leave()]
 
 
-def test_a_state_is_saved_as_the_last_finite_push_left_it_and_not_amid_a_sum_that_moves_it():
+def first_save(moves, infinite=()):
+    """Of a worker that is asked for its state after its first push; also returns what it did before."""
     asked = Mail(0, 0, save=1, leases=(lease(1, 6),))
-    server, did = train(
-        Habits(2, 2, overlap=True, moves="local", saves=True), 6, after={1: asked}, infinite=(2,)
+    _, did = train(
+        Habits(2, 2, overlap=True, moves=moves, saves=True), 6, after={1: asked}, infinite=infinite
     )
     saved = next(place for place, one in enumerate(did) if isinstance(one, Save))
-    assert kinds(did[:saved]).endswith("c c t p t")  # the sum that it had begun was pushed first
-    assert did[saved] == Save(1, 1) and server.pushes == 3
+    return did[saved], kinds(did[:saved])
+
+
+def test_a_state_is_saved_as_the_last_finite_push_left_it_and_not_amid_a_sum_that_moves_it():
+    assert first_save("", infinite=(1,))[0] == Save(1, 0)
+    assert first_save("", infinite=(2,))[0] == Save(1, 1)
+    save, did = first_save("local")
+    assert save == Save(1, 2) and did.endswith("c c t p t")  # the sum was pushed first
+
+
+def test_a_worker_whose_own_weights_are_spoilt_waits_for_others_and_has_nothing_to_save():
+    """With overlap, too: what it began meanwhile would be of weights that are no numbers."""
+    save, did = first_save("local", infinite=(2,))
+    assert save == Save(1, 0) and did.endswith("c c t p t")
+    _, did = train(Habits(1, 1, overlap=True, moves="local"), 3, infinite=(1,))
+    assert kinds(did).startswith("t f t c t p t c t p c")
 
 
 def test_without_saving_nothing_is_saved():
