@@ -17,7 +17,7 @@ from asgd_mpi.process import ending
 from benchmarks import launch, machine
 
 # before a deadline begins to count: imports, first touches, on a busy machine
-STARTUP_S = 90.0
+STARTUP_S = 240.0
 # of an exchange, a parameter: apply reads g, v, w and writes v, w'; fetch reads and writes
 LIMIT_BYTES = 7 * 4
 MEMORY = ("triad_1", "triad_2", "copy_1", "copy_2")

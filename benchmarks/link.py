@@ -16,7 +16,7 @@ from asgd_mpi.process import ending
 from benchmarks import launch, machine
 from benchmarks.hosts import Hosts, hosts, why_not
 
-STARTUP_S = 120.0
+STARTUP_S = 240.0
 LINKS = ["tbf rate 1gbit burst 256kb latency 50ms", "tbf rate 10gbit burst 4mb latency 20ms"]
 PEERS = ("stream", "far")
 WAYS = {"push_s": "push", "fetch_s": "fetch"}

@@ -15,7 +15,7 @@ from asgd_mpi.process import ending
 from benchmarks import launch, machine, training
 from benchmarks.networks import PARAMETERS, STEPS_MS
 
-STARTUP_S = 120.0  # on top of a run's own time
+STARTUP_S = 240.0  # on top of a run's own time
 SLOWEST = 30  # times the ideal: then a run is given up
 BATCH = 16  # images; what a batch holds does not matter here
 DIGITS_IMAGES = 1437
