@@ -153,7 +153,7 @@ class FakeOutbox:
         pass
 
 
-def _wait(poll, what, timeout_s=20.0):
+def _wait(poll, what, timeout_s=120.0):
     started = time.monotonic()
     while not (result := poll()):
         assert time.monotonic() - started < timeout_s, f"nothing came: {what}"

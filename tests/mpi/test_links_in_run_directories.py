@@ -225,7 +225,7 @@ def test_a_resume_names_a_linked_lock_in_one_line_and_leaves_its_target_alone(
         text=True,
         env=os.environ | openmpi.env | {"PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=tmp_path,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"error: {tmp_path}/run/lock is a symbolic link to {mine}")

@@ -147,7 +147,7 @@ def killed_until_it_is_done(made, out, workers, dice) -> int:
             time.sleep(0.001)
         time.sleep(dice.uniform(0, 0.08))
         process.kill()  # its processes must not go on writing
-        process.communicate(timeout=60)  # until the processes that it has started are gone, too
+        process.communicate(timeout=300)  # until the processes that it has started are gone, too
         kills += process.returncode == -signal.SIGKILL
         if (out / MANIFEST).exists():
             break
@@ -213,7 +213,7 @@ def test_a_packing_process_whose_parent_was_killed_before_it_could_know_ends():
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert (done.returncode == 0, "works" in done.stdout) == (works, works), done.stderr
 

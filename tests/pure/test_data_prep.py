@@ -253,7 +253,7 @@ def test_jobs_that_need_the_digits_at_the_same_moment_all_get_them(tmp_path):
         )
         for _ in range(3)
     ]
-    said = [job.communicate(timeout=60)[0] for job in jobs]
+    said = [job.communicate(timeout=300)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0, 0]
     assert sum("1437 train" in text for text in said) == 1
     assert ShardSet.open(tmp_path / "data" / "digits", "train").num_samples == 1437

@@ -251,7 +251,7 @@ def test_the_class_of_the_page_trains(tmp_path, monkeypatch):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "mine:Line on 4096 training and 1 validation sample" in done.stdout

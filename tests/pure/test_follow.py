@@ -78,7 +78,7 @@ def test_follow_ends_with_the_run_and_leaves_the_page_of_its_end(run, options, m
         # the cut line swallows the first of two
         write_log(run.metrics_of(rank), [End(T0 + 9, "finished")])
         write_log(run.metrics_of(rank), [End(T0 + 9, "finished")])
-    thread.join(timeout=30)
+    thread.join(timeout=120)
     assert not thread.is_alive() and "run, finished" in capsys.readouterr().out
     assert list(run.report.iterdir()) == ([] if options else [follow.live_page(run)])
     if not options:

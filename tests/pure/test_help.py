@@ -154,7 +154,7 @@ def test_zsh_completes_the_same(tmp_path):
         input="\n".join(lines) + "\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.stdout.splitlines() == [
         "train",

@@ -108,7 +108,7 @@ def test_only_a_few_batches_are_made_ahead_of_time_and_those_of_a_lease_given_up
 
 
 def test_batches_come_in_order_from_all_threads(shards):
-    loader, at_once = make(shards, threads=3), threading.Barrier(3, timeout=20)
+    loader, at_once = make(shards, threads=3), threading.Barrier(3, timeout=120)
     read = loader.batch
 
     def batch(epoch, start, stop):

@@ -151,7 +151,7 @@ class Cluster:
             thread.start()
         self.server.run()
         for thread in threads:
-            thread.join(20)
+            thread.join(120)
             assert not thread.is_alive()
         self.log.close()
         self.pushes.close()
@@ -378,7 +378,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(digits, tmp_path):
     ):
         cluster.server.run()
     cluster.exchange.mail[0] = Mail(judged=10**9, version=0, orders=Orders.STOP)
-    thread.join(20)
+    thread.join(120)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_interrupted_it_asks_the_run_to_leave_and_the_same_command_goes_on(out, 
         "the first run to start",
     )
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 75 and "the same command goes on where this one stopped" in said
     assert (
         '"status":"left"' in RunDir(out / "async-1").metrics_of(0).read_text()

@@ -101,10 +101,10 @@ def test_a_terminal_of_its_own_gets_a_bar_and_a_file_no_carriage_return():
     fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     command = [sys.executable, "-c", CODE]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, stdout=own, stderr=own, timeout=60)
+    done = subprocess.run(command, env=env, stdout=own, stderr=own, timeout=300)
     os.close(own)
     seen = os.read(lead, 100_000).decode()
     os.close(lead)
     assert done.returncode == 0 and "100%|" in seen and "\rtrain" in seen and "beside" in seen
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.stderr == "beside\n" and not done.stdout
