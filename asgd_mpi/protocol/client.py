@@ -372,8 +372,9 @@ class Client:
         self._has_pushed = False
         if is_fresh and self._habits.tells_reads:
             yield from self._tell_of_read()
-        # to leave, all pushes are waited for first
-        if self._is_asked_to_save and self.mail.orders != Orders.LEAVE:
+        # to leave, all pushes are waited for first; what was dropped is forgotten first
+        is_whole = self.mail.dropped == self._dropped and self.mail.orders != Orders.LEAVE
+        if self._is_asked_to_save and is_whole:
             yield from self._save()
         if self._unwritten:
             yield from self._tell_of_written()
@@ -427,15 +428,20 @@ class Client:
 
     def _begin_anew(self) -> Actions:
         """Begin again as a new worker, since a packet was dropped that had come after it was retired."""
+        yield from self._forget()
+        yield from self._refresh()
+
+    def _forget(self) -> Actions:
         self._dropped = self.mail.dropped
         self._sum, self._has_moved = None, False
         yield BeginAnew()
         self._made = 0
-        yield from self._refresh()
 
     def _leave(self) -> Actions:
         """Save what the next start needs, and say goodbye."""
         yield from self._take()
+        if self.mail.dropped != self._dropped:
+            yield from self._forget()
         if self.mail.orders == Orders.LEAVE:
             if self._sum and self._saves and self._habits.moves:
                 # what is saved must not hold batches that will be trained again

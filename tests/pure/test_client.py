@@ -7,6 +7,7 @@ import pytest
 
 from asgd_mpi.protocol.client import (
     Await,
+    BeginAnew,
     Client,
     Compute,
     Fetch,
@@ -382,3 +383,15 @@ def test_whatever_it_is_told_one_trip_is_under_way_at_a_time_and_it_comes_to_its
         assert one.sum.count == BATCH * one.sum.batches > 0
         assert n_push == "auto" or one.sum.batches <= n_push
     assert did[-1] == Leave() and sum(one == Leave() for one in did) == 1
+
+
+@pytest.mark.parametrize("orders", [Orders.GO_ON, Orders.LEAVE])
+def test_what_is_saved_holds_nothing_of_a_push_that_was_dropped_since_its_worker_was_retired(
+    orders,
+):
+    """It is asked for its state by the same mail that tells of the drop."""
+    told = Mail(0, 0, orders, dropped=1, save=1, leases=(lease(2, 1),))
+    server = Server(Mail(0, 0, leases=(lease(1, 2),)), {2: told})
+    did = server.live(replace(PLAIN, saves=True))
+    kept = [one for one in did if isinstance(one, (BeginAnew, Save))]
+    assert kept[:2] == [BeginAnew(), Save(1, 0)] and kept.count(Save(1, 0)) == 1

@@ -269,8 +269,8 @@ def play(task, start, saved):
             game.run()
             return game, turns.points, True
         except (Stopped, WorkersLost, TrainingDiverged):
-            # what the server holds at its end
-            turns.save()
+            if not turns.points:
+                turns.save()  # what the server holds at its end, without the workers
             return game, turns.points, False
         finally:
             computation.close()
@@ -298,9 +298,9 @@ def live(options, starts, counts=False, groups=None):
     config = configured(options)
     task = open_task(complete(config), own=Fit(counts, groups or {}), metrics=["loss"])
     games, saved, point, log = [], None, None, []
-    starts = iter(starts)
+    planned = iter(starts)
     while True:
-        start = next(starts, None) or Start(2)
+        start = next(planned, None) or Start(starts[-1].num_workers)
         rulebook.check(task.config, start.num_workers)
         game, points, is_over = play(task, start, saved)
         games.append(game)
@@ -427,7 +427,7 @@ def drawn_start(draw, most_workers, is_last):
         workers,
         draw(st.integers(1, 3)),
         ",".join(failures),
-        tuple(draw(st.lists(turns, max_size=2))),
+        tuple(draw(st.lists(turns, max_size=3))),
         {turn: draw(st.integers(0, workers - 1)) for turn in draw(st.lists(turns, max_size=2))},
         0 if is_last else draw(turns),
         tuple(draw(st.lists(st.integers(1, 20), max_size=3))),
@@ -488,3 +488,32 @@ def test_a_worker_that_is_back_works_on_the_lease_that_it_is_given_then():
     options = {"rule.name": "sasgd", "exchange.overlap": True, "exchange.n_push": 2}
     [game] = live(options, [Start(2, failures="slow:5x@rank1", retired={4: 1})])
     assert [entry.worker for entry in game.pushes if isinstance(entry, Member)] == [1]
+
+
+SAVED = {
+    "the mail that told it of a dropped push asked for its state, which it wrote before it began anew": (
+        "ringmaster",
+        [Start(3, saves=(5, 13), retired={5: 0}, stops=13, goes_on=0, spread=0.0)],
+    ),
+    "it had begun anew after a push that was no number": (
+        "diloco",
+        [Start(2, saves=(2,), spoilt=(3,), stops=5, goes_on=0, spread=0.0)],
+    ),
+    "it began anew after that, and nobody had pushed since": (
+        "diloco",
+        [Start(1, saves=(1,), spoilt=(2,), stops=2, goes_on=0, spread=0.0)],
+    ),
+    "others had pushed when it came to a resumed run": (
+        "diloco",
+        [
+            Start(2, saves=(3,), stops=6, goes_on=0, spread=0.0),
+            Start(2, saves=(1,), stops=4, goes_on=0, spread=0.0, late_s=0.03),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_a_worker_saves_is_what_a_replay_has_at_the_version_that_it_tells(name):
+    rule, starts = SAVED[name]
+    assert len(live({"rule.name": rule, "exchange.n_push": 1}, starts)) == len(starts) + 1
