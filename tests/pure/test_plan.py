@@ -547,7 +547,11 @@ def test_a_run_that_hides_its_pushes_cannot_calibrate(tmp_path, capsys):
     config.write_text(config.read_text().replace("  overlap: true", "  servers: 2"))
     assert plan.main([str(tmp_path / "run"), "--out", str(tmp_path / "plan")]) == 2
     assert "had several servers" in capsys.readouterr().err
-    config.write_text((RUN / "config.yaml").read_text())
+    plain = (RUN / "config.yaml").read_text()
+    config.write_text(plain.replace("rule:\n", "rule:\n  steps_by_speed: true\n"))
+    assert plan.main([str(tmp_path / "run"), "--out", str(tmp_path / "plan")]) == 2
+    assert "as each worker's speed allowed" in capsys.readouterr().err
+    config.write_text(plain)
     with open(tmp_path / "run" / "metrics" / "rank000.jsonl", "ab") as metrics:
         metrics.write(
             msgspec.json.encode(Cut(0.0, 2, 1, "columns", 0.0, ["lower.0.0", "lower.1.0"])) + b"\n"

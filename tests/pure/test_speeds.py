@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_client import Server, kinds, lease, pushes
+from test_diloco import outer
 from test_loops import Cluster, make_task
 
 from asgd_mpi.config import rulebook
@@ -190,6 +191,19 @@ def test_a_run_of_threads_uses_every_sample_once_and_replays_to_the_bit(digits, 
     assert not found.violations and [epoch.missing for epoch in found.epochs] == [0, 0]
     log = list(read_log(cluster.run.pushes))
     assert torch.equal(replay(task, log, 3)[0].weights, cluster.server.window.latest)
+
+
+def test_a_batch_moves_the_weights_as_far_whether_its_push_holds_many_or_few():
+    """What a worker pushes is the sum of its steps, so that pushes weigh by their samples."""
+    steps = torch.randn(40, 1000)
+    moved = [
+        outer(
+            torch.zeros(1000), [one.sum(0) for one in steps.split(lengths)], 4, outer_momentum=0.0
+        )
+        for lengths in ([10] * 4, [10, 2, 10, 2, 10, 2, 4])
+    ]
+    torch.testing.assert_close(*moved)
+    torch.testing.assert_close(moved[0], -0.7 / 4 * steps.sum(0))
 
 
 def test_it_is_for_diloco_alone(digits):
