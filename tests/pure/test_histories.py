@@ -15,6 +15,7 @@ from heapq import heapify
 from dataclasses import dataclass, field, replace
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
