@@ -33,6 +33,7 @@ from asgd_mpi.config.rulebook import RULEBOOK
 from asgd_mpi.errors import ConfigError, TrainingDiverged, WorkersLost
 from asgd_mpi.offline import simulation, trainer
 from asgd_mpi.offline.simulation import Machines, Simulation, Times
+from asgd_mpi.optim.error_feedback import ErrorFeedback
 from asgd_mpi.optim.rules import EMA, make_rule
 from asgd_mpi.optim.step import ScaledLoss
 from asgd_mpi.protocol import client
@@ -228,6 +229,17 @@ def client_of(game, points):
     return Saving
 
 
+def balanced(push_):
+    """Hold what is sent and what is kept to add up to what was to be pushed, to the bit."""
+
+    def both_(self, pushed, kept):
+        due = self.state["residual"] + pushed
+        push_(self, pushed, kept)
+        assert torch.equal(self.state["residual"] + pushed, due)
+
+    return both_
+
+
 def play(task, start, saved):
     """Simulate a start; returns the game, its checkpoints, and whether it came to the end of the run."""
     config, turns = task.config, Turns(start)
@@ -263,6 +275,7 @@ def play(task, start, saved):
         return loss
 
     with (
+        mock.patch.object(ErrorFeedback, "push_", balanced(ErrorFeedback.push_)),
         mock.patch.object(ScaledLoss, "compute_gradient_", spoiling_),
         mock.patch.object(client, "Client", client_of(lambda: game, turns.points)),
     ):
@@ -471,6 +484,46 @@ def test_whatever_happens_a_history_replays_to_the_bit_and_nothing_of_a_dropped_
     history = drawn(data.draw)
     note(f"live{history}")
     live(*history)
+
+
+# ---- two that are to be the same
+
+# deaths, a worker that is back, spoilt gradients, and a resume with one worker less
+EVENTFUL = [
+    Start(3, 1, "raise@step4:rank3", (5,), {3: 0}, stops=8, spoilt=(2, 7), goes_on=0),
+    Start(2, spoilt=(3,)),
+]
+AT_WORKERS = {"rule.momentum_at": "worker", "exchange.n_push": 2}
+SPARSE = [
+    name
+    for name in RULEBOOK
+    if goes_together({"rule.name": name, "exchange.wire": "topk", **AT_WORKERS}, 3)
+]
+
+
+def end_of(rule, **options):
+    """The weights at the end of an eventful history."""
+    return live({"rule.name": rule} | options, EVENTFUL)[-1].latest.weights
+
+
+def test_the_rules_that_take_topk():
+    waiting = ["softsync", "ringmaster", "ssp", "sync", "sync_backup"]
+    assert SPARSE == ["asgd", "sasgd", "downpour", "diloco", *waiting]
+
+
+@pytest.mark.parametrize("rule", SPARSE)
+def test_at_density_1_a_history_is_that_without_compression_to_the_bit(rule):
+    whole = {**AT_WORKERS, "exchange.fetch_wire": "float32"}
+    topk = {"exchange.wire": "topk", "exchange.density": 1.0}
+    assert torch.equal(end_of(rule, **whole, **topk), end_of(rule, **whole))
+
+
+def test_a_history_of_diloco_with_one_inner_step_and_no_outer_momentum_is_that_of_asgd():
+    plain = {"rule.momentum": 0.0, "rule.momentum_at": "none", "rule.staleness": "constant"}
+    plain |= {"schedule.name": "constant", "schedule.warmup_epochs": 0.0}
+    plain |= {"exchange.n_push": 1, "rule.max_drift": 0.0}
+    outer = {"rule.outer_rate": 1.0, "rule.outer_momentum": 0.0, "rule.outer_pushes": 1}
+    torch.testing.assert_close(end_of("diloco", **plain, **outer), end_of("asgd", **plain))
 
 
 # ---- what it has found, in its smallest form

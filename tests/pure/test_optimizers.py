@@ -178,6 +178,18 @@ def test_a_constant_gradient_moves_each_push_by_the_rate_and_at_first_further_if
     assert ahead == pytest.approx(1, rel=1e-6)  # in the end
 
 
+@pytest.mark.parametrize("at", ["worker", "dana"])
+def test_gradients_a_thousand_times_as_long_are_pushed_as_the_same_directions_to_the_bit(at):
+    torch.manual_seed(4)
+    means, longer = (kept_by_a_worker(SIZE, at, eps=0.0) for _ in range(2))
+    for _ in range(5):
+        pushed = torch.randn(SIZE)
+        scaled = 1024 * pushed
+        means.push_(pushed)
+        longer.push_(scaled)
+        assert torch.equal(pushed, scaled)
+
+
 def test_a_dropped_push_leaves_nothing_in_a_workers_means_and_a_saved_one_goes_on_to_the_bit():
     torch.manual_seed(3)
     gradients = torch.randn(4, 48)
