@@ -370,7 +370,8 @@ class Client:
         elif self._has_pushed and self._habits.moves and not taken.is_finite:
             self._made = 0
         self._has_pushed = False
-        if is_fresh and self._habits.tells_reads:
+        # who has nothing to compute any more reads nothing, and would be told that this was dropped, again and again
+        if is_fresh and self._habits.tells_reads and self.mail.orders in AT_WORK:
             yield from self._tell_of_read()
         # to leave, all pushes are waited for first; what was dropped is forgotten first
         is_whole = self.mail.dropped == self._dropped and self.mail.orders != Orders.LEAVE

@@ -45,6 +45,7 @@ def test_at_first_it_is_the_plain_mean_over_samples():
 
 def test_it_forgets_by_samples_whatever_a_push_holds():
     """The same samples in pushes of 8 and of 16, with weights that stay in between."""
+    torch.manual_seed(0)
     rules, weights = [keeping(100), keeping(100)], torch.randn(48)
     for rule in rules:
         rule.state[EMA].copy_(torch.randn(48, generator=torch.Generator().manual_seed(1)))
@@ -52,7 +53,7 @@ def test_it_forgets_by_samples_whatever_a_push_holds():
         push_(rules[0], weights, torch.zeros(48), start, 8)
         push_(rules[0], weights, torch.zeros(48), start + 8, 8)
         push_(rules[1], weights, torch.zeros(48), start, 16)
-    assert torch.allclose(rules[0].state[EMA], rules[1].state[EMA], atol=1e-6)
+    assert torch.allclose(rules[0].state[EMA], rules[1].state[EMA], rtol=2**-22, atol=1e-7)
     assert not torch.allclose(rules[0].state[EMA], weights, atol=1e-3)
 
 

@@ -93,6 +93,8 @@ class Start:
     goes_on: int = -1  # which of its checkpoints the next start goes on from
     late_s: float = 0.0  # how much later its last worker begins
     spread: float = 0.4
+    # from this start on, in place of those of the history, as --override lets a resumed run have
+    options: dict | None = None
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Slices(trainer.SingleProcessTrainer):
         self.is_whole = True
         if saved:
             state = {EMA: saved.first.weights} | saved.rule
-            self.is_whole = all(rule.load_(state, part) for part, rule in self.parts)
+            self.is_whole = all([rule.load_(state, part) for part, rule in self.parts])
             for worker, (_, kept) in saved.workers.items():
                 if worker < num_workers:
                     self.replicas[worker].load_(kept)
@@ -309,13 +311,15 @@ def configured(options):
 
 def live(options, starts, counts=False, groups=None):
     """A history to its end; checks it, and returns its games."""
-    config = configured(options)
-    task = open_task(complete(config), own=Fit(counts, groups or {}), metrics=["loss"])
-    games, saved, point, log = [], None, None, []
-    planned = iter(starts)
+    games, saved, point, log, own = [], None, None, [], Fit(counts, groups or {})
+    planned, reads_own = iter(starts), True
     while True:
         start = next(planned, None) or Start(starts[-1].num_workers)
+        options = start.options or options
+        task = open_task(complete(configured(options)), own=own, metrics=["loss"])
         rulebook.check(task.config, start.num_workers)
+        exchange = task.config.exchange
+        reads_own &= not exchange.overlap and exchange.n_push == exchange.n_fetch
         game, points, is_over = play(task, start, saved)
         games.append(game)
         saved = None if is_over else points[start.goes_on % len(points)]
@@ -333,7 +337,7 @@ def live(options, starts, counts=False, groups=None):
         # ---- to the bit, at the end of this start and where the next one goes on
         assert torch.equal(flat.weights, game.latest.weights)
         assert same(seen[0].rule.state, computation.state)
-        for worker in range(start.num_workers):
+        for worker in game.ledger.members:  # others may have forgotten all, which no log tells
             assert same(seen[0].replicas[worker].state, computation.kept[worker]), worker
         pushes = [push for push in game.pushes if isinstance(push, Push)]
         if saved is None:
@@ -345,8 +349,6 @@ def live(options, starts, counts=False, groups=None):
             assert is_what_it_kept(point.momenta[worker], kept), worker
         log += [push for push in pushes if push.version < saved.first.version]
     # ---- every sample once
-    exchange = task.config.exchange
-    reads_own = not exchange.overlap and exchange.n_push == exchange.n_fetch
     total = round(SAMPLES * EPOCHS)
     found = audit(log, SAMPLES, total, reads_own_pushes=reads_own)
     assert not found.violations, found.violations
@@ -396,6 +398,10 @@ def drawn_options(draw, most_workers):
         "rule.staleness": [None, "inverse", "constant", "delay_adaptive"],
         "rule.outer_momentum": [0.0, 0.9],
         "rule.outer_pushes": [0, 1, 3],
+        "rule.steps_by_speed": [False, True],
+        "run.validate_every": [1.0, 0.3],
+        "failure.max_nonfinite": [3, 1],
+        "data.lease_batches": [8, 1],
         "rule.max_staleness": [1, 2, 4],
         "rule.splits": [1, 2],
         "rule.slack": [0, 2],
@@ -420,7 +426,7 @@ def goes_together(options, most_workers):
         return False
 
 
-def drawn_start(draw, most_workers, is_last):
+def drawn_start(draw, most_workers, is_last, is_changed):
     workers = draw(st.integers(2, most_workers)) if most_workers > 1 else 1
     ranks = range(1, workers + 1)
     failures = []
@@ -448,6 +454,7 @@ def drawn_start(draw, most_workers, is_last):
         draw(st.integers(0, 3)),
         draw(st.sampled_from([0.0, 0.0, 0.03])),
         draw(st.sampled_from([0.0, 0.4])),
+        drawn_options(draw, most_workers) if is_changed and draw(st.integers(0, 2)) == 2 else None,
     )
 
 
@@ -465,7 +472,8 @@ def drawn(draw):
     options = drawn_options(draw, most_workers)
     num_starts = draw(st.integers(1, 3))
     starts = [
-        drawn_start(draw, most_workers, number == num_starts - 1) for number in range(num_starts)
+        drawn_start(draw, most_workers, number == num_starts - 1, number > 0)
+        for number in range(num_starts)
     ]
     groups = {name: own for name, own in GROUPS.items() if draw(st.booleans())}
     return options, starts, draw(st.booleans()), groups
@@ -571,3 +579,10 @@ SAVED = {
 def test_what_a_worker_saves_is_what_a_replay_has_at_the_version_that_it_tells(name):
     rule, starts = SAVED[name]
     assert len(live({"rule.name": rule, "exchange.n_push": 1}, starts)) == len(starts) + 1
+
+
+def test_a_worker_of_delay_compensation_that_is_retired_for_good_tells_no_more_what_it_reads():
+    """It was told that this was dropped, began anew, told what it read then, and so on without end."""
+    options = {"rule.name": "dc_asgd_a", "failure.max_nonfinite": 1}
+    [game] = live(options, [Start(2, failures="slow:20x@rank1", spoilt=(3,), spread=0.0)])
+    assert len(game.ledger.members) == 1 and game.num_dropped < 5
