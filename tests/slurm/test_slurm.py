@@ -348,6 +348,7 @@ def test_shards_are_packed_on_several_nodes_and_a_second_job_has_nothing_to_do(s
 
 # ---- one training in several allocations
 
+WAITS = ("--model", "networks_for_tests:waits_for_hurry")
 KNOWN = {"ASGD_TEST_LAUNCH": "srun --mpi=pmix"}  # saves the search for it
 TRAINING = (
     "--epochs",
@@ -386,6 +387,14 @@ def uninterrupted(openmpi, digits, tmp_path_factory) -> float:
     return demand_finished(RunDir.open(directory / "run"))["top1_error"]
 
 
+def hurry_once_restarted(site: Site, job: str) -> None:
+    """Let a training that WAITS go on: it was interrupted, however long that took, while it still had work for minutes."""
+    site.cluster.until(
+        lambda: site.cluster.job(job)["Restarts"] != "0", JOB_S, "the job to be started again"
+    )
+    (site.home / "hurry").touch()
+
+
 def requeued_by_hand(site: Site, job: str) -> None:
     site.cluster.run("scontrol", "requeue", job)
 
@@ -411,7 +420,7 @@ def preempted(site: Site, job: str) -> None:
 )
 def test_a_job_goes_on_where_it_was_interrupted(site, uninterrupted, interruption):
     partition = "low" if interruption is preempted else "gpu"
-    options = "--model", "networks_for_tests:unhurried", *TRAINING
+    options = *WAITS, *TRAINING
     job = site.train(*TWO_NODES, "--partition", partition, options=options, env=KNOWN)
     site.cluster.until(
         lambda: list(site.home.glob("run/checkpoints/v*")), JOB_S, "the first checkpoint"
@@ -421,21 +430,19 @@ def test_a_job_goes_on_where_it_was_interrupted(site, uninterrupted, interruptio
 
 
 def test_a_signal_that_comes_while_the_ranks_still_start_waits_for_them(site):
-    job = site.train(*TWO_NODES, options=("--epochs", "2"), env=KNOWN)
+    job = site.train(*TWO_NODES, options=(*WAITS, "--epochs", "2"), env=KNOWN)
     site.cluster.until(lambda: "launcher: " in site.log(), JOB_S, "the job to start")
     site.cluster.run("scancel", "--signal=USR2", "--batch", job)
+    hurry_once_restarted(site, job)
     ended = site.wait(job, "COMPLETED")
     assert ended["Restarts"] == "1" and "checkpoint written" in site.log()
     demand_finished(RunDir.open(site.home / "run"))
 
 
 def test_a_job_goes_on_after_its_time_limit(site, uninterrupted):
-    """Slurm looks at limits every 30 s: the signal comes after 20 to 50 s of each minute, and the training takes longer."""
+    """Slurm looks at limits every 30 s: the signal comes a minute or more before the end of two, while the training waits."""
     job = site.train(
-        *TWO_NODES,
-        "--time=1",
-        "--signal=B:USR2@10",
-        options=("--model", "networks_for_tests:slow", *TRAINING),
+        *TWO_NODES, "--time=2", "--signal=B:USR2@60", options=(*WAITS, *TRAINING), env=KNOWN
     )
     demand_resumed(site, job, uninterrupted, timeout_s=2 * JOB_S)
     assert "checkpoint written" in site.log()
@@ -445,6 +452,7 @@ def test_a_job_goes_on_after_its_time_limit(site, uninterrupted):
 
 def demand_resumed(site: Site, job: str, uninterrupted: float, timeout_s: float = JOB_S) -> None:
     """The job was started more than once, and left one whole run, as good as one in one piece."""
+    hurry_once_restarted(site, job)
     ended = site.wait(job, "COMPLETED", timeout_s)
     starts = 1 + int(ended["Restarts"])
     assert starts > 1 and site.cluster.accounting(job)[-1]["JobState"] == "COMPLETED"
