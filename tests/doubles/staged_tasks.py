@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import torch
+from networks_for_tests import columned
 from torch import nn
 from torch.nn import functional
 
@@ -68,6 +69,22 @@ class Words(asgd_mpi.Task):
         truths = batch["next"][0]
         guesses = module(batch["seen"].flip(1)).argmax(1)
         return {"right": (guesses == truths).float().mean(), "loss": self.loss(module, batch)}
+
+
+class InColumns(asgd_mpi.Task):
+    """A network that is drawn in two columns."""
+
+    options = {"data.batch_size": 16, "stages.number": 2, "stages.cut": "columns"}
+
+    def train_set(self):
+        images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        return torch.utils.data.TensorDataset(images, (images.mean((1, 2, 3)) > 0.5).long())
+
+    def module(self):
+        return columned(10, 1)
+
+    def loss(self, module, batch):
+        return functional.cross_entropy(module(2 * batch[0]), batch[1])
 
 
 class Restored(Words):

@@ -139,6 +139,18 @@ def test_a_task_that_can_be_cut_is_prepared(tmp_path, monkeypatch):
     assert prepared("Words", "--stages.at", "2.inner.1")["metrics"] == ["right", "loss"]
 
 
+def test_the_columns_of_a_task_are_planned_for_what_its_loss_gives_to_the_network(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert prepared("InColumns")["unread"] == ["/0"]
+    task = opened("InColumns")
+    first, second = task.rows_of_columns(task.build_module())
+    # images, and maps at each of the cross-overs, of 16 samples
+    assert task.sample().shape == (16, 1, 8, 8) and first.sent_bytes > 16 * 64 * 4
+    assert first.parameters > 0 and second.parameters > first.parameters
+
+
 def test_what_a_network_makes_anew_is_made_by_its_stage_and_a_size_does_not_cross():
     task = opened("Positions")
     module = task.build_module()
