@@ -44,11 +44,11 @@ class TimedLedger(Ledger):
         )
         self._seconds, self._ends = seconds, None
 
-    def judge(self, header: Header) -> Verdict:
+    def judge(self, header: Header, now: float = 0.0) -> Verdict:
         self._ends = self._ends or time.monotonic() + self._seconds
         if time.monotonic() > self._ends and self.plan.total_samples == ENDLESS:
             self.plan = dataclasses.replace(self.plan, total_samples=self._lent)
-        return super().judge(header)
+        return super().judge(header, now)
 
 
 class NoSaver:

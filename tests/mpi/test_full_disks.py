@@ -280,7 +280,7 @@ def test_what_could_not_be_saved_is_said_beside_what_ended_the_run(tmp_path):
     def refuse():
         raise DiskRefuses("cannot write model.pt: No space left on device.")
 
-    rank = SimpleNamespace(run=RunDir(tmp_path))
+    rank = SimpleNamespace(files=SimpleNamespace(run=RunDir(tmp_path)))
     server, books = (
         SimpleNamespace(save=refuse),
         SimpleNamespace(close=lambda: None, newest="v000000040"),
