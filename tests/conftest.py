@@ -26,8 +26,11 @@ from asgd_mpi.process import mpirun_env
 if TYPE_CHECKING:
     from benchmarks.hosts import Hosts
 
-# how long an example takes is the machine's affair
-hypothesis.settings.register_profile("untimed", deadline=None)
+# How long an example takes is the machine's affair. The gate tries the same examples each time, so that it says of a change what is
+# of that change; EXPLORE=1 draws new ones.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, derandomize="EXPLORE" not in os.environ
+)
 hypothesis.settings.load_profile("untimed")
 # Processes of tests share the cores: threads of torch that wait for each other there spend more time than they save. Before torch
 # is loaded; a run sets its own number.

@@ -477,6 +477,7 @@ class NoArithmetic:
         self.first, self.pushed = Snapshot(0, 0, torch.zeros(1)), PushFormat(1)
         self.schedule = lambda samples, staleness=0: 1.0
         self.replicas = [SimpleNamespace(base=-1) for _ in range(num_workers)]
+        self.flat = SimpleNamespace(gradient=torch.zeros(1))
         self._nonfinite, self._random = nonfinite, random.Random(seed)
 
     def compute_(self, worker, segments, fetched, centre=None, lacks_push=False):
