@@ -24,7 +24,7 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 class Caller:
-    """What stands in a loss or a score for a network that is cut: it can be called with a tensor, and nothing else.
+    """Stand in for a network that is cut, in a loss or a score: it can be called with a tensor, and nothing else.
 
     who: what the user calls the task, at the beginning of a message. Raises ConfigError for anything else.
     """

@@ -99,7 +99,7 @@ def autocast(device: torch.device, compute: ComputeConfig) -> torch.autocast:
 
 @dataclass(frozen=True)
 class Parts:
-    """What all stages must know of a batch beside its samples: the parts that it is computed in, and their seeds."""
+    """The parts that a batch is computed in, and their seeds: all that each stage knows of it beside its samples."""
 
     epoch: int
     start: int

@@ -1,1 +1,1 @@
-"""What every process of ours does: start and end without delay, end by one way, and note the signals that ask it to."""
+"""Start and end of every process of ours: without delay, by one way, and when a signal asks for it."""

@@ -1,7 +1,8 @@
-"""What Python itself costs a process that loads torch: without this, 0.4 s more at its start, and 0.5 s more at its end.
+"""Start and end a process that loads torch without the housekeeping of Python, which costs it 0.4 CPU seconds each time.
 
-torch makes a million objects that stay. While they are loaded the garbage collector goes through them again and again, and at
-the end the interpreter takes them apart one by one, for nothing: the memory goes with the process.
+torch makes many objects that stay. While they are loaded the garbage collector goes through them again and again, and at the end
+the interpreter takes them apart one by one, for nothing: the memory goes with the process. CPU seconds of `python -c "import
+torch"`: 2.2; after `gc.disable()` 1.8; ended by `os._exit(0)`, too, 1.4 (medians of 4).
 """
 
 from __future__ import annotations

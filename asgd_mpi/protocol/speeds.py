@@ -1,4 +1,4 @@
-"""How many batches each worker makes of a push, so that all of them push at about one pace: by how fast they are.
+"""Batches that each worker makes of a push, by its speed, so that all of them push at about one pace.
 
 Pure: the time is told. A speed is measured at the server, from a worker's push to its next one: so what the exchange takes is a part
 of it, too, and a worker behind a slow link makes fewer batches as a slow one does. (Liu et al. 2024, arXiv:2401.09135, dynamic local
@@ -36,6 +36,8 @@ class Speeds:
 
     def pushed(self, worker: int, samples: int, now: float) -> None:
         """Take note of a push, after which its worker begins with the next one."""
+        if not self._most:
+            return
         began = self._began[worker]
         if began is not None and now > began:
             self._recent[worker].append((samples, now - began))

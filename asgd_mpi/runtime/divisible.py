@@ -1,4 +1,4 @@
-"""Whether the stages of a cut network can compute the loss and the score of a user's task: tried before the run.
+"""Try before the run the loss and the score of a user's task as the stages of a cut network compute them.
 
 On a few samples, on the CPU, the loss is computed as the first and the last stage do it (optim.divided), and as it stands.
 """

@@ -69,7 +69,7 @@ Turns = Generator[Any, float, int]
 
 @dataclass
 class Files:
-    """Where a start reads and writes. `directory`: the checkpoint to go on from; `room`: bytes that one takes."""
+    """The run of a start, and `directory`, the checkpoint that it goes on from; `room`: bytes that one takes."""
 
     run: RunDir
     restart: int
@@ -82,7 +82,7 @@ class Files:
 
 @dataclass(frozen=True)
 class RankBooks:
-    """What a rank writes down. `write_report` makes the report of a finished run, and returns where it is."""
+    """The records that a rank keeps. `write_report` makes the report of a finished run, and returns where it is."""
 
     meter: Meter
     log: EventLog
