@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import inspect
-import os
 import sys
 import time
 import traceback
@@ -31,7 +30,7 @@ from asgd_mpi import report
 from asgd_mpi.config.parse import long_names, ours
 from asgd_mpi.errors import ConfigError, UserError
 from asgd_mpi.offline.trainer import finished
-from asgd_mpi.process import launchers, signals
+from asgd_mpi.process import interpreter, launchers, signals
 from asgd_mpi.process.ending import DEGRADED, FAULT, WRONG
 from asgd_mpi.record import checkpoint
 from asgd_mpi.record.events import Logged
@@ -290,7 +289,7 @@ class Run:
         else:
             _let_first_speak()
             self._excepthook(kind, error, trace)
-        _leave(self._engine.give_up(WRONG if isinstance(error, UserError) else FAULT))
+        interpreter.leave(self._engine.give_up(WRONG if isinstance(error, UserError) else FAULT))
 
     @property
     def _is_waiting(self) -> bool:
@@ -302,13 +301,13 @@ class Run:
         try:
             self._turns.throw(error)
         except StopIteration as end:
-            _leave(end.value or DEGRADED)
+            interpreter.leave(end.value or DEGRADED)
         except UserError as wrong:
             _tell_first(wrong)
-            _leave(self._engine.give_up(WRONG))
+            interpreter.leave(self._engine.give_up(WRONG))
         except BaseException:
             traceback.print_exc()
-            _leave(FAULT)
+            interpreter.leave(FAULT)
 
     def _at_exit(self) -> None:
         """Tell the others if this loop was left before its end, or not entered at all."""
@@ -319,7 +318,7 @@ class Run:
                     "rank 0 included: what it yields there is nothing."
                 )
             )
-            _leave(self._engine.give_up(WRONG))
+            interpreter.leave(self._engine.give_up(WRONG))
         if self._is_waiting:
             self._leave_with(
                 ConfigError(
@@ -349,16 +348,9 @@ def _in_one_line(hook: Callable[..., Any]) -> Callable[..., Any]:
             _let_first_speak()
             return hook(kind, error, trace)
         _tell_first(error)
-        _leave(WRONG)
+        interpreter.leave(WRONG)
 
     return on_exception
-
-
-def _leave(status: int) -> None:
-    """End the process with a status, from where an exception or the end of the script would give it another one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _disarm(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

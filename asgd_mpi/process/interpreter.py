@@ -8,6 +8,7 @@ torch"`: 2.2; after `gc.disable()` 1.8; ended by `os._exit(0)`, too, 1.4 (median
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import os
 import sys
@@ -35,16 +36,31 @@ def end(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _end() -> None:
-    """End the process without taking the interpreter apart; an exception that nobody caught ends it as usual."""
-    if _status is None or _mpi_is_open():
-        return
+def leave(status: int) -> NoReturn:
+    """End the process at once, without atexit and threads.
+
+    Where MPI has been used, and is over, the C library ends the process: MPICH signs off from its launcher in a function that
+    C calls at exit, and the launcher kills all ranks once one has gone without. Python's lock is kept meanwhile: no thread of
+    Python runs among what is being taken down.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(_status)
+    if _mpi_was_initialized() and not _mpi_is_open():
+        ctypes.PyDLL(None).exit(status)
+    os._exit(status)
+
+
+def _end() -> None:
+    """End the process without taking the interpreter apart; an exception that nobody caught ends it as usual."""
+    if _status is not None and not _mpi_is_open():
+        leave(_status)
 
 
 def _mpi_is_open() -> bool:
     """Return whether mpi4py has yet to end MPI, which it does when the interpreter is gone."""
+    return _mpi_was_initialized() and not sys.modules["mpi4py.MPI"].Is_finalized()
+
+
+def _mpi_was_initialized() -> bool:
     loaded = sys.modules.get("mpi4py.MPI")
-    return loaded is not None and loaded.Is_initialized() and not loaded.Is_finalized()
+    return loaded is not None and loaded.Is_initialized()
