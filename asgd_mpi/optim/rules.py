@@ -290,11 +290,11 @@ def advance_(
     judged: list[tuple[Vector, Verdict]],
     show: Callable[[slice], object],
     poll: Callable[[], object],
-    look: Callable[[torch.Tensor], object] = lambda piece: None,
+    look: Callable[[torch.Tensor, slice], object] = lambda weights, piece: None,
 ) -> None:
     """Copy the latest snapshot into `weights`, both (P,) float32, and apply the gradients one after the other: in one pass.
 
-    While a piece of the new weights is in the cache, `show` gets its place, to publish it, and `look` the piece itself.
+    While a piece of the new weights is in the cache, `show` gets its place, to publish it, and `look` the weights and its place.
     """
     for number, piece in enumerate(pieces(len(weights)), start=1):
         weights[piece].copy_(latest[piece])
@@ -302,7 +302,7 @@ def advance_(
             rule.apply_(weights, gradient, verdict, piece)
             rule.average_(weights, verdict, piece)
         show(piece)
-        look(weights[piece])
+        look(weights, piece)
         if number % POLL_EVERY == 0:
             # fetches over a network need that
             poll()

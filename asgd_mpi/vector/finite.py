@@ -30,12 +30,12 @@ class Lookout:
         self._stride = next((stride for stride in STRIDES if num_pieces % stride), 1)
         self._left = self._stride
 
-    def look(self, piece: torch.Tensor) -> None:
-        """Raise TrainingDiverged if it is this one's turn, and it is not finite."""
+    def look(self, weights: torch.Tensor, piece: slice) -> None:
+        """Raise TrainingDiverged if it is the turn of this piece of the weights, (P,) float32, and it is not finite."""
         self._left -= 1
         if not self._left:
             self._left = self._stride
-            demand(piece, "the weights")
+            demand(weights[piece], "the weights")
 
 
 def is_finite(vector: torch.Tensor) -> bool:

@@ -315,7 +315,8 @@ def test_every_piece_is_looked_at_within_so_many_passes_as_one_of_the_strides(nu
         with pytest.raises(TrainingDiverged, match="the weights: no longer finite"):
             for _ in range(max(finite.STRIDES)):
                 for piece in range(num_pieces):
-                    lookout.look(torch.tensor([1.0, float("inf") if piece == damaged else 2.0]))
+                    weights = torch.tensor([1.0, float("inf") if piece == damaged else 2.0])
+                    lookout.look(weights, slice(0, 2))
 
 
 def test_a_sum_that_overflows_is_finite_and_a_single_nan_or_inf_is_not():
