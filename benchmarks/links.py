@@ -18,6 +18,7 @@ import itertools
 import signal
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from asgd_mpi.comm.worker_window import SAMPLE, TRIES
@@ -70,7 +71,7 @@ def main() -> int:
         hosts(options.workers + 1, Path(place)) as network,
     ):
         for link, setting in itertools.product(options.links, options.settings):
-            if not _shape(network, link / options.shrink):
+            if not shape(network, range(1, len(network.names)), link / options.shrink):
                 print("this kernel gives a link no rate: tc qdisc ... tbf", file=sys.stderr)
                 return 2
             name = f"{link / 1e6:g} Mbit/s, {setting}"
@@ -117,11 +118,11 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _shape(network: Hosts, rate: float) -> bool:
-    """Give every worker's link a rate, bits/s."""
+def shape(network: Hosts, numbers: Iterable[int], rate: float) -> bool:
+    """Give the links of these hosts a rate, bits/s; whether the kernel can do that."""
     burst, queue = max(32_000, int(rate / 8 * 2e-3)), max(LEAST_QUEUE, int(rate / 8 * QUEUE_S))
     rule = f"tbf rate {rate:.0f}bit burst {burst} limit {queue}"
-    return all([network.shape_both_ways(worker, rule) for worker in range(1, len(network.names))])
+    return all([network.shape_both_ways(number, rule) for number in numbers])
 
 
 def _measure(

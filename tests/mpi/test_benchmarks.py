@@ -18,7 +18,7 @@ from asgd_mpi.record.events import EventLog, Interval, Push, Start, Validation
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.task import complete, open_task
 from asgd_mpi.vector import codec
-from benchmarks import convergence, data_wait, exchange, gpu, hosts, launch, training
+from benchmarks import convergence, data_wait, exchange, gpu, hosts, launch, links_peers, training
 from benchmarks.way import Way, num_files
 from benchmarks.peers import protocol
 
@@ -222,6 +222,30 @@ def test_pushes_and_fetches_over_a_small_link_are_no_faster_than_the_link(openmp
         # a busy machine may be slower than the link
         assert 0 < ours < 1.2 * 1e9 / 8 and 0 < theirs < 1.2 * 1e9 / 8
         assert cell[way]["of_stream"]["median"] == pytest.approx(ours / theirs)
+
+
+def test_peers_behind_a_small_link_send_what_their_exchange_needs_and_are_no_faster_than_the_link(
+    openmpi, tmp_path, monkeypatch
+):
+    reason = hosts.why_not()
+    if reason:
+        pytest.skip(reason)
+    monkeypatch.setenv("PATH", f"{Path(openmpi.mpirun).parent}{os.pathsep}{os.environ['PATH']}")
+    grid = {"ddp": [{"bucket-mb": 25}], "powersgd": [{"matrix-rank": 1}]}
+    monkeypatch.setattr(links_peers, "GRID", grid)
+    out, rate, layers = tmp_path / "result.json", 1e9, 2
+    arguments = (
+        f"--peers ddp,powersgd --workers 2 --seconds 1 --shrink 20 --links {rate} --out {out}"
+    )
+    monkeypatch.setattr(sys, "argv", ["links_peers", *arguments.split()])
+    assert links_peers.main() == 0
+    ddp, low_rank = json.loads(out.read_text())["cells"]
+    # an all-reduce of two sends everything once from each; two thin matrices in place of a layer
+    whole, thin = 20 * 4 * layers * 540**2, 20 * 4 * layers * 2 * 540
+    assert whole < ddp["bytes_per_batch"] < 1.15 * whole
+    assert thin < low_rank["bytes_per_batch"] < 2 * thin
+    assert 0 < ddp["over_ideal"] < 1.2 * 0.1 / (8 * whole / rate)
+    assert ddp["over_ideal"] < low_rank["over_ideal"] <= 1.1
 
 
 def test_a_run_without_metrics_keeps_its_pushes_and_costs_of_metrics_are_read(openmpi, tmp_path):
