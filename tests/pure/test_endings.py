@@ -20,7 +20,7 @@ SOURCES = [
     path
     for room in ("asgd_mpi", "data_prep", "benchmarks")
     for path in sorted((ROOT / room).rglob("*.py"))
-    if "peers" not in path.parts
+    if "peers" not in path.relative_to(ROOT).parts
 ]  # those are the ranks of a benchmark
 COMMAND = """
 import sys
