@@ -1,6 +1,6 @@
 """Exchanges per second of ours and of what people would use instead: `python -m benchmarks.exchange`.
 
-An exchange is one push, its step of momentum SGD and one fetch, of P float32 each way; workers do nothing else. Every round
+An exchange is one push, its step of momentum SGD (`--optimizer adamw`: of AdamW, ours alone) and one fetch, of P float32 each way; workers do nothing else. Every round
 runs every system once, one after the other, so that what else the machine does hits all of them; medians over the rounds.
 """
 
@@ -18,8 +18,8 @@ from benchmarks import launch, machine
 
 # before a deadline begins to count: imports, first touches, on a busy machine
 STARTUP_S = 240.0
-# of an exchange, a parameter: apply reads g, v, w and writes v, w'; fetch reads and writes
-LIMIT_BYTES = 7 * 4
+# of an exchange, a parameter: apply reads g, w and what the optimizer keeps (v; m and v), and writes that and w'; fetch reads and writes
+LIMIT_BYTES = {"sgd": 7 * 4, "adamw": 9 * 4}
 MEMORY = ("triad_1", "triad_2", "copy_1", "copy_2")
 
 
@@ -67,7 +67,7 @@ def main() -> int:
                 f"round {round_ + 1}: P = {num_parameters}, {num_workers} workers, {name}: {rate:.1f}/s",
                 flush=True,
             )
-        result = _result(sizes, peers, values)
+        result = _result(sizes, peers, values, LIMIT_BYTES[options.optimizer])
         # a run is long
         machine.write(options.out, described | {"skipped": skipped, "failures": failures} | result)
     print("\n" + "\n\n".join(_tables(result, peers)))
@@ -95,7 +95,12 @@ def _parse() -> argparse.Namespace:
         "--mpirun", default="mpirun --bind-to none", help="the launcher, with its options"
     )
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "exchange.json")
+    parser.add_argument("--optimizer", choices=tuple(LIMIT_BYTES), default="sgd")
     options = parser.parse_args()
+    if options.optimizer != "sgd" and options.peers != ["ours"]:
+        parser.error(
+            f"--optimizer {options.optimizer}: the peers make steps of sgd; add --peers ours"
+        )
     unknown = set(options.peers) - set(PEERS)
     if unknown:
         parser.error(
@@ -119,7 +124,7 @@ def _present(names: list[str]) -> tuple[list[str], dict[str, str]]:
 def _measure(
     peer: Peer, num_parameters: int, num_workers: int, options: argparse.Namespace
 ) -> float:
-    """Exchanges per second. Raises Failed, also if the weights are not those of momentum SGD."""
+    """Exchanges per second. Raises Failed, also if the weights are not those that so many steps make."""
     command = launch.python(
         f"benchmarks.peers.{peer.module}",
         "--parameters",
@@ -132,13 +137,15 @@ def _measure(
         options.warmup,
         "--threads",
         options.threads,
+        "--optimizer",
+        options.optimizer,
     )
     if peer.ranks_more is not None:
         command = launch.mpirun(num_workers + peer.ranks_more, options.mpirun) + command
     done = launch.last_json(launch.run(command, STARTUP_S + 4 * (options.warmup + options.seconds)))
     if not done["right"]:
         raise launch.Failed(
-            f"the weights after {done['exchanges']} exchanges are not those of momentum SGD"
+            f"the weights after {done['exchanges']} exchanges are not those of {options.optimizer}"
         )
     return done["exchanges_per_s"]
 
@@ -151,12 +158,12 @@ def _measure_memory(options: argparse.Namespace) -> dict[str, float]:
     return launch.last_json(launch.run(command, STARTUP_S + 4 * options.seconds))
 
 
-def _result(sizes: list, peers: list[str], values: dict) -> dict:
+def _result(sizes: list, peers: list[str], values: dict, limit_bytes: int) -> dict:
     """Medians and ranges; the limit is that of the triad of one thread."""
     memory = {name: machine.summary(values["memory", name]) for name in MEMORY}
     cells = []
     for num_parameters, num_workers in sizes:
-        limits = {name: memory[name]["median"] / (LIMIT_BYTES * num_parameters) for name in MEMORY}
+        limits = {name: memory[name]["median"] / (limit_bytes * num_parameters) for name in MEMORY}
         rates = {
             name: machine.summary(values[num_parameters, num_workers, name])
             for name in peers

@@ -80,10 +80,11 @@ class Vector(nn.Module):
 
 def serve(world: World, window: ServerWindow, log: EventLog, meter: Meter, options) -> int:
     """Serve for the time; the number of pushes."""
-    rule = Rule(
-        window.layout.num_parameters,
-        RuleConfig(momentum=protocol.MOMENTUM, momentum_at="server", weight_decay=0.0),
-    )
+    if options.optimizer == "adamw":
+        config = RuleConfig(name="adamw", optimizer="adamw", weight_decay=0.0)
+    else:
+        config = RuleConfig(momentum=protocol.MOMENTUM, momentum_at="server", weight_decay=0.0)
+    rule = Rule(window.layout.num_parameters, config)
     with tempfile.TemporaryDirectory() as place:
         pushes = EventLog(Path(place) / "pushes.log")
         server = Server(
@@ -170,7 +171,9 @@ def main(exchange: Callable[[ServerClient, Header], None] = push_and_fetch) -> W
     results = world.gather(result)
     pushes = results[0]["pushes"]
     everything = pushes == sum(worker["pushes"] for worker in results[1:])
-    right = world.gather(protocol.are_right(weights[: options.parameters], pushes))
+    right = world.gather(
+        protocol.are_right(weights[: options.parameters], pushes, options.optimizer)
+    )
     if world.is_server:
         protocol.report([worker["rate"] for worker in results], pushes, everything and all(right))
     world.barrier("all ranks to be done")

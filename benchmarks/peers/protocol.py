@@ -6,7 +6,8 @@ is computed.
 
 The check: with momentum 1/2, a rate that is a power of 2 and integer gradients, float32 arithmetic is exact but for the
 first 24 steps, so that the weights after k steps are known in closed form, and tell k exactly however large it is:
-v_k = g (2 - 2^(1 - k)), w_k = -lr g (2 k - 2 + 2^(1 - k)).
+v_k = g (2 - 2^(1 - k)), w_k = -lr g (2 k - 2 + 2^(1 - k)). AdamW without decay takes a step of lr against the sign of a gradient
+that never changes, so w_k = -lr k sign(g), but for the rounding of its bias corrections.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds before that")
     parser.add_argument(
         "--threads", type=int, default=1, help="torch threads of the process that applies"
+    )
+    parser.add_argument(
+        "--optimizer", choices=("sgd", "adamw"), default="sgd", help="adamw: asgd_mpi alone has it"
     )
     return parser.parse_args()
 
@@ -58,12 +62,18 @@ def step_(
     )
 
 
-def are_right(weights: torch.Tensor, num_steps: int) -> bool:
+def are_right(weights: torch.Tensor, num_steps: int, optimizer: str = "sgd") -> bool:
     """Return whether `weights`, (P,) float32, are those after `num_steps` steps from zero: one step more or less is seen."""
-    change = LR * (2 * num_steps - 2 + 2.0 ** (1 - num_steps)) if num_steps else 0.0
+    if optimizer == "adamw":
+        change = LR * num_steps
+    else:
+        change = LR * (2 * num_steps - 2 + 2.0 ** (1 - num_steps)) if num_steps else 0.0
     for start in range(0, len(weights), 7 << 17):  # a multiple of the gradient's period
         piece = weights[start : start + (7 << 17)].double()
-        if (piece + make_gradient(len(piece)).double() * change).abs().max() > LR / 2:
+        way = make_gradient(len(piece)).double()
+        if optimizer == "adamw":
+            way.sign_()
+        if (piece + way * change).abs().max() > LR / 2:
             return False
     return True
 

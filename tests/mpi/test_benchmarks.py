@@ -40,6 +40,20 @@ def test_the_closed_form_is_momentum_sgd_and_a_step_more_or_less_is_seen(steps, 
     assert steps == 0 or not protocol.are_right(weights, steps - 1)
 
 
+@pytest.mark.parametrize("steps", [1, 5, 3000])
+def test_steps_of_adamw_with_one_gradient_are_as_many_of_the_rate_and_one_more_or_less_is_seen(
+    steps,
+):
+    weights = torch.zeros(WHOLE, requires_grad=True)
+    weights.grad = protocol.make_gradient(WHOLE)
+    adamw = torch.optim.AdamW([weights], protocol.LR, weight_decay=0.0)
+    for _ in range(steps):
+        adamw.step()
+    assert protocol.are_right(weights.detach(), steps, "adamw")
+    assert not protocol.are_right(weights.detach(), steps + 1, "adamw")
+    assert not protocol.are_right(weights.detach(), steps - 1, "adamw")
+
+
 def test_one_step_lost_in_one_piece_is_seen():
     weights, gradient, velocity = (
         torch.zeros(WHOLE),
@@ -128,7 +142,8 @@ def test_the_table_shows_ours_over_each_other_and_the_limit():
     # bytes/s: 125 exchanges of 28 MB
     values |= {("memory", name): [28e6 * 125] for name in exchange.MEMORY}
     rates, ratios = exchange._tables(
-        exchange._result([(10**6, 4)], ["ours", "gloo", "rpc"], values), ["ours", "gloo", "rpc"]
+        exchange._result([(10**6, 4)], ["ours", "gloo", "rpc"], values, 7 * 4),
+        ["ours", "gloo", "rpc"],
     )
     assert "| 1000000 | 4 | 250.0 (200.0-300.0) | 100.0 (100.0-100.0) | failed | 125.0 |" in rates
     assert "| 1000000 | 4 | 2.50 | failed | 2.00 |" in ratios
@@ -168,6 +183,21 @@ def test_a_small_exchange_is_right_in_every_system(openmpi, tmp_path):
         and result["versions"]["torch"]
         and "--workers 2" in result["command"]
     )
+
+
+def test_a_small_exchange_of_adamw_is_right_and_its_limit_is_that_of_two_means(openmpi, tmp_path):
+    options = ["--parameters", WHOLE, "--workers", 2, "--seconds", 0.5, "--warmup", 0.1]
+    result = small(
+        "benchmarks.exchange",
+        openmpi,
+        tmp_path / "result.json",
+        *options,
+        *("--peers", "ours", "--optimizer", "adamw"),
+    )
+    [cell] = result["cells"]
+    assert cell["exchanges_per_s"]["ours"]["median"] > 0
+    triad = result["memory_bytes_per_s"]["triad_1"]["median"]
+    assert cell["limit_exchanges_per_s"]["triad_1"] == pytest.approx(triad / (9 * 4 * WHOLE))
 
 
 def test_a_small_overlap_is_measured_and_no_emulated_worker_is_faster_than_its_sleep(
