@@ -10,6 +10,9 @@ import html
 import io
 import re
 
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
 from asgd_mpi.errors import printable
 
 INK, FAINT, PAPER = "#010203", "#040506", "#070809"
@@ -44,9 +47,10 @@ SETTINGS = {
 }
 
 
-def to_svg(figure, name: str, title: str) -> str:
+def to_svg(figure: Figure, name: str, title: str) -> str:
     """Return the figure as one <svg> element; `name` (letters, digits, hyphens) makes its ids unique, `title` describes it."""
     buffer = io.StringIO()
+    _lay_out(figure)
     figure.savefig(
         buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
     )
@@ -71,3 +75,13 @@ def to_svg(figure, name: str, title: str) -> str:
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, variable)
     return text
+
+
+def _lay_out(figure: Figure) -> None:
+    """Put the axes where they stay: savefig would draw all of the figure once more for that."""
+    layout = figure.get_layout_engine()
+    if layout is None:
+        return
+    FigureCanvasSVG(figure)  # whose letters are measured
+    layout.execute(figure)
+    figure.set_layout_engine(None)

@@ -22,7 +22,7 @@ from asgd_mpi.record.events import End, Interval, Note, Push, Start
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.record.timeline import FINEST_S, MAX_BINS, MAX_SERIES, Bins
-from asgd_mpi.report import figures, follow, units
+from asgd_mpi.report import figures, follow, svg, units
 from asgd_mpi.report.advice import advise
 from asgd_mpi.report.cost import price
 from asgd_mpi.report.page import HERE, page, template
@@ -161,6 +161,25 @@ def test_every_figure_is_drawn_and_has_units_and_takes_the_colours_of_the_page(r
         assert label in Reader(text).texts or label in text
     assert "var(--ink)" in text and "prefers-color-scheme: dark" in text and "@media print" in text
     assert not [colour for colour in VARIABLES if colour in text]  # no marker colour is left
+
+
+def test_every_figure_is_drawn_once_and_looks_as_when_it_is_laid_out_by_drawing_it_twice(
+    recorded, monkeypatch
+):
+    summary, drawn = summarize(recorded), []
+
+    class Counted(figures.Figure):
+        def draw(self, renderer):
+            drawn.append(self)
+            super().draw(renderer)
+
+    monkeypatch.setattr(figures, "Figure", Counted)
+    once, _ = figures.pictures(summary)
+    assert len(drawn) == len(once)
+    monkeypatch.setattr(svg, "_lay_out", lambda figure: None)
+    twice, _ = figures.pictures(summary)
+    assert len(drawn) == 3 * len(once)
+    assert [picture.svg for picture in once] == [picture.svg for picture in twice]
 
 
 def test_a_page_is_the_same_bytes_each_time(recorded):
