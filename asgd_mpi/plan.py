@@ -451,11 +451,13 @@ def _smaller_batches(options: jsonargparse.Namespace, num_workers: int) -> list[
     run = RunDir.open(options.run_dir[0])
     if not run.config.exists():
         return []
-    config, samples = written.read(run.config), summarize(run).num_samples
+    config, found = written.read(run.config), summarize(run)
+    samples = found.num_samples
     if config.data.batch_size is None or config.run.epochs is None:  # an old record
         return []
-    divisor = rulebook.batch_divisor(config, num_workers, samples, rulebook.LEAST_BATCH)
-    if divisor == 1:
+    divisor = rulebook.batch_divisor(config, num_workers, samples)
+    # a run of many may have divided its batch already, and the recipe's is not on record
+    if divisor == 1 or rulebook.batch_divisor(config, found.num_workers, samples) > 1:
         return []
     images = config.data.batch_size // divisor
     return [

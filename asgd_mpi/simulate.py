@@ -30,7 +30,7 @@ from asgd_mpi.record.progress import Progress
 from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.report.units import count, number, percent, seconds
 from asgd_mpi.runtime import preflight, trust
-from asgd_mpi.runtime.prepare import configured
+from asgd_mpi.runtime.prepare import as_given, configured
 from asgd_mpi.runtime.checkpointer import Checkpointer
 from asgd_mpi.task import OpenedTask, complete, for_workers, open_task, told
 
@@ -221,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = make_parser().read(arguments)
     config = _config(rest, options.slow)
     times = _times(options)
-    task, suited = for_workers(open_task(complete(config)), config, options.workers)
+    task = open_task(complete(config))
+    task, suited = for_workers(task, as_given(rest, config, task), options.workers)
     for line in [*told(task), *suited]:
         tell(line, file=sys.stderr)
     task, notes, _ = preflight.try_out_(task, task.first_module())

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from asgd_mpi.errors import TrainingDiverged
 from asgd_mpi.offline.simulation import Times, simulate
 from asgd_mpi.runtime import preflight
-from asgd_mpi.runtime.prepare import configured
+from asgd_mpi.runtime.prepare import as_given, configured
 from asgd_mpi.task import complete, for_workers, open_task
 from asgd_mpi.process import ending
 from benchmarks import machine
@@ -42,9 +42,10 @@ BASE = {
     "characters": "--task benchmarks.characters:Topics --epochs 0.25 --run.validate_every 0.25",
 }
 VARIANTS = {
-    "digits": ("", RECIPE),
+    "digits": ("", RECIPE, "--rule adamw", "--rule adamw --batch-size 16 --lr 0.001"),
     "fashion": ("", RECIPE),
-    "characters": tuple(
+    "characters": ("",)
+    + tuple(
         f"{rule} --lr {rate:g}"
         for rule in (
             "--rule adamw",
@@ -52,7 +53,7 @@ VARIANTS = {
             "--rule adamw --rule.momentum_at worker",
             "--rule sync --rule.optimizer adamw",
         )
-        for rate in (1e-3, 3e-3)
+        for rate in (1e-3, 3e-3, 6e-3)
     ),
 }
 LINES = {"fashion": ("--lr 0.01",)}  # of one worker alone: the best rate that is known for it
@@ -71,10 +72,10 @@ def settings(part: str, seeds: int) -> Iterator[dict]:
 def train(part: str, workers: int, seed: int, options: str) -> dict:
     """Return what the last version scores, in percent, or in nats of the characters; and what was in force."""
     torch.set_num_threads(1)
-    asked = configured(
-        [*BASE[part].split(), *options.split(), "--seed", str(seed), "--run.progress", "none"]
-    )
-    task, _ = for_workers(open_task(complete(asked)), asked, workers)
+    arguments = [*BASE[part].split(), *options.split(), "--seed", str(seed), "--run.progress=none"]
+    asked = configured(arguments)
+    task = open_task(complete(asked))
+    task, _ = for_workers(task, as_given(arguments, asked, task), workers)
     task, _, _ = preflight.try_out_(task, task.first_module())
     try:
         named = simulate(task, workers, TIMES).scores[-1].named

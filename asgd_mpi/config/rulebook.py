@@ -26,13 +26,24 @@ MAX_DRIFT = 0.25
 
 # of an epoch, with which linear scaling of the rate is taken to hold (docs/convergence.md)
 LEAST_STEPS = 5
-# Workers whose batches, of the recipe's size, may be under way at a time in a short run, and what makes it short: pushes of each.
-# More of them at the same samples, at a rate lower by as much, keep the accuracy of one worker (docs/convergence.md).
-MOST_RECIPE_BATCHES = 8
-LEAST_PUSHES = 2000
-# images that are left in a batch, without and with batch norm, whose statistics are inaccurate in small ones (Wu and He 2018,
-# arXiv:1803.08494)
-LEAST_BATCH, LEAST_NORMED_BATCH = 4, 16
+# what makes a run short: pushes of each worker; and pushes of each that a worker's own means of AdamW need (docs/convergence.md)
+LEAST_PUSHES, LEAST_OWN_PUSHES = 2000, 100
+# images that are left in a batch with batch norm, whose statistics are inaccurate in small ones (Wu and He 2018, arXiv:1803.08494)
+LEAST_NORMED_BATCH = 16
+
+
+@dataclass(frozen=True)
+class ManyWorkers:
+    """How small the batches of many workers become in a short run, at a rate lower by as much (docs/convergence.md)."""
+
+    from_workers: int
+    recipe_batches: int  # that may be under way at a time, of the recipe's size
+    least_batch: int  # images that are left in one
+
+
+# By optimizer. SGD keeps the accuracy of one worker so. AdamW gains with every step that it makes of the same samples, so that
+# it is divided sooner and further.
+MANY_WORKERS = {"sgd": ManyWorkers(9, 8, 4), "adamw": ManyWorkers(8, 2, 1)}
 MOMENTA = ("dana", "worker", "server", "server_nag", "none")
 # By optimizer, the (P,) vectors that it keeps at the server beside a velocity.
 OPTIMIZERS = {"sgd": 0, "adagrad": 1, "adamw": 2, "adam": 2, "nadamw": 2}
@@ -378,34 +389,54 @@ def rate_scale(rule: RuleConfig, num_workers: int) -> float:
     return math.sqrt(scale) if is_adaptive(rule) else scale
 
 
-def batch_divisor(config: Resolved, num_workers: int, num_samples: int, least_batch: int) -> int:
+def batch_divisor(
+    config: Resolved, num_workers: int, num_samples: int, least_batch: int = 1
+) -> int:
     """Return by how much a recipe's batch is to be divided for so many workers, a power of 2; 1 for the recipe itself.
 
     Stale are the images of the gradients under way, workers times batch. Smaller batches at a lower rate (`smaller_rate`) are the
     same training with less of it under way, for more exchanges. Where every worker pushes LEAST_PUSHES times or
-    more, that many are a small part of the run. num_samples: of an epoch; least_batch: images that are left in a batch.
+    more, that many are a small part of the run. num_samples: of an epoch; least_batch: images that the network needs in a batch.
     Measured for SGD and AdamW with a step for every gradient; other rules and optimizers keep their batch.
     """
     rule, exchange, images = config.rule, config.exchange, config.data.batch_size
-    entry = RULEBOOK[rule.name]
+    entry, many = RULEBOOK[rule.name], MANY_WORKERS.get(optimizer_of(rule))
     n_push = exchange.n_push or entry.n_push
     if (
-        entry.server != "sgd"
+        many is None
+        or rule.own
+        or num_workers < many.from_workers
+        or entry.server != "sgd"
         or entry.moves
         or entry.staleness
-        or optimizer_of(rule) not in ("sgd", "adamw")
         or (n_push, exchange.n_fetch or n_push) != (1, 1)
         or config.compute.micro_batches > 1
     ):
         return 1
+    least = max(least_batch, many.least_batch)
     pushes, divisor = config.run.epochs * num_samples / (num_workers * images), 1
     while (
-        num_workers > MOST_RECIPE_BATCHES * divisor
-        and images >= 2 * divisor * least_batch
+        num_workers > many.recipe_batches * divisor
+        and images >= 2 * divisor * least
         and pushes * divisor < LEAST_PUSHES
     ):
         divisor *= 2
     return divisor
+
+
+def suits_dana(config: Resolved, pushes: float) -> bool:
+    """Return whether AdamW's means are better kept by the workers, where their number has made the batches smaller.
+
+    pushes: of each worker. With fewer than LEAST_OWN_PUSHES its means know too little; measured for rules without waiting, and
+    a network in stages cannot (see runtime.prepare).
+    """
+    rule = config.rule
+    return (
+        optimizer_of(rule) == "adamw"
+        and rule.name in ("asgd", "adamw")
+        and config.stages.number == 1
+        and pushes >= LEAST_OWN_PUSHES
+    )
 
 
 def smaller_rate(rule: RuleConfig, lr: float, divisor: int) -> float:

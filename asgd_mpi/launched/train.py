@@ -58,7 +58,8 @@ def train(
             f"a training of a task is computed again without its script: python -m asgd_mpi.replay RUN_DIR --task {name}"
         )
     own = kind() if task is kind else copy.copy(task)
-    own.options = {**own.options, **(options or {}), **long_names(short)}
+    given = {**(options or {}), **long_names(short)}
+    own.options, own.given = {**own.options, **given}, set(given)
     status, directory = api.train(own, [f"--task={name}", *ours(sys.argv[1:])])
     if directory is None or not RunDir(directory).finished.exists():
         raise SystemExit(status)

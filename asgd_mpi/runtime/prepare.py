@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.unit import counted
 from asgd_mpi.runtime import checkpointer, divisible, preflight, resume, trust
 from asgd_mpi.task import OpenedTask, Task, complete, for_workers, open_task, told
-from asgd_mpi.task.own import OWN, OwnTask, find, with_options
+from asgd_mpi.task.own import OWN, RECIPE, OwnTask, find, with_options
 from asgd_mpi.vector.flat import num_floats
 from asgd_mpi.vector.groups import told as told_groups
 
@@ -64,7 +65,7 @@ def prepare(
         changes = resume.demand_same(old, config)
         trust.demand(config.model.name, named, run.path)
         trust.demand(config.rule.own, named_rule, run.path, "--rule")
-        changes += resume.kept_from_before(own.options if own else {}, config)
+        changes += resume.kept_from_before(_said_in_vain(own, config) if own else {}, config)
     if config.compute.device == "cpu":
         ranks = [rank | {"gpus": []} for rank in ranks]
     num_stages, num_servers, order = (
@@ -95,7 +96,10 @@ def prepare(
     if config.record.tensorboard:
         tensorboard.find_writer()
     num_workers = max(1, places.num_workers)
-    task, suited = for_workers(open_task(config, own=own), asked, num_workers)
+    task = open_task(config, own=own)
+    if not point:
+        asked = as_given(arguments, asked, task)
+    task, suited = for_workers(task, asked, num_workers)
     for line in [*told(task), *suited]:
         tell(line)
     module = task.first_module(tell)
@@ -211,6 +215,32 @@ def configured(arguments: list[str], own: Task | None = None) -> Config:
             return config
         own = find(config.model.name)
     return parse.parse(arguments, base=with_options(Config(), own))
+
+
+def as_given(arguments: list[str], config: Config, task: OpenedTask) -> Config:
+    """Return what `configured` made of a command line, without the batch and the rate if only the task's class names them.
+
+    They are meant for one worker, as those of a recipe are (`task.for_workers`).
+    """
+    if not isinstance(task, OwnTask):
+        return config
+    names = {"data.batch_size", "schedule.lr"} & task.own.options.keys() - set(task.own.given)
+    base = with_options(Config(), task.own)
+    for name in names:
+        section, _, key = name.partition(".")
+        base = replace(base, **{section: replace(getattr(base, section), **{key: None})})
+    again = parse.parse(arguments, base=base)
+    data = replace(config.data, batch_size=again.data.batch_size)
+    return replace(config, data=data, schedule=replace(config.schedule, lr=again.schedule.lr))
+
+
+def _said_in_vain(own: Task, config: Config) -> Mapping[str, object]:
+    """Return a task's options without the batch and the rate of one worker where a run that goes on has smaller batches of many."""
+    of_one = {"data.batch_size", "schedule.lr"}
+    batch = own.options.get("data.batch_size", RECIPE.batch_size)
+    if of_one & set(own.given) or config.data.batch_size >= batch or not own.computes:
+        return own.options
+    return {name: value for name, value in own.options.items() if name not in of_one}
 
 
 def _greeting(places: Topology, task: OpenedTask, run: RunDir) -> str:

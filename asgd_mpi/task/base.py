@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Task:
         unit: what samples are called in reports, in the plural, such as "windows".
         maximize: whether the first metric of `score` is to be high; it decides which version is the best.
         options: defaults of options by their dotted names, such as {"run.epochs": 5, "schedule.lr": 0.05}; a configuration
-            file and the command line override them.
+            file and the command line override them. A batch and a rate are those of one worker: many take others in a short run.
 
     Example:
         >>> import torch, asgd_mpi
@@ -44,6 +44,9 @@ class Task:
     unit = "samples"
     maximize = False
     options: Mapping[str, Any] = {}
+    given: Collection[
+        str
+    ] = ()  # those of them that a call of asgd_mpi.train gives, and not the class
     computes = True  # a loss of its own; else a loop of the user's computes the gradients
     is_seeded = True  # its first weights are a function of the seed
     listeners: Sequence[Callable[[Any], None]] = ()  # called with every event that a rank records

@@ -97,6 +97,12 @@ class ImageTask(OpenedTask):
             load_weights_(module, pretrained.file_of(model.weights), model.partial_weights, note)
         return module
 
+    def one(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return an image of noise, of the first class."""
+        size, generator = self.config.data.image_size, torch.Generator().manual_seed(0)
+        noise = torch.randn(1, self.channels, size, size, generator=generator)
+        return noise, torch.zeros(1, dtype=torch.int64)
+
     def carried(self, module: nn.Module, forward: Forward | None = None) -> list[str]:
         if forward is None:
             generator = torch.Generator().manual_seed(0)

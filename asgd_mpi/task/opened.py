@@ -86,6 +86,10 @@ class OpenedTask(ABC):
         """Return what the network takes of a micro-batch: its shape and its type count. Raises ConfigError."""
 
     @abstractmethod
+    def one(self) -> Any:
+        """Return a batch of one sample, as the loss takes it, on the CPU. Raises ConfigError."""
+
+    @abstractmethod
     def carried(self, module: nn.Module, forward: Forward | None = None) -> list[str]:
         """Return the names of what the network's forward pass moves in training (see model.buffers). Raises ConfigError.
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from asgd_mpi.config import limits, rulebook
 from asgd_mpi.config.options import Config
 from asgd_mpi.config.resolved import Resolved, with_recipe
@@ -77,30 +79,58 @@ def complete(config: Config) -> Resolved:
 def for_workers(task: OpenedTask, asked: Config, num_workers: int) -> tuple[OpenedTask, list[str]]:
     """Return the task with the batch and the rate that suit so many workers, if `asked` leaves both open, and what to say of it.
 
-    asked: the configuration before it was completed; what a user gives is taken as it is, and so is what a run has recorded.
+    asked: the configuration before it was completed; what a user gives is taken as it is, and so is what a run has recorded. What
+    a task of one's own brings is for one worker, as a recipe is: `runtime.prepare.as_given` leaves it open.
     """
     config = task.config
     data, schedule = config.data, config.schedule
     if asked.data.batch_size is not None or asked.schedule.lr is not None or not task.computes:
         return task, []
-    samples, least = task.train.num_samples, rulebook.LEAST_BATCH
-    if rulebook.batch_divisor(config, num_workers, samples, least) > 1:
-        if batchnorm.measured(task.build_module()):
-            least = rulebook.LEAST_NORMED_BATCH
+    samples, least = task.train.num_samples, 1
+    divisor = rulebook.batch_divisor(config, num_workers, samples)
+    if divisor > 1:
+        least = _least_batch(task, data.batch_size // divisor)
     divisor = rulebook.batch_divisor(config, num_workers, samples, least)
     if divisor == 1:
         return task, []
-    images = data.batch_size // divisor
-    rate = rulebook.smaller_rate(config.rule, schedule.lr, divisor)
+    images, rule = data.batch_size // divisor, config.rule
+    rate = rulebook.smaller_rate(rule, schedule.lr, divisor)
+    pushes, keeper = config.run.epochs * samples / num_workers / images, ""
+    if asked.rule.momentum_at is None and rulebook.suits_dana(config, pushes):
+        rule, keeper = replace(rule, momentum_at="dana"), ", AdamW's means kept by the workers"
+    whose = "task" if task.is_own else "recipe"
     note = (
-        f"{num_workers} workers: batches of {images} at lr {rate:g}, not of {data.batch_size} at {schedule.lr:g} as the recipe has for one, "
-        f"since each pushes {config.run.epochs * samples / num_workers / images:,.0f} times only, and with less under way gradients "
-        f"are less stale (docs/rules.md), for {divisor} times the exchanges. To have the recipe's: --batch-size {data.batch_size} --lr {schedule.lr:g}"
+        f"{num_workers} workers: batches of {images} at lr {rate:g}{keeper}, not of {data.batch_size} at {schedule.lr:g} as the {whose} has "
+        f"for one, since each pushes {pushes:,.0f} times only, and with less under way gradients are less stale (docs/rules.md), for "
+        f"{divisor} times the exchanges. To have the {whose}'s: --batch-size {data.batch_size} --lr {schedule.lr:g}"
     )
     config = replace(
-        config, data=replace(data, batch_size=images), schedule=replace(schedule, lr=rate)
+        config,
+        rule=rule,
+        data=replace(data, batch_size=images),
+        schedule=replace(schedule, lr=rate),
     )
     return replace(task, config=config), [note]
+
+
+def _least_batch(task: OpenedTask, images: int) -> int:
+    """Return how many samples a batch needs at least for the network and the loss, of which it may come to have `images`."""
+    module = task.build_module()
+    if batchnorm.measured(module):
+        return rulebook.LEAST_NORMED_BATCH
+    if images > 1 or _learns_from_one(task, module):
+        return 1
+    return 2
+
+
+def _learns_from_one(task: OpenedTask, module: nn.Module) -> bool:
+    """Return whether the loss of one sample can be computed, and is no constant: one that compares samples with each other is."""
+    try:
+        task.objective.loss(module, task.one()).backward()
+    except Exception:  # what fails with two samples, too, the trial step tells
+        return False
+    found = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return any(bool(gradient.any()) for gradient in found)
 
 
 def told(task: OpenedTask) -> Iterator[str]:
