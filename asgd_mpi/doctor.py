@@ -8,6 +8,11 @@ option. What follows from the findings is decided in `findings.py`, which is pur
 
 from __future__ import annotations
 
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported
+    interpreter.begin()
+
 import faulthandler
 import io
 import math
@@ -419,4 +424,5 @@ def _plain(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interpreter.loaded()
+    interpreter.end(main())

@@ -6,6 +6,11 @@ in the batches and with the seed of the run. Whose code may be run: see runtime.
 
 from __future__ import annotations
 
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported
+    interpreter.begin()
+
 import math
 import os
 import sys
@@ -476,4 +481,5 @@ def measure_own(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interpreter.loaded()
+    interpreter.end(main())

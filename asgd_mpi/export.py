@@ -10,6 +10,11 @@ file is written beside its place, and has its name once it is whole.
 
 from __future__ import annotations
 
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported
+    interpreter.begin()
+
 import importlib.util
 import inspect
 import json
@@ -283,4 +288,5 @@ def _name_of(manifest: Manifest, is_mean: bool, kind: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interpreter.loaded()
+    interpreter.end(main())

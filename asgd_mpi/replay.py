@@ -8,6 +8,11 @@ through a ledger of its own invariants (versions in order, staleness not negativ
 
 from __future__ import annotations
 
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported
+    interpreter.begin()
+
 import math
 import os
 import runpy
@@ -691,4 +696,5 @@ def _newest(run: RunDir, restart: int) -> tuple[State, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interpreter.loaded()
+    interpreter.end(main())

@@ -5,6 +5,11 @@ Prints accuracy against virtual time; `--out` leaves a run directory, for report
 
 from __future__ import annotations
 
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported
+    interpreter.begin()
+
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
@@ -307,4 +312,5 @@ def _times(options: argparse.Namespace) -> Times:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interpreter.loaded()
+    interpreter.end(main())

@@ -3,7 +3,11 @@
 `pushes.log` is kept: a run cannot be audited or replayed without it, and its times say how fast the run was.
 """
 
-import sys
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported, as train does
+    interpreter.begin()
+
 from contextlib import nullcontext
 
 from asgd_mpi import train
@@ -19,4 +23,5 @@ def measure_nothing() -> None:
 
 if __name__ == "__main__":
     measure_nothing()
-    sys.exit(train.main())
+    interpreter.loaded()
+    interpreter.end(train.main())

@@ -3,9 +3,13 @@
 ASGD_DISK_FAILS: the number of the first write of `pushes.log` that is refused, and of how many from there on.
 """
 
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported, as train does
+    interpreter.begin()
+
 import itertools
 import os
-import sys
 
 from asgd_mpi import train
 from asgd_mpi.record import events
@@ -40,4 +44,5 @@ class FailingLog(events.EventLog):
 if __name__ == "__main__":
     assert rank.EventLog is events.EventLog  # what a run writes its pushes with
     rank.EventLog = FailingLog
-    sys.exit(train.main())
+    interpreter.loaded()
+    interpreter.end(train.main())

@@ -3,6 +3,11 @@
 Steps before that one have all the time there is, which a busy machine may need; a rank that sleeps is given up soon.
 """
 
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported, as the doctor does
+    interpreter.begin()
+
 import os
 import sys
 import time
@@ -32,4 +37,5 @@ step, rank, illness = sys.argv[1:]
 doctor.Examination = Hurried
 if RANK == int(rank):
     setattr(probe if step == "talk" else probe.WindowProbe, step, ill)
-sys.exit(doctor.main(["--deadline-s", EARLIER_S]))
+interpreter.loaded()
+interpreter.end(doctor.main(["--deadline-s", EARLIER_S]))

@@ -1,8 +1,12 @@
 """`asgd_mpi.train` whose workers send nonsense as their 10th packet: GARBLE names what ranks 1, 2, ... send, `nothing` for none."""
 
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported, as train does
+    interpreter.begin()
+
 import dataclasses
 import os
-import sys
 
 from asgd_mpi import train
 from asgd_mpi.protocol import messages
@@ -34,4 +38,5 @@ if __name__ == "__main__":
         )
 
     messages.pack_header = garble
-    sys.exit(train.main())
+    interpreter.loaded()
+    interpreter.end(train.main())

@@ -1,6 +1,9 @@
 """Two hosts as in `two_hosts`, over an MPI whose messages carry 100,000 bytes at most: every vector travels in parts."""
 
-import sys
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported, as train does
+    interpreter.begin()
 
 import two_hosts  # noqa: F401 - every other rank is on another host
 from mpi4py import MPI
@@ -24,4 +27,5 @@ world.MAX_BYTES = 100_000
 world.World.__init__ = start
 
 if __name__ == "__main__":
-    sys.exit(train.main())
+    interpreter.loaded()
+    interpreter.end(train.main())

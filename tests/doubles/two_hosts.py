@@ -1,6 +1,9 @@
 """`python -m asgd_mpi.train` in a world that takes every other rank for one of another host: no memory is shared with it."""
 
-import sys
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported, as train does
+    interpreter.begin()
 
 from asgd_mpi import train
 from asgd_mpi.comm.world import World
@@ -13,4 +16,5 @@ def on_this_host(self):
 World.on_this_host = on_this_host
 
 if __name__ == "__main__":
-    sys.exit(train.main())
+    interpreter.loaded()
+    interpreter.end(train.main())

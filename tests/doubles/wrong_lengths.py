@@ -4,7 +4,10 @@ Each does so with its fifth payload: it is lent eight batches at the start, and 
 many, rank 3 as many too few.
 """
 
-import sys
+from asgd_mpi.process import interpreter
+
+if __name__ == "__main__":  # before anything heavy is imported, as train does
+    interpreter.begin()
 
 import numpy as np
 import two_hosts  # noqa: F401 - ranks 1 and 3 are on another host than rank 0
@@ -38,4 +41,5 @@ def start(self, timeout_s=600.0, start=world.World.__init__):
 world.World.__init__ = start
 
 if __name__ == "__main__":
-    sys.exit(train.main())
+    interpreter.loaded()
+    interpreter.end(train.main())
