@@ -33,7 +33,7 @@ CASES = (
     "--exchange.wire topk --n-sync 5",
     "--exchange.wire topk --n-sync 5 --schedule.name constant",
     f"{DILOCO} 0.5 --exchange.wire topk",
-    f"{DILOCO} 0 --exchange.wire topk",
+    f"{DILOCO} 0 --rule.outer_rate 0.7 --exchange.wire topk",
     "--exchange.wire int4",
     "--exchange.wire int8",
     f"{DILOCO} 0.5 --exchange.wire int4",

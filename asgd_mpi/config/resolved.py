@@ -54,6 +54,7 @@ class ResolvedRule(RuleConfig):
     no_decay: str
     groups: str
     dc_lambda: float
+    outer_rate: float
 
 
 @dataclass(kw_only=True)
@@ -89,6 +90,15 @@ def with_recipe(config: Config, recipe: Recipe) -> Resolved:
     run = _filled(ResolvedRun, config.run, epochs=recipe.epochs)
     warmup_epochs = min(recipe.warmup_epochs, recipe.most_warmup * run.epochs)
     n_push = config.exchange.n_push or rulebook.RULEBOOK[config.rule.name].n_push
+    exchange = _filled(
+        ResolvedExchange,
+        config.exchange,
+        n_push=n_push,
+        overlap=n_push == "auto",
+        n_fetch=1 if n_push == "auto" else n_push,
+        fetch_wire=fetch_wire(config.exchange),
+    )
+    outer_rate = rulebook.outer_rate(config.rule, exchange.overlap)
     of_config = {section.name: getattr(config, section.name) for section in fields(Config)}
     changed = {
         "run": run,
@@ -99,7 +109,7 @@ def with_recipe(config: Config, recipe: Recipe) -> Resolved:
             augment=recipe.augment,
             **OF_NO_IMAGE,
         ),
-        "rule": _filled(ResolvedRule, config.rule, groups="", **of_rule),
+        "rule": _filled(ResolvedRule, config.rule, groups="", outer_rate=outer_rate, **of_rule),
         "schedule": _filled(
             ResolvedSchedule,
             config.schedule,
@@ -107,14 +117,7 @@ def with_recipe(config: Config, recipe: Recipe) -> Resolved:
             lr=lr,
             warmup_epochs=warmup_epochs,
         ),
-        "exchange": _filled(
-            ResolvedExchange,
-            config.exchange,
-            n_push=n_push,
-            overlap=n_push == "auto",
-            n_fetch=1 if n_push == "auto" else n_push,
-            fetch_wire=fetch_wire(config.exchange),
-        ),
+        "exchange": exchange,
     }
     return Resolved(**{**of_config, **changed})
 

@@ -44,6 +44,10 @@ class ManyWorkers:
 # By optimizer. SGD keeps the accuracy of one worker so. AdamW gains with every step that it makes of the same samples, so that
 # it is divided sooner and further.
 MANY_WORKERS = {"sgd": ManyWorkers(9, 8, 4), "adamw": ManyWorkers(8, 2, 1)}
+# of diloco, that of Douillard et al. 2023
+OUTER_RATE_WITH_MOMENTUM = 0.7
+# of the recipe's rate; at 4 times of it 8 workers were worse than at it on Fashion-MNIST (docs/slow-links.md)
+MOST_LOCAL_SCALE = 2.0
 MOMENTA = ("dana", "worker", "server", "server_nag", "none")
 # By optimizer, the (P,) vectors that it keeps at the server beside a velocity.
 OPTIMIZERS = {"sgd": 0, "adagrad": 1, "adamw": 2, "adam": 2, "nadamw": 2}
@@ -444,6 +448,28 @@ def smaller_rate(rule: RuleConfig, lr: float, divisor: int) -> float:
     if is_adaptive(rule):
         return lr / math.sqrt(divisor)
     return lr / divisor
+
+
+def outer_rate(rule: RuleConfig, overlaps: bool) -> float:
+    """Return the share of the way of its workers that diloco's server goes, where it is left open.
+
+    A worker that arrives within a push at what its weights are drawn to makes a step x <- x - (e / N) x of the server, N steps late.
+    With 8 workers that is stable for e up to 1.65, and 2 N steps late, with overlap, up to 0.9 (tests/pure/test_diloco.py).
+    """
+    if overlaps:
+        return 0.5
+    return OUTER_RATE_WITH_MOMENTUM if rule.outer_momentum else 1.0
+
+
+def local_scale(rule: RuleConfig, num_workers: int) -> float:
+    """Return what the recipe's rate is multiplied by, if it is left open, where the ways of several workers are averaged.
+
+    It is the root of their number, and MOST_LOCAL_SCALE at most: between two exchanges a worker bears the rate alone, however many
+    others there are.
+    """
+    if not steps_at_workers(rule):
+        return 1.0
+    return min(MOST_LOCAL_SCALE, math.sqrt(rule.outer_pushes or num_workers))
 
 
 def doubt_of_linear_scaling(

@@ -86,6 +86,14 @@ def for_workers(task: OpenedTask, asked: Config, num_workers: int) -> tuple[Open
     data, schedule = config.data, config.schedule
     if asked.data.batch_size is not None or asked.schedule.lr is not None or not task.computes:
         return task, []
+    whose = "task" if task.is_own else "recipe"
+    if (scale := rulebook.local_scale(config.rule, num_workers)) > 1:
+        rate = schedule.lr * scale
+        note = (
+            f"{num_workers} workers: lr {rate:g}, not {schedule.lr:g} as the {whose} has for one, since the mean of what they train on their own "
+            f"bears more (docs/rules.md). To have the {whose}'s: --lr {schedule.lr:g}"
+        )
+        return replace(task, config=replace(config, schedule=replace(schedule, lr=rate))), [note]
     samples, least = task.train.num_samples, 1
     divisor = rulebook.batch_divisor(config, num_workers, samples)
     if divisor > 1:
@@ -98,7 +106,6 @@ def for_workers(task: OpenedTask, asked: Config, num_workers: int) -> tuple[Open
     pushes, keeper = config.run.epochs * samples / num_workers / images, ""
     if asked.rule.momentum_at is None and rulebook.suits_dana(config, pushes):
         rule, keeper = replace(rule, momentum_at="dana"), ", AdamW's means kept by the workers"
-    whose = "task" if task.is_own else "recipe"
     note = (
         f"{num_workers} workers: batches of {images} at lr {rate:g}{keeper}, not of {data.batch_size} at {schedule.lr:g} as the {whose} has "
         f"for one, since each pushes {pushes:,.0f} times only, and with less under way gradients are less stale (docs/rules.md), for "
