@@ -57,7 +57,21 @@ CASES = {
             *(local(5, ROOT, outer, OVERLAP) for outer in (FORMER, (0.5, 0), (0.7, 0), PLAIN)),
         )
     ],
-    "fashion": [],
+    "fashion": [
+        ("--lr 0.02", WORKERS, (1,)),  # seed 0 is in benchmarks.convergence
+        *((local(50, lr, PLAIN), WORKERS, (0,)) for lr in (0.02, 0.08)),
+        *((local(50, lr, PLAIN), WORKERS, ALL) for lr in (0.04, ROOT)),
+        (local(50, 0.02, FORMER), WORKERS, ALL),
+        (local(50, 0.04, (0.7, 0.5)), WORKERS, (0,)),
+        (local(50, 0.1, (0.7, 0.5)), WORKERS, (0,)),
+        (local(25, ROOT, PLAIN), WORKERS, (0,)),
+        (local(10, 0.02, FORMER), WORKERS, (0,)),
+        (local(10, 0.04, PLAIN), WORKERS, (0,)),
+        (local(10, ROOT, PLAIN), WORKERS, ALL),
+        (local(50, 0.02, FORMER, OVERLAP), WORKERS, (0,)),
+        *((local(50, lr, (0.5, 0), OVERLAP), WORKERS, (0,)) for lr in (0.04, ROOT)),
+        *((local(50, lr, PLAIN), 32, (0,)) for lr in (0.04, 0.113137)),
+    ],
     "characters": [
         (local(5, lr, outer, CHARACTERS), WORKERS, (0,))
         for lr in (0.001, 0.003, 0.0085)
