@@ -23,7 +23,11 @@ SETTINGS = {
     "dc_asgd_c": (),
     "dc_asgd_a": ("--rule.momentum_at", "server"),
     "easgd": (),
-    "diloco": ("--rule.outer_pushes", "1"),
+    "diloco": (
+        *("--rule.outer_pushes", "1"),
+        *("--rule.outer_rate", "0.7"),
+        *("--rule.outer_momentum", "0.9"),
+    ),
 }
 
 
