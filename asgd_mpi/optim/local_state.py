@@ -72,11 +72,13 @@ class Vectors:
         if steps_at_workers(rule) and optimizer_of(rule) != "sgd":
             self._optimizer = make_optimizer(flat.num_floats, rule, groups, flat.weights.device)
             self._steps = {INNER_STEPS: torch.zeros(1, dtype=torch.int64)}
-        # what the server will make of a push that is under way
-        self._outer_share = rule.outer_rate / (rule.outer_pushes or num_workers)
         self._overlaps = config.exchange.overlap
         # where the own weights set out from; with overlap, from push to the next batch, the last push
-        self._began = torch.zeros_like(flat.weights) if self._moves == "local" else None
+        self._began: torch.Tensor | None = None
+        if self._moves == "local":
+            self._began = torch.zeros_like(flat.weights)
+            # what the server will make of a push that is under way
+            self._outer_share = rule.outer_rate / (rule.outer_pushes or num_workers)
 
     @property
     def state(self) -> dict[str, torch.Tensor]:

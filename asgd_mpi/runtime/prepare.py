@@ -235,10 +235,11 @@ def as_given(arguments: list[str], config: Config, task: OpenedTask) -> Config:
 
 
 def _said_in_vain(own: Task, config: Config) -> Mapping[str, object]:
-    """Return a task's options without the batch and the rate of one worker where a run that goes on has smaller batches of many."""
+    """Return a task's options without the batch and the rate of one worker where a run that goes on has those of many."""
     of_one = {"data.batch_size", "schedule.lr"}
     batch = own.options.get("data.batch_size", RECIPE.batch_size)
-    if of_one & set(own.given) or config.data.batch_size >= batch or not own.computes:
+    is_of_many = config.data.batch_size < batch or rulebook.steps_at_workers(config.rule)
+    if of_one & set(own.given) or not is_of_many or not own.computes:
         return own.options
     return {name: value for name, value in own.options.items() if name not in of_one}
 
