@@ -9,6 +9,8 @@ benchmarks/results/by_workers.json; those that are there are not computed again.
 digits      20 epochs, the recipe of the digits; by default, and with the batch and the rate that the recipe has for one worker
 fashion     Fashion-MNIST, 4 epochs, the same recipe with a warm-up of half an epoch or so, a small convolutional network; likewise
 characters  a small transformer (benchmarks.characters), 1000 batches; AdamW at the server and at the workers by rate, and the synchronous line
+vit, convnext   Fashion-MNIST, 4 epochs, small networks (benchmarks.small_networks) with AdamW: by default, one worker and the synchronous
+            line by rate
 """
 
 from __future__ import annotations
@@ -41,6 +43,13 @@ BASE = {
     "--schedule.warmup_epochs 0.4 --epochs 4 --run.validate_every 4",
     "characters": "--task benchmarks.characters:Topics --epochs 0.25 --run.validate_every 0.25",
 }
+BASE |= {
+    name: f"--data data/fashion-mnist --model benchmarks.small_networks:{name} --model.recipe small_transformer "
+    "--schedule.warmup_epochs 0.4 --epochs 4 --run.validate_every 4"
+    for name in ("vit", "convnext")
+}
+ADAMW_RATES = ("--lr 0.001", "--lr 0.002")
+SYNC_ADAMW = "--rule sync --rule.optimizer adamw"
 VARIANTS = {
     "digits": ("", RECIPE, "--rule adamw", "--rule adamw --batch-size 16 --lr 0.001"),
     "fashion": ("", RECIPE),
@@ -51,12 +60,17 @@ VARIANTS = {
             "--rule adamw",
             "--rule adamw --rule.momentum_at dana",
             "--rule adamw --rule.momentum_at worker",
-            "--rule sync --rule.optimizer adamw",
+            SYNC_ADAMW,
         )
         for rate in (1e-3, 3e-3, 6e-3)
     ),
+    **{
+        name: ("", *(f"{SYNC_ADAMW} {rate}" for rate in ADAMW_RATES))
+        for name in ("vit", "convnext")
+    },
 }
-LINES = {"fashion": ("--lr 0.01",)}  # of one worker alone: the best rate that is known for it
+# of one worker alone: rates that may be better than the recipe's
+LINES = {"fashion": ("--lr 0.01",), "vit": ADAMW_RATES, "convnext": ADAMW_RATES}
 
 
 def settings(part: str, seeds: int) -> Iterator[dict]:
