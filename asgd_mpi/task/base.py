@@ -44,9 +44,8 @@ class Task:
     unit = "samples"
     maximize = False
     options: Mapping[str, Any] = {}
-    given: Collection[
-        str
-    ] = ()  # those of them that a call of asgd_mpi.train gives, and not the class
+    # those of them that a call of asgd_mpi.train gives, and not the class
+    given: Collection[str] = ()
     computes = True  # a loss of its own; else a loop of the user's computes the gradients
     is_seeded = True  # its first weights are a function of the seed
     listeners: Sequence[Callable[[Any], None]] = ()  # called with every event that a rank records
