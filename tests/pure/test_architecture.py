@@ -49,6 +49,7 @@ MOST_PARAMETERS = 8
 # dataclasses of plain data: they are made by the names of their fields, or all from defaults, and do nothing
 PLAIN_DATA = {
     "config/options.py": "a field is an option, or a setting of a recipe",
+    "config/resolved.py": "a field is an option that has been filled in",
     "config/rulebook.py:Entry": "a field is a property of a rule",
     "offline/forecast.py:Costs": "a field is a measured cost",
     "offline/simulation.py:_Worker": "the state of a simulated worker, nearly all from defaults",
