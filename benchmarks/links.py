@@ -18,8 +18,9 @@ import itertools
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from asgd_mpi.comm.worker_window import SAMPLE, TRIES
 from asgd_mpi.config import parse as configuration
@@ -33,6 +34,7 @@ from asgd_mpi.runtime import supervise
 from benchmarks import launch, machine
 from benchmarks.hosts import Hosts, hosts, why_not
 
+Case = TypeVar("Case")
 # bits/s of every worker's link
 LINKS = [10e9, 1e9, 100e6, 20e6]
 SETTINGS = {
@@ -60,34 +62,49 @@ QUEUE_S, LEAST_QUEUE = 0.2, 200_000  # of a link, as routers have it
 @ending.of_command
 def main() -> int:
     options = _parse()
+    cases = {setting: setting for setting in options.settings}
+    return measure_all("benchmarks.links", options, 1, cases, _measure, _table)
+
+
+def measure_all(
+    module: str,
+    options: argparse.Namespace,
+    unshaped: int,
+    cases: Mapping[str, Case],
+    measure: Callable[[Hosts, float, Case, Path, argparse.Namespace], dict],
+    table: Callable[[list[dict]], str],
+) -> int:
+    """Measure each case behind each link, write the cells into `options.out`, print their table; returns the status.
+
+    unshaped: hosts beside those of the workers, the first ones, whose links are free. cases: by what they are told as.
+    """
     # so that a run that is under way is ended, and the hosts removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if reason := why_not():
         print(f"hosts cannot be made: {reason}", file=sys.stderr)
         return 2
-    described, cells, failures = machine.describe("benchmarks.links"), [], []
-    with (
-        tempfile.TemporaryDirectory() as place,
-        hosts(options.workers + 1, Path(place)) as network,
-    ):
-        for link, setting in itertools.product(options.links, options.settings):
-            if not shape(network, range(1, len(network.names)), link / options.shrink):
+    described, cells, failures = machine.describe(module), [], []
+    num_hosts = unshaped + options.workers
+    with tempfile.TemporaryDirectory() as place, hosts(num_hosts, Path(place)) as network:
+        for link, (told, case) in itertools.product(options.links, cases.items()):
+            if not _shape(network, range(unshaped, num_hosts), link / options.shrink):
                 print("this kernel gives a link no rate: tc qdisc ... tbf", file=sys.stderr)
                 return 2
-            name = f"{link / 1e6:g} Mbit/s, {setting}"
+            name = f"{link / 1e6:g} Mbit/s, {told}"
             try:
-                cells.append(_measure(network, link, setting, Path(place), options))
+                cells.append(measure(network, link, case, Path(place), options))
             except (launch.Failed, RunDirError) as failure:
                 failures.append(f"{name}: {failure}")
                 print(failures[-1], file=sys.stderr, flush=True)
                 continue
+            cell = cells[-1]
+            share = f"{_share(cell)} of the time in steps, " if "in_steps" in cell else ""
             print(
-                f"{name}: {cells[-1]['over_ideal']:.1%} of the ideal, {_share(cells[-1])} of the time in steps, "
-                f"{cells[-1]['bytes_per_batch']:.3g} bytes a batch",
+                f"{name}: {cell['over_ideal']:.1%} of the ideal, {share}{cell['bytes_per_batch']:.3g} bytes a batch",
                 flush=True,
             )
             machine.write(options.out, described | {"failures": failures, "cells": cells})
-    print("\n" + _table(cells))
+    print("\n" + table(cells))
     return int(bool(failures))
 
 
@@ -95,7 +112,22 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.links", description=__doc__.partition("\n\n")[0]
     )
+    add_options(parser)
     parser.add_argument("--parameters", type=int, default=11_700_000)
+    parser.add_argument(
+        "--settings",
+        type=lambda text: [part.strip() for part in text.split(";")],
+        default=list(SETTINGS),
+        help=f"of {'; '.join(SETTINGS)}, with semicolons between them",
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a run, at least")
+    parser.add_argument("--train", default="", help="more options for the training")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS / "links.json")
+    return parser.parse_args()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what workers and links are like."""
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--step-ms", type=float, default=100.0)
     parser.add_argument(
@@ -104,21 +136,11 @@ def _parse() -> argparse.Namespace:
         default=LINKS,
         help="bits a second",
     )
-    parser.add_argument(
-        "--settings",
-        type=lambda text: [part.strip() for part in text.split(";")],
-        default=list(SETTINGS),
-        help=f"of {'; '.join(SETTINGS)}, with semicolons between them",
-    )
     parser.add_argument("--shrink", type=float, default=10.0, help="parameters and rates")
     parser.add_argument("--slower", type=float, default=1.0, help="times, of the last worker")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of a run, at least")
-    parser.add_argument("--train", default="", help="more options for the training")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS / "links.json")
-    return parser.parse_args()
 
 
-def shape(network: Hosts, numbers: Iterable[int], rate: float) -> bool:
+def _shape(network: Hosts, numbers: Iterable[int], rate: float) -> bool:
     """Give the links of these hosts a rate, bits/s; whether the kernel can do that."""
     burst, queue = max(32_000, int(rate / 8 * 2e-3)), max(LEAST_QUEUE, int(rate / 8 * QUEUE_S))
     rule = f"tbf rate {rate:.0f}bit burst {burst} limit {queue}"

@@ -1,4 +1,4 @@
-"""What torch's synchronous trainings reach behind the slow links of benchmarks.links: `python -m benchmarks.links_peers`.
+"""Measure torch's synchronous trainings behind the slow links of benchmarks.links: `python -m benchmarks.links_peers`.
 
 DDP over gloo, DDP with its PowerSGD hook, and post-local SGD (benchmarks.peers.linked), each at the settings of a grid. Hosts,
 links, sleeping steps, `--shrink` and the bytes per batch are as there, but that no server stands beside the workers. Needs root.
@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import tempfile
 from pathlib import Path
 
 from asgd_mpi.process import ending
 from benchmarks import launch, machine
-from benchmarks.hosts import Hosts, hosts, why_not
-from benchmarks.links import LINKS, shape
+from benchmarks.hosts import Hosts
+from benchmarks.links import add_options, measure_all
 from benchmarks.peers.linked import NAMES, SIDE, WARM
 
 GRID = {
@@ -34,56 +33,34 @@ MARGIN = 4.0  # times what a run should take: then it is told as failed
 @ending.of_command
 def main() -> int:
     options = _parse()
-    if reason := why_not():
-        print(f"hosts cannot be made: {reason}", file=sys.stderr)
-        return 2
-    described, cells, failures = machine.describe("benchmarks.links_peers"), [], []
-    with (
-        tempfile.TemporaryDirectory() as place,
-        hosts(options.workers, Path(place)) as network,
-    ):
-        for link, name in itertools.product(options.links, options.peers):
-            if not shape(network, range(options.workers), link / options.shrink):
-                print("this kernel gives a link no rate: tc qdisc ... tbf", file=sys.stderr)
-                return 2
-            for setting in GRID[name]:
-                told = f"{link / 1e6:g} Mbit/s, {name}, {_told(setting)}"
-                try:
-                    cells.append(_measure(network, link, name, setting, options))
-                except launch.Failed as failure:
-                    failures.append(f"{told}: {failure}")
-                    print(failures[-1], file=sys.stderr, flush=True)
-                    continue
-                print(f"{told}: {cells[-1]['over_ideal']:.1%} of the ideal", flush=True)
-                machine.write(options.out, described | {"failures": failures, "cells": cells})
-    print("\n" + _table(cells))
-    return int(bool(failures))
+    cases = {
+        f"{name}, {_told(setting)}": (name, setting)
+        for name in options.peers
+        for setting in GRID[name]
+    }
+    return measure_all("benchmarks.links_peers", options, 0, cases, _measure, _table)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.links_peers", description=__doc__.partition("\n\n")[0]
     )
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--step-ms", type=float, default=100.0)
-    parser.add_argument(
-        "--links",
-        type=lambda text: [float(part) for part in text.split(",")],
-        default=LINKS,
-        help="bits a second",
-    )
+    add_options(parser)
     parser.add_argument("--peers", type=lambda text: text.split(","), default=list(NAMES))
-    parser.add_argument("--shrink", type=float, default=10.0, help="parameters and rates")
-    parser.add_argument("--slower", type=float, default=1.0, help="times, of the last worker")
     parser.add_argument("--seconds", type=float, default=10.0, help="of a run, about")
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "links_peers.json")
     return parser.parse_args()
 
 
 def _measure(
-    network: Hosts, link: float, name: str, setting: dict[str, float], options: argparse.Namespace
+    network: Hosts,
+    link: float,
+    case: tuple[str, dict[str, float]],
+    place: Path,
+    options: argparse.Namespace,
 ) -> dict:
     """Raises launch.Failed."""
+    name, setting = case
     layers, step_s = max(1, round(LAYERS / options.shrink)), options.step_ms / 1e3 * options.slower
     # what an all-reduce of everything takes
     whole_s = 2 * 4 * 8 * layers * SIDE**2 / (link / options.shrink)

@@ -1,4 +1,4 @@
-"""What training on their own costs workers in accuracy (`--rule diloco`), by inner rate, outer step and batches between exchanges.
+"""Measure the accuracy of workers that train on their own (`--rule diloco`), by inner rate, outer step and batches between exchanges.
 
     python -m data_prep.fashion_mnist --out data/fashion-mnist
     python -m benchmarks.local_training --parts digits,fashion,characters
@@ -37,9 +37,8 @@ def local(n_sync: int, lr: float, outer: tuple[float, float], more: str = "") ->
     return f"{words} {more}".strip()
 
 
-ROOT = (
-    0.056569  # the recipe's rate, 0.02, times the root of 8 workers; the default is twice it, 0.04
-)
+# the recipe's rate, 0.02, times the root of 8 workers; the default is twice the recipe's, 0.04
+ROOT = 0.056569
 ALL = (0, 1)  # seeds
 CHARACTERS = "--rule.optimizer adamw"
 # by part: (options, workers, seeds)

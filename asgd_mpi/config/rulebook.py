@@ -34,7 +34,7 @@ LEAST_NORMED_BATCH = 16
 
 @dataclass(frozen=True)
 class ManyWorkers:
-    """How small the batches of many workers become in a short run, at a rate lower by as much (docs/convergence.md)."""
+    """Limits to the batches of many workers in a short run, which are smaller, at a lower rate (docs/convergence.md)."""
 
     from_workers: int
     recipe_batches: int  # that may be under way at a time, of the recipe's size

@@ -1,4 +1,4 @@
-"""How ranks end under a launcher."""
+"""Ranks that end at different times, under a launcher."""
 
 import pytest
 

@@ -54,7 +54,7 @@ def test_pushes_of_one_number_come_to_what_nesterov_makes_of_their_mean():
 
 
 def farthest(num_workers, outer_rate, outer_momentum, overlap):
-    """How far from 0 the weights are in the last of 100 rounds, where each worker that sets out from x arrives at 0 within its push."""
+    """Return the largest distance of the weights from 0 in the last of 100 rounds; a worker that sets out from x is at 0 within a push."""
     config = RuleConfig(
         name="diloco",
         momentum=0.0,
