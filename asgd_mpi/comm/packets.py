@@ -5,8 +5,9 @@ server reads the gradient in place. From other hosts header and payload travel a
 too long for one: every packet then has as many, of which the last ones may be empty, since the server expects them before
 it knows what comes. A payload belongs to the worker until it is sent, and to the server until the packet is judged.
 
-A server looks at the length of a message before it receives it: one that is longer than its room is received aside and its
-packet refused, as one that is shorter than what belongs to its kind. No MPI library has to cut a message off.
+From other hosts a server looks at the length of a message before it receives it: one that is longer than its room is received
+aside and its packet refused, as one that is shorter than what belongs to its kind. So no payload has to be cut off by MPI
+(over TCP that went wrong). The header of a worker on the server's host is received without a look: it is short, and quick.
 
 Of several servers each gets the header of a gradient, with its slice of it where it is on another host than the worker, as
 a message of its own behind the header; all other packets go to rank 0 alone.
@@ -31,6 +32,7 @@ from asgd_mpi.vector import codec
 from asgd_mpi.vector.codec import Vector
 
 TAG = 1
+SPARE_BYTES = 64  # of the room of a header
 
 
 class _Packet:
@@ -129,8 +131,42 @@ class Outbox:
             )
 
 
+class _HeaderReceipt:
+    """The header of the next packet of a worker on this host, whose payload lies in the shared window.
+
+    Received ahead: the message goes straight into its room. What is found by a probe takes 0.15 ms longer, if the server
+    has nothing else to do.
+    """
+
+    def __init__(self, world: World, worker: int, packet: _Packet):
+        self._packet = packet
+        # of a message that is a little too long the length is known, too
+        self._room = np.empty(HEADER_BYTES + SPARE_BYTES, np.uint8)
+        self._request = world.comm.Irecv([self._room, MPI.BYTE], source=worker + 1, tag=TAG)
+        self.num_bytes = 0  # that have come
+        self.fits = True  # the message, in the room; else it has so many bytes or more, and nobody knows what came of it
+
+    def is_whole(self) -> bool:
+        """Return whether the message is here."""
+        status = MPI.Status()
+        try:
+            if not self._request.Test(status):
+                return False
+            self.num_bytes = status.Get_count(MPI.BYTE)
+        except MPI.Exception as error:
+            if error.Get_error_class() != MPI.ERR_TRUNCATE:
+                raise
+            self.num_bytes, self.fits = len(self._room) + 1, False
+        self._packet.bytes[:] = self._room[:HEADER_BYTES]
+        return True
+
+    def cancel(self) -> None:
+        self._request.Cancel()
+        self._request.Free()
+
+
 class _Receipt:
-    """The messages of a worker's next packet, as they come into the memory of `packet`."""
+    """The messages of a worker's next packet, as they come into the memory of `packet`, each after a look at its length."""
 
     def __init__(self, world: World, worker: int, packet: _Packet):
         self._comm, self._source = world.comm, worker + 1
@@ -160,6 +196,9 @@ class _Receipt:
         self.num_bytes += length
         return message.Irecv([into, MPI.BYTE]), into
 
+    def cancel(self) -> None:
+        """Do nothing: no message is received before it is there."""
+
 
 class Inbox:
     """A server's side: one packet of each worker is waited for at any time."""
@@ -176,9 +215,7 @@ class Inbox:
                 apart = torch.zeros(size, dtype=torch.uint8)
             self._packets.append(_Packet(size, shared, apart))
         # under way
-        self._receipts = {
-            worker: _Receipt(world, worker, self._packets[worker]) for worker in workers
-        }
+        self._receipts = {worker: self._receive(worker) for worker in workers}
         self._arrived: deque[Arrival] = deque()
         # workers whose process the MPI library reports as failed
         self.dead: set[int] = set()
@@ -214,20 +251,29 @@ class Inbox:
     def release(self, arrival: Arrival) -> None:
         """Give back a payload that has been used: the worker's next packet may overwrite it."""
         if arrival.worker not in self.dead:
-            self._receipts[arrival.worker] = _Receipt(
-                self.world, arrival.worker, self._packets[arrival.worker]
-            )
+            self._receipts[arrival.worker] = self._receive(arrival.worker)
 
     def close(self) -> None:
+        for receipt in self._receipts.values():
+            receipt.cancel()
         self._receipts.clear()
 
-    def _open(self, worker: int, receipt: _Receipt) -> Arrival:
+    def _receive(self, worker: int) -> _HeaderReceipt | _Receipt:
+        packet = self._packets[worker]
+        kind = _HeaderReceipt if packet.is_shared else _Receipt
+        return kind(self.world, worker, packet)
+
+    def _open(self, worker: int, receipt: _HeaderReceipt | _Receipt) -> Arrival:
         packet, layout = self._packets[worker], self._layout
         statistics = codec.vector_in(packet.payload, layout.num_statistics, "float32")
         try:
             if receipt.num_bytes < HEADER_BYTES:
                 raise ValueError(
                     f"a packet of {receipt.num_bytes} bytes, where its header alone has {HEADER_BYTES}"
+                )
+            if packet.is_shared and not receipt.fits:
+                raise ValueError(
+                    f"a packet of {receipt.num_bytes} bytes or more, where a header has {HEADER_BYTES}"
                 )
             header = messages.unpack_header(packet.bytes[:HEADER_BYTES].tobytes())
             if header.worker != worker:

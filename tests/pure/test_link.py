@@ -43,16 +43,22 @@ def test_a_packet_has_as_many_messages_whatever_its_payload(monkeypatch, num_byt
     assert not received.bytes[HEADER_BYTES + num_bytes :].any()
 
 
-class ProbedComm:
-    """MPI as Open MPI does it: a probe that finds nothing takes in what has come, and does not look again."""
+class Comm:
+    """MPI as Open MPI does it: a look that finds nothing takes in what has come, and does not look again."""
 
     def __init__(self, on_the_way: dict[int, bytes]):
         self.on_the_way, self.there = on_the_way, {}
+        self.cancelled = []
 
-    def Improbe(self, source, tag, status):
+    def is_there(self, source):
         if source not in self.there:
             self.there |= self.on_the_way
             self.on_the_way = {}
+            return False
+        return True
+
+    def Improbe(self, source, tag, status):
+        if not self.is_there(source):
             return None
         content = self.there.pop(source)
         status.Set_elements(packets.MPI.BYTE, len(content))
@@ -63,18 +69,65 @@ class ProbedComm:
 
         return SimpleNamespace(Irecv=receive)
 
+    def Irecv(self, where, source, tag):
+        def test(status):
+            if not self.is_there(source):
+                return False
+            content = self.there.pop(source)
+            if len(content) > len(where[0]):
+                raise packets.MPI.Exception(packets.MPI.ERR_TRUNCATE)
+            where[0][: len(content)] = np.frombuffer(content, np.uint8)
+            status.Set_elements(packets.MPI.BYTE, len(content))
+            return True
 
-def test_a_server_takes_all_packets_that_have_come_and_not_all_but_the_first_workers():
-    """One that is left would wait for a whole pass, and the pass would serve fewer workers than it could."""
-    sent = {
-        worker + 1: pack_header(Header(Kind.HERE, worker, 1, 0, 0, 0, 0)) for worker in range(3)
-    }
+        return SimpleNamespace(
+            Test=test, Cancel=lambda: self.cancelled.append(source), Free=lambda: None
+        )
+
+
+def header_of(worker):
+    return pack_header(Header(Kind.HERE, worker, 1, 0, 0, 0, 0))
+
+
+def make_inbox(on_the_way, on_this_host):
     layout = Layout(16, 3, 4)
-    window = SimpleNamespace(
-        layout=layout, whole=layout, payloads=dict.fromkeys(range(4), torch.zeros(64)), answer=int
-    )
-    inbox = packets.Inbox(SimpleNamespace(comm=ProbedComm(sent)), window)
+    payloads = {worker: torch.zeros(64) for worker in on_this_host}
+    window = SimpleNamespace(layout=layout, whole=layout, payloads=payloads, answer=int)
+    return packets.Inbox(SimpleNamespace(comm=Comm(on_the_way)), window)
+
+
+@pytest.mark.parametrize("on_this_host", [range(4), range(0), [1, 3]])
+def test_a_server_takes_all_packets_that_have_come_and_not_all_but_the_first_workers(on_this_host):
+    """One that is left would wait for a whole pass, and the pass would serve fewer workers than it could."""
+    inbox = make_inbox({worker + 1: header_of(worker) for worker in range(3)}, on_this_host)
     arrivals = inbox.take(1.0)
     assert sorted(arrival.header.worker for arrival in arrivals) == [0, 1, 2]
     # the fourth is waited for, and these again
     assert inbox.take(0.0) == []
+    for arrival in arrivals[:2]:
+        inbox.release(arrival)
+    assert inbox.take(0.0) == []
+    waited_for = {arrival.worker for arrival in arrivals[:2]} | {3}
+    inbox.close()
+    # what is received ahead is called off, and nothing else
+    assert sorted(inbox.world.comm.cancelled) == sorted(
+        worker + 1 for worker in waited_for & set(on_this_host)
+    )
+
+
+@pytest.mark.parametrize(
+    "more, fault",
+    [
+        (1, "a payload of 1 bytes, where 0 were due"),
+        (packets.SPARE_BYTES, "a payload of 64 bytes, where 0 were due"),
+        (
+            packets.SPARE_BYTES + 1,
+            f"a packet of {HEADER_BYTES + packets.SPARE_BYTES + 1} bytes or more",
+        ),
+        (-1, "where its header alone has"),
+    ],
+)
+def test_a_header_of_another_length_is_refused_also_if_mpi_cuts_it_off(more, fault):
+    content = (header_of(2) + bytes(1000))[: HEADER_BYTES + more]
+    (arrival,) = make_inbox({3: content}, range(4)).take(1.0)
+    assert arrival.worker == 2 and arrival.header is None and fault in arrival.fault
