@@ -201,7 +201,10 @@ class _Receipt:
 
 
 class Inbox:
-    """A server's side: one packet of each worker is waited for at any time."""
+    """A server's side: one packet of each worker is waited for at any time.
+
+    A process has one at most: it takes what workers send from the moment on that it is made.
+    """
 
     def __init__(self, world: World, window: ServerWindow):
         self.world, self._window = world, window

@@ -31,10 +31,12 @@ from asgd_mpi.vector.flat import FlatModel
 
 def run_server(rank: Rank, plan: Plan, module: nn.Module) -> int:
     """Rank 0, with the network's first weights; returns the status of the job."""
-    group, inbox = None, Inbox(rank.world, rank.window)
+    group: ServerGroup | None = None
     if rank.task.config.exchange.servers > 1:
         group = ServerGroup(rank.world, rank.window, rank.places.hosts)
-        inbox = ShardedInbox(rank.world, rank.window, group)
+        inbox: Inbox = ShardedInbox(rank.world, rank.window, group)
+    else:
+        inbox = Inbox(rank.world, rank.window)
     serving = open_server(rank, plan, module, inbox, group)
     server = serving.server
     server.publish_first(serving.first)
