@@ -227,7 +227,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         tiers.write(measured)
     elif config.option.markexpr == tiers.EVERY_DAY:
         for key, seconds in measured.items():
-            if seconds >= tiers.SLOW_S:
+            if seconds >= tiers.SLOW_S and key not in tiers.TRAININGS:
                 terminalreporter.write_line(
                     f"{key} took {seconds:.0f} CPU seconds: make it faster, or say so: pytest --write-times {key}"
                 )
