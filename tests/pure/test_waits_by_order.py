@@ -1,5 +1,7 @@
 """A wait that was ordered lasts as long as the one who is waited for lives; one for a dead or stuck rank has a limit."""
 
+import time
+
 import pytest
 from test_window import make_pair
 
@@ -38,12 +40,17 @@ ORDERED = {
 
 
 class Clock:
-    """Time that passes only while somebody sleeps; what others do meanwhile is `goes_on`."""
+    """Time that passes only while a wait sleeps; what others do meanwhile is `goes_on`.
+
+    It stands for the module `time` in `wait` alone: a thread of a library may sleep, too (torch.compile's does, for ever).
+    """
 
     def __init__(self, monkeypatch):
         self.now, self.goes_on = 0.0, lambda: None
-        monkeypatch.setattr(wait.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(wait.time, "sleep", self.sleep)
+        monkeypatch.setattr(wait, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
 
     def sleep(self, seconds: float) -> None:
         self.now += max(seconds, 0.01)  # a poll takes time, too
@@ -71,6 +78,12 @@ def test_a_wait_lasts_for_days_while_the_beat_changes_and_ends_within_the_limit_
             beat=lambda: int(min(clock.now, lives_s)),
         )
     assert lives_s + 600 <= clock.now < lives_s + 600 * (1 + 3 / wait.LOOKS)
+
+
+def test_a_thread_that_sleeps_elsewhere_does_not_move_the_clock(clock):
+    before = time.monotonic()
+    time.sleep(0.01)
+    assert clock.now == 0 and time.monotonic() - before >= 0.01
 
 
 def test_a_wait_without_a_beat_ends_at_its_limit(clock):
