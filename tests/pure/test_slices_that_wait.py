@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from test_waits_by_order import Clock
 
+from asgd_mpi.comm import server_group
 from asgd_mpi.comm.arrival import Command
 from asgd_mpi.comm.server_group import STAYS, CoordinatorLink, ServerGroup
 from asgd_mpi.errors import DeadlineExceeded
@@ -16,7 +17,7 @@ WORLD = SimpleNamespace(rank=3, host="n1", timeout_s=LIMIT_S)
 
 @pytest.fixture
 def coordinator(monkeypatch):
-    clock = Clock(monkeypatch)
+    clock = Clock(monkeypatch, server_group)
     coordinator = CoordinatorLink.__new__(CoordinatorLink)
     coordinator._world, coordinator._inbox, coordinator._commands, coordinator._heard_at = (
         WORLD,
@@ -47,7 +48,7 @@ def test_a_server_of_a_slice_hears_for_a_week_that_rank_0_lives_and_ends_when_it
 
 
 def test_rank_0_says_that_it_lives_when_it_has_nothing_else_to_say(monkeypatch):
-    clock, told = Clock(monkeypatch), []
+    clock, told = Clock(monkeypatch, server_group), []
     rank_0 = ServerGroup.__new__(ServerGroup)
     rank_0._world, rank_0.ranks, rank_0._sent, rank_0._number, rank_0._told_at = (
         WORLD,

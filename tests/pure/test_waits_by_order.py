@@ -42,12 +42,13 @@ ORDERED = {
 class Clock:
     """Time that passes only while a wait sleeps; what others do meanwhile is `goes_on`.
 
-    It stands for the module `time` in `wait` alone: a thread of a library may sleep, too (torch.compile's does, for ever).
+    It stands for `time` in `wait`, and in `modules`, alone: a thread of a library may sleep, too (torch.compile's does, for ever).
     """
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, *modules):
         self.now, self.goes_on = 0.0, lambda: None
-        monkeypatch.setattr(wait, "time", self)
+        for module in (wait, *modules):
+            monkeypatch.setattr(module, "time", self)
 
     def monotonic(self) -> float:
         return self.now
