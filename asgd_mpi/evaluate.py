@@ -313,7 +313,7 @@ def measure(
             f"{' '.join(str(error).split())[:300]}. Give the network that it was trained with: --model."
         ) from error
     policy = make_policy("none", manifest.image_size, shards.image_shape, manifest.resize)
-    whole = list(ranges(0, 0, shards.num_samples, batch_size))
+    whole = ranges(0, 0, shards.num_samples, batch_size)
     counter = progress.Counter(len(whole), "batches", "validation")
 
     def loader_of(images: ShardSet | FolderSet) -> Loader:
@@ -471,7 +471,7 @@ def measure_own(
     if is_mean:
         with closing(task.train_loader()) as loader:
             _recalibrate_(flat, task.objective, loader, size, task.smallest)
-    whole = list(ranges(0, 0, task.val.num_samples, size, task.smallest))
+    whole = ranges(0, 0, task.val.num_samples, size, task.smallest)
     counter = progress.Counter(len(whole), "batches", "validation")
     with (
         closing(task.val_loader()) as loader,

@@ -3,8 +3,8 @@
     python -m benchmarks.way --verbose true
 
 A server and its workers train digits with default options. A step is what the first worker's main thread does from one batch's
-gradient to the next one's: push, server's answer, fetch, next batch (threads that read images ahead are not counted). Of 21
-steps the median of: distinct functions, distinct files, calls; what a wait asks again and again counts once.
+backward to where the next one's gradient begins: push, server's answer, fetch, next batch (threads that read images ahead are not
+counted). Of 21 steps the median of: distinct functions, distinct files, calls; what a wait asks again and again counts once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from types import CodeType, FrameType
+
+import torch
 
 import asgd_mpi
 from asgd_mpi import train
@@ -40,15 +42,19 @@ class Way:
 
     def __init__(self) -> None:
         self.steps: list[Counter[CodeType]] = [Counter()]
+        self._is_under_way = True
         self._waits = 0  # that are under way, one in the other
 
     def note(self, frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
+        if code is torch.Tensor.backward.__code__ and event == "return":
+            self.steps.append(Counter())
+            self._is_under_way = True
+        elif code is Replica.add.__code__ and event == "call":
+            self._is_under_way = False
         if not code.co_filename.startswith(PACKAGE) or code.co_name in WITHIN:
             return
-        if event == "call":
-            if code is Replica.add.__code__:
-                self.steps.append(Counter())
+        if event == "call" and self._is_under_way:
             step = self.steps[-1]
             # what a wait asks again and again counts once
             if not self._waits or not step[code]:

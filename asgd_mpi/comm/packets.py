@@ -47,6 +47,7 @@ class _Packet:
         elsewhere = apart if shared is None else shared
         behind = num_bytes if elsewhere is None else 0
         self.bytes = np.zeros(HEADER_BYTES + behind, np.uint8)
+        self._parts = cut(self.bytes)
         if elsewhere is None:
             elsewhere = torch.from_numpy(self.bytes[HEADER_BYTES:])
         self.payload: torch.Tensor = elsewhere
@@ -68,7 +69,7 @@ class _Packet:
         left = HEADER_BYTES
         if not self.is_shared:
             left += num_bytes
-        return [part[: max(0, left - start)] for start, part in cut(self.bytes)]
+        return [part[: max(0, left - start)] for start, part in self._parts]
 
 
 class Outbox:
@@ -91,7 +92,6 @@ class Outbox:
                 self._packet_of_slice(window, number) for number in range(layout.num_servers)
             ]
         self._layout = layout
-        self._requests: list[MPI.Request] = []
 
     def _packet_of_slice(self, window: WorkerWindow, number: int) -> _Packet:
         num_bytes = window.whole.of(number).payload_bytes
@@ -100,12 +100,12 @@ class Outbox:
         return _Packet(num_bytes, None, apart=self.payload)
 
     def send(self, header: Header, num_bytes: int) -> None:
-        """Start to send the header and the first `num_bytes` of the payload, which hold all of it. Raises ServerLost."""
+        """Send the header and the first `num_bytes` of the payload, which hold all of it; returns when they have left. Raises ServerLost."""
         self.sent += 1
         if header.kind == Kind.GOODBYE:
             self.world.let_go_of(self._servers[1:])
         with self.world.as_loss_of_server():
-            self._requests = []
+            requests: list[MPI.Request] = []
             is_shared_out = header.kind == Kind.GRADIENT and len(self._servers) > 1
             packets = self._packets if is_shared_out else self._packets[:1]
             own = slice(0, num_bytes)
@@ -113,20 +113,18 @@ class Outbox:
                 packet.bytes[:HEADER_BYTES] = np.frombuffer(messages.pack_header(header), np.uint8)
                 if is_shared_out:
                     own = self._layout.pushed_at(number, header.kept)
-                self._requests += [
+                requests += [
                     self.world.comm.Isend([message, MPI.BYTE], dest=self._servers[number], tag=TAG)
                     for message in packet.messages(own.stop - own.start, own.start)
                 ]
-
-    def wait(self) -> None:
-        """Return when the packet has left. Raises ServerLost."""
-        with self.world.as_loss_of_server():
             wait.until(
-                wait.unless(lambda: _are_done(self._requests), self.world.demand_server),
+                # one by one, so that an error is that of a request and not of their list
+                lambda: all(request.Test() for request in requests),
                 self.world.timeout_s,
                 f"rank {self.world.rank} waits for rank {', '.join(map(str, self._servers))} to take its packet "
                 f"{self.sent}",
                 wait.BUSY_S,
+                meanwhile=self.world.demand_server,
             )
 
 
@@ -307,8 +305,3 @@ class Inbox:
             case Kind.VALIDATION | Kind.STATISTICS:
                 return 4 * self._layout.num_statistics
         return 0
-
-
-def _are_done(requests: list[MPI.Request]) -> bool:
-    """Return whether all of them are; one by one, so that an error is that of a request and not of its list."""
-    return all(request.Test() for request in requests)

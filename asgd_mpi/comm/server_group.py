@@ -106,10 +106,11 @@ class ServerGroup:
         """Wait until all commands have been obeyed. Raises ServerLost, DeadlineExceeded."""
         for rank in self.ranks:
             wait.until(
-                wait.after(poll, lambda: self._done[rank] >= self._number),
+                lambda: self._done[rank] >= self._number,
                 self._world.timeout_s,
                 f"rank 0 waits for {self._who(rank)} to {what}",
                 wait.BUSY_S,
+                meanwhile=poll,
             )
 
     def gather_(self, into: dict[str, torch.Tensor], poll: Callable[[], object]) -> None:
@@ -125,10 +126,11 @@ class ServerGroup:
         for rank, requests in receives.items():
             try:
                 wait.until(
-                    wait.after(poll, lambda: all(request.Test() for request in requests)),
+                    lambda: all(request.Test() for request in requests),
                     self._world.timeout_s,
                     f"rank 0 waits for {self._who(rank)} to give its {', '.join(into)}",
                     wait.BUSY_S,
+                    meanwhile=poll,
                 )
             except MPI.Exception as error:
                 self._raise_lost(error, rank)
@@ -282,10 +284,11 @@ class CoordinatorLink:
                 for _, part in cut(vector.numpy())
             ]
             wait.until(
-                wait.after(self.poll, lambda: all(request.Test() for request in requests)),
+                lambda: all(request.Test() for request in requests),
                 self._world.timeout_s,
                 f"rank {self._world.rank} waits for rank 0 to take its slices",
                 wait.BUSY_S,
+                meanwhile=self.poll,
             )
 
     def done(self) -> None:

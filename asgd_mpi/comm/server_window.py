@@ -213,10 +213,11 @@ class ServerWindow(Window):
         self._asked = {worker: self._listen(worker) for worker in self._questions}
         met = self.world.comm.Ibarrier()
         wait.until(
-            wait.after(self.answer, met.Test),
+            met.Test,
             self.world.timeout_s,
             f"rank {self.world.rank} waits for workers of other hosts to measure their links",
             wait.BUSY_S,
+            meanwhile=self.answer,
         )
 
     def answer(self) -> None:

@@ -42,11 +42,13 @@ def until(
     who_waits_for_what: str,
     longest_s: float = LONGEST_S,
     beat: Callable[[], int] | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> T:
     """Call `poll` until it returns something that is true, and return that; pause for `longest_s` at most.
 
     Raises DeadlineExceeded after `timeout_s` seconds. beat: a number that changes for as long as the one who is waited for
     lives; the seconds then count from its last change, so a wait that was ordered may last as long as the run.
+    meanwhile: what to do each time that nothing has come; it may raise.
     """
     global now
     result = poll()
@@ -54,9 +56,9 @@ def until(
         return result
     now = Waiting(who_waits_for_what, time.monotonic())
     if beat is None:
-        result = for_a_while(poll, timeout_s, longest_s)
+        result = for_a_while(poll, timeout_s, longest_s, meanwhile)
     else:
-        result = _while_it_lives(poll, timeout_s, longest_s, beat)
+        result = _while_it_lives(poll, timeout_s, longest_s, beat, meanwhile)
     now = None
     if not result:
         nothing = "nothing came" if beat is None else "no sign of life came"
@@ -69,11 +71,15 @@ def until(
 
 
 def _while_it_lives(
-    poll: Callable[[], T | None], timeout_s: float, longest_s: float, beat: Callable[[], int]
+    poll: Callable[[], T | None],
+    timeout_s: float,
+    longest_s: float,
+    beat: Callable[[], int],
+    meanwhile: Callable[[], object] | None,
 ) -> T | None:
     """Like `for_a_while`, but gives up only when `beat` has stood still for `timeout_s` seconds."""
     seen, since = beat(), time.monotonic()
-    while not (result := for_a_while(poll, timeout_s / LOOKS, longest_s)):
+    while not (result := for_a_while(poll, timeout_s / LOOKS, longest_s, meanwhile)):
         latest = beat()
         if latest != seen:
             seen, since = latest, time.monotonic()
@@ -83,12 +89,17 @@ def _while_it_lives(
 
 
 def for_a_while(
-    poll: Callable[[], T | None], seconds: float, longest_s: float = LONGEST_S
+    poll: Callable[[], T | None],
+    seconds: float,
+    longest_s: float = LONGEST_S,
+    meanwhile: Callable[[], object] | None = None,
 ) -> T | None:
     """Like `until`, but returns what `poll` returned last when the time is over."""
     started = time.monotonic()
     polls = 0
     while not (result := poll()):
+        if meanwhile:
+            meanwhile()
         polls += 1
         if polls > SPINS:
             waited = time.monotonic() - started
@@ -96,28 +107,6 @@ def for_a_while(
                 break
             time.sleep(min(longest_s, SHARE * waited))
     return result
-
-
-def unless(poll: Callable[[], T], act: Callable[[], object]) -> Callable[[], T]:
-    """Return a poll that does something each time that nothing has come; `act` may raise."""
-
-    def look() -> T:
-        result = poll()
-        if not result:
-            act()
-        return result
-
-    return look
-
-
-def after(act: Callable[[], object], poll: Callable[[], T]) -> Callable[[], T]:
-    """Return a poll that does something first, whatever comes of that."""
-
-    def look() -> T:
-        act()
-        return poll()
-
-    return look
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,7 +69,12 @@ class WorkerWindow(Window):
     def __init__(self, world: World, layout: Layout):
         super().__init__(world, layout)
         self._layouts = [layout.of(number) for number in range(layout.num_servers)]
-        self._read_at = [layout.read_at(number) for number in range(layout.num_servers)]
+        # of each slot, and for the weights as they travel or as the servers hold them: where each slice goes to in a vector, and
+        # where it lies in its server's memory
+        self._places = [
+            {whole: self._places_of(slot, whole) for whole in (False, True)}
+            for slot in range(layout.ring)
+        ]
         # that of a further stage, too: see topology
         worker = world.worker % layout.num_workers
         self._who = f"rank {world.rank} (worker {worker} on {world.host})"
@@ -84,6 +90,7 @@ class WorkerWindow(Window):
         # by slice: whether its server shares memory
         self.near = [rank in segments for rank in self.servers]
         self._controls = np.empty((len(self.servers), CONTROL_WORDS), np.int64)
+        self._words = [self._controls[:, words_of_slot(slot)] for slot in range(self.whole.ring)]
         self._mail = np.empty(messages.MAIL_WORDS, np.int64)  # a copy, or that of rank 0 itself
         if self.near[0]:
             layout, worker, memory = self.whole, self.world.worker, segments[SERVER]
@@ -174,14 +181,16 @@ class WorkerWindow(Window):
 
         It is in the format that travels, (vector_bytes,), or as the server holds it, if `whole`: (P,) float32.
         """
-        weights, servers = into.numpy(), range(len(self.servers))
-        return self.fetch_by(
-            lambda slot: self._get(
-                {number: self._place(number, slot, weights, whole) for number in servers},
+        weights = into.numpy()
+
+        def read(slot: int) -> None:
+            places = self._places[slot][whole]
+            self._get(
+                {number: (weights[here], there) for number, (here, there) in enumerate(places)},
                 "a snapshot",
-            ),
-            at_least,
-        )
+            )
+
+        return self.fetch_by(read, at_least)
 
     def is_latest(self, version: int) -> bool:
         """Return whether the server, which is on this host, has published nothing newer."""
@@ -196,7 +205,7 @@ class WorkerWindow(Window):
                 f"publish version {at_least}",
             )
             slot = int(self._controls[0][SLOT])
-            words = self._controls[:, words_of_slot(slot)]
+            words = self._words[slot]
             version, samples = int(words[0, VERSION]), int(words[0, SAMPLES])
             if version >= at_least:
                 read(slot)
@@ -223,7 +232,8 @@ class WorkerWindow(Window):
         self._targets[0][0].Sync()
         slot = int(self._promise[PROMISED_SLOT])
         words = self._control[words_of_slot(slot)]
-        memory, offset = self._place(0, slot, into.numpy(), whole)
+        here, offset = self._places[slot][whole][0]
+        memory = into.numpy()[here]
         version, done = int(words[COMING]), 0
 
         def more() -> int:
@@ -293,14 +303,16 @@ class WorkerWindow(Window):
             if writes[0] == seen:
                 return torch.from_numpy(found)
 
-    def _place(
-        self, number: int, slot: int, weights: np.ndarray, whole: bool
-    ) -> tuple[np.ndarray, int]:
-        """Return where a slice goes to in `weights`, and where it lies in its server's memory."""
-        layout, numbers = self._layouts[number], self.whole.slices[number]
+    def _places_of(self, slot: int, whole: bool) -> list[tuple[slice, int]]:
         if whole:
-            return weights[4 * numbers.start : 4 * numbers.stop], layout.slot(slot)
-        return weights[self._read_at[number]], layout.shown(slot)
+            return [
+                (slice(4 * numbers.start, 4 * numbers.stop), layout.slot(slot))
+                for numbers, layout in zip(self.whole.slices, self._layouts)
+            ]
+        return [
+            (self.whole.read_at(number), layout.shown(slot))
+            for number, layout in enumerate(self._layouts)
+        ]
 
     def _read_controls(self, numbers: Iterable[int]) -> np.ndarray:
         self._get({number: (self._controls[number], 0) for number in numbers}, "the control words")
@@ -308,12 +320,11 @@ class WorkerWindow(Window):
 
     def _get(self, reads: dict[int, tuple[np.ndarray, int]], what: str) -> None:
         """Read from several servers at once: (into, from which byte on) of each. Raises ServerLost."""
-        far = []
-        with self.world.as_loss_of_server():
+        far = [self.servers[number] for number in reads if not self.near[number]]
+        with self.world.as_loss_of_server() if far else nullcontext():
             requests: list[MPI.Request] = []
             for number, (into, offset) in reads.items():
                 if not self.near[number]:
-                    far.append(self.servers[number])
                     requests += self._begin_to_get(number, into, offset)
             for number, (into, offset) in reads.items():
                 if self.near[number]:
@@ -355,9 +366,10 @@ class WorkerWindow(Window):
         beat: Callable[[], int] | None = None,
     ) -> T:
         return wait.until(
-            wait.unless(poll, self.world.demand_server),
+            poll,
             self.world.timeout_s,
             f"{self._who} waits for rank {', '.join(map(str, servers))} to {what}",
             longest_s,
             beat,
+            meanwhile=self.world.demand_server,
         )

@@ -24,17 +24,16 @@ from asgd_mpi.data.shards import DamagedSample, ShardSet
 Range = tuple[int, int, int]  # of one batch: epoch, start, stop
 
 
-def ranges(
-    epoch: int, start: int, stop: int, batch_size: int, smallest: int = 1
-) -> Iterator[Range]:
+def ranges(epoch: int, start: int, stop: int, batch_size: int, smallest: int = 1) -> list[Range]:
     """Cut positions start..stop-1 of an epoch into batches; a rest of fewer than `smallest` goes with the batch before."""
-    at = start
+    found, at = [], start
     while at < stop:
         end = min(at + batch_size, stop)
         if stop - end < smallest:
             end = stop
-        yield epoch, at, end
+        found.append((epoch, at, end))
         at = end
+    return found
 
 
 @dataclass(frozen=True)

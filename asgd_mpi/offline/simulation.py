@@ -307,7 +307,7 @@ class Simulation:
                 case _:
                     raise AssertionError(f"a simulated worker is never told to {action}")
 
-    def _cut(self, lease: Lease) -> Iterator[tuple[int, int, int]]:
+    def _cut(self, lease: Lease) -> list[tuple[int, int, int]]:
         return ranges(
             lease.epoch, lease.start, lease.stop, self.plan.batch_size, self.plan.smallest
         )

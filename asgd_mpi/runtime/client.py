@@ -126,11 +126,11 @@ class ServerClient:
         flat = self._leader or self._flat
         gradient = flat.spare_gradient if self._thread else flat.gradient
 
-        num_bytes = self._push.num_bytes(header.kept)
+        num_bytes = self._push.longest if code is None else len(code)
 
         def fill(payload: torch.Tensor) -> int:
             if code is not None:
-                payload[:num_bytes].copy_(code)
+                payload[: len(code)].copy_(code)
             elif payload.data_ptr() != gradient.data_ptr():
                 codec.copy_(self._push.vector_in(payload), gradient)
             return num_bytes
@@ -205,11 +205,10 @@ class ServerClient:
     ) -> RoundTrip:
         started = time.perf_counter()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            memory = None if self._leader else self._memory(whole)
+            weights, memory = (None, None) if self._leader else self._room(whole)
             followed, until = None, _at_once
             if header is not None:
                 self._outbox.send(header, fill(self._outbox.payload))
-                self._outbox.wait()
                 if fetch and memory is not None:
                     # the snapshot that will hold this packet, while it is written, if that can be
                     followed = self._window.follow(self._outbox.sent, memory, whole)
@@ -222,7 +221,7 @@ class ServerClient:
             if fetch and self._leader:
                 trip.snapshot, trip.num_bytes = self._leader.fetch(trip.mail.version, whole)
             elif fetch:
-                trip.snapshot = self._fetch(memory, trip.mail.version, whole, followed)
+                trip.snapshot = self._fetch(weights, memory, trip.mail.version, whole, followed)
                 trip.num_bytes = len(memory)
         if self._stream:
             self._stream.synchronize()
@@ -235,34 +234,31 @@ class ServerClient:
         return not mail.hold or mail.orders != Orders.GO_ON
 
     def _fetch(
-        self, memory: torch.Tensor, at_least: int, whole: bool, followed: Snapshot | None
+        self,
+        weights: torch.Tensor,
+        memory: torch.Tensor,
+        at_least: int,
+        whole: bool,
+        followed: Snapshot | None,
     ) -> Snapshot:
-        """Read a snapshot into `memory`, unless the one that was `followed` is still the latest, and from there into the weights."""
+        """Read a snapshot into `memory`, unless the one that was `followed` is still the latest, and from there into `weights`."""
         if followed and self._window.is_latest(followed.version):
             snapshot = followed
         else:
             snapshot = self._window.fetch(memory, at_least, whole)
-        if self._staging is not None:
-            weights = self._into
-            if memory.data_ptr() != weights.data_ptr():
-                codec.copy_(weights, codec.vector_in(memory, len(weights), self._format(whole)))
+        if memory.data_ptr() != weights.data_ptr():
+            wire = "float32" if whole else self._wire
+            codec.copy_(weights, codec.vector_in(memory, len(weights), wire))
         return snapshot
 
-    @property
-    def _into(self) -> torch.Tensor:
-        """Return where the next weights are to be, (P,) float32."""
-        if self._thread or self._aside:
-            return self._flat.spare_weights
-        return self._flat.weights
-
-    def _memory(self, whole: bool) -> torch.Tensor:
-        """Return where they arrive, uint8 on the host."""
+    def _room(self, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where the next weights are to be, (P,) float32, and where they arrive, uint8 on the host."""
+        is_spare = self._thread or self._aside
+        weights = self._flat.spare_weights if is_spare else self._flat.weights
         if self._staging is None or (whole and self._flat.device.type == "cpu"):
-            return self._into.view(torch.uint8)
-        return self._staging[: codec.num_bytes(len(self._into), self._format(whole))]
-
-    def _format(self, whole: bool) -> str:
-        return "float32" if whole else self._wire
+            return weights, weights.view(torch.uint8)
+        wire = "float32" if whole else self._wire
+        return weights, self._staging[: codec.num_bytes(len(weights), wire)]
 
 
 def _at_once(mail: Mail) -> bool:

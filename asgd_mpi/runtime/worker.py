@@ -384,7 +384,7 @@ class Worker:
     def _tally(self, lease: Lease) -> Tally:
         return validate(self.network, self.objective, self.val_loader.batches(self._cut(lease)))
 
-    def _cut(self, lease: Lease) -> Iterator[Range]:
+    def _cut(self, lease: Lease) -> list[Range]:
         return ranges(lease.epoch, lease.start, lease.stop, self.batch_size, self.smallest)
 
     def _recalibrate(self) -> None:

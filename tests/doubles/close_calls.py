@@ -23,7 +23,7 @@ def close_calls(state, manifest, shards) -> int:
     policy = make_policy("none", manifest.image_size, shape, manifest.resize)
     order = Sequential(shards.num_samples)
     with closing(Loader(shards, order, policy, seed=0, threads=1)) as loader, torch.no_grad():
-        for batch in loader.batches(list(ranges(0, 0, shards.num_samples, 100))):
+        for batch in loader.batches(ranges(0, 0, shards.num_samples, 100)):
             images, _ = objective.prepare(batch, torch.device("cpu"))
             best = module(images).topk(2, dim=1).values
             found += int((best[:, 0] - best[:, 1] <= NEAR * (1 + best.abs().amax(1))).sum())

@@ -149,9 +149,6 @@ class FakeOutbox:
             )
         )
 
-    def wait(self):
-        pass
-
 
 def _wait(poll, what, timeout_s=120.0):
     started = time.monotonic()

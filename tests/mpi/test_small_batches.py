@@ -34,13 +34,13 @@ def task_of(digits, *options):
 
 
 def test_a_rest_that_is_too_small_goes_with_the_batch_before_and_nothing_else_moves():
-    assert list(ranges(3, 0, 9, 4, 2)) == [(3, 0, 4), (3, 4, 9)]
-    assert list(ranges(3, 0, 9, 4)) == [(3, 0, 4), (3, 4, 8), (3, 8, 9)]
+    assert ranges(3, 0, 9, 4, 2) == [(3, 0, 4), (3, 4, 9)]
+    assert ranges(3, 0, 9, 4) == [(3, 0, 4), (3, 4, 8), (3, 8, 9)]
     # alone: its loader leaves it out
-    assert list(ranges(0, 8, 9, 4, 2)) == [(0, 8, 9)]
+    assert ranges(0, 8, 9, 4, 2) == [(0, 8, 9)]
     # what was pushed of a lease does not move the others
     for start in range(0, 16, 4):
-        assert list(ranges(0, start, 17, 4, 2)) == [
+        assert ranges(0, start, 17, 4, 2) == [
             one for one in ranges(0, 0, 17, 4, 2) if one[1] >= start
         ]
 

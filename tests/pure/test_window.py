@@ -181,9 +181,7 @@ def test_what_a_worker_followed_is_fetched_anew_if_it_was_held_until_there_was_a
         is_latest=lambda version: version == latest,
         fetch=lambda into, at_least, whole: Snapshot(6, 60, 0),
     )
-    outbox = SimpleNamespace(
-        payload=flat.gradient.view(torch.uint8), sent=1, send=lambda *_: None, wait=lambda: None
-    )
+    outbox = SimpleNamespace(payload=flat.gradient.view(torch.uint8), sent=1, send=lambda *_: None)
     counts = {}
     client = ServerClient(
         window, outbox, flat, SimpleNamespace(add=lambda **more: counts.update(more)), overlap=False
@@ -200,7 +198,6 @@ def test_an_interval_that_ends_amid_an_exchange_holds_no_time_of_before_it_began
         payload=flat.gradient.view(torch.uint8),
         sent=1,
         send=lambda *_: time.sleep(0.02),
-        wait=lambda: None,
     )
     log = EventLog(tmp_path / "log.jsonl")
     meter = Meter(log, interval_s=0.0)
