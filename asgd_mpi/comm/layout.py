@@ -2,7 +2,7 @@
 
 Rank 0, and every further server, for its slice of the weights (P is then the length of the slice), owns, in bytes:
 
-    control   32 words of int64: latest version, its slot; and for each slot of the ring its version, its sample clock, the
+    control   127 words of int64: latest version, its slot; and for each slot of the ring its version, its sample clock, the
               version that is or was written last, and how many of its numbers are there; the last word is the server's beat
     promises  N x 2 words: the packet of a worker that is being applied, and the slot whose next version will hold it
     mail      N x 24 words: see messages.pack_mail
@@ -18,18 +18,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from asgd_mpi.config.limits import MOST_SLOTS
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.protocol import messages
 from asgd_mpi.vector import codec, partition
 from asgd_mpi.vector.push_format import PushFormat
 
 PAGE = 4096
-CONTROL_WORDS = 32
 PROMISE_WORDS = 2
 PACKET, PROMISED_SLOT = range(PROMISE_WORDS)
 LATEST, SLOT, FIRST_WORD = 0, 1, 2  # positions of the control words
-BEAT = CONTROL_WORDS - 1  # counts up for as long as the server's loop turns
 WORDS_OF_SLOT = 4
+BEAT = FIRST_WORD + WORDS_OF_SLOT * MOST_SLOTS  # counts up for as long as the server's loop turns
+CONTROL_WORDS = BEAT + 1
 VERSION, SAMPLES, COMING, WRITTEN = range(WORDS_OF_SLOT)
 WORD = 8  # bytes
 STATISTICS_FROM = 2 * WORD  # behind their words
@@ -52,10 +53,9 @@ class Layout:
     push: PushFormat | None = None  # of what they push; None: the same
 
     def __post_init__(self):
-        room = (BEAT - FIRST_WORD) // WORDS_OF_SLOT
-        if self.ring > room:
+        if self.ring > MOST_SLOTS:
             raise ConfigError(
-                f"--exchange.ring {self.ring}: the window has room for {room} slots; give fewer."
+                f"--exchange.ring {self.ring}: the window has room for {MOST_SLOTS} slots; give fewer."
             )
         _ = self.slices
 

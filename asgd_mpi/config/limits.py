@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from asgd_mpi.config.resolved import Resolved
 
 MOST = 2**31 - 1  # of what nobody means to be larger, whatever its unit
+MOST_SLOTS = 31  # of the ring: the words that say what is in them are read with every fetch
 LONGEST_PATH = 4096  # bytes: PATH_MAX of Linux
 NO_DECAY = ("bias", "norm", "position")
 PATHS = ("run.dir", "run.resume", "data.path", "model.weights")
@@ -103,8 +104,8 @@ RANGES: dict[str, Range] = {
     "schedule.gamma": (at_least(0), "the rate is multiplied by it; give 0 or more"),
     "schedule.power": (above(0), "with 0 the rate is constant; give more than 0"),
     "exchange.ring": (
-        at_least(2),
-        "one slot is read while the next is written, so at least 2 are needed",
+        at_least(2, MOST_SLOTS),
+        f"one slot is read while the next is written, so at least 2 are needed, and {MOST_SLOTS} at most",
     ),
     "exchange.n_push": (at_least(1), "a push holds 1 batch or more; or give auto"),
     "exchange.n_fetch": (at_least(1), "give 1 batch or more"),

@@ -250,7 +250,8 @@ class ExchangeConfig:
     """How weights and gradients travel.
 
     Args:
-        ring: snapshots kept in the window; a fetch is torn only if ring - 1 newer ones appear while it is read
+        ring: snapshots kept in the window; a fetch is torn, and done again, only if ring - 1 newer ones appear while it is read.
+            Behind slow links, where a fetch takes as long as the others' pushes, give workers + 2
         n_push: batches whose gradients are summed up in one push; auto never waits for the server, and sums on instead. Of
             diloco auto is the number of batches, 50 or more, behind which a push and a fetch travel, measured at the start
             (default: 1, or the rule's own)

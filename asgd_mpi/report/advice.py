@@ -10,13 +10,14 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from asgd_mpi.config.limits import MOST_SLOTS
 from asgd_mpi.config.rulebook import WAITING
 from asgd_mpi.record.events import PHASES
 from asgd_mpi.record.summary import Summary
 from asgd_mpi.record.unit import one_of
 from asgd_mpi.report.cost import Cost, cost_until
 from asgd_mpi.report.measure import measures
-from asgd_mpi.report.units import count, number, percent, seconds, short
+from asgd_mpi.report.units import count, number, percent, seconds, short, size
 
 # parameters, from which several servers are proposed: an update of fewer is a matter of some ms
 SHARED_OUT = 1_000_000
@@ -516,10 +517,17 @@ def _statistics(summary: Summary) -> Advice | None:
 def _torn(summary: Summary) -> Advice | None:
     if not summary.fetches or summary.torn_reads < TORN * summary.fetches:
         return None
+    found = f"{summary.torn_reads:,} reads of {summary.fetches:,} fetches were torn and done again."
+    # while one worker reads, each of the others may push, and the next snapshot is written beside
+    asked = min(summary.num_workers + 2, MOST_SLOTS)
+    if asked <= summary.config.get("exchange.ring", 3):
+        return Advice(found)
+    change = f"--exchange.ring {asked}"
     return Advice(
-        f"{summary.torn_reads:,} reads of {summary.fetches:,} fetches were torn and done again.",
-        "Raise --exchange.ring, so that a snapshot stays longer before it is overwritten.",
-        "A larger --exchange.ring",
+        found,
+        f"{change} keeps a snapshot until every other worker has pushed. A slot takes the memory of one or two vectors, "
+        f"{size(4 * summary.num_parameters)} each.",
+        change,
     )
 
 

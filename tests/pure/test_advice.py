@@ -505,6 +505,18 @@ def test_a_run_that_ended_before_its_first_push_is_not_told_to_change_nothing(tm
     assert change.short == "Cannot be told" and change.state == "open"
 
 
+def test_torn_reads_ask_for_a_slot_for_each_worker_and_two(tmp_path):
+    summary = msgspec.structs.replace(
+        summarize(make_run(tmp_path / "run", make_pushes())), fetches=100, torn_reads=10
+    )
+    slots = summary.num_workers + 2
+    told = next(text for text in advise(summary) if "torn" in text)
+    assert f"--exchange.ring {slots} keeps" in told
+    summary.config["exchange.ring"] = slots
+    told = next(text for text in advise(summary) if "torn" in text)
+    assert told.endswith("done again.")
+
+
 def test_the_answers_are_the_numbers_of_the_run(tmp_path):
     summary = evenly_fast(
         with_phases(summarize(make_run(tmp_path / "run", make_pushes())), compute=1.0)

@@ -88,4 +88,4 @@ def test_the_layout_of_a_window_is_what_other_hosts_expect():
         layout.slot(1),
         layout.mail(1),
         layout.statistics,
-    ) == (20480, 4096, 8192, 480, 16384)
+    ) == (20480, 4096, 8192, 1240, 16384)
