@@ -7,7 +7,7 @@
 benchmarks/results/local_training.json; those that are there are not computed again. At the end the tables are printed.
 
 digits      8 epochs, 5 batches between exchanges: 18 rounds of 8 pushes
-fashion     Fashion-MNIST, 4 epochs, 10 to 50 batches: 37 rounds with 50
+fashion     Fashion-MNIST, 4 epochs, 10 to 50 batches: 37 rounds with 50; and 16 epochs
 characters  a small transformer, AdamW at the workers, 1000 batches, 5 between exchanges: 25 rounds
 """
 
@@ -41,6 +41,7 @@ def local(n_sync: int, lr: float, outer: tuple[float, float], more: str = "") ->
 ROOT = 0.056569
 ALL = (0, 1)  # seeds
 CHARACTERS = "--rule.optimizer adamw"
+LONG = "--epochs 16 --run.validate_every 16"
 # by part: (options, workers, seeds)
 CASES = {
     "digits": [
@@ -70,6 +71,11 @@ CASES = {
         (local(50, 0.02, FORMER, OVERLAP), WORKERS, (0,)),
         *((local(50, lr, (0.5, 0), OVERLAP), WORKERS, (0,)) for lr in (0.04, ROOT)),
         *((local(50, lr, PLAIN), 32, (0,)) for lr in (0.04, 0.113137)),
+        # whether it becomes less in a longer run, and with smaller batches and as many samples between exchanges
+        (f"{LONG} --lr 0.02", WORKERS, (0,)),
+        *((f"{LONG} {local(n_sync, 0.04, PLAIN)}", WORKERS, (0,)) for n_sync in (10, 25)),
+        (f"{LONG} {local(50, 0.04, PLAIN)}", WORKERS, ALL),
+        *((local(200, lr, PLAIN, "--batch-size 4"), WORKERS, (0,)) for lr in (0.01, 0.02, 0.04)),
     ],
     "characters": [
         (local(5, lr, outer, CHARACTERS), WORKERS, (0,))

@@ -93,6 +93,7 @@ def test_a_missing_file_is_named():
         ("--rule.momentum", "1.0", "below 1"),
         ("--data.augment", "blur", "paper"),
         ("--exchange.ring", "1", "at least 2"),
+        ("--exchange.ring", "32", "31 at most"),
         ("--exchange.wire", "int3", "bfloat16"),
         ("--exchange.n_push", "0", "1 batch or more"),
         ("--exchange.n_push", "often", "auto"),
