@@ -7,7 +7,7 @@
 benchmarks/results/local_training.json; those that are there are not computed again. At the end the tables are printed.
 
 digits      8 epochs, 5 batches between exchanges: 18 rounds of 8 pushes
-fashion     Fashion-MNIST, 4 epochs, 10 to 50 batches: 37 rounds with 50; and 16 epochs
+fashion     Fashion-MNIST, 4 epochs, 10 to 50 batches: 37 rounds with 50; and 16 and 32 epochs
 characters  a small transformer, AdamW at the workers, 1000 batches, 5 between exchanges: 25 rounds
 """
 
@@ -41,7 +41,7 @@ def local(n_sync: int, lr: float, outer: tuple[float, float], more: str = "") ->
 ROOT = 0.056569
 ALL = (0, 1)  # seeds
 CHARACTERS = "--rule.optimizer adamw"
-LONG = "--epochs 16 --run.validate_every 16"
+LONG, LONGER = (f"--epochs {epochs} --run.validate_every {epochs}" for epochs in (16, 32))
 # by part: (options, workers, seeds)
 CASES = {
     "digits": [
@@ -75,6 +75,7 @@ CASES = {
         (f"{LONG} --lr 0.02", WORKERS, (0,)),
         *((f"{LONG} {local(n_sync, 0.04, PLAIN)}", WORKERS, (0,)) for n_sync in (10, 25)),
         (f"{LONG} {local(50, 0.04, PLAIN)}", WORKERS, ALL),
+        *((f"{LONGER} {one}", WORKERS, (0,)) for one in ("--lr 0.02", local(50, 0.04, PLAIN))),
         *((local(200, lr, PLAIN, "--batch-size 4"), WORKERS, (0,)) for lr in (0.01, 0.02, 0.04)),
     ],
     "characters": [
