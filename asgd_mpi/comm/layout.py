@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from asgd_mpi.config.limits import MOST_SLOTS
-from asgd_mpi.errors import ConfigError
 from asgd_mpi.protocol import messages
 from asgd_mpi.vector import codec, partition
 from asgd_mpi.vector.push_format import PushFormat
@@ -38,8 +37,7 @@ STATISTICS_FROM = 2 * WORD  # behind their words
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in a server's memory, in bytes. Raises ConfigError if the ring is too long for its words, or
-    the vector too short for so many servers.
+    """Where things lie in a server's memory, in bytes. Raises ConfigError if the vector is too short for so many servers.
 
     With several servers this is the layout of the whole; `of` gives that of one server's memory.
     """
@@ -53,10 +51,7 @@ class Layout:
     push: PushFormat | None = None  # of what they push; None: the same
 
     def __post_init__(self):
-        if self.ring > MOST_SLOTS:
-            raise ConfigError(
-                f"--exchange.ring {self.ring}: the window has room for {MOST_SLOTS} slots; give fewer."
-            )
+        assert self.ring <= MOST_SLOTS  # config.limits refuses more
         _ = self.slices
 
     @cached_property

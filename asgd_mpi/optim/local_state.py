@@ -196,8 +196,7 @@ class Vectors:
 
     def _add_decay_(self, gradient: torch.Tensor, batches: int, piece: slice) -> None:
         """Add to a piece of the gradient what weight decay makes of that of the weights."""
-        only = self._ranges.only
-        for settings, ranges in [(only, [slice(None)])] if only else self._ranges.of(piece):
+        for settings, ranges in self._ranges.of(piece):
             decay = self._decay if settings.weight_decay is None else settings.weight_decay
             if not decay:
                 continue

@@ -247,8 +247,7 @@ class ServerClient:
         else:
             snapshot = self._window.fetch(memory, at_least, whole)
         if memory.data_ptr() != weights.data_ptr():
-            wire = "float32" if whole else self._wire
-            codec.copy_(weights, codec.vector_in(memory, len(weights), wire))
+            codec.copy_(weights, codec.vector_in(memory, len(weights), self._format(whole)))
         return snapshot
 
     def _room(self, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,8 +256,10 @@ class ServerClient:
         weights = self._flat.spare_weights if is_spare else self._flat.weights
         if self._staging is None or (whole and self._flat.device.type == "cpu"):
             return weights, weights.view(torch.uint8)
-        wire = "float32" if whole else self._wire
-        return weights, self._staging[: codec.num_bytes(len(weights), wire)]
+        return weights, self._staging[: codec.num_bytes(len(weights), self._format(whole))]
+
+    def _format(self, whole: bool) -> str:
+        return "float32" if whole else self._wire
 
 
 def _at_once(mail: Mail) -> bool:

@@ -430,7 +430,7 @@ def test_a_step_counts_calls_of_ours_and_what_a_wait_asks_again_once():
 
 
 def test_the_way_of_a_gradient_on_a_worker_does_not_become_longer(openmpi):
-    """70 functions in 15 files when this was written; which of them wait for the server changes from run to run."""
+    """71 functions in 16 files when this was written; which of them wait for the server changes from run to run."""
     told = launch.run(
         launch.python("benchmarks.way", "--launcher", f"{openmpi.mpirun} --bind-to none"), 300
     )

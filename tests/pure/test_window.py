@@ -14,6 +14,7 @@ from asgd_mpi.comm import worker_window
 from asgd_mpi.comm.layout import PAGE, Layout
 from asgd_mpi.comm.server_window import ServerWindow
 from asgd_mpi.comm.worker_window import Snapshot, WorkerWindow
+from asgd_mpi.config.limits import MOST_SLOTS
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.protocol.messages import Header, Kind, Mail
 from asgd_mpi.record.events import PHASES, EventLog, read_events
@@ -103,6 +104,20 @@ def publish(server: ServerWindow, version: int, packet: int | None = None):
             weights[piece] = version
             server.show(piece)
             yield
+
+
+def test_the_longest_ring_keeps_as_many_versions_and_the_beat_goes_on():
+    server, worker = make_pair(64, ring=MOST_SLOTS)
+    server._asked, into = {}, torch.zeros(worker.whole.vector_bytes, dtype=torch.uint8)
+    for version in range(2 * MOST_SLOTS):
+        list(publish(server, version))
+        server.answer()
+        beat = worker._beat()
+        snapshot = worker.fetch(into, version)
+        assert (snapshot.version, snapshot.samples, worker._beat()) == (version, 10 * version, beat)
+        assert (into.view(torch.float32) == version).all()
+    held = [version for version in range(version + 1) if server.snapshot(version) is not None]
+    assert held == list(range(MOST_SLOTS, 2 * MOST_SLOTS)) and beat > MOST_SLOTS
 
 
 @pytest.mark.parametrize("wire", WIRES)
