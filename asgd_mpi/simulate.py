@@ -231,10 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in [*told(task), *suited]:
         tell(line, file=sys.stderr)
     task, notes, _ = preflight.try_out_(task, task.first_module())
-    doubt = rulebook.doubt_of_linear_scaling(
-        task.config.rule, options.workers, task.config.data.batch_size, task.train.num_samples
-    )
-    for note in [*notes, *filter(None, [doubt])]:
+    for note in [*notes, *rulebook.doubts(task.config, options.workers, task.train.num_samples)]:
         tell(note, file=sys.stderr)
     rulebook.check(task.config, options.workers)
     run = RunDir.create(options.out, "") if options.out else None

@@ -53,6 +53,7 @@ def trace(module: nn.Module) -> fx.GraphModule:
     Raises ConfigError for a network that cannot be traced, or whose graph would not follow train() and eval().
     """
     modes = {part: part.training for part in module.modules()}
+    own = set(vars(module))
     try:
         evaluating, training = (_Tracer().trace(module.train(mode)) for mode in (False, True))
     except Exception as error:  # the network's own code runs in it
@@ -77,7 +78,11 @@ def trace(module: nn.Module) -> fx.GraphModule:
     [output] = [node.args[0] for node in training.nodes if node.op == "output"]
     if not isinstance(output, fx.Node):
         raise ConfigError("the network cannot be cut into stages: it must return one tensor.")
-    return fx.GraphModule(module, training)
+    traced = fx.GraphModule(module, training)
+    # tensors that its forward makes anew, which torch.fx has left on the user's network; the graph has taken those that it needs
+    for name in set(vars(module)) - own:
+        delattr(module, name)
+    return traced
 
 
 def _lines(graph: fx.Graph) -> list[str]:

@@ -259,12 +259,8 @@ def _outlook(places: Topology, task: OpenedTask) -> str:
     table = ""
     if any(places.gpus) or max(num_hosts, stages, servers) > 1:
         table = f"{topology.render(topology.table(places))}\n"
-    doubt = rulebook.doubt_of_linear_scaling(
-        config.rule, places.num_workers, config.data.batch_size, task.train.num_samples
-    )
-    notes = "".join(
-        f"{note}\n" for note in [*task.train.notes, *task.val.notes, *filter(None, [doubt])]
-    )
+    doubts = rulebook.doubts(config, places.num_workers, task.train.num_samples)
+    notes = "".join(f"{note}\n" for note in [*task.train.notes, *task.val.notes, *doubts])
     source = ranks = ""
     if not task.is_own:
         source = f" of {task.train.num_classes} classes from {config.data.path}"

@@ -128,30 +128,24 @@ class Worker:
         )
 
     def run(self) -> None:
-        """Work until the run is finished or left."""
-        turns = self.batches()
-        batch = next(turns, None)
-        while batch is not None:
-            try:
-                loss: float | None = self.replica.add(batch, self.objective)
-                if self.at_every_batch:
-                    self.at_every_batch(self.flat.gradient)
-                if self._may_be_overtaken:
-                    self._demand_use()
-            except _Overtaken:
-                loss = None
-            try:
-                batch = turns.send(loss)
-            except StopIteration:
-                batch = None
+        """Work until the run is finished or left, with a task that has a loss of its own."""
+        for _ in self._work(is_driven=False):
+            raise AssertionError("what is computed here needs no loop of a user's")
 
     def driven(self) -> Generator[Any, float, None]:
         """Yield the inputs of each batch to a loop that computes its gradient into the network's, and sends the loss."""
+        return self._work(is_driven=True)
+
+    def _work(self, is_driven: bool) -> Generator[Any, float, None]:
         turns = self.batches()
         batch = next(turns, None)
         while batch is not None:
-            loss: float | None = yield from self.replica.driven(batch, self.objective)
+            loss: float | None
             try:
+                if is_driven:
+                    loss = yield from self.replica.driven(batch, self.objective)
+                else:
+                    loss = self.replica.add(batch, self.objective)
                 if self.at_every_batch:
                     self.at_every_batch(self.flat.gradient)
                 if self._may_be_overtaken:

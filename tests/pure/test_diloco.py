@@ -9,7 +9,7 @@ from torch import nn
 
 from asgd_mpi.config import parse, written
 from asgd_mpi.config.options import Config, DataConfig, ExchangeConfig, RuleConfig
-from asgd_mpi.config.rulebook import RULEBOOK, outer_rate
+from asgd_mpi.config.rulebook import RULEBOOK, doubts, outer_rate
 from asgd_mpi.offline.simulation import Times, simulate
 from asgd_mpi.optim.replica import Replica
 from asgd_mpi.optim.rules import make_rule
@@ -273,6 +273,26 @@ def test_averaged_workers_take_the_root_of_their_number_times_the_rate_and_twice
     again = parse.parse([], base=written.asked(written.record(config, 3)))
     task, told = for_workers(open_task(complete(again)), again, 8)
     assert (task.config.schedule.lr, told) == (config.schedule.lr, [])
+
+
+@pytest.mark.parametrize(
+    "options, num_workers, told",
+    [
+        (["--rule", "diloco"], 8, "diloco: 37 rounds in which each worker trains 50 batches"),
+        (["--rule", "diloco", "--exchange.n_push", "auto"], 8, "diloco: 37 rounds"),
+        (["--rule", "diloco", "--epochs", "31"], 8, "diloco: 290 rounds"),
+        (["--rule", "diloco", "--epochs", "32"], 8, ""),
+        (["--rule", "diloco", "--n-sync", "5"], 8, ""),
+        (["--rule", "diloco"], 1, ""),
+        (["--rule", "asgd", "--n-sync", "50"], 8, ""),
+    ],
+)
+def test_a_run_with_few_rounds_of_local_training_is_told_before_it(
+    digits, options, num_workers, told
+):
+    config = make_task(digits, "--epochs", "4", *options).config
+    found = doubts(config, num_workers, num_samples=60_000)
+    assert [told] == [doubt[: len(told)] for doubt in found] if told else not found
 
 
 def test_a_run_of_before_goes_on_with_the_outer_step_that_it_has_recorded(digits):

@@ -290,6 +290,22 @@ def test_a_module_without_children_may_do_what_it_likes():
     assert len(trace(nn.Sequential(nn.Linear(4, 4), Leaf())).graph.nodes) == 4
 
 
+def test_tracing_leaves_nothing_on_the_network():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, images):
+            return self.layer(images) + torch.arange(4.0)
+
+    module, images = Shifted(), torch.ones(2, 4)
+    before = set(vars(module))
+    traced = trace(module)
+    assert set(vars(module)) == before
+    assert torch.equal(traced(images), module(images))
+
+
 def test_a_stage_without_parameters_is_none():
     graph = Graph(
         trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())),
