@@ -39,13 +39,14 @@ class ManyWorkers:
     """Limits to the batches of many workers in a short run, which are smaller, at a lower rate (docs/convergence.md)."""
 
     from_workers: int
-    recipe_batches: int  # that may be under way at a time, of the recipe's size
+    recipe_batches: int  # that may be under way at a time, of the recipe's size,
+    images: int  # ... or so many images, if that is more
     least_batch: int  # images that are left in one
 
 
 # By optimizer. SGD keeps the accuracy of one worker so. AdamW gains with every step that it makes of the same samples, so that
-# it is divided sooner and further.
-MANY_WORKERS = {"sgd": ManyWorkers(9, 8, 4), "adamw": ManyWorkers(8, 2, 1)}
+# it is divided further.
+MANY_WORKERS = {"sgd": ManyWorkers(8, 4, 128, 4), "adamw": ManyWorkers(8, 2, 1, 1)}
 # of diloco, that of Douillard et al. 2023
 OUTER_RATE_WITH_MOMENTUM = 0.7
 # of the recipe's rate; at 4 times of it 8 workers were worse than at it on Fashion-MNIST (docs/slow-links.md)
@@ -420,9 +421,10 @@ def batch_divisor(
     ):
         return 1
     least = max(least_batch, many.least_batch)
+    under_way = max(many.recipe_batches * images, many.images)
     pushes, divisor = config.run.epochs * num_samples / (num_workers * images), 1
     while (
-        num_workers > many.recipe_batches * divisor
+        num_workers * images > under_way * divisor
         and images >= 2 * divisor * least
         and pushes * divisor < LEAST_PUSHES
     ):
@@ -450,6 +452,17 @@ def smaller_rate(rule: RuleConfig, lr: float, divisor: int) -> float:
     if is_adaptive(rule):
         return lr / math.sqrt(divisor)
     return lr / divisor
+
+
+def smaller_batch_drift(rule: RuleConfig, num_workers: int, divisor: int) -> float | None:
+    """Return max_drift for batches that are smaller by a divisor: larger by its root, where it is left open; None: there is none.
+
+    The gradient of a small batch is longer, by its noise. Steps of noise add up by the root of their number, but the limit adds up
+    their lengths, and would hold back what moves the weights little. Measured for SGD (docs/convergence.md).
+    """
+    if rule.max_drift is not None or is_adaptive(rule):
+        return rule.max_drift
+    return round(max_drift(rule, num_workers) * math.sqrt(divisor), 3) or None
 
 
 def outer_rate(rule: RuleConfig, overlaps: bool) -> float:

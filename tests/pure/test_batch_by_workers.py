@@ -26,8 +26,11 @@ def divisor(num_workers, num_samples, *options, least=1):
     return batch_divisor(config, num_workers, num_samples, least)
 
 
-def test_more_workers_than_eight_have_no_more_under_way_than_eight_in_a_short_run():
-    assert [divisor(n, 60_000) for n in (1, 8, 9, 16, 17, 32, 64)] == [1, 1, 2, 2, 4, 4, 8]
+def test_eight_workers_or_more_have_no_more_under_way_than_four_batches_or_128_images_in_a_short_run():
+    assert [divisor(n, 60_000) for n in (1, 7, 8, 9, 16, 17, 64)] == [1, 1, 2, 4, 4, 8, 8]
+    for images, found in ((16, [1, 2, 2, 4]), (64, [2, 4, 4, 8]), (512, [2, 4, 4, 8])):
+        options = ["--batch-size", str(images), "--epochs", "1"]
+        assert [divisor(n, 60_000, *options) for n in (8, 9, 16, 32)] == found
     # down to the least batch
     assert divisor(1000, 60_000) == 8 and divisor(32, 60_000, least=16) == 2
     assert divisor(32, 60_000, "--batch-size", "7") == 1
@@ -63,7 +66,7 @@ def test_a_run_in_which_every_worker_pushes_often_keeps_the_batch_of_its_recipe(
     ids=" ".join,
 )
 def test_what_was_not_measured_keeps_the_batch_of_its_recipe(options):
-    assert divisor(32, 60_000) == 4 and divisor(32, 60_000, *options) == 1
+    assert divisor(32, 60_000) == 8 and divisor(32, 60_000, *options) == 1
 
 
 def opened(digits, *options, num_workers=32):
@@ -76,13 +79,23 @@ def opened(digits, *options, num_workers=32):
 def test_the_batch_and_the_rate_are_divided_alike_and_said_unless_one_of_them_is_given(digits):
     config, [told] = opened(digits)
     assert (config.data.batch_size, config.schedule.lr) == (4, 0.005)
-    assert "32 workers: batches of 4 at lr 0.005, not of 16 at 0.02" in told
+    assert "32 workers: batches of 4 at lr 0.005 and max_drift 0.5, not of 16 at 0.02" in told
+    assert config.rule.max_drift == 0.5
     assert "each pushes 225 times only" in told and "--batch-size 16 --lr 0.02" in told
     for given in (["--batch-size", "16"], ["--lr", "0.02"]):
         config, told = opened(digits, *given)
         assert (config.data.batch_size, config.schedule.lr, told) == (16, 0.02, [])
     config, told = opened(digits, num_workers=8)
     assert (config.data.batch_size, config.schedule.lr, told) == (16, 0.02, [])
+
+
+def test_a_limit_of_drift_is_kept_if_it_is_given_and_otherwise_larger_by_the_root_of_the_divisor(
+    digits,
+):
+    assert opened(digits, num_workers=16)[0].rule.max_drift == 0.354
+    for given in (["--rule.max_drift", "0.25"], ["--rule.max_drift", "0"]):
+        config, [told] = opened(digits, *given)
+        assert config.rule.max_drift == float(given[1]) and "max_drift" not in told
 
 
 def test_adamw_has_the_rate_divided_by_the_root_and_its_means_at_the_workers(digits):
@@ -92,6 +105,7 @@ def test_adamw_has_the_rate_divided_by_the_root_and_its_means_at_the_workers(dig
         5e-4,
         "dana",
     )
+    assert config.rule.max_drift is None
     assert "8 workers: batches of 4 at lr 0.0005, AdamW's means kept by the workers, not of" in told
     assert "16 at 0.001 as the recipe has for one" in told and "4 times the exchanges" in told
     for few in (["--batch-size", "16", "--lr", "0.001"], ["--rule.momentum_at", "none"]):
@@ -220,7 +234,7 @@ def test_a_simulation_and_a_run_take_the_same_batch_and_say_so_before_they_begin
     options = ["--data", str(digits), "--epochs", "0.1", "--run.progress", "none"]
     out = tmp_path / "simulated"
     assert simulate.main([*options, "--workers", "32", "--out", str(out)]) == 0
-    line = "32 workers: batches of 4 at lr 0.005, not of 16 at 0.02"
+    line = "32 workers: batches of 4 at lr 0.005 and max_drift 0.5, not of 16 at 0.02"
     assert line in capsys.readouterr().err
     ranks = [{"host": "here", "gpus": []} for _ in range(33)]
     with ExitStack() as hold:
