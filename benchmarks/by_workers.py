@@ -7,7 +7,8 @@ Simulated (`asgd_mpi.simulate`): steps of 10 ms with a spread of 30 %, exchanges
 benchmarks/results/by_workers.json; those that are there are not computed again. At the end the tables are printed.
 
 digits      20 epochs, the recipe of the digits; by default, and with the batch and the rate that the recipe has for one worker
-fashion     Fashion-MNIST, 4 epochs, the same recipe with a warm-up of half an epoch or so, a small convolutional network; likewise
+fashion     Fashion-MNIST, 4 epochs, the same recipe with a warm-up of half an epoch or so, a small convolutional network; likewise, with
+            the recipe of small images, which a network of one's own has, and the synchronous line by rate
 characters  a small transformer (benchmarks.characters), 1000 batches; AdamW at the server and at the workers by rate, and the synchronous line
 vit, convnext   Fashion-MNIST, 4 epochs, small networks (benchmarks.small_networks) with AdamW: by default, one worker and the synchronous
             line by rate
@@ -48,11 +49,18 @@ BASE |= {
     "--schedule.warmup_epochs 0.4 --epochs 4 --run.validate_every 4"
     for name in ("vit", "convnext")
 }
+SMALL = "--model.recipe small_images"
 ADAMW_RATES = ("--lr 0.001", "--lr 0.002")
 SYNC_ADAMW = "--rule sync --rule.optimizer adamw"
 VARIANTS = {
     "digits": ("", RECIPE, "--rule adamw", "--rule adamw --batch-size 16 --lr 0.001"),
-    "fashion": ("", RECIPE),
+    "fashion": (
+        "",
+        RECIPE,
+        SMALL,
+        *(f"--rule sync --lr {rate:g}" for rate in (0.005, 0.01, 0.02)),
+        *(f"{SMALL} --rule sync --lr {rate:g}" for rate in (0.00625, 0.0125, 0.025)),
+    ),
     "characters": ("",)
     + tuple(
         f"{rule} --lr {rate:g}"

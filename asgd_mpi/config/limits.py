@@ -92,6 +92,7 @@ RANGES: dict[str, Range] = {
     "rule.alpha": (_below_1, "the spring pulls by a part of the way, above 0 and below 1"),
     "rule.dc_lambda": (at_least(0), "give 0 or more"),
     "rule.outer_rate": (above(0), "the server goes a part of the way, above 0"),
+    "rule.outer_ahead": (at_least(0, 1), "a worker goes a share of its way ahead, 0 to 1"),
     "rule.outer_momentum": (_below_1, "momentum is 0 or more and below 1"),
     "rule.outer_pushes": (at_least(0), "give pushes, or 0 for as many as there are workers"),
     "rule.dc_decay": (_below_1, "the decay of a mean is 0 or more and below 1"),

@@ -183,8 +183,10 @@ class RuleConfig:
         alpha: of easgd and eamsgd; the pull between worker and centre at an exchange; 0 for 0.9 / workers
         dc_lambda: of dc_asgd_c and dc_asgd_a; strength of the compensation (default: 0.04 and 2)
         dc_decay: of dc_asgd_a; decay of the mean square
-        outer_rate: of diloco; share of the way that its workers went, in the mean, that the server goes (default: 1; 0.5 with
-            exchange.overlap, else 0.7 with outer_momentum)
+        outer_rate: of diloco; share of the way that its workers went, in the mean, that the server goes (default: 1; with
+            outer_momentum 0.7, and 0.5 with exchange.overlap)
+        outer_ahead: of diloco with exchange.overlap; a worker goes on from what it fetched and this share of the way that it has just
+            pushed, since what all have pushed meanwhile is missing there; its own part of it is the least (default: 0.5)
         outer_momentum: of diloco; Nesterov's at the server, 0.9 in the papers, whose workers wait for each other
         outer_pushes: of diloco; pushes that make a step of that momentum; 0 for as many as there are workers
         steps_by_speed: of diloco; n_push batches are those of the fastest worker, and a slower one makes fewer, by its speed from
@@ -217,6 +219,7 @@ class RuleConfig:
     dc_lambda: Optional[float] = None
     dc_decay: float = 0.95
     outer_rate: Optional[float] = None
+    outer_ahead: Optional[float] = None
     outer_momentum: float = 0.0
     outer_pushes: int = 0
     steps_by_speed: bool = False

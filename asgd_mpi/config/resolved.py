@@ -55,6 +55,7 @@ class ResolvedRule(RuleConfig):
     groups: str
     dc_lambda: float
     outer_rate: float
+    outer_ahead: float
 
 
 @dataclass(kw_only=True)
@@ -98,7 +99,10 @@ def with_recipe(config: Config, recipe: Recipe) -> Resolved:
         n_fetch=1 if n_push == "auto" else n_push,
         fetch_wire=fetch_wire(config.exchange),
     )
-    outer_rate = rulebook.outer_rate(config.rule, exchange.overlap)
+    outer = {
+        "outer_rate": rulebook.outer_rate(config.rule, exchange.overlap),
+        "outer_ahead": rulebook.OUTER_AHEAD,
+    }
     of_config = {section.name: getattr(config, section.name) for section in fields(Config)}
     changed = {
         "run": run,
@@ -109,7 +113,7 @@ def with_recipe(config: Config, recipe: Recipe) -> Resolved:
             augment=recipe.augment,
             **OF_NO_IMAGE,
         ),
-        "rule": _filled(ResolvedRule, config.rule, groups="", outer_rate=outer_rate, **of_rule),
+        "rule": _filled(ResolvedRule, config.rule, groups="", **outer, **of_rule),
         "schedule": _filled(
             ResolvedSchedule,
             config.schedule,

@@ -49,6 +49,8 @@ class ManyWorkers:
 MANY_WORKERS = {"sgd": ManyWorkers(8, 4, 128, 4), "adamw": ManyWorkers(8, 2, 1, 1)}
 # of diloco, that of Douillard et al. 2023
 OUTER_RATE_WITH_MOMENTUM = 0.7
+# a share of a worker's own way; more or less of it is stable for smaller outer rates only (tests/pure/test_diloco.py)
+OUTER_AHEAD = 0.5
 # of the recipe's rate; at 4 times of it 8 workers were worse than at it on Fashion-MNIST (docs/slow-links.md)
 MOST_LOCAL_SCALE = 2.0
 MOMENTA = ("dana", "worker", "server", "server_nag", "none")
@@ -469,11 +471,21 @@ def outer_rate(rule: RuleConfig, overlaps: bool) -> float:
     """Return the share of the way of its workers that diloco's server goes, where it is left open.
 
     A worker that arrives within a push at what its weights are drawn to makes a step x <- x - (e / N) x of the server, N steps late.
-    With 8 workers that is stable for e up to 1.65, and 2 N steps late, with overlap, up to 0.9 (tests/pure/test_diloco.py).
+    With 8 workers that is stable for e up to 1.65. With overlap, 2 N steps late, it is up to 1.6 where a worker goes half of its
+    own way ahead (`outer_ahead`), and up to 0.9 where it knows of its own part alone (tests/pure/test_diloco.py).
     """
-    if overlaps:
+    if overlaps and (rule.outer_momentum or rule.outer_ahead == 0):
         return 0.5
     return OUTER_RATE_WITH_MOMENTUM if rule.outer_momentum else 1.0
+
+
+def outer_ahead(rule: ResolvedRule, num_workers: int) -> float:
+    """Return the share of the way it has just pushed that a worker goes ahead of what it has fetched, which lacks that push.
+
+    Of diloco with overlap: the server will make e / N of it. But the pushes of all others are missing there as well, and what they went is
+    known best from the worker's own way (as eager updates do: Kale, Douillard, Donchev 2025, arXiv:2502.12996).
+    """
+    return rule.outer_rate * max(rule.outer_ahead, 1 / (rule.outer_pushes or num_workers))
 
 
 def local_scale(rule: RuleConfig, num_workers: int) -> float:

@@ -71,7 +71,7 @@ def as_before(config: Config) -> Config:
     """Return the configuration of a run, where its record is older than an option with what was in force then.
 
     Without resize, mean and std: 0 and "", the rule of then (data.augment) and the data set's. Without an optimizer: the rule's; no_decay: none.
-    Without outer_rate: 0.7.
+    Without outer_rate: 0.7. Without outer_ahead: 0.
     Without groups: none, but those of a loop are not known.
     Without fetch_wire: wire.
     """
@@ -88,6 +88,7 @@ def as_before(config: Config) -> Config:
             optimizer=rulebook.optimizer_of(config.rule),
             no_decay=config.rule.no_decay or "",
             outer_rate=config.rule.outer_rate or rulebook.OUTER_RATE_WITH_MOMENTUM,
+            outer_ahead=config.rule.outer_ahead or 0.0,
             groups=config.rule.groups if data.source == "script" else "",
         ),
         exchange=exchange,

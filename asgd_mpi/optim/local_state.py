@@ -18,6 +18,7 @@ from asgd_mpi.config.rulebook import (
     RULEBOOK,
     decays_at_workers,
     optimizer_of,
+    outer_ahead,
     pacing,
     steps_at_workers,
 )
@@ -77,8 +78,7 @@ class Vectors:
         self._began: torch.Tensor | None = None
         if self._moves == "local":
             self._began = torch.zeros_like(flat.weights)
-            # what the server will make of a push that is under way
-            self._outer_share = rule.outer_rate / (rule.outer_pushes or num_workers)
+            self._ahead = outer_ahead(rule, num_workers)
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -181,9 +181,9 @@ class Vectors:
             self._began.copy_(self.flat.gradient)
 
     def anticipate_(self, weights: torch.Tensor) -> None:
-        """Move weights, (p,) float32, by what the server will make of the last push, as far as it is this push's alone."""
+        """Move weights, (p,) float32, which lack the last push and the others' of the same time, by what is expected of them."""
         assert self._began is not None
-        weights.sub_(self._began, alpha=self._outer_share)
+        weights.sub_(self._began, alpha=self._ahead)
 
     def _push_(self, factor: float, batches: int = 1, piece: slice = slice(None)) -> None:
         """Turn a piece of the gradient, a sum over `batches`, times `factor` into what moves the weights."""

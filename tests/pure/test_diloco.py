@@ -9,7 +9,7 @@ from torch import nn
 
 from asgd_mpi.config import parse, written
 from asgd_mpi.config.options import Config, DataConfig, ExchangeConfig, RuleConfig
-from asgd_mpi.config.rulebook import RULEBOOK, doubts, outer_rate
+from asgd_mpi.config.rulebook import RULEBOOK, doubts, outer_ahead, outer_rate
 from asgd_mpi.offline.simulation import Times, simulate
 from asgd_mpi.optim.replica import Replica
 from asgd_mpi.optim.rules import make_rule
@@ -53,24 +53,26 @@ def test_pushes_of_one_number_come_to_what_nesterov_makes_of_their_mean():
     assert outer(torch.zeros(1), ways, 4, weight=0.5).item() == pytest.approx(x.item() / 2)
 
 
-def farthest(num_workers, outer_rate, outer_momentum, overlap):
-    """Return the largest distance of the weights from 0 in the last of 100 rounds; a worker that sets out from x is at 0 within a push."""
+def farthest(num_workers, outer_rate, outer_momentum, overlap, ahead=0.5):
+    """Return the largest distance of the weights from 0 in the last of 200 rounds; a worker that sets out from x is at 0 within a push."""
     config = RuleConfig(
         name="diloco",
         momentum=0.0,
         momentum_at="none",
         outer_rate=outer_rate,
+        outer_ahead=ahead,
         outer_momentum=outer_momentum,
     )
+    share = outer_ahead(config, num_workers)
     server, x, far = make_rule(1, config, num_workers), torch.ones(1), []
     began = [x.clone() for _ in range(num_workers)]
     fetched = [x.clone() for _ in range(num_workers)]
-    for version in range(100 * num_workers):
+    for version in range(200 * num_workers):
         worker = version % num_workers
         way = began[worker]
         server.apply_(x, way, Verdict(0.1, version, rate=0.1), slice(0, 1))
-        # with overlap what it fetched a push ago, and what will come of its own
-        began[worker] = fetched[worker] - outer_rate / num_workers * way if overlap else x.clone()
+        # with overlap what it fetched a push ago, and a part of its own way
+        began[worker] = fetched[worker] - share * way if overlap else x.clone()
         fetched[worker] = x.clone()
         far.append(abs(x.item()))
     return max(far[-num_workers:])
@@ -85,12 +87,16 @@ def test_workers_that_take_turns_converge_at_the_default_outer_step_for_any_numb
     assert farthest(num_workers, rate, RuleConfig().outer_momentum, overlap) < 1e-6
 
 
-@pytest.mark.parametrize("overlap, edge", [(False, 1.65), (True, 0.9)])
+@pytest.mark.parametrize(
+    "overlap, ahead, edge",
+    [(False, 0.5, 1.65), (True, 0, 0.9), (True, 0.25, 1.05), (True, 0.5, 1.6), (True, 1, 0.95)],
+)
 def test_the_largest_stable_outer_rate_of_eight_workers_and_that_of_the_papers_is_not_with_their_momentum(
-    overlap, edge
+    overlap, ahead, edge
 ):
-    assert farthest(8, edge, 0.0, overlap) < 1 < farthest(8, 1.06 * edge, 0.0, overlap)
-    assert farthest(8, 0.7, 0.9, overlap) > 10
+    assert farthest(8, edge, 0.0, overlap, ahead) < 1
+    assert farthest(8, 1.06 * edge, 0.0, overlap, ahead) > 1
+    assert farthest(8, 0.7, 0.9, overlap, ahead) > 10
 
 
 @pytest.mark.parametrize("num_pushes", [1, 3])
@@ -147,6 +153,7 @@ def test_one_worker_with_an_outer_rate_of_1_is_the_inner_optimizer_alone_to_the_
         weight_decay=0.01,
         max_drift=0.0,
         outer_rate=1.0,
+        outer_ahead=0.5,
         outer_momentum=0.0,
         outer_pushes=1,
     )
@@ -235,14 +242,15 @@ def test_a_run_uses_every_sample_once_and_replays_to_the_bit(
     "options, rate",
     [
         ([], 1.0),
-        (["--exchange.overlap", "true"], 0.5),
-        (["--n-sync", "auto"], 0.5),
+        (["--exchange.overlap", "true"], 1.0),
+        (["--n-sync", "auto", "--rule.outer_ahead", "0"], 0.5),
         (["--rule.outer_momentum", "0.9"], 0.7),
+        (["--rule.outer_momentum", "0.9", "--exchange.overlap", "true"], 0.5),
         (["--rule.outer_rate", "0.3", "--exchange.overlap", "true"], 0.3),
     ],
     ids=str,
 )
-def test_the_server_goes_less_of_the_way_with_overlap_and_with_a_momentum_of_its_own(
+def test_the_server_goes_less_of_the_way_with_a_momentum_of_its_own_and_where_no_worker_goes_ahead(
     digits, options, rate
 ):
     assert make_task(digits, "--rule", "diloco", *options).config.rule.outer_rate == rate
@@ -300,6 +308,15 @@ def test_a_run_of_before_goes_on_with_the_outer_step_that_it_has_recorded(digits
     before = written.record(make_task(digits, *rule).config, 8)
     again = complete(parse.parse([], base=written.asked(before)))
     assert (again.rule.outer_rate, again.rule.outer_momentum) == (0.7, 0.9)
+
+
+def test_a_run_from_before_workers_went_ahead_does_not_when_it_goes_on(digits):
+    overlaps = ["--rule", "diloco", "--exchange.overlap", "true", "--rule.outer_rate", "0.5"]
+    text = written.record(make_task(digits, *overlaps).config, 8)
+    assert "  outer_ahead: 0.5\n" in text
+    before = complete(parse.parse([], base=written.asked(text.replace("  outer_ahead: 0.5\n", ""))))
+    assert before.rule.outer_ahead == 0 and outer_ahead(before.rule, 8) == 0.5 / 8
+    assert outer_ahead(complete(parse.parse(["--data", str(digits), *overlaps])).rule, 8) == 0.25
 
 
 def test_eight_workers_that_exchange_every_five_batches_learn_the_digits_by_default(digits):

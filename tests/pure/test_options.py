@@ -24,7 +24,7 @@ FREE = """run.dir run.resume run.override run.accept_gaps run.dry_run run.inject
 DEFINES = """run.seed run.epochs run.validate_every data.source data.batch_size data.image_size data.resize data.mean data.std data.augment data.lease_batches data.min_batch
     model.name model.recipe model.weights model.partial_weights model.batchnorm rule.name rule.own rule.own_options rule.optimizer rule.momentum rule.momentum_at rule.staleness
     rule.weight_decay rule.no_decay rule.groups rule.beta1 rule.beta2 rule.eps rule.max_drift rule.clip_norm rule.ema_samples rule.warm_start_epochs rule.splits rule.max_staleness rule.slack rule.backup
-    rule.alpha rule.dc_lambda rule.dc_decay rule.outer_rate rule.outer_momentum rule.outer_pushes rule.steps_by_speed schedule.name schedule.lr schedule.warmup_epochs schedule.step_epochs schedule.gamma
+    rule.alpha rule.dc_lambda rule.dc_decay rule.outer_rate rule.outer_ahead rule.outer_momentum rule.outer_pushes rule.steps_by_speed schedule.name schedule.lr schedule.warmup_epochs schedule.step_epochs schedule.gamma
     schedule.power exchange.n_push exchange.n_fetch exchange.overlap exchange.wire exchange.fetch_wire exchange.density exchange.density_warmup_epochs compute.precision compute.micro_batches
     compute.channels_last compute.compile"""
 FIXED = "model.name data.source compute.channels_last"

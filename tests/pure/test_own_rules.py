@@ -73,7 +73,13 @@ def test_its_steps_are_those_of_the_paper_and_the_same_in_slices_to_the_bit():
 @pytest.mark.parametrize("name", ["asgd", "sync", "dc_asgd_c", "diloco"])
 def test_the_running_mean_of_the_weights_is_kept_under_every_rule(name):
     config = RuleConfig(
-        name=name, momentum=0.0, weight_decay=0.0, dc_lambda=0.0, outer_rate=1.0, ema_samples=10**6
+        name=name,
+        momentum=0.0,
+        weight_decay=0.0,
+        dc_lambda=0.0,
+        outer_rate=1.0,
+        outer_ahead=0.5,
+        ema_samples=10**6,
     )
     rule, weights = make_rule(48, config, 2), torch.ones(48)
     push_(rule, weights, torch.zeros(48), 0)
