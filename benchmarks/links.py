@@ -44,6 +44,7 @@ SETTINGS = {
     "int8, n_push auto": "--exchange.wire int8 --exchange.n_push auto",
     "int4, n_push auto": "--exchange.wire int4 --exchange.n_push auto",
     "topk, n_push auto": "--exchange.wire topk --exchange.n_push auto",
+    "diloco, n_sync 10, int8, overlap": "--rule diloco --n-sync 10 --exchange.wire int8 --exchange.overlap true",
     "diloco, n_sync 50, int8, overlap": "--rule diloco --n-sync 50 --exchange.wire int8 --exchange.overlap true",
     "diloco, n_sync 200, int8, overlap": "--rule diloco --n-sync 200 --exchange.wire int8 --exchange.overlap true",
 }

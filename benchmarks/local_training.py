@@ -28,6 +28,8 @@ RESULT = machine.RESULTS / "local_training.json"
 WORKERS = 8
 LOCAL = "--rule diloco --exchange.wire int8"
 OVERLAP = "--exchange.overlap true"
+# as it was: no worker goes ahead by more than its own part of the server's step
+OWN_PART = f"{OVERLAP} --rule.outer_ahead 0"
 FORMER, PLAIN = (0.7, 0.9), (1, 0)  # outer rate and momentum
 
 
@@ -53,8 +55,10 @@ CASES = {
                 for outer in (FORMER, (0.7, 0.5), PLAIN)
                 for lr in (0.02, 0.04, ROOT, 0.08, 0.12, 0.16)
             ),
-            local(5, 0.02, FORMER, OVERLAP),
-            *(local(5, ROOT, outer, OVERLAP) for outer in (FORMER, (0.5, 0), (0.7, 0), PLAIN)),
+            local(5, 0.02, FORMER, OWN_PART),
+            *(local(5, ROOT, outer, OWN_PART) for outer in (FORMER, (0.5, 0), (0.7, 0), PLAIN)),
+            local(5, 0.04, PLAIN, OVERLAP),
+            local(5, 0.04, (0.5, 0), OWN_PART),
         )
     ],
     "fashion": [
@@ -68,14 +72,23 @@ CASES = {
         (local(10, 0.02, FORMER), WORKERS, (0,)),
         (local(10, 0.04, PLAIN), WORKERS, (0,)),
         (local(10, ROOT, PLAIN), WORKERS, ALL),
-        (local(50, 0.02, FORMER, OVERLAP), WORKERS, (0,)),
-        *((local(50, lr, (0.5, 0), OVERLAP), WORKERS, (0,)) for lr in (0.04, ROOT)),
+        (local(50, 0.02, FORMER, OWN_PART), WORKERS, (0,)),
+        (local(50, ROOT, (0.5, 0), OWN_PART), WORKERS, (0,)),
+        (local(50, 0.04, (0.5, 0), OWN_PART), WORKERS, ALL),
+        (local(50, 0.04, PLAIN, OVERLAP), WORKERS, ALL),
+        (local(10, 0.04, (0.5, 0), OWN_PART), WORKERS, (0,)),
+        (local(10, 0.04, PLAIN, OVERLAP), WORKERS, (0,)),
         *((local(50, lr, PLAIN), 32, (0,)) for lr in (0.04, 0.113137)),
         # whether it becomes less in a longer run, and with smaller batches and as many samples between exchanges
         (f"{LONG} --lr 0.02", WORKERS, (0,)),
         *((f"{LONG} {local(n_sync, 0.04, PLAIN)}", WORKERS, (0,)) for n_sync in (10, 25)),
         (f"{LONG} {local(50, 0.04, PLAIN)}", WORKERS, ALL),
         *((f"{LONGER} {one}", WORKERS, (0,)) for one in ("--lr 0.02", local(50, 0.04, PLAIN))),
+        (f"{LONGER} {local(50, 0.04, (0.5, 0), OWN_PART)}", WORKERS, (0,)),
+        *(
+            (f"{LONGER} {local(n_sync, 0.04, PLAIN, OVERLAP)}", WORKERS, (0,))
+            for n_sync in (10, 50)
+        ),
         *((local(200, lr, PLAIN, "--batch-size 4"), WORKERS, (0,)) for lr in (0.01, 0.02, 0.04)),
     ],
     "characters": [

@@ -73,7 +73,7 @@ class DataConfig:
         path: directory of shards made by data_prep; `digits` is the embedded set, made on first use in data/digits
         source: shards; folder reads a tree of train/<class>/*.JPEG and val/<class>/*.JPEG, to try; synthetic needs no path;
             task takes what the class in model.name brings (--task is short for both), script what a loop of your own gives
-        batch_size: images a gradient is averaged over, per worker (default: the network's recipe; with more than 8 workers in a
+        batch_size: images a gradient is averaged over, per worker (default: the network's recipe; with 8 workers or more in a
             short run a half, a quarter, ... of it, and of the rate, if both are left open: docs/rules.md)
         min_batch: images that a batch, or a part of one, has at least; a rest that is smaller goes with the batch before, and if
             damaged images leave fewer, all of a batch are left out and counted (default: what the network can be trained on, 2 if its
