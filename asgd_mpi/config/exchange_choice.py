@@ -97,7 +97,7 @@ def chosen(config: Resolved, measured: Measured, num_workers: int) -> Resolved:
         good = [one for one in allowed if in_steps(one) >= ENOUGH]
         wire = good[0] if good else max(allowed, key=in_steps)
     if _is_open_local(config):
-        n_push = _local_batches(config.rule.name, measured, wire, density)
+        n_push = _local_batches(measured, wire, density)
         config = with_exchange(config, n_push=n_push, n_fetch=n_push)
     if config.exchange.wire == "auto":
         config = with_wire(config, wire)
@@ -107,7 +107,7 @@ def chosen(config: Resolved, measured: Measured, num_workers: int) -> Resolved:
 def as_plain(config: Resolved) -> Resolved:
     """Return a configuration with what it leaves open as it is where nothing has to travel."""
     if _is_open_local(config):
-        n_push = rulebook.RULEBOOK[config.rule.name].n_push
+        n_push = rulebook.LEAST_LOCAL_BATCHES
         config = with_exchange(config, n_push=n_push, n_fetch=n_push)
     if config.exchange.wire == "auto":
         config = with_wire(config, "float32")
@@ -153,7 +153,7 @@ def told(config: Resolved, measured: Measured) -> str:
 def advise(measured: Measured, density: float = 0.01) -> Choice:
     """Return the exchange that changes least of how a run trains and leaves ENOUGH of the time for steps."""
     summed = measured.hiding("int8", density)
-    local = _local_batches("diloco", measured, "int8", density)
+    local = _local_batches(measured, "int8", density)
     tried: Sequence[Choice] = (
         Choice("--exchange.wire float32", "float32", 1, False),
         Choice("--exchange.wire bfloat16", "bfloat16", 1, False),
@@ -200,9 +200,9 @@ def _bytes_a_batch(measured: Measured, wire: str, density: float, batches: int) 
     return f"{measured.num_parameters * number / batches / 1e6:.3g} MB a batch"
 
 
-def _local_batches(rule: str, measured: Measured, wire: str, density: float) -> int:
+def _local_batches(measured: Measured, wire: str, density: float) -> int:
     """Return the batches that a worker trains on its own, enough to hide a trip to the server."""
-    return max(rulebook.RULEBOOK[rule].n_push, math.ceil(SPARE * measured.hiding(wire, density)))
+    return max(rulebook.LEAST_LOCAL_BATCHES, math.ceil(SPARE * measured.hiding(wire, density)))
 
 
 def _is_open_local(config: Config) -> bool:

@@ -256,7 +256,7 @@ class ExchangeConfig:
         ring: snapshots kept in the window; a fetch is torn, and done again, only if ring - 1 newer ones appear while it is read.
             Behind slow links, where a fetch takes as long as the others' pushes, give workers + 2
         n_push: batches whose gradients are summed up in one push; auto never waits for the server, and sums on instead. Of
-            diloco auto is the number of batches, 50 or more, behind which a push and a fetch travel, measured at the start
+            diloco auto is the number of batches, 10 or more, behind which a push and a fetch travel, measured at the start
             (default: 1, or the rule's own)
         n_fetch: batches between two fetches, a multiple of n_push (default: n_push, so that n_push is the paper's n_sync)
         overlap: push and fetch while the next gradient is computed, which makes it staler (default: with n_push auto)

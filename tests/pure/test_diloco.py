@@ -287,7 +287,7 @@ def test_averaged_workers_take_the_root_of_their_number_times_the_rate_and_twice
     "options, num_workers, told",
     [
         (["--rule", "diloco"], 8, "diloco: 37 rounds in which each worker trains 50 batches"),
-        (["--rule", "diloco", "--exchange.n_push", "auto"], 8, "diloco: 37 rounds"),
+        (["--rule", "diloco", "--exchange.n_push", "auto"], 8, "diloco: 187 rounds"),
         (["--rule", "diloco", "--epochs", "31"], 8, "diloco: 290 rounds"),
         (["--rule", "diloco", "--epochs", "32"], 8, ""),
         (["--rule", "diloco", "--n-sync", "5"], 8, ""),

@@ -93,7 +93,7 @@ def test_a_slower_link_never_gets_more_bytes_and_diloco_hides_what_travels(step,
     assert bytes_of_push(wire(megabits), 0.01) <= bytes_of_push(wire(megabits * times), 0.01)
     measured = link(megabits, step)
     local = chosen(measured, *DILOCO, *AUTO)
-    assert local.n_push == local.n_fetch >= 50 and local.overlap
+    assert local.n_push == local.n_fetch >= 10 and local.overlap
     assert measured.in_steps(local.wire, 0.01, local.n_push, overlap=True) == 1
     choice = exchange_choice.advise(measured)
     assert measured.in_steps(choice.wire, 0.01, choice.n_push, choice.overlap) >= ENOUGH
@@ -128,9 +128,9 @@ def test_nothing_is_left_open_and_a_resume_keeps_what_was_chosen():
 def test_planner_and_doctor_name_the_same_choice_for_the_same_link():
     measured = link(100)
     told = exchange_choice.advice_told(measured)
-    assert "--rule diloco --n-sync 50 --exchange.overlap true --exchange.wire int8" in told
+    assert "--rule diloco --n-sync 32 --exchange.overlap true --exchange.wire int8" in told
     # options that a training takes
-    assert completed(*exchange_choice.advise(measured).arguments.split()).exchange.n_push == 50
+    assert completed(*exchange_choice.advise(measured).arguments.split()).exchange.n_push == 32
     costs = Costs(32, 0.1, 0.001, 0.001, link_s=4 * P / 12.5e6)
     assert plan.advice(costs, P) == [f"for {told}"]
     assert plan.advice(dataclasses.replace(costs, link_s=0.0), P) == []
