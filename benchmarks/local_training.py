@@ -43,7 +43,9 @@ def local(n_sync: int, lr: float, outer: tuple[float, float], more: str = "") ->
 ROOT = 0.056569
 ALL = (0, 1)  # seeds
 CHARACTERS = "--rule.optimizer adamw"
-LONG, LONGER = (f"--epochs {epochs} --run.validate_every {epochs}" for epochs in (16, 32))
+LONG, LONGER, LONGEST = (
+    f"--epochs {epochs} --run.validate_every {epochs}" for epochs in (16, 32, 64)
+)
 # by part: (options, workers, seeds)
 CASES = {
     "digits": [
@@ -84,17 +86,20 @@ CASES = {
         *((f"{LONG} {local(n_sync, 0.04, PLAIN)}", WORKERS, (0,)) for n_sync in (10, 25)),
         (f"{LONG} {local(50, 0.04, PLAIN)}", WORKERS, ALL),
         *((f"{LONGER} {one}", WORKERS, (0,)) for one in ("--lr 0.02", local(50, 0.04, PLAIN))),
-        (f"{LONGER} {local(50, 0.04, (0.5, 0), OWN_PART)}", WORKERS, (0,)),
-        *(
-            (f"{LONGER} {local(n_sync, 0.04, PLAIN, OVERLAP)}", WORKERS, (0,))
-            for n_sync in (10, 50)
-        ),
+        *((f"{LONGER} {local(n, 0.04, (0.5, 0), OWN_PART)}", WORKERS, (0,)) for n in (10, 50)),
+        *((f"{LONGER} {local(n, 0.04, PLAIN, OVERLAP)}", WORKERS, (0,)) for n in (10, 38, 50)),
+        (f"{LONGEST} --lr 0.02", WORKERS, (0,)),
+        (f"{LONGEST} {local(50, 0.04, PLAIN, OVERLAP)}", WORKERS, (0,)),
         *((local(200, lr, PLAIN, "--batch-size 4"), WORKERS, (0,)) for lr in (0.01, 0.02, 0.04)),
     ],
     "characters": [
         (local(5, lr, outer, CHARACTERS), WORKERS, (0,))
         for lr in (0.001, 0.003, 0.0085)
         for outer in (FORMER, PLAIN)
+    ]
+    + [
+        (local(5, 0.0085, PLAIN, f"{CHARACTERS} {OVERLAP}"), WORKERS, (0,)),
+        (local(5, 0.0085, (0.5, 0), f"{CHARACTERS} {OWN_PART}"), WORKERS, (0,)),
     ],
 }
 
