@@ -77,8 +77,10 @@ VARIANTS = {
         for name in ("vit", "convnext")
     },
 }
-# of one worker alone: rates that may be better than the recipe's
-LINES = {"fashion": ("--lr 0.01",), "vit": ADAMW_RATES, "convnext": ADAMW_RATES}
+# of one worker alone: rates that may be better than the recipe's, and the former one of small transformers
+LINES = {"fashion": ("--lr 0.01",)} | {
+    name: (*ADAMW_RATES, "--lr 0.00025") for name in ("vit", "convnext")
+}
 
 
 def settings(part: str, seeds: int) -> Iterator[dict]:

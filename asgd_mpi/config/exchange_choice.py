@@ -84,6 +84,7 @@ def chosen(config: Resolved, measured: Measured, num_workers: int) -> Resolved:
     wire = config.exchange.wire
     if wire == "auto":
         if _is_open_local(config):
+            # as many as the papers take: behind enough of them any format is hidden
             batches = rulebook.RULEBOOK[config.rule.name].n_push
         elif n_push == "auto":
             batches = MOST_SUMMED

@@ -48,7 +48,10 @@ class ManyWorkers:
 
 # By optimizer. SGD keeps the accuracy of one worker so. AdamW gains with every step that it makes of the same samples, so that
 # it is divided further.
-MANY_WORKERS = {"sgd": ManyWorkers(8, 4, 128, 4), "adamw": ManyWorkers(8, 2, 1, 1)}
+MANY_WORKERS = {
+    "sgd": ManyWorkers(from_workers=8, recipe_batches=4, images=128, least_batch=4),
+    "adamw": ManyWorkers(from_workers=8, recipe_batches=2, images=1, least_batch=1),
+}
 # of diloco, that of Douillard et al. 2023
 OUTER_RATE_WITH_MOMENTUM = 0.7
 # a share of a worker's own way; more or less of it is stable for smaller outer rates only (tests/pure/test_diloco.py)
@@ -481,11 +484,11 @@ def outer_rate(rule: RuleConfig, overlaps: bool) -> float:
     return OUTER_RATE_WITH_MOMENTUM if rule.outer_momentum else 1.0
 
 
-def outer_ahead(rule: ResolvedRule, num_workers: int) -> float:
-    """Return the share of the way it has just pushed that a worker goes ahead of what it has fetched, which lacks that push.
+def share_ahead(rule: ResolvedRule, num_workers: int) -> float:
+    """Return by which share of its last push a worker of diloco moves what it has fetched meanwhile.
 
-    Of diloco with overlap: the server will make e / N of it. But the pushes of all others are missing there as well, and what they went is
-    known best from the worker's own way (as eager updates do: Kale, Douillard, Donchev 2025, arXiv:2502.12996).
+    What it fetched lacks that push, of which the server makes e / N. It lacks those of the others, too; the worker's own way stands
+    for theirs. After eager updates (Kale, Douillard, Donchev 2025, arXiv:2502.12996), which go ahead by e / N.
     """
     return rule.outer_rate * max(rule.outer_ahead, 1 / (rule.outer_pushes or num_workers))
 

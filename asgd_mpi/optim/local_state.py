@@ -18,8 +18,8 @@ from asgd_mpi.config.rulebook import (
     RULEBOOK,
     decays_at_workers,
     optimizer_of,
-    outer_ahead,
     pacing,
+    share_ahead,
     steps_at_workers,
 )
 from asgd_mpi.optim import saved
@@ -78,7 +78,7 @@ class Vectors:
         self._began: torch.Tensor | None = None
         if self._moves == "local":
             self._began = torch.zeros_like(flat.weights)
-            self._ahead = outer_ahead(rule, num_workers)
+            self._ahead = share_ahead(rule, num_workers)
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -181,7 +181,7 @@ class Vectors:
             self._began.copy_(self.flat.gradient)
 
     def anticipate_(self, weights: torch.Tensor) -> None:
-        """Move weights, (p,) float32, which lack the last push and the others' of the same time, by what is expected of them."""
+        """Move weights, (p,) float32, that were fetched before the last push was applied: ahead, by a share of it."""
         assert self._began is not None
         weights.sub_(self._began, alpha=self._ahead)
 

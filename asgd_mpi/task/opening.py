@@ -106,9 +106,11 @@ def for_workers(task: OpenedTask, asked: Config, num_workers: int) -> tuple[Open
     drift = rulebook.smaller_batch_drift(rule, num_workers, divisor)
     pushes, more = config.run.epochs * samples / num_workers / images, ""
     if drift != rule.max_drift:
-        rule, more = replace(rule, max_drift=drift), f" and max_drift {drift:g}"
+        rule = replace(rule, max_drift=drift)
+        more += f" and max_drift {drift:g}"
     if asked.rule.momentum_at is None and rulebook.suits_dana(config, pushes):
-        rule, more = replace(rule, momentum_at="dana"), ", AdamW's means kept by the workers"
+        rule = replace(rule, momentum_at="dana")
+        more += ", AdamW's means kept by the workers"
     note = (
         f"{num_workers} workers: batches of {images} at lr {rate:g}{more}, not of {data.batch_size} at {schedule.lr:g} as the {whose} has "
         f"for one, since each pushes {pushes:,.0f} times only, and with less under way gradients are less stale (docs/rules.md), for "

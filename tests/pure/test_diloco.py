@@ -9,7 +9,7 @@ from torch import nn
 
 from asgd_mpi.config import parse, written
 from asgd_mpi.config.options import Config, DataConfig, ExchangeConfig, RuleConfig
-from asgd_mpi.config.rulebook import RULEBOOK, doubts, outer_ahead, outer_rate
+from asgd_mpi.config.rulebook import RULEBOOK, doubts, outer_rate, share_ahead
 from asgd_mpi.offline.simulation import Times, simulate
 from asgd_mpi.optim.replica import Replica
 from asgd_mpi.optim.rules import make_rule
@@ -63,7 +63,7 @@ def farthest(num_workers, outer_rate, outer_momentum, overlap, ahead=0.5):
         outer_ahead=ahead,
         outer_momentum=outer_momentum,
     )
-    share = outer_ahead(config, num_workers)
+    share = share_ahead(config, num_workers)
     server, x, far = make_rule(1, config, num_workers), torch.ones(1), []
     began = [x.clone() for _ in range(num_workers)]
     fetched = [x.clone() for _ in range(num_workers)]
@@ -194,6 +194,43 @@ def test_one_worker_with_an_outer_rate_of_1_is_the_inner_optimizer_alone_to_the_
             replica.load_(kept)
 
 
+@pytest.mark.parametrize(
+    "ahead, num_workers, share", [(0.5, 8, 0.5), (0.25, 2, 0.5), (0, 8, 1 / 8)]
+)
+def test_with_overlap_a_worker_goes_a_share_of_its_own_way_ahead_of_what_it_fetched(
+    ahead, num_workers, share, monkeypatch
+):
+    def compute_gradient_(self, flat, *rest):
+        flat.gradient.fill_(1.0)
+        return 1.0
+
+    monkeypatch.setattr(ScaledLoss, "compute_gradient_", compute_gradient_)
+    rule = RuleConfig(
+        name="diloco",
+        optimizer="sgd",
+        momentum=0.0,
+        momentum_at="none",
+        weight_decay=0.0,
+        max_drift=0.0,
+        outer_rate=0.8,
+        outer_ahead=ahead,
+    )
+    exchange, data = ExchangeConfig(n_push=1, n_fetch=1, overlap=True), DataConfig(batch_size=2)
+    flat = FlatModel(nn.Linear(4, 1, bias=False), torch.device("cpu"))
+    config = Config(rule=rule, exchange=exchange, data=data)
+    replica = Replica(flat, config, num_workers, lambda samples: 0.1)
+    flat.weights.fill_(2.0)
+    replica.fetched_(0, 0, flat.weights)
+    replica.add(SimpleNamespace(size=1), None)
+    assert replica.finish()
+    torch.testing.assert_close(flat.gradient, torch.full_like(flat.gradient, 0.1))  # its way
+    flat.weights.fill_(3.0)
+    replica.fetched_(1, 2, flat.weights, lacks_push=True)
+    replica.begin_()
+    ahead_of_it = torch.full_like(flat.weights, 3 - 0.8 * share * 0.1)
+    torch.testing.assert_close(flat.weights, ahead_of_it)
+
+
 def test_one_inner_step_without_momentum_is_asgd_and_several_are_downpour(digits):
     def weights(*options):
         momentum = ["--rule.momentum", "0", "--rule.staleness", "constant", "--rule.max_drift", "0"]
@@ -315,8 +352,8 @@ def test_a_run_from_before_workers_went_ahead_does_not_when_it_goes_on(digits):
     text = written.record(make_task(digits, *overlaps).config, 8)
     assert "  outer_ahead: 0.5\n" in text
     before = complete(parse.parse([], base=written.asked(text.replace("  outer_ahead: 0.5\n", ""))))
-    assert before.rule.outer_ahead == 0 and outer_ahead(before.rule, 8) == 0.5 / 8
-    assert outer_ahead(complete(parse.parse(["--data", str(digits), *overlaps])).rule, 8) == 0.25
+    assert before.rule.outer_ahead == 0 and share_ahead(before.rule, 8) == 0.5 / 8
+    assert share_ahead(complete(parse.parse(["--data", str(digits), *overlaps])).rule, 8) == 0.25
 
 
 def test_eight_workers_that_exchange_every_five_batches_learn_the_digits_by_default(digits):
