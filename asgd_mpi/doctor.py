@@ -42,6 +42,7 @@ from asgd_mpi.runtime.findings import PROBLEM, Findings, Link, Locking, Need, Ra
 from asgd_mpi.runtime.prepare import configured
 from asgd_mpi.task import complete, open_task
 from asgd_mpi.vector.flat import num_floats, num_statistics
+from asgd_mpi.vector.vector_format import VectorFormat
 
 # rank 0 speaks first: the others leave so much later, unless it has ended the job by then; it may have to wait for a core
 GRACE_S = 10.0
@@ -316,7 +317,7 @@ class Examination:
             options.ring,
             places.num_workers,
             num_statistics(module),
-            options.wire,
+            VectorFormat(num_floats(module), options.wire),
             options.servers,
         )
         here = [rank for rank, host in enumerate(places.hosts) if host == places.hosts[SERVER]]

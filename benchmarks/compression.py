@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from asgd_mpi.optim.error_feedback import ErrorFeedback, kept_of
+from asgd_mpi.optim.error_feedback import ErrorFeedback
+from asgd_mpi.optim.formats import kept_of
 from asgd_mpi.process import ending
 from asgd_mpi.vector.partition import pieces
-from asgd_mpi.vector.push_format import PushFormat
+from asgd_mpi.vector.vector_format import VectorFormat
 from benchmarks import machine
 
 
@@ -66,12 +67,12 @@ def _codings(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     cases: dict[str, Callable[[], object]] = {}
     kept = kept_of(options.density)
     for wire in ("int8", "int4", "topk"):
-        form = PushFormat(options.parameters, wire, most=kept if wire == "topk" else 0)
+        form = VectorFormat(options.parameters, wire, most=kept if wire == "topk" else 0)
         cases |= _coding(form, form.most, options.device)
     return cases
 
 
-def _coding(form: PushFormat, kept: int, device: str) -> dict[str, Callable[[], object]]:
+def _coding(form: VectorFormat, kept: int, device: str) -> dict[str, Callable[[], object]]:
     gradient = torch.randn(form.num_floats, device=device)
     pushed, feedback = gradient.clone(), ErrorFeedback(form, gradient)
     memory = torch.zeros(form.longest, dtype=torch.uint8, device=device)

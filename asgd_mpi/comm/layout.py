@@ -20,8 +20,8 @@ from functools import cached_property
 
 from asgd_mpi.config.limits import MOST_SLOTS
 from asgd_mpi.protocol import messages
-from asgd_mpi.vector import codec, partition
-from asgd_mpi.vector.push_format import PushFormat
+from asgd_mpi.vector import partition
+from asgd_mpi.vector.vector_format import VectorFormat
 
 PAGE = 4096
 PROMISE_WORDS = 2
@@ -46,9 +46,9 @@ class Layout:
     ring: int  # K
     num_workers: int  # N
     num_statistics: int = 0  # batch-norm statistics of the network, floats
-    wire: str = "float32"  # format of what workers read, one of codec.DTYPES
+    fetch: VectorFormat | None = None  # of what workers read; None: float32
     num_servers: int = 1  # S
-    push: PushFormat | None = None  # of what they push; None: the same
+    push: VectorFormat | None = None  # of what they push; None: the same
 
     def __post_init__(self):
         assert self.ring <= MOST_SLOTS  # config.limits refuses more
@@ -57,13 +57,18 @@ class Layout:
     @cached_property
     def slices(self) -> list[slice]:
         """The numbers that each server serves."""
-        wires = {self.wire, self.pushed.wire} - {"float32"}
+        wires = {self.fetched.wire, self.pushed.wire} - {"float32"}
         return partition.cut(self.num_parameters, self.num_servers, *sorted(wires)[:1])
 
+    @cached_property
+    def fetched(self) -> VectorFormat:
+        """The format of what workers read."""
+        return self.fetch or VectorFormat(self.num_parameters)
+
     @property
-    def pushed(self) -> PushFormat:
+    def pushed(self) -> VectorFormat:
         """The format of what is pushed."""
-        return self.push or PushFormat(self.num_parameters, self.wire)
+        return self.push or self.fetched
 
     def of(self, number: int) -> Layout:
         """Return the layout of the memory of the server of a slice. Statistics go to the first one."""
@@ -73,18 +78,19 @@ class Layout:
             num_parameters=own.stop - own.start,
             num_servers=1,
             num_statistics=0 if number else self.num_statistics,
+            fetch=self.fetched.part(own),
             push=self.pushed.part(own),
         )
 
     def read_at(self, number: int) -> slice:
         """The bytes of a slice, within a vector as workers read it."""
-        start = codec.num_bytes(self.slices[number].start, self.wire)
+        start = self.fetched.bytes_to(self.slices[number].start)
         return slice(start, start + self.of(number).vector_bytes)
 
     def pushed_at(self, number: int, kept: int) -> slice:
-        """The bytes of a slice, within a vector as it is pushed, with so many numbers of a chunk (see PushFormat)."""
+        """The bytes of a slice, within a vector as it is pushed, with so many numbers of a chunk (see VectorFormat)."""
         own = self.slices[number]
-        start = self.pushed.part(slice(0, own.start)).num_bytes(kept)
+        start = self.pushed.bytes_to(own.start, kept)
         return slice(start, start + self.pushed.part(own).num_bytes(kept))
 
     def promise(self, worker: int) -> int:
@@ -120,7 +126,7 @@ class Layout:
     @property
     def vector_bytes(self) -> int:
         """A vector as workers read it."""
-        return codec.num_bytes(self.num_parameters, self.wire)
+        return self.fetched.num_bytes()
 
     @property
     def payload_bytes(self) -> int:
@@ -138,7 +144,7 @@ class Layout:
 
     @cached_property
     def _shown(self) -> int:
-        return 0 if self.wire == "float32" else _to_page(self.vector_bytes)
+        return 0 if self.fetched.wire == "float32" else _to_page(self.vector_bytes)
 
 
 def words_of_slot(slot: int) -> slice:

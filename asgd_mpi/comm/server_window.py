@@ -183,8 +183,7 @@ class ServerWindow(Window):
             codec.vector_in(memory[layout.slot(k) :], size, "float32") for k in range(layout.ring)
         ]
         self._shown = [
-            codec.vector_in(memory[layout.shown(k) :], size, layout.wire)
-            for k in range(layout.ring)
+            layout.fetched.vector_in(memory[layout.shown(k) :]) for k in range(layout.ring)
         ]
         if layout.num_statistics:
             statistics = own[layout.statistics :][: STATISTICS_FROM + 4 * layout.num_statistics]
@@ -285,7 +284,7 @@ class ServerWindow(Window):
     def show(self, piece: slice) -> None:
         """Let the next snapshot be read up to the end of this piece, in the format that travels."""
         slot = self._next_slot
-        if self.layout.wire != "float32":
+        if self.layout.fetched.wire != "float32":
             self._shown[slot][piece] = self._ring[slot][piece]
         self._targets[self._number][0].Sync()
         self._set(self._control[words_of_slot(slot)], WRITTEN, piece.stop)

@@ -39,6 +39,7 @@ from asgd_mpi.config.topology import SERVER
 from asgd_mpi.protocol import messages
 from asgd_mpi.protocol.messages import Mail
 from asgd_mpi.vector import codec
+from asgd_mpi.vector.vector_format import VectorFormat
 
 T = TypeVar("T")
 
@@ -220,7 +221,8 @@ class WorkerWindow(Window):
         None if it could not be had so: the packet is not applied, the vector is short, not all of it is on this host, or the
         slot was needed again meanwhile.
         """
-        size, format_ = self.whole.num_parameters, "float32" if whole else self.whole.wire
+        size = self.whole.num_parameters
+        form = VectorFormat(size) if whole else self.whole.fetched
         if size <= STRIDE or self.near != [True]:
             return None
         self._until(
@@ -246,7 +248,7 @@ class WorkerWindow(Window):
             return 0
 
         while done < size and (written := self._until(more, f"write version {version}")) != ABSENT:
-            begin, end = codec.num_bytes(done, format_), codec.num_bytes(written, format_)
+            begin, end = form.bytes_to(done), form.bytes_to(written)
             self._copy(0, memory[begin:end], offset + begin)
             done = written
         self._until(
@@ -280,15 +282,14 @@ class WorkerWindow(Window):
     ) -> int:
         """Read a piece of the slice of a server into all of `into`; returns the bytes."""
         layout, what = self._layouts[number], "its part of a snapshot"
-        if whole or layout.wire == "float32":
+        wire = layout.fetched.wire  # 4 or 2 bytes a number: others are refused with stages
+        if whole or wire == "float32":
             self._get({number: (into.numpy(), layout.slot(slot) + 4 * piece.start)}, what)
             return 4 * len(into)
         span = codec.span(layout.num_parameters, piece)
         memory = np.empty(len(span), np.uint8)
         self._get({number: (memory, layout.shown(slot) + span.start)}, what)
-        codec.unpack_(
-            into, piece.start, torch.from_numpy(memory), layout.num_parameters, layout.wire
-        )
+        codec.unpack_(into, piece.start, torch.from_numpy(memory), layout.num_parameters, wire)
         return len(span)
 
     def read_statistics(self) -> torch.Tensor:

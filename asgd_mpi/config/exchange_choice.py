@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from asgd_mpi.config import rulebook
-from asgd_mpi.config.options import Config
+from asgd_mpi.config.options import Config, ExchangeConfig
 from asgd_mpi.config.resolved import Resolved
 from asgd_mpi.config.rulebook import fetch_wire
 from asgd_mpi.errors import ConfigError
 
-# bytes of a number that is pushed; topk's are of its density (see vector.push_format)
+# bytes of a number that is pushed; topk's are of its density (see vector.vector_format)
 WIRES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1 + 1 / 256, "int4": 0.5 + 1 / 256}
 DENSE = ("float32", "bfloat16", "float16")
 TOPK, KEPT_BYTES = "topk", 3.5  # a number and its place
@@ -32,6 +31,30 @@ SPARE = 1.1  # of diloco's batches, for steps that are quicker than the one that
 
 
 @dataclass(frozen=True)
+class Formats:
+    """What travels: a push, and the fetch after it."""
+
+    wire: str  # of what is pushed
+    density: float  # of topk
+    fetched: str = ""  # of weights; "": what goes with `wire`
+
+    @property
+    def sent(self) -> float:
+        """Return the bytes of a number that is pushed."""
+        return bytes_of_push(self.wire, self.density)
+
+    @property
+    def read(self) -> float:
+        """Return the bytes of a number that is fetched."""
+        return WIRES[self.fetched or fetch_wire(self.wire)]
+
+
+def formats_of(exchange: ExchangeConfig) -> Formats:
+    """Return those of a run; what goes with `auto` is not known yet."""
+    return Formats(exchange.wire, exchange.density, exchange.fetch_wire or "")
+
+
+@dataclass(frozen=True)
 class Measured:
     """The measurements of a choice. Speeds are of the slowest worker while all send, or read; inf if all share the server's memory."""
 
@@ -40,20 +63,20 @@ class Measured:
     send_bytes_per_s: float
     read_bytes_per_s: float
 
-    def trip_s(self, wire: str, density: float) -> float:
-        """Return the seconds that a push in a format and the fetch after it travel."""
-        push = bytes_of_push(wire, density) / self.send_bytes_per_s
-        return self.num_parameters * (push + WIRES[fetch_wire(wire)] / self.read_bytes_per_s)
+    def trip_s(self, formats: Formats) -> float:
+        """Return the seconds that a push and the fetch after it travel."""
+        push_s, fetch_s = formats.sent / self.send_bytes_per_s, formats.read / self.read_bytes_per_s
+        return self.num_parameters * (push_s + fetch_s)
 
-    def hiding(self, wire: str, density: float) -> int:
+    def hiding(self, formats: Formats) -> int:
         """Return how many batches take as long as that."""
         if not self.step_s:
             return 1
-        return max(1, math.ceil(self.trip_s(wire, density) / self.step_s))
+        return max(1, math.ceil(self.trip_s(formats) / self.step_s))
 
-    def in_steps(self, wire: str, density: float, n_push: int, overlap: bool) -> float:
+    def in_steps(self, formats: Formats, n_push: int, overlap: bool) -> float:
         """Return the share of the time that workers spend in steps."""
-        steps_s, trip_s = n_push * self.step_s, self.trip_s(wire, density)
+        steps_s, trip_s = n_push * self.step_s, self.trip_s(formats)
         whole_s = max(steps_s, trip_s) if overlap else steps_s + trip_s
         return steps_s / whole_s if whole_s else 1.0
 
@@ -63,7 +86,7 @@ class Choice:
     """A way to exchange, as options of a training."""
 
     arguments: str
-    wire: str
+    formats: Formats
     n_push: int
     overlap: bool
 
@@ -80,9 +103,8 @@ def is_open(config: Config) -> bool:
 
 def chosen(config: Resolved, measured: Measured, num_workers: int) -> Resolved:
     """Return a configuration with what it leaves open filled in: the first format that leaves ENOUGH of the time for steps, or the best."""
-    density, n_push = config.exchange.density, config.exchange.n_push
-    wire = config.exchange.wire
-    if wire == "auto":
+    n_push = config.exchange.n_push
+    if config.exchange.wire == "auto":
         if _is_open_local(config):
             # as many as the papers take: behind enough of them any format is hidden
             batches = rulebook.RULEBOOK[config.rule.name].n_push
@@ -92,16 +114,15 @@ def chosen(config: Resolved, measured: Measured, num_workers: int) -> Resolved:
             batches = n_push
 
         def in_steps(wire: str) -> float:
-            return measured.in_steps(wire, density, batches, bool(config.exchange.overlap))
+            formats = Formats(wire, config.exchange.density)
+            return measured.in_steps(formats, batches, bool(config.exchange.overlap))
 
         allowed = [one for one in TRIED if _is_allowed(with_wire(config, one), num_workers)]
         good = [one for one in allowed if in_steps(one) >= ENOUGH]
-        wire = good[0] if good else max(allowed, key=in_steps)
+        config = with_wire(config, good[0] if good else max(allowed, key=in_steps))
     if _is_open_local(config):
-        n_push = _local_batches(measured, wire, density)
+        n_push = _local_batches(measured, formats_of(config.exchange))
         config = with_exchange(config, n_push=n_push, n_fetch=n_push)
-    if config.exchange.wire == "auto":
-        config = with_wire(config, wire)
     return config
 
 
@@ -142,47 +163,50 @@ def with_wire(config: Resolved, wire: str) -> Resolved:
 def told(config: Resolved, measured: Measured) -> str:
     """Say in a line what was measured and chosen."""
     exchange = config.exchange
-    wire, density, n_push = exchange.wire, exchange.density, exchange.n_push
-    batches = measured.hiding(wire, density) if n_push == "auto" else n_push
-    share = measured.in_steps(wire, density, batches, bool(exchange.overlap))
+    formats, n_push = formats_of(exchange), exchange.n_push
+    batches = measured.hiding(formats) if n_push == "auto" else n_push
+    share = measured.in_steps(formats, batches, bool(exchange.overlap))
     return (
-        f"{_speeds(measured)}: --exchange.wire {wire} and --exchange.n_push {n_push} leave {share:.0%} of the time for steps, "
-        f"{_bytes_a_batch(measured, wire, density, batches)}"
+        f"{_speeds(measured)}: --exchange.wire {exchange.wire} and --exchange.n_push {n_push} leave {share:.0%} of the time for "
+        f"steps, {_bytes_a_batch(measured, formats, batches)}"
     )
 
 
 def advise(measured: Measured, density: float = 0.01) -> Choice:
     """Return the exchange that changes least of how a run trains and leaves ENOUGH of the time for steps."""
-    summed = measured.hiding("int8", density)
-    local = _local_batches(measured, "int8", density)
-    tried: Sequence[Choice] = (
-        Choice("--exchange.wire float32", "float32", 1, False),
-        Choice("--exchange.wire bfloat16", "bfloat16", 1, False),
-        Choice("--exchange.wire bfloat16 --exchange.overlap true", "bfloat16", 1, True),
-        Choice("--exchange.wire int8 --exchange.n_push auto", "int8", summed, True),
-        Choice(
-            f"--rule diloco --n-sync {local} --exchange.overlap true --exchange.wire int8",
-            "int8",
-            local,
-            True,
-        ),
+    float32, bfloat16, int8 = (Formats(wire, density) for wire in ("float32", "bfloat16", "int8"))
+    tried = (
+        Choice("--exchange.wire float32", float32, 1, False),
+        Choice("--exchange.wire bfloat16", bfloat16, 1, False),
+        Choice("--exchange.wire bfloat16 --exchange.overlap true", bfloat16, 1, True),
+        Choice("--exchange.wire int8 --exchange.n_push auto", int8, measured.hiding(int8), True),
     )
-    good = [
-        one
-        for one in tried
-        if measured.in_steps(one.wire, density, one.n_push, one.overlap) >= ENOUGH
-    ]
-    # diloco always is
-    return next(one for one in good if one.n_push <= MOST_SUMMED or one is tried[-1])
+    for one in tried:
+        is_enough = measured.in_steps(one.formats, one.n_push, one.overlap) >= ENOUGH
+        if is_enough and one.n_push <= MOST_SUMMED:
+            return one
+    return _local(measured, int8)
+
+
+def _local(measured: Measured, formats: Formats) -> Choice:
+    """Return diloco's exchange: with more than the fewest batches, what travels is narrower, since fewer batches train better."""
+    if _local_batches(measured, formats) > rulebook.LEAST_LOCAL_BATCHES:
+        formats = Formats("int4", formats.density, "int8")
+    batches = _local_batches(measured, formats)
+    wires = f"--exchange.wire {formats.wire}"
+    if formats.fetched:
+        wires += f" --exchange.fetch_wire {formats.fetched}"
+    arguments = f"--rule diloco --n-sync {batches} --exchange.overlap true {wires}"
+    return Choice(arguments, formats, batches, True)
 
 
 def advice_told(measured: Measured, density: float = 0.01) -> str:
     """Say in a line which exchange a link bears."""
     choice = advise(measured, density)
-    share = measured.in_steps(choice.wire, density, choice.n_push, choice.overlap)
+    share = measured.in_steps(choice.formats, choice.n_push, choice.overlap)
     return (
         f"{_speeds(measured)}: {choice.arguments} leaves {share:.0%} of the time for steps, "
-        f"{_bytes_a_batch(measured, choice.wire, density, choice.n_push)}"
+        f"{_bytes_a_batch(measured, choice.formats, choice.n_push)}"
     )
 
 
@@ -196,14 +220,14 @@ def _speeds(measured: Measured) -> str:
     return f"a step of {1e3 * measured.step_s:.4g} ms, {speeds}"
 
 
-def _bytes_a_batch(measured: Measured, wire: str, density: float, batches: int) -> str:
-    number = bytes_of_push(wire, density) + WIRES[fetch_wire(wire)]
-    return f"{measured.num_parameters * number / batches / 1e6:.3g} MB a batch"
+def _bytes_a_batch(measured: Measured, formats: Formats, batches: int) -> str:
+    num_bytes = measured.num_parameters * (formats.sent + formats.read)
+    return f"{num_bytes / batches / 1e6:.3g} MB a batch"
 
 
-def _local_batches(measured: Measured, wire: str, density: float) -> int:
+def _local_batches(measured: Measured, formats: Formats) -> int:
     """Return the batches that a worker trains on its own, enough to hide a trip to the server."""
-    return max(rulebook.LEAST_LOCAL_BATCHES, math.ceil(SPARE * measured.hiding(wire, density)))
+    return max(rulebook.LEAST_LOCAL_BATCHES, math.ceil(SPARE * measured.hiding(formats)))
 
 
 def _is_open_local(config: Config) -> bool:

@@ -406,6 +406,13 @@ def _check_stages(config: Config) -> None:
             f"exchange.wire {exchange.wire} keeps what it leaves out beside the whole gradient, of which a stage has a part; "
             "bfloat16 takes half of the bytes",
         )
+        _demand(
+            exchange.fetch_wire not in rulebook.COMPRESSED,
+            "stages.number",
+            stages.number,
+            f"exchange.fetch_wire {exchange.fetch_wire} is read by whole pieces of the weights, of which a stage has parts; bfloat16 takes "
+            "half of the bytes",
+        )
 
 
 def demand(holds: bool, name: str, value: object, reason: str) -> None:

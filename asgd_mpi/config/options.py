@@ -265,7 +265,8 @@ class ExchangeConfig:
             round what is pushed to whole multiples of a power of two, topk pushes the largest numbers alone; what they leave
             out a worker adds to its next push. auto measures the links and a step first, and takes the first of float32,
             bfloat16, int8, int4 and topk that leaves 95 % of the time for steps
-        fetch_wire: format of fetched weights; float32, bfloat16 or float16 (default: wire, bfloat16 if that is for pushes alone)
+        fetch_wire: format of fetched weights; float32, bfloat16, float16 or int8, whose rounding is not kept, since each fetch is of
+            the weights themselves (default: wire, bfloat16 if that is for pushes alone)
         density: of topk; share of the numbers that is pushed
         density_warmup_epochs: of topk; epochs in which the density falls from 25 % by quarters
         servers: ranks that share the weights out among them, on other hosts than rank 0 if there are any; each applies its
@@ -277,7 +278,7 @@ class ExchangeConfig:
     n_fetch: Optional[int] = None
     overlap: Optional[bool] = None
     wire: Literal[WIRES + rulebook.COMPRESSED + ("auto",)] = "float32"  # type: ignore[valid-type]
-    fetch_wire: Optional[Literal[WIRES]] = None  # type: ignore[valid-type]
+    fetch_wire: Optional[Literal[WIRES + ("int8",)]] = None  # type: ignore[valid-type]
     density: float = 0.01
     density_warmup_epochs: float = 0.0
     servers: int = free(1)

@@ -29,7 +29,7 @@ from asgd_mpi.data.loader import ranges
 from asgd_mpi.errors import TOO_FAST, ConfigError, TrainingDiverged, WorkersLost
 from asgd_mpi.offline import forecast
 from asgd_mpi.offline.trainer import Computed, SingleProcessTrainer, Snapshot
-from asgd_mpi.optim.error_feedback import kept_at
+from asgd_mpi.optim.formats import kept_at
 from asgd_mpi.optim.objective import Tally, measured
 from asgd_mpi.optim.stability import LossWatch
 from asgd_mpi.protocol import client as protocol
@@ -49,7 +49,6 @@ from asgd_mpi.record.events import (
 )
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.task import OpenedTask
-from asgd_mpi.vector import codec
 
 VALIDATION = 1 / 3  # of a step: no backward pass
 FEW_LOST = 3  # workers whose loss is told as it happens
@@ -204,7 +203,7 @@ class Simulation:
         self.latest = computation.first
         # of the running mean of the weights at the end, if one is kept
         self.of_mean: Tally | None = None
-        self._fetched_bytes = codec.num_bytes(len(self.latest.weights), exchange.fetch_wire)
+        self._fetched_bytes = computation.fetched.num_bytes()
         self.now = self._server_free_at = 0.0
         self.ledger.begin(self.now)
         self._mail = dict(self.ledger.take_news())

@@ -13,14 +13,13 @@ import torch
 
 from asgd_mpi.data.loader import ranges
 from asgd_mpi.model import batchnorm
-from asgd_mpi.optim.error_feedback import push_format
+from asgd_mpi.optim.formats import fetch_format, push_format
 from asgd_mpi.optim.objective import Tally, passes
 from asgd_mpi.optim.replica import Replica
 from asgd_mpi.optim.rules import EMA, make_rule
 from asgd_mpi.optim.step import validate
 from asgd_mpi.protocol.messages import Verdict
 from asgd_mpi.task import OpenedTask
-from asgd_mpi.vector import codec
 from asgd_mpi.vector.flat import FlatModel
 from asgd_mpi.vector.partition import pieces
 
@@ -69,6 +68,7 @@ class SingleProcessTrainer:
             task.objective,
         )
         self.pushed = push_format(task.config.exchange, self.flat.module)
+        self.fetched = fetch_format(task.config.exchange, self.flat.module)
         groups = task.groups(self.flat.module)
         self.rule = make_rule(self.flat.num_floats, task.config.rule, num_workers, groups)
         self.replicas = [
@@ -166,9 +166,7 @@ class SingleProcessTrainer:
 
     def _on_the_wire(self, snapshot: Snapshot) -> Snapshot:
         """Return a snapshot as a worker reads it."""
-        return snapshot._replace(
-            weights=codec.rounded(snapshot.weights, self.task.config.exchange.fetch_wire)
-        )
+        return snapshot._replace(weights=self.fetched.rounded(snapshot.weights))
 
     def close(self) -> None:
         self.loader.close()

@@ -8,21 +8,11 @@ nothing is lost: what was sent and the residual add up to what was to be pushed.
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
-from torch import nn
 
-from asgd_mpi.config.options import ExchangeConfig
 from asgd_mpi.optim import saved
-from asgd_mpi.vector.flat import num_floats, ranges_below
-from asgd_mpi.vector.largest import CHUNK
 from asgd_mpi.vector.partition import pieces
-from asgd_mpi.vector.push_format import PushFormat
-
-FIRST_KEPT = (
-    CHUNK // 4
-)  # of a chunk, where the density warms up: 25 %, 6.25 %, 1.6 %, ... (Lin et al. 2018, section 3.3)
+from asgd_mpi.vector.vector_format import VectorFormat
 
 
 class ErrorFeedback:
@@ -31,7 +21,7 @@ class ErrorFeedback:
     keeps_last: so that `undo_` is possible.
     """
 
-    def __init__(self, form: PushFormat, like: torch.Tensor, keeps_last: bool = False):
+    def __init__(self, form: VectorFormat, like: torch.Tensor, keeps_last: bool = False):
         self._form, self._residual = form, torch.zeros_like(like)
         self._last = torch.zeros_like(like) if keeps_last else None
         self._memory = torch.zeros(form.longest, dtype=torch.uint8, device=like.device)
@@ -57,38 +47,3 @@ class ErrorFeedback:
     def load_(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from another one's `state`; from nothing, with an empty one."""
         saved.load_(self.state, state)
-
-
-def push_format(exchange: ExchangeConfig, module: nn.Module) -> PushFormat:
-    """Return how a network's gradient is pushed."""
-    form = PushFormat(num_floats(module), exchange.wire)
-    if not form.is_compressed:
-        return form
-    most = 0
-    if exchange.wire == "topk":
-        most = kept_of(exchange.density)
-        if exchange.density_warmup_epochs:
-            most = max(most, FIRST_KEPT)
-    return PushFormat(form.num_floats, exchange.wire, ranges_below(module, CHUNK), most)
-
-
-def kept_of(density: float) -> int:
-    """Return how many numbers of a chunk are sent of a share of them: 1 at least."""
-    return max(1, -int(-Fraction(density) * CHUNK // 1))
-
-
-def kept_at(exchange: ExchangeConfig, samples: int, samples_per_epoch: int) -> int:
-    """Return how many numbers of a chunk a push on a snapshot of this sample clock sends; 0 if not topk.
-
-    While the density warms up it is divided by 4 again and again, for equal times.
-    """
-    if exchange.wire != "topk":
-        return 0
-    kept, warmup = (
-        kept_of(exchange.density),
-        round(exchange.density_warmup_epochs * samples_per_epoch),
-    )
-    if samples >= warmup:
-        return kept
-    steps = [FIRST_KEPT >> 2 * step for step in range(6) if FIRST_KEPT >> 2 * step > kept] or [kept]
-    return steps[samples * len(steps) // warmup]

@@ -23,7 +23,8 @@ from asgd_mpi.config.rulebook import (
     steps_at_workers,
 )
 from asgd_mpi.optim import saved
-from asgd_mpi.optim.error_feedback import ErrorFeedback, push_format
+from asgd_mpi.optim.error_feedback import ErrorFeedback
+from asgd_mpi.optim.formats import push_format
 from asgd_mpi.optim.momentum import Momentum, make_momentum
 from asgd_mpi.optim.optimizers import Optimizer, make_optimizer
 from asgd_mpi.record import checkpoint

@@ -24,7 +24,7 @@ from asgd_mpi.config.rulebook import (
     longest_push,
     workers_keep_state,
 )
-from asgd_mpi.optim import error_feedback
+from asgd_mpi.optim import formats
 from asgd_mpi.optim.carried import Carried
 from asgd_mpi.optim.local_state import SpreadVectors, Vectors
 from asgd_mpi.optim.objective import Batch, Objective
@@ -107,9 +107,7 @@ class Replica:
         self.keeps_state = (
             workers_keep_state(config) or self._carried is not None and not begins_anew(rule)
         )
-        self._kept_at = kept_at or partial(
-            error_feedback.kept_at, config.exchange, samples_per_epoch=0
-        )
+        self._kept_at = kept_at or partial(formats.kept_at, config.exchange, samples_per_epoch=0)
         self._is_sparse = config.exchange.wire == "topk"
         # of the last push: numbers of every chunk, if it is sparse
         self.kept = 0

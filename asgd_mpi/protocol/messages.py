@@ -166,7 +166,7 @@ class Header:
     stored_top1: int = -1
     # of a gradient: what max_drift and clip_norm have multiplied it by, above 0 and at most 1
     scale: float = 1.0
-    # ... and how many numbers of every chunk its payload holds, if that is to be told (see push_format)
+    # ... and how many numbers of every chunk its payload holds, if that is to be told (see vector_format)
     kept: int = 0
     # of a validation of another task: sum and weight of each metric, in the order of the run
     metrics: tuple[float, ...] = ()

@@ -26,7 +26,7 @@ from asgd_mpi.config import exchange_choice, topology
 from asgd_mpi.config.rulebook import RULEBOOK
 from asgd_mpi.config.topology import Topology
 from asgd_mpi.errors import ConfigError, DeadlineExceeded, tell
-from asgd_mpi.optim.error_feedback import push_format
+from asgd_mpi.optim.formats import fetch_format, push_format
 from asgd_mpi.process import signals
 from asgd_mpi.protocol.messages import Header, Kind, Mail
 from asgd_mpi.record import origin
@@ -51,8 +51,8 @@ from asgd_mpi.runtime.rank import (
 )
 from asgd_mpi.runtime.server import Server
 from asgd_mpi.task import Task, open_task
-from asgd_mpi.vector import codec
 from asgd_mpi.vector.flat import FlatModel, num_floats, num_statistics
+from asgd_mpi.vector.vector_format import VectorFormat
 
 WORKER = 1  # its rank
 
@@ -113,7 +113,7 @@ class Alone:
             config.exchange.ring,
             1,
             num_statistics(module, carried),
-            config.exchange.fetch_wire,
+            fetch_format(config.exchange, module),
             push=push_format(config.exchange, module),
         )
         window = LocalWindow(layout)
@@ -176,7 +176,7 @@ class Alone:
         config, server = rank.task.config, serving.server
         is_elastic = RULEBOOK[config.rule.name].moves == "elastic"
         flat = FlatModel(module, self.device, spare_weights=is_elastic, carried=rank.carried)
-        client = LocalClient(server, flat, rank.books.meter, config.exchange.fetch_wire, is_elastic)
+        client = LocalClient(server, flat, rank.books.meter, is_elastic)
         loaders = rank.task.train_loader(rank.books.note), rank.task.val_loader(rank.books.note)
         worker = open_worker(rank, flat, client, loaders)
         if rank.task.computes:
@@ -280,10 +280,8 @@ class LocalInbox:
 class LocalClient:
     """A worker's exchange with the server of its own process: as runtime.client.ServerClient, without overlap."""
 
-    def __init__(
-        self, server: Server, flat: FlatModel, meter: Meter, wire: str, fetches_aside: bool
-    ):
-        self._server, self._flat, self._meter, self._wire = server, flat, meter, wire
+    def __init__(self, server: Server, flat: FlatModel, meter: Meter, fetches_aside: bool):
+        self._server, self._flat, self._meter = server, flat, meter
         self._aside = fetches_aside
         self._is_new = self._is_sent_home = False
         self.version = self.samples = self.sent = 0
@@ -293,6 +291,11 @@ class LocalClient:
     @property
     def _window(self) -> LocalWindow:
         return self._server.window
+
+    @property
+    def format(self) -> VectorFormat:
+        """That of what is fetched."""
+        return self._window.whole.fetched
 
     @property
     def fetched(self) -> torch.Tensor:
@@ -322,7 +325,7 @@ class LocalClient:
         pushed = time.perf_counter()
         if fetch:
             window = self._window
-            weights = window.latest if whole else codec.rounded(window.latest, self._wire)
+            weights = window.latest if whole else self.format.rounded(window.latest)
             self.fetched.copy_(weights)
             self.version, self.samples, self._is_new = window.version, window.samples, True
             self._meter.add(fetches=1)

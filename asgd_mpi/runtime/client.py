@@ -23,7 +23,7 @@ from asgd_mpi.protocol.messages import Header, Kind, Mail, Orders
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.vector import codec
 from asgd_mpi.vector.flat import FlatModel
-from asgd_mpi.vector.push_format import PushFormat
+from asgd_mpi.vector.vector_format import VectorFormat
 
 if TYPE_CHECKING:
     from asgd_mpi.runtime.stages import LeadStage
@@ -43,8 +43,8 @@ class RoundTrip:
 class Formats(NamedTuple):
     """In which formats vectors travel."""
 
-    fetched: str = "float32"  # see vector.codec
-    pushed: PushFormat | None = None  # None: as what is fetched
+    fetched: VectorFormat | None = None  # None: float32
+    pushed: VectorFormat | None = None  # None: as what is fetched
 
 
 class ServerClient:
@@ -67,16 +67,17 @@ class ServerClient:
     ):
         self._window, self._outbox, self._flat, self._meter = window, outbox, flat, meter
         self._leader = lead
-        self._wire = wire = formats.fetched
-        self._push = formats.pushed or PushFormat((lead or flat).num_floats, wire)
+        self._plain = VectorFormat((lead or flat).num_floats)
+        self.format = formats.fetched or self._plain  # of what is fetched
+        self._push = formats.pushed or self.format
         if overlap:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="client")
         else:
             self._thread = None
         self._trip: Future[RoundTrip] | None = None
         on_gpu = flat.device.type == "cuda"
-        num_bytes = codec.num_bytes(flat.num_floats, "float32" if on_gpu else wire)
-        is_staged = (on_gpu or wire != "float32") and not lead
+        num_bytes = (self._plain if on_gpu else self.format).num_bytes()
+        is_staged = (on_gpu or self.format.wire != "float32") and not lead
         if is_staged:
             self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         else:
@@ -247,7 +248,7 @@ class ServerClient:
         else:
             snapshot = self._window.fetch(memory, at_least, whole)
         if memory.data_ptr() != weights.data_ptr():
-            codec.copy_(weights, codec.vector_in(memory, len(weights), self._format(whole)))
+            codec.copy_(weights, self._format(whole).vector_in(memory))
         return snapshot
 
     def _room(self, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,10 +257,10 @@ class ServerClient:
         weights = self._flat.spare_weights if is_spare else self._flat.weights
         if self._staging is None or (whole and self._flat.device.type == "cpu"):
             return weights, weights.view(torch.uint8)
-        return weights, self._staging[: codec.num_bytes(len(weights), self._format(whole))]
+        return weights, self._staging[: self._format(whole).num_bytes()]
 
-    def _format(self, whole: bool) -> str:
-        return "float32" if whole else self._wire
+    def _format(self, whole: bool) -> VectorFormat:
+        return self._plain if whole else self.format
 
 
 def _at_once(mail: Mail) -> bool:

@@ -27,7 +27,7 @@ from asgd_mpi.config.resolved import Resolved
 from asgd_mpi.config.topology import Topology
 from asgd_mpi.errors import DataError, DiskRefuses, UserError, tell
 from asgd_mpi.model import buffers
-from asgd_mpi.optim.error_feedback import push_format
+from asgd_mpi.optim.formats import fetch_format, push_format
 from asgd_mpi.process import launchers, segments, signals
 from asgd_mpi.process.ending import DEGRADED, WRONG
 from asgd_mpi.record import origin, tee
@@ -212,7 +212,7 @@ def _train(
         exchange.ring,
         plan.num_workers,
         num_statistics(module, carried),
-        exchange.fetch_wire,
+        fetch_format(exchange, module),
         exchange.servers,
         push_format(exchange, module),
     )

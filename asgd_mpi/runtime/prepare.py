@@ -15,7 +15,7 @@ from asgd_mpi.config.rulebook import is_adaptive, is_kept_by_workers
 from asgd_mpi.config.topology import Topology
 from asgd_mpi.errors import ConfigError, DiskRefuses, plural, tell
 from asgd_mpi.model import buffers
-from asgd_mpi.optim.error_feedback import push_format
+from asgd_mpi.optim.formats import fetch_format, push_format
 from asgd_mpi.optim.rules import make_rule
 from asgd_mpi.record import checkpoint, disk, tensorboard
 from asgd_mpi.record.disk import write_whole
@@ -132,7 +132,7 @@ def prepare(
         num_floats(module),
         config.exchange.ring,
         num_workers,
-        wire=plain.exchange.fetch_wire,
+        fetch=fetch_format(plain.exchange, module),
         num_servers=num_servers,
         push=push_format(plain.exchange, module),
     )

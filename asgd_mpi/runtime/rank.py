@@ -183,7 +183,6 @@ def open_server(
             config.failure,
             config.checkpoint,
             config.record.hash_snapshots,
-            config.exchange.fetch_wire,
             averages_statistics=config.model.batchnorm == "server_ema" and statistics is not None,
             workers_keep_momentum=workers_keep_state(config)
             or bool(rank.carried)

@@ -136,7 +136,7 @@ def run_worker(
         rank.books.meter,
         exchange.overlap,
         elastic,
-        Formats(exchange.fetch_wire, rank.window.whole.pushed),
+        Formats(rank.window.whole.fetched, rank.window.whole.pushed),
         lead,
     )
     worker = open_worker(rank, flat, client, loaders, lead)

@@ -39,7 +39,7 @@ from asgd_mpi.record.meter import Meter
 from asgd_mpi.record.progress import Progress
 from asgd_mpi.runtime import losses
 from asgd_mpi.runtime.checkpointer import Checkpointer
-from asgd_mpi.vector import codec, finite
+from asgd_mpi.vector import finite
 from asgd_mpi.vector.partition import pieces
 
 # what a retired worker may not send; it is a member again with it
@@ -80,7 +80,6 @@ class ServerHabits:
     failure: FailureConfig
     checkpoint: CheckpointConfig
     hash_snapshots: bool = False
-    wire: str = "float32"  # format of what travels
     averages_statistics: bool = False  # the running mean over all pushes
     workers_keep_momentum: bool = False
     workers_move: bool = False  # their own weights, between two fetches
@@ -121,7 +120,7 @@ class Server:
             habits.failure,
             habits.checkpoint,
         )
-        self.hash_snapshots, self.wire = habits.hash_snapshots, habits.wire
+        self.hash_snapshots = habits.hash_snapshots
         self.statistics, self.averages_statistics = statistics, habits.averages_statistics
         self.workers_keep_momentum = habits.workers_keep_momentum
         self.loss_watch = loss_watch or LossWatch()
@@ -537,7 +536,8 @@ class Server:
             if self.group:
                 weights = torch.empty(self.checkpointer.num_floats)
                 self._freeze(weights, {})
-            digest = xxhash.xxh3_64_hexdigest(codec.rounded(weights, self.wire).numpy())
+            arrives = self.window.whole.fetched.rounded(weights)
+            digest = xxhash.xxh3_64_hexdigest(arrives.numpy())
             self.log.write(Publish(time.time(), self.window.version, digest))
 
     def _tell(self, command: Command) -> None:

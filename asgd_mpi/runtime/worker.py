@@ -23,7 +23,6 @@ from asgd_mpi.protocol.messages import Header, Kind, Lease, Mail, Work
 from asgd_mpi.record.events import EventLog, Fetch
 from asgd_mpi.record.meter import Meter
 from asgd_mpi.runtime.worker_checkpointer import WorkerCheckpointer
-from asgd_mpi.vector import codec
 
 if TYPE_CHECKING:  # a run in one process has none of MPI
     from asgd_mpi.runtime.client import ServerClient
@@ -98,7 +97,6 @@ class Worker:
         self.lead = lead
         self.objective, self.train_loader, self.val_loader, self.metrics = subject
         self.batch_size, self.smallest = config.data.batch_size, config.data.min_batch or 1
-        self.exchange = config.exchange
         # how they come about
         self.statistics = config.model.batchnorm if self.network.measured else "none"
         self.meter, self.checkpointer, self.hashes = books
@@ -307,9 +305,8 @@ class Worker:
         if self.hashes:
             with self._gathering():
                 weights = self.lead.gathered("weights") if self.lead else self.client.fetched
-                digest = xxhash.xxh3_64_hexdigest(
-                    codec.rounded(weights, self.exchange.fetch_wire).cpu().numpy()
-                )
+                arrived = self.client.format.rounded(weights)
+                digest = xxhash.xxh3_64_hexdigest(arrived.cpu().numpy())
             self.hashes.write(Fetch(time.time(), self.client.version, self.client.sent, digest))
         return True
 

@@ -20,7 +20,7 @@ from asgd_mpi.data.dataset import DatasetLoader
 from asgd_mpi.data.loader import Loader
 from asgd_mpi.errors import ConfigError, few
 from asgd_mpi.optim.divided import Divided
-from asgd_mpi.optim.error_feedback import kept_at
+from asgd_mpi.optim.formats import kept_at
 from asgd_mpi.optim.lr_schedule import Schedule
 from asgd_mpi.optim.objective import Objective
 from asgd_mpi.pipeline import columns

@@ -26,7 +26,7 @@ from asgd_mpi.vector.partition import PIECE, pieces
 
 # numbers that share a unit: the server applies and publishes them together
 BLOCK = PIECE
-COMPRESSED = ("int8", "int4", "topk")  # what is pushed; see push_format
+COMPRESSED = ("int8", "int4", "topk")  # see vector_format
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK_BYTES = 2 * BLOCK + 4  # in 2 bytes a number
 # of the last bit that is kept of a float32's bits
@@ -70,6 +70,8 @@ class Packed:
 
 class Coded(Protocol):
     """A (P,) vector in some format; `coded[piece]`, float32, is read and written by pieces (see partition)."""
+
+    def to(self, device: torch.device) -> Coded: ...
 
     def __len__(self) -> int: ...
 
@@ -140,7 +142,7 @@ def copy_(into: Vector, source: Vector) -> None:
     if isinstance(into, torch.Tensor) and isinstance(source, torch.Tensor):
         into.copy_(source)
         return
-    if isinstance(into, torch.Tensor) and isinstance(source, Packed):
+    if isinstance(into, torch.Tensor):
         source = source.to(into.device)  # where it is wider
     for piece in pieces(len(into)):
         into[piece] = source[piece]

@@ -11,7 +11,7 @@ from asgd_mpi.comm.layout import Layout
 from asgd_mpi.comm.arrival import Arrival
 from asgd_mpi.comm.worker_window import Snapshot
 from asgd_mpi.vector import codec
-from asgd_mpi.vector.push_format import PushFormat
+from asgd_mpi.vector.vector_format import VectorFormat
 
 
 class Exchange:
@@ -21,15 +21,14 @@ class Exchange:
         self,
         num_floats: int,
         num_statistics: int = 0,
-        wire: str = "float32",
+        fetch: VectorFormat | None = None,
         ring: int = 3,
-        push: PushFormat | None = None,
+        push: VectorFormat | None = None,
     ):
         self.lock = threading.Lock()
-        self.layout = Layout(num_floats, ring, 0, num_statistics, wire, push=push)
+        self.layout = Layout(num_floats, ring, 0, num_statistics, fetch, push=push)
         self.ring = [torch.zeros(num_floats) for _ in range(ring)]
         self.shown = [torch.zeros(self.layout.vector_bytes, dtype=torch.uint8) for _ in range(ring)]
-        self.format = num_floats, wire
         self.version, self.slot, self.versions = -1, 0, [-1] * ring
         self.mail = {}
         self.packets = deque()
@@ -38,6 +37,10 @@ class Exchange:
 class FakeServerWindow:
     def __init__(self, exchange: Exchange):
         self._exchange = exchange
+
+    @property
+    def whole(self):
+        return self._exchange.layout
 
     @property
     def version(self):
@@ -59,7 +62,7 @@ class FakeServerWindow:
             slot = (exchange.slot + 1) % len(exchange.ring)
             self._next = (
                 exchange.ring[slot],
-                codec.vector_in(exchange.shown[slot], *exchange.format),
+                exchange.layout.fetched.vector_in(exchange.shown[slot]),
             )
             yield exchange.ring[slot]
             exchange.version, exchange.samples, exchange.slot = version, samples, slot

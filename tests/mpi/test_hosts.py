@@ -190,7 +190,7 @@ def test_with_two_bytes_a_number_half_as_much_crosses_the_links(openmpi, digits,
     assert sent["float32"] < 1.2 * (summaries[0].bytes_pushed + summaries[0].bytes_fetched), sent
 
 
-def test_two_sites_behind_one_slow_link_train_with_a_twentieth_of_the_bytes(
+def test_two_sites_behind_one_slow_link_train_with_a_thirtieth_of_the_bytes(
     openmpi, digits, tmp_path
 ):
     """Server and a worker at one site, four workers at the other; between them 20 Mbit/s, as docs/slow-links.md says it."""
@@ -211,7 +211,8 @@ def test_two_sites_behind_one_slow_link_train_with_a_twentieth_of_the_bytes(
                 str(digits),
                 "--model",
                 "networks_for_tests:broad",
-                *"--rule diloco --n-sync 30 --exchange.wire int8 --exchange.overlap true".split(),
+                *"--rule diloco --n-sync 30 --exchange.wire int4 --exchange.fetch_wire int8".split(),
+                "--exchange.overlap=true",
                 *"--epochs 12 --batch-size 16 --lr 0.05 --run.dir run --run.progress none".split(),
                 *"--compute.device cpu --compute.threads 1".split(),
             ),
@@ -229,7 +230,7 @@ def test_two_sites_behind_one_slow_link_train_with_a_twentieth_of_the_bytes(
     told = summary.bytes_pushed + summary.bytes_fetched
     # a push and a fetch of float32 for every batch
     of_every_batch = 8 * summary.num_parameters * sum(push.positions for push in pushes) / 16
-    assert told < of_every_batch / 20, (told, of_every_batch)
+    assert told < of_every_batch / 30, (told, of_every_batch)
     # counted by the network: beside it, each of the four has measured how it reads best, 1 MiB a few times
     assert sent < told + 4 * 6e6, (sent, told)
 

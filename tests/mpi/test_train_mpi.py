@@ -54,7 +54,8 @@ OVERLAP, AUTO, N_SYNC, SYNC = (
 # what is measured chooses
 CHOSEN = [*AUTO, "--exchange.wire", "auto"]
 BFLOAT16, FLOAT16 = ["--exchange.wire", "bfloat16"], ["--exchange.wire", "float16", *OVERLAP]
-INT4 = ["--exchange.wire", "int4", "--model", "networks_for_tests:broad"]
+FETCHED_INT8 = ["--exchange.fetch_wire", "int8"]
+INT4 = ["--exchange.wire", "int4", *FETCHED_INT8, "--model", "networks_for_tests:broad"]
 TOPK = ["--exchange.wire", "topk", "--exchange.density_warmup_epochs", "0.5"]
 DC_ASGD = ["--rule", "dc_asgd_a", "--rule.momentum_at", "server", "--rule.momentum", "0.5"]
 WIDE = ["--model", "networks_for_tests:wide", "--run.epochs", "1.25"]
@@ -84,6 +85,7 @@ RUNS = [
     ("openmpi", FOLLOWS, 1, [*HEAVY_BALL, *WIDE]),
     ("openmpi", FOLLOWS, 3, WIDE),
     ("mpich", FOLLOWS, 3, [*BFLOAT16, *WIDE]),
+    ("openmpi", FOLLOWS, 3, [*FETCHED_INT8, *WIDE]),
     # ... and with several servers
     ("openmpi", ONE_HOST, 1, HEAVY_BALL, 2),
     ("openmpi", ONE_HOST, 2, DC_ASGD, 3),
@@ -91,7 +93,7 @@ RUNS = [
     ("openmpi", TWO_HOSTS, 3, AUTO, 3),
     ("openmpi", SHORT_COUNTS, 3, [*BFLOAT16, *WIDE], 3),
     ("mpich", TWO_HOSTS, 3, [], 3),
-    ("openmpi", SHORT_COUNTS, 3, [*TOPK, *WIDE], 3),
+    ("openmpi", SHORT_COUNTS, 3, [*TOPK, *FETCHED_INT8, *WIDE], 3),
 ]
 
 

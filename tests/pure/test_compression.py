@@ -13,24 +13,33 @@ from asgd_mpi.config import options, rulebook
 from asgd_mpi.config.options import ExchangeConfig
 from asgd_mpi.config import exchange_choice
 from asgd_mpi.offline.simulation import Times, simulate
-from asgd_mpi.optim.error_feedback import ErrorFeedback, kept_at, kept_of
+from asgd_mpi.optim.error_feedback import ErrorFeedback
+from asgd_mpi.optim.formats import kept_at, kept_of
 from asgd_mpi.record import checkpoint
-from asgd_mpi.record.events import Interval, Push, Resume, read_events, read_log
+from asgd_mpi.record.events import (
+    Fetch,
+    Interval,
+    Publish,
+    Push,
+    Resume,
+    read_events,
+    read_log,
+)
 from asgd_mpi.replay import replay
 from asgd_mpi.vector import codec, integers, largest
 from asgd_mpi.vector.flat import FlatModel, ranges_below
 from asgd_mpi.vector.largest import CHUNK
 from asgd_mpi.vector.partition import PIECE, cut
-from asgd_mpi.vector.push_format import PushFormat
+from asgd_mpi.vector.vector_format import VectorFormat
 
 SMALL = ((16, 48), (PIECE - 32, PIECE + 16), (PIECE + 5000, PIECE + 5064))
 FORMATS = [
-    (PushFormat(PIECE + 6000, "int8", SMALL), 0),
-    (PushFormat(PIECE + 6000, "int4", SMALL), 0),
-    (PushFormat(PIECE + 6000, "topk", SMALL, most=CHUNK), 41),
-    (PushFormat(PIECE + 6000, "topk", SMALL, most=CHUNK), 1),
-    (PushFormat(PIECE + 6000, "topk", SMALL, most=CHUNK), 1001),
-    (PushFormat(PIECE + 6000, "topk", SMALL, most=CHUNK), CHUNK),
+    (VectorFormat(PIECE + 6000, "int8", SMALL), 0),
+    (VectorFormat(PIECE + 6000, "int4", SMALL), 0),
+    (VectorFormat(PIECE + 6000, "topk", SMALL, most=CHUNK), 41),
+    (VectorFormat(PIECE + 6000, "topk", SMALL, most=CHUNK), 1),
+    (VectorFormat(PIECE + 6000, "topk", SMALL, most=CHUNK), 1001),
+    (VectorFormat(PIECE + 6000, "topk", SMALL, most=CHUNK), CHUNK),
 ]
 formats = pytest.mark.parametrize(
     "form, kept", FORMATS, ids=lambda one: getattr(one, "wire", str(one))
@@ -139,6 +148,23 @@ def test_what_arrives_arrives_as_it_is_when_it_is_sent_again_and_small_parameter
     assert torch.equal(back, vector) == (kept == CHUNK)
 
 
+@pytest.mark.parametrize("wire", [*options.WIRES, "int8"])
+def test_what_is_fetched_is_rounded_off_alike_by_servers_workers_and_replays(wire):
+    form = VectorFormat(PIECE + 6000, wire, SMALL if wire == "int8" else ())
+    vector = random_vector(form.num_floats)
+    back, memory = arrived(form, 0, vector)
+    rounded = form.rounded(vector)
+    assert torch.equal(rounded, back) and torch.equal(form.rounded(rounded), rounded)
+    assert torch.equal(vector, random_vector(form.num_floats))
+    assert torch.equal(rounded, vector) == (wire == "float32")
+    # a worker that follows copies whole pieces, as soon as they are there
+    first = form.part(slice(0, PIECE))
+    assert form.bytes_to(0) == 0 and form.bytes_to(form.num_floats) == len(memory)
+    found = torch.empty(PIECE)
+    codec.copy_(found, first.vector_in(memory[: form.bytes_to(PIECE)].clone()))
+    assert torch.equal(found, back[:PIECE])
+
+
 @formats
 def test_a_slice_of_a_push_is_a_range_of_its_bytes(form, kept):
     vector = random_vector(form.num_floats)
@@ -156,7 +182,7 @@ def test_a_slice_of_a_push_is_a_range_of_its_bytes(form, kept):
 
 def test_the_bytes_of_a_push_are_a_fraction_of_those_in_float32():
     def share(wire, kept=0):
-        return PushFormat(100 * PIECE, wire, most=kept).num_bytes(kept) / (400 * PIECE)
+        return VectorFormat(100 * PIECE, wire, most=kept).num_bytes(kept) / (400 * PIECE)
 
     assert share("int8") == pytest.approx(1 / 4 + 1 / 1024)
     assert share("int4") == pytest.approx(1 / 8 + 1 / 1024)
@@ -234,6 +260,28 @@ RUNS = {
     "topk": ["--rule", "ringmaster", "--rule.max_staleness", "2", "--exchange.density", "0.02"]
     + ["--exchange.density_warmup_epochs", "0.5"],
 }
+
+
+def test_a_run_that_fetches_int8_replays_to_the_bit_and_reads_less_than_half_of_the_bytes(
+    digits, tmp_path
+):
+    arguments = [*BROAD, "--exchange.wire", "int4", "--exchange.fetch_wire", "int8"]
+    local = ["--rule", "diloco", "--n-sync", "3", "--exchange.overlap", "true"]
+    task = make_task(digits, *arguments, *local)
+    cluster = Cluster(task, 3, tmp_path)
+    cluster.train()
+    log = list(read_log(cluster.run.pushes))
+    assert torch.equal(replay(task, log, 3)[0].weights, cluster.server.window.latest)
+    events = [list(read_events(cluster.run.metrics_of(rank))) for rank in (0, 1, 2, 3)]
+    published = {one.version: one.hash for one in events[0] if isinstance(one, Publish)}
+    fetches = [one for of_rank in events for one in of_rank if isinstance(one, Fetch)]
+    assert fetches and all(published[fetch.version] == fetch.hash for fetch in fetches)
+    intervals = [one for of_rank in events for one in of_rank if isinstance(one, Interval)]
+    read, number = (
+        sum(getattr(one, name) for one in intervals) for name in ("bytes_fetched", "fetches")
+    )
+    # the small parameters, 15 % of this network, travel as they are; and who validates reads all of it so
+    assert number > 20 and read < 0.5 * 4 * len(cluster.first_weights) * number
 
 
 @pytest.mark.parametrize("wire", RUNS)
@@ -323,3 +371,15 @@ def test_a_gpu_pushes_the_same_bytes(form, kept):
         host.push_(one, kept)
         device.push_(other, kept)
         assert torch.equal(one, other.cpu()) and torch.equal(host.code, device.code.cpu())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("wire", [*options.WIRES, "int8"])
+def test_a_gpu_rounds_what_is_fetched_to_the_same_bits(wire):
+    form = VectorFormat(PIECE + 6000, wire, SMALL if wire == "int8" else ())
+    vector = random_vector(form.num_floats)
+    back, memory = arrived(form, 0, vector)
+    assert torch.equal(form.rounded(vector.cuda()).cpu(), back)
+    on_device = torch.empty(form.num_floats, device="cuda")
+    codec.copy_(on_device, form.vector_in(memory))
+    assert torch.equal(on_device.cpu(), back)

@@ -81,7 +81,7 @@ def test_a_wire_format_rounds_as_it_did():
 
 
 def test_the_layout_of_a_window_is_what_other_hosts_expect():
-    layout = Layout(1_000, 3, 2, 8, "float32", 1)
+    layout = Layout(1_000, 3, 2, 8, num_servers=1)
     assert (
         layout.server_bytes,
         layout.slot(0),

@@ -13,7 +13,14 @@ from test_pace import completed
 from asgd_mpi import plan
 from asgd_mpi.config import exchange_choice, limits
 from asgd_mpi.config.resolved import with_recipe
-from asgd_mpi.config.exchange_choice import ENOUGH, TRIED, Measured, bytes_of_push, fetch_wire
+from asgd_mpi.config.exchange_choice import (
+    ENOUGH,
+    TRIED,
+    Formats,
+    Measured,
+    bytes_of_push,
+    fetch_wire,
+)
 from asgd_mpi.config import options as configuration, parse, written
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.model import networks
@@ -42,13 +49,17 @@ def chosen(measured, *options):
 def test_the_share_of_steps_is_that_of_a_push_and_a_fetch_one_after_the_other():
     # 46.8 MB each way at 117 MB/s: 0.4 s and 0.4 s
     one = Measured(P, 0.2, 117e6, 117e6)
-    assert one.trip_s("float32", 0.01) == pytest.approx(0.8)
-    assert one.in_steps("float32", 0.01, 1, overlap=False) == pytest.approx(0.2)
-    assert one.in_steps("float32", 0.01, 1, overlap=True) == pytest.approx(0.25)
-    assert one.in_steps("float32", 0.01, 4, overlap=True) == 1
-    assert one.hiding("float32", 0.01) == 4
+    float32 = Formats("float32", 0.01)
+    assert one.trip_s(float32) == pytest.approx(0.8)
+    assert one.in_steps(float32, 1, overlap=False) == pytest.approx(0.2)
+    assert one.in_steps(float32, 1, overlap=True) == pytest.approx(0.25)
+    assert one.in_steps(float32, 4, overlap=True) == 1
+    assert one.hiding(float32) == 4
     # a number in bfloat16 and its place in 12 bits, of one in a hundred; weights in bfloat16
-    assert one.trip_s("topk", 0.01) == pytest.approx(0.2 + 0.2 * 0.0175)
+    assert one.trip_s(Formats("topk", 0.01)) == pytest.approx(0.2 + 0.2 * 0.0175)
+    # half a byte and a byte for 4, and 1/256 for each of both
+    narrow = Formats("int4", 0.01, fetched="int8")
+    assert one.trip_s(narrow) == pytest.approx(0.05 + 0.1 + 0.8 / 1024)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +105,10 @@ def test_a_slower_link_never_gets_more_bytes_and_diloco_hides_what_travels(step,
     measured = link(megabits, step)
     local = chosen(measured, *DILOCO, *AUTO)
     assert local.n_push == local.n_fetch >= 10 and local.overlap
-    assert measured.in_steps(local.wire, 0.01, local.n_push, overlap=True) == 1
+    formats = exchange_choice.formats_of(local)
+    assert measured.in_steps(formats, local.n_push, overlap=True) == 1
     choice = exchange_choice.advise(measured)
-    assert measured.in_steps(choice.wire, 0.01, choice.n_push, choice.overlap) >= ENOUGH
+    assert measured.in_steps(choice.formats, choice.n_push, choice.overlap) >= ENOUGH
 
 
 def test_nothing_is_left_open_and_a_resume_keeps_what_was_chosen():
@@ -125,12 +137,31 @@ def test_nothing_is_left_open_and_a_resume_keeps_what_was_chosen():
     )
 
 
+def test_the_batches_that_hide_a_trip_are_those_of_the_formats_that_were_asked_for():
+    """46.8 MB at 4.5 MB/s: 10.4 s for a vector in float32, of a step of 100 ms."""
+    found = {
+        fetched: chosen(link(36), *DILOCO, "--exchange.wire=int4", *fetched).n_push
+        for fetched in ((), ("--exchange.fetch_wire=float32",), ("--exchange.fetch_wire=int8",))
+    }
+    # 1.1 times 1/8 and 1/2, 1/8 and 1, 1/8 and 1/4
+    assert list(found.values()) == [73, 130, 44]
+
+
+def test_where_more_than_the_fewest_local_batches_are_needed_what_travels_is_narrower():
+    assert exchange_choice.advise(link(600)).arguments.endswith(
+        "--n-sync 10 --exchange.overlap true --exchange.wire int8"
+    )
+    choice = exchange_choice.advise(link(100))
+    assert completed(*choice.arguments.split()).exchange.fetch_wire == "int8"
+    assert link(100).hiding(Formats("int8", 0.01)) > choice.n_push > 10
+
+
 def test_planner_and_doctor_name_the_same_choice_for_the_same_link():
     measured = link(100)
     told = exchange_choice.advice_told(measured)
-    assert "--rule diloco --n-sync 32 --exchange.overlap true --exchange.wire int8" in told
+    assert "--rule diloco --n-sync 17 --exchange.overlap true --exchange.wire int4" in told
     # options that a training takes
-    assert completed(*exchange_choice.advise(measured).arguments.split()).exchange.n_push == 32
+    assert completed(*exchange_choice.advise(measured).arguments.split()).exchange.n_push == 17
     costs = Costs(32, 0.1, 0.001, 0.001, link_s=4 * P / 12.5e6)
     assert plan.advice(costs, P) == [f"for {told}"]
     assert plan.advice(dataclasses.replace(costs, link_s=0.0), P) == []

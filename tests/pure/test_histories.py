@@ -385,7 +385,7 @@ def drawn_options(draw, most_workers):
         "rule.momentum_at": [None, *rulebook.MOMENTA],
         "exchange.wire": WIRES,
         "exchange.density": [0.05, 0.5],
-        "exchange.fetch_wire": [None, "float32", "bfloat16"],
+        "exchange.fetch_wire": [None, "float32", "bfloat16", "int8"],
         "exchange.overlap": [False, True],
         "exchange.n_push": [None, 1, "auto", n_push],
         "exchange.n_fetch": [None, n_push, 2 * n_push],

@@ -12,7 +12,7 @@ from asgd_mpi.comm.arrival import Arrival
 from asgd_mpi.config import parse as configuration
 from asgd_mpi.config.rulebook import RULEBOOK, workers_keep_state
 from asgd_mpi.errors import RunDirError, TrainingDiverged
-from asgd_mpi.optim.error_feedback import push_format
+from asgd_mpi.optim.formats import fetch_format, push_format
 from asgd_mpi.optim.replica import Replica
 from asgd_mpi.optim.rules import make_rule
 from asgd_mpi.protocol.ledger import Ledger
@@ -59,7 +59,7 @@ class Cluster:
         self.exchange = Exchange(
             flat.num_floats,
             flat.num_statistics,
-            config.fetch_wire,
+            fetch_format(config, flat.module),
             push=push_format(config, flat.module),
         )
         self.run = RunDir.create(directory / "run", "test")
@@ -94,7 +94,6 @@ class Cluster:
                 task.config.failure,
                 task.config.checkpoint,
                 hash_snapshots=True,
-                wire=config.fetch_wire,
                 averages_statistics=task.config.model.batchnorm == "server_ema",
                 workers_keep_momentum=workers_keep_state(task.config),
                 workers_move=bool(RULEBOOK[task.config.rule.name].moves),
@@ -128,7 +127,7 @@ class Cluster:
             meter,
             exchange.overlap,
             elastic,
-            Formats(exchange.fetch_wire, self.exchange.layout.pushed),
+            Formats(self.exchange.layout.fetched, self.exchange.layout.pushed),
         )
         Worker(
             number,

@@ -33,7 +33,7 @@ from asgd_mpi.record.rundir import RunDir
 from asgd_mpi.record.summary import summarize
 from asgd_mpi.simulate import write_run
 from asgd_mpi.vector.flat import FlatModel
-from asgd_mpi.vector.push_format import PushFormat
+from asgd_mpi.vector.vector_format import VectorFormat
 
 TIMES = Times(0.01, 0.001, 0.0001, 0.001, spread=0.3)
 AT_ONCE = Times(1.0, 0.0, 0.0, 0.0)
@@ -237,7 +237,7 @@ class Parabola(SingleProcessTrainer):
         self.schedule = lr_at or Schedule(
             config.schedule, 1, 1, num_workers, config.rule.staleness, num_workers
         )
-        self.pushed = PushFormat(self.flat.num_floats)
+        self.pushed = self.fetched = VectorFormat(self.flat.num_floats)
         self.rule = make_rule(self.flat.num_floats, config.rule, num_workers)
         self.replicas = [
             Replica(self.flat, config, num_workers, self.schedule, shares=True)
@@ -474,7 +474,8 @@ class NoArithmetic:
     """Computes nothing; now and then a gradient is not finite."""
 
     def __init__(self, num_workers, nonfinite, seed):
-        self.first, self.pushed = Snapshot(0, 0, torch.zeros(1)), PushFormat(1)
+        self.first = Snapshot(0, 0, torch.zeros(1))
+        self.pushed = self.fetched = VectorFormat(1)
         self.schedule = lambda samples, staleness=0: 1.0
         self.replicas = [SimpleNamespace(base=-1) for _ in range(num_workers)]
         self.flat = SimpleNamespace(gradient=torch.zeros(1))

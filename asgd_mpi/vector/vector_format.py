@@ -1,11 +1,12 @@
-"""How what is pushed lies in a packet: the formats of `codec`, and those that send less.
+"""How a vector of a certain network travels: in one of the formats of `codec`, or in one that sends less.
 
 int8   a byte a number (see `integers`)
 int4   half a byte a number
 topk   the largest numbers of each chunk (see `largest`), `kept` of them, which the header of the packet tells; where all of
        them are, float32
 
-These three leave something out, which a worker keeps (see optim.error_feedback). Parameters of less than a chunk, such as biases
+What these three leave out of a push a worker keeps (see optim.error_feedback). Weights may be fetched in int8, too: what is rounded
+off there is not kept, since each fetch is of the weights themselves. Parameters of less than a chunk, such as biases
 and the numbers of norms, are sent in float32. What is coded is a PIECE of the vector:
 
     memory, (num_bytes,) uint8:    of each piece its small parameters, then its numbers, 0 in the place of these
@@ -30,7 +31,7 @@ Ranges = tuple[tuple[int, int], ...]  # (start, stop) of parameters in a vector
 
 
 @dataclass(frozen=True)
-class PushFormat:
+class VectorFormat:
     """The format of a (P,) vector. `kept`: numbers of a chunk that are sent, of topk; 0 of the others."""
 
     num_floats: int
@@ -46,6 +47,24 @@ class PushFormat:
     def longest(self) -> int:
         """Return the most bytes that a vector takes."""
         return self.num_bytes(self.most)
+
+    def bytes_to(self, stop: int, kept: int = 0) -> int:
+        """Return the bytes of the first `stop` numbers, which are whole pieces, or all."""
+        if not self.is_compressed or kept == CHUNK:
+            return codec.num_bytes(stop, self._plain)
+        return self._starts(kept)[-(-stop // PIECE)]
+
+    def rounded(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return what arrives of a float32 vector: itself, or a new one."""
+        if not self.is_compressed:
+            return codec.rounded(vector, self.wire)
+        arrived = torch.empty_like(vector)
+        coded = self.vector_in(
+            torch.empty(self.num_bytes(), dtype=torch.uint8, device=vector.device)
+        )
+        codec.copy_(coded, vector)
+        codec.copy_(arrived, coded)
+        return arrived
 
     def may_keep(self, kept: int) -> bool:
         """Return whether a vector may come with so many numbers of a chunk."""
@@ -63,7 +82,7 @@ class PushFormat:
             return codec.vector_in(memory, self.num_floats, self._plain)
         return Compressed(self, memory, kept)
 
-    def part(self, own: slice) -> PushFormat:
+    def part(self, own: slice) -> VectorFormat:
         """Return the format of a slice of whole pieces."""
         small = tuple(
             (start - own.start, stop - own.start)
@@ -93,19 +112,29 @@ class PushFormat:
 
     def _starts(self, kept: int) -> list[int]:
         """Return where each piece begins, and the end."""
-        starts = [0]
-        for piece, small in zip(pieces(self.num_floats), self.small_of):
-            size = piece.stop - piece.start
-            starts.append(starts[-1] + 4 * _count(small) + _coded_bytes(self.wire, size, kept))
-        return starts
+        if kept not in self._known_starts:
+            starts = [0]
+            for piece, small in zip(pieces(self.num_floats), self.small_of):
+                size = piece.stop - piece.start
+                starts.append(starts[-1] + 4 * _count(small) + _coded_bytes(self.wire, size, kept))
+            self._known_starts[kept] = starts
+        return self._known_starts[kept]
+
+    @cached_property
+    def _known_starts(self) -> dict[int, list[int]]:
+        return {}
 
 
 class Compressed:
     """A (P,) vector in `memory`; `vector[piece]`, float32, is read and written by whole pieces."""
 
-    def __init__(self, form: PushFormat, memory: torch.Tensor, kept: int):
+    def __init__(self, form: VectorFormat, memory: torch.Tensor, kept: int):
         self._form, self._kept, self._starts = form, kept, form._starts(kept)
         self._memory = memory[: self._starts[-1]]
+
+    def to(self, device: torch.device) -> Compressed:
+        """Return the same on another device; itself if it is there."""
+        return Compressed(self._form, self._memory.to(device), self._kept)
 
     def __len__(self) -> int:
         return self._form.num_floats
