@@ -47,6 +47,11 @@ SETTINGS = {
     "diloco, n_sync 10, int8, overlap": "--rule diloco --n-sync 10 --exchange.wire int8 --exchange.overlap true",
     "diloco, n_sync 50, int8, overlap": "--rule diloco --n-sync 50 --exchange.wire int8 --exchange.overlap true",
     "diloco, n_sync 200, int8, overlap": "--rule diloco --n-sync 200 --exchange.wire int8 --exchange.overlap true",
+    **{
+        f"diloco, n_sync {n_sync}, int4, fetched int8, ring 10, overlap": f"--rule diloco --n-sync {n_sync} --exchange.wire int4 "
+        "--exchange.fetch_wire int8 --exchange.ring 10 --exchange.overlap true"
+        for n_sync in (19, 80)
+    },
 }
 # images of a batch: it is the sleep that takes the time
 PLAIN = """--model asgd_mpi.model.emulated:network --data.source synthetic --data.image_size 8 --data.augment none

@@ -3,7 +3,7 @@
     python -m data_prep.fashion_mnist --out data/fashion-mnist
     python -m benchmarks.local_training --parts digits,fashion,characters
 
-8 workers, simulated as in benchmarks.by_workers, with pushes in int8 and fetches in bfloat16. Every training adds a row to
+8 workers, simulated as in benchmarks.by_workers, with pushes in int8 and fetches in bfloat16, or in int4 and int8. Every training adds a row to
 benchmarks/results/local_training.json; those that are there are not computed again. At the end the tables are printed.
 
 digits      8 epochs, 5 batches between exchanges: 18 rounds of 8 pushes
@@ -27,16 +27,23 @@ from benchmarks import by_workers, machine
 RESULT = machine.RESULTS / "local_training.json"
 WORKERS = 8
 LOCAL = "--rule diloco --exchange.wire int8"
+NARROW = "--rule diloco --exchange.wire int4 --exchange.fetch_wire int8"
 OVERLAP = "--exchange.overlap true"
 # as it was: no worker goes ahead by more than its own part of the server's step
 OWN_PART = f"{OVERLAP} --rule.outer_ahead 0"
 FORMER, PLAIN = (0.7, 0.9), (1, 0)  # outer rate and momentum
 
 
-def local(n_sync: int, lr: float, outer: tuple[float, float], more: str = "") -> str:
+def local(
+    n_sync: int, lr: float, outer: tuple[float, float], more: str = "", rule: str = LOCAL
+) -> str:
     rate, momentum = outer
-    words = f"{LOCAL} --n-sync {n_sync} --lr {lr:g} --rule.outer_rate {rate:g} --rule.outer_momentum {momentum:g}"
+    words = f"{rule} --n-sync {n_sync} --lr {lr:g} --rule.outer_rate {rate:g} --rule.outer_momentum {momentum:g}"
     return f"{words} {more}".strip()
+
+
+def narrow(n_sync: int, lr: float, more: str = "") -> str:
+    return local(n_sync, lr, PLAIN, f"{OVERLAP} {more}", NARROW)
 
 
 # the recipe's rate, 0.02, times the root of 8 workers; the default is twice the recipe's, 0.04

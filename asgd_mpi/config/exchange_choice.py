@@ -31,7 +31,7 @@ SPARE = 1.1  # of diloco's batches, for steps that are quicker than the one that
 
 
 @dataclass(frozen=True)
-class Formats:
+class Load:
     """What travels: a push, and the fetch after it."""
 
     wire: str  # of what is pushed
@@ -49,9 +49,9 @@ class Formats:
         return WIRES[self.fetched or fetch_wire(self.wire)]
 
 
-def formats_of(exchange: ExchangeConfig) -> Formats:
+def load_of(exchange: ExchangeConfig) -> Load:
     """Return those of a run; what goes with `auto` is not known yet."""
-    return Formats(exchange.wire, exchange.density, exchange.fetch_wire or "")
+    return Load(exchange.wire, exchange.density, exchange.fetch_wire or "")
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,20 @@ class Measured:
     send_bytes_per_s: float
     read_bytes_per_s: float
 
-    def trip_s(self, formats: Formats) -> float:
+    def trip_s(self, load: Load) -> float:
         """Return the seconds that a push and the fetch after it travel."""
-        push_s, fetch_s = formats.sent / self.send_bytes_per_s, formats.read / self.read_bytes_per_s
+        push_s, fetch_s = load.sent / self.send_bytes_per_s, load.read / self.read_bytes_per_s
         return self.num_parameters * (push_s + fetch_s)
 
-    def hiding(self, formats: Formats) -> int:
+    def hiding(self, load: Load) -> int:
         """Return how many batches take as long as that."""
         if not self.step_s:
             return 1
-        return max(1, math.ceil(self.trip_s(formats) / self.step_s))
+        return max(1, math.ceil(self.trip_s(load) / self.step_s))
 
-    def in_steps(self, formats: Formats, n_push: int, overlap: bool) -> float:
+    def in_steps(self, load: Load, n_push: int, overlap: bool) -> float:
         """Return the share of the time that workers spend in steps."""
-        steps_s, trip_s = n_push * self.step_s, self.trip_s(formats)
+        steps_s, trip_s = n_push * self.step_s, self.trip_s(load)
         whole_s = max(steps_s, trip_s) if overlap else steps_s + trip_s
         return steps_s / whole_s if whole_s else 1.0
 
@@ -86,7 +86,7 @@ class Choice:
     """A way to exchange, as options of a training."""
 
     arguments: str
-    formats: Formats
+    load: Load
     n_push: int
     overlap: bool
 
@@ -114,14 +114,14 @@ def chosen(config: Resolved, measured: Measured, num_workers: int) -> Resolved:
             batches = n_push
 
         def in_steps(wire: str) -> float:
-            formats = Formats(wire, config.exchange.density)
-            return measured.in_steps(formats, batches, bool(config.exchange.overlap))
+            load = Load(wire, config.exchange.density)
+            return measured.in_steps(load, batches, bool(config.exchange.overlap))
 
         allowed = [one for one in TRIED if _is_allowed(with_wire(config, one), num_workers)]
         good = [one for one in allowed if in_steps(one) >= ENOUGH]
         config = with_wire(config, good[0] if good else max(allowed, key=in_steps))
     if _is_open_local(config):
-        n_push = _local_batches(measured, formats_of(config.exchange))
+        n_push = _local_batches(measured, load_of(config.exchange))
         config = with_exchange(config, n_push=n_push, n_fetch=n_push)
     return config
 
@@ -163,18 +163,18 @@ def with_wire(config: Resolved, wire: str) -> Resolved:
 def told(config: Resolved, measured: Measured) -> str:
     """Say in a line what was measured and chosen."""
     exchange = config.exchange
-    formats, n_push = formats_of(exchange), exchange.n_push
-    batches = measured.hiding(formats) if n_push == "auto" else n_push
-    share = measured.in_steps(formats, batches, bool(exchange.overlap))
+    load, n_push = load_of(exchange), exchange.n_push
+    batches = measured.hiding(load) if n_push == "auto" else n_push
+    share = measured.in_steps(load, batches, bool(exchange.overlap))
     return (
         f"{_speeds(measured)}: --exchange.wire {exchange.wire} and --exchange.n_push {n_push} leave {share:.0%} of the time for "
-        f"steps, {_bytes_a_batch(measured, formats, batches)}"
+        f"steps, {_bytes_a_batch(measured, load, batches)}"
     )
 
 
 def advise(measured: Measured, density: float = 0.01) -> Choice:
     """Return the exchange that changes least of how a run trains and leaves ENOUGH of the time for steps."""
-    float32, bfloat16, int8 = (Formats(wire, density) for wire in ("float32", "bfloat16", "int8"))
+    float32, bfloat16, int8 = (Load(wire, density) for wire in ("float32", "bfloat16", "int8"))
     tried = (
         Choice("--exchange.wire float32", float32, 1, False),
         Choice("--exchange.wire bfloat16", bfloat16, 1, False),
@@ -182,31 +182,31 @@ def advise(measured: Measured, density: float = 0.01) -> Choice:
         Choice("--exchange.wire int8 --exchange.n_push auto", int8, measured.hiding(int8), True),
     )
     for one in tried:
-        is_enough = measured.in_steps(one.formats, one.n_push, one.overlap) >= ENOUGH
+        is_enough = measured.in_steps(one.load, one.n_push, one.overlap) >= ENOUGH
         if is_enough and one.n_push <= MOST_SUMMED:
             return one
     return _local(measured, int8)
 
 
-def _local(measured: Measured, formats: Formats) -> Choice:
+def _local(measured: Measured, load: Load) -> Choice:
     """Return diloco's exchange: with more than the fewest batches, what travels is narrower, since fewer batches train better."""
-    if _local_batches(measured, formats) > rulebook.LEAST_LOCAL_BATCHES:
-        formats = Formats("int4", formats.density, "int8")
-    batches = _local_batches(measured, formats)
-    wires = f"--exchange.wire {formats.wire}"
-    if formats.fetched:
-        wires += f" --exchange.fetch_wire {formats.fetched}"
+    if _local_batches(measured, load) > rulebook.LEAST_LOCAL_BATCHES:
+        load = Load("int4", load.density, "int8")
+    batches = _local_batches(measured, load)
+    wires = f"--exchange.wire {load.wire}"
+    if load.fetched:
+        wires += f" --exchange.fetch_wire {load.fetched}"
     arguments = f"--rule diloco --n-sync {batches} --exchange.overlap true {wires}"
-    return Choice(arguments, formats, batches, True)
+    return Choice(arguments, load, batches, True)
 
 
 def advice_told(measured: Measured, density: float = 0.01) -> str:
     """Say in a line which exchange a link bears."""
     choice = advise(measured, density)
-    share = measured.in_steps(choice.formats, choice.n_push, choice.overlap)
+    share = measured.in_steps(choice.load, choice.n_push, choice.overlap)
     return (
         f"{_speeds(measured)}: {choice.arguments} leaves {share:.0%} of the time for steps, "
-        f"{_bytes_a_batch(measured, choice.formats, choice.n_push)}"
+        f"{_bytes_a_batch(measured, choice.load, choice.n_push)}"
     )
 
 
@@ -220,14 +220,14 @@ def _speeds(measured: Measured) -> str:
     return f"a step of {1e3 * measured.step_s:.4g} ms, {speeds}"
 
 
-def _bytes_a_batch(measured: Measured, formats: Formats, batches: int) -> str:
-    num_bytes = measured.num_parameters * (formats.sent + formats.read)
+def _bytes_a_batch(measured: Measured, load: Load, batches: int) -> str:
+    num_bytes = measured.num_parameters * (load.sent + load.read)
     return f"{num_bytes / batches / 1e6:.3g} MB a batch"
 
 
-def _local_batches(measured: Measured, formats: Formats) -> int:
+def _local_batches(measured: Measured, load: Load) -> int:
     """Return the batches that a worker trains on its own, enough to hide a trip to the server."""
-    return max(rulebook.LEAST_LOCAL_BATCHES, math.ceil(SPARE * measured.hiding(formats)))
+    return max(rulebook.LEAST_LOCAL_BATCHES, math.ceil(SPARE * measured.hiding(load)))
 
 
 def _is_open_local(config: Config) -> bool:

@@ -16,7 +16,7 @@ from asgd_mpi.config.resolved import with_recipe
 from asgd_mpi.config.exchange_choice import (
     ENOUGH,
     TRIED,
-    Formats,
+    Load,
     Measured,
     bytes_of_push,
     fetch_wire,
@@ -49,16 +49,16 @@ def chosen(measured, *options):
 def test_the_share_of_steps_is_that_of_a_push_and_a_fetch_one_after_the_other():
     # 46.8 MB each way at 117 MB/s: 0.4 s and 0.4 s
     one = Measured(P, 0.2, 117e6, 117e6)
-    float32 = Formats("float32", 0.01)
+    float32 = Load("float32", 0.01)
     assert one.trip_s(float32) == pytest.approx(0.8)
     assert one.in_steps(float32, 1, overlap=False) == pytest.approx(0.2)
     assert one.in_steps(float32, 1, overlap=True) == pytest.approx(0.25)
     assert one.in_steps(float32, 4, overlap=True) == 1
     assert one.hiding(float32) == 4
     # a number in bfloat16 and its place in 12 bits, of one in a hundred; weights in bfloat16
-    assert one.trip_s(Formats("topk", 0.01)) == pytest.approx(0.2 + 0.2 * 0.0175)
+    assert one.trip_s(Load("topk", 0.01)) == pytest.approx(0.2 + 0.2 * 0.0175)
     # half a byte and a byte for 4, and 1/256 for each of both
-    narrow = Formats("int4", 0.01, fetched="int8")
+    narrow = Load("int4", 0.01, fetched="int8")
     assert one.trip_s(narrow) == pytest.approx(0.05 + 0.1 + 0.8 / 1024)
 
 
@@ -105,10 +105,10 @@ def test_a_slower_link_never_gets_more_bytes_and_diloco_hides_what_travels(step,
     measured = link(megabits, step)
     local = chosen(measured, *DILOCO, *AUTO)
     assert local.n_push == local.n_fetch >= 10 and local.overlap
-    formats = exchange_choice.formats_of(local)
-    assert measured.in_steps(formats, local.n_push, overlap=True) == 1
+    load = exchange_choice.load_of(local)
+    assert measured.in_steps(load, local.n_push, overlap=True) == 1
     choice = exchange_choice.advise(measured)
-    assert measured.in_steps(choice.formats, choice.n_push, choice.overlap) >= ENOUGH
+    assert measured.in_steps(choice.load, choice.n_push, choice.overlap) >= ENOUGH
 
 
 def test_nothing_is_left_open_and_a_resume_keeps_what_was_chosen():
@@ -153,7 +153,7 @@ def test_where_more_than_the_fewest_local_batches_are_needed_what_travels_is_nar
     )
     choice = exchange_choice.advise(link(100))
     assert completed(*choice.arguments.split()).exchange.fetch_wire == "int8"
-    assert link(100).hiding(Formats("int8", 0.01)) > choice.n_push > 10
+    assert link(100).hiding(Load("int8", 0.01)) > choice.n_push > 10
 
 
 def test_planner_and_doctor_name_the_same_choice_for_the_same_link():
