@@ -8,6 +8,7 @@ option. What follows from the findings is decided in `findings.py`, which is pur
 
 from __future__ import annotations
 
+from asgd_mpi.optim.formats import fetch_format
 from asgd_mpi.process import interpreter
 
 if __name__ == "__main__":  # before anything heavy is imported
@@ -26,13 +27,13 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 import h5py
 import jsonargparse
 
 from asgd_mpi.config import command_line, limits, topology
-from asgd_mpi.config.options import WIRES
+from asgd_mpi.config.options import FETCHED, WIRES
 from asgd_mpi.config.topology import SERVER, Gpu, Topology
 from asgd_mpi.errors import ConfigError, UserError, tell
 from asgd_mpi.model import networks
@@ -115,6 +116,11 @@ def make_parser() -> command_line.Parser:
     )
     parser.add_argument(
         "--wire", type=Literal[WIRES], default="float32", help="What travels (--exchange.wire)."
+    )
+    parser.add_argument(
+        "--fetch-wire",
+        type=Optional[Literal[FETCHED]],
+        help="What is fetched, if it is not the same (--exchange.fetch_wire).",
     )
     parser.add_argument(
         "--servers", type=int, default=1, help="Ranks that serve (--exchange.servers)."
@@ -317,8 +323,9 @@ class Examination:
             options.ring,
             places.num_workers,
             num_statistics(module),
-            VectorFormat(num_floats(module), options.wire),
+            fetch_format(options.fetch_wire or options.wire, module),
             options.servers,
+            VectorFormat(num_floats(module), options.wire),
         )
         here = [rank for rank, host in enumerate(places.hosts) if host == places.hosts[SERVER]]
         window = sum(

@@ -22,7 +22,7 @@ import msgspec
 
 from asgd_mpi.config import command_line, exchange_choice, limits, rulebook
 from asgd_mpi.config import written
-from asgd_mpi.config.exchange_choice import TOPK, WIRES, Measured
+from asgd_mpi.config.exchange_choice import TOPK, WIRES, Measured, kept_fetch_wire
 from asgd_mpi.config.rulebook import WAITING
 from asgd_mpi.errors import ConfigError, RunDirError, tell
 from asgd_mpi.offline.forecast import (
@@ -314,7 +314,7 @@ def _as_asked(costs: Costs, options: jsonargparse.Namespace, num_parameters: int
         n_fetch=n_fetch,
         overlap=options.overlap,
         wire=options.wire or costs.wire,
-        fetch_wire=None if options.wire else costs.fetch_wire,
+        fetch_wire=kept_fetch_wire(costs.fetch_wire) if options.wire else costs.fetch_wire,
         num_servers=options.servers,
         link_s=link_s,
         latency_s=options.link_latency_us / 1e6,
@@ -516,8 +516,8 @@ def describe(
 
 
 def advice(costs: Costs, num_parameters: int) -> list[str]:
-    """Return which exchange the link of the plan bears, in a line; nothing without one."""
-    if not costs.link_s:
+    """Return which exchange the link of the plan bears, in a line; nothing without one, or for stages, which refuse most of them."""
+    if not costs.link_s or costs.num_stages > 1:
         return []
     speed = WIRES["float32"] * num_parameters / costs.link_s
     measured = Measured(num_parameters, costs.step_s, speed, speed)

@@ -57,8 +57,12 @@ class Layout:
     @cached_property
     def slices(self) -> list[slice]:
         """The numbers that each server serves."""
-        wires = {self.fetched.wire, self.pushed.wire} - {"float32"}
-        return partition.cut(self.num_parameters, self.num_servers, *sorted(wires)[:1])
+        coded = ""
+        if self.pushed.wire != "float32":
+            coded = f"--exchange.wire {self.pushed.wire}"
+        elif self.fetched.wire != "float32":
+            coded = f"--exchange.fetch_wire {self.fetched.wire}"
+        return partition.cut(self.num_parameters, self.num_servers, coded)
 
     @cached_property
     def fetched(self) -> VectorFormat:

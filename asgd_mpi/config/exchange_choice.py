@@ -56,17 +56,31 @@ def load_of(exchange: ExchangeConfig) -> Load:
 
 @dataclass(frozen=True)
 class Measured:
-    """The measurements of a choice. Speeds are of the slowest worker while all send, or read; inf if all share the server's memory."""
+    """The measurements of a choice. Speeds are of the slowest worker while all send, or read; inf if all share the server's memory.
+
+    num_small: parameters that travel in float32 beside the coded ones (see vector.vector_format).
+    """
 
     num_parameters: int
     step_s: float  # of a batch
     send_bytes_per_s: float
     read_bytes_per_s: float
+    num_small: int = 0
+
+    def sent(self, load: Load) -> float:
+        """Return the bytes of a push."""
+        return self.num_parameters * load.sent + self._beside(load.wire)
+
+    def read(self, load: Load) -> float:
+        """Return the bytes of a fetch."""
+        return self.num_parameters * load.read + self._beside(load.fetched)
+
+    def _beside(self, wire: str) -> int:
+        return 4 * self.num_small if wire in rulebook.COMPRESSED else 0
 
     def trip_s(self, load: Load) -> float:
         """Return the seconds that a push and the fetch after it travel."""
-        push_s, fetch_s = load.sent / self.send_bytes_per_s, load.read / self.read_bytes_per_s
-        return self.num_parameters * (push_s + fetch_s)
+        return self.sent(load) / self.send_bytes_per_s + self.read(load) / self.read_bytes_per_s
 
     def hiding(self, load: Load) -> int:
         """Return how many batches take as long as that."""
@@ -94,6 +108,11 @@ class Choice:
 def bytes_of_push(wire: str, density: float) -> float:
     """Return the bytes of a number that is pushed."""
     return density * KEPT_BYTES if wire == TOPK else WIRES[wire]
+
+
+def kept_fetch_wire(wire: str | None) -> str | None:
+    """Return the format of fetches that a run keeps with another one of pushes: int8, which is named by its user alone, or None."""
+    return wire if wire in rulebook.COMPRESSED else None
 
 
 def is_open(config: Config) -> bool:
@@ -221,8 +240,7 @@ def _speeds(measured: Measured) -> str:
 
 
 def _bytes_a_batch(measured: Measured, load: Load, batches: int) -> str:
-    num_bytes = measured.num_parameters * (load.sent + load.read)
-    return f"{num_bytes / batches / 1e6:.3g} MB a batch"
+    return f"{(measured.sent(load) + measured.read(load)) / batches / 1e6:.3g} MB a batch"
 
 
 def _local_batches(measured: Measured, load: Load) -> int:

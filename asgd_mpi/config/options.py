@@ -19,6 +19,7 @@ from asgd_mpi.config import rulebook
 RULES = tuple(rulebook.RULEBOOK)
 OPTIMIZERS = tuple(rulebook.OPTIMIZERS)
 WIRES = ("float32", "bfloat16", "float16")
+FETCHED = (*WIRES, "int8")  # of weights
 
 
 def free(default):
@@ -278,7 +279,7 @@ class ExchangeConfig:
     n_fetch: Optional[int] = None
     overlap: Optional[bool] = None
     wire: Literal[WIRES + rulebook.COMPRESSED + ("auto",)] = "float32"  # type: ignore[valid-type]
-    fetch_wire: Optional[Literal[WIRES + ("int8",)]] = None  # type: ignore[valid-type]
+    fetch_wire: Optional[Literal[FETCHED]] = None  # type: ignore[valid-type]
     density: float = 0.01
     density_warmup_epochs: float = 0.0
     servers: int = free(1)

@@ -31,7 +31,7 @@ from typing import Literal
 
 import numpy as np
 
-from asgd_mpi.config.exchange_choice import WIRES, bytes_of_push, fetch_wire
+from asgd_mpi.config.exchange_choice import WIRES, bytes_of_push, fetch_wire, kept_fetch_wire
 from asgd_mpi.protocol.client import Cadence
 
 MIN_PUSHES = 2000  # simulated at least, and PUSHES_EACH for each worker
@@ -479,7 +479,7 @@ CHANGES: tuple[tuple[str, Callable[[Costs], Costs]], ...] = (
     (
         "2 bytes a number on the links (--exchange.wire bfloat16)",
         lambda costs: (
-            replace(costs, wire="bfloat16", fetch_wire=None)
+            replace(costs, wire="bfloat16", fetch_wire=kept_fetch_wire(costs.fetch_wire))
             if costs.link_s and costs.wire == "float32"
             else costs
         ),

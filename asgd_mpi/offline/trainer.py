@@ -68,7 +68,7 @@ class SingleProcessTrainer:
             task.objective,
         )
         self.pushed = push_format(task.config.exchange, self.flat.module)
-        self.fetched = fetch_format(task.config.exchange, self.flat.module)
+        self.fetched = fetch_format(task.config.exchange.fetch_wire, self.flat.module)
         groups = task.groups(self.flat.module)
         self.rule = make_rule(self.flat.num_floats, task.config.rule, num_workers, groups)
         self.replicas = [

@@ -8,7 +8,6 @@ from fractions import Fraction
 from torch import nn
 
 from asgd_mpi.config.options import ExchangeConfig
-from asgd_mpi.config.resolved import ResolvedExchange
 from asgd_mpi.vector.flat import num_floats, ranges_below
 from asgd_mpi.vector.largest import CHUNK
 from asgd_mpi.vector.vector_format import VectorFormat
@@ -31,9 +30,9 @@ def push_format(exchange: ExchangeConfig, module: nn.Module) -> VectorFormat:
     return VectorFormat(form.num_floats, exchange.wire, ranges_below(module, CHUNK), most)
 
 
-def fetch_format(exchange: ResolvedExchange, module: nn.Module) -> VectorFormat:
-    """Return how a network's weights are fetched."""
-    form = VectorFormat(num_floats(module), exchange.fetch_wire)
+def fetch_format(wire: str, module: nn.Module) -> VectorFormat:
+    """Return how a network's weights are fetched, of `--exchange.fetch_wire`."""
+    form = VectorFormat(num_floats(module), wire)
     return replace(form, small=ranges_below(module, CHUNK)) if form.is_compressed else form
 
 

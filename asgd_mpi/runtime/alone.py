@@ -113,7 +113,7 @@ class Alone:
             config.exchange.ring,
             1,
             num_statistics(module, carried),
-            fetch_format(config.exchange, module),
+            fetch_format(config.exchange.fetch_wire, module),
             push=push_format(config.exchange, module),
         )
         window = LocalWindow(layout)

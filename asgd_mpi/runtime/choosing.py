@@ -22,7 +22,8 @@ from asgd_mpi.config.resolved import Resolved
 from asgd_mpi.config.topology import Topology
 from asgd_mpi.optim.step import ScaledLoss
 from asgd_mpi.task import OpenedTask
-from asgd_mpi.vector.flat import FlatModel
+from asgd_mpi.vector.flat import FlatModel, ranges_below
+from asgd_mpi.vector.largest import CHUNK
 
 STEPS = 3  # the first of which is not counted
 
@@ -43,6 +44,7 @@ def choose(
         statistics.median(times),
         send,
         read,
+        sum(stop - start for start, stop in ranges_below(module, CHUNK)),
     )
     config = exchange_choice.chosen(task.config, measured, places.num_workers)
     # the same everywhere, whatever the last bits of what was gathered

@@ -212,7 +212,7 @@ def _train(
         exchange.ring,
         plan.num_workers,
         num_statistics(module, carried),
-        fetch_format(exchange, module),
+        fetch_format(exchange.fetch_wire, module),
         exchange.servers,
         push_format(exchange, module),
     )

@@ -7,15 +7,18 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from asgd_mpi.comm.layout import Layout
 from asgd_mpi.config import parse, written
 from asgd_mpi.config import exchange_choice, failures, rulebook, topology
-from asgd_mpi.config.options import Config, ExchangeConfig
+from asgd_mpi.config.options import Config
+from asgd_mpi.config.resolved import Resolved, ResolvedExchange
 from asgd_mpi.config.rulebook import is_adaptive, is_kept_by_workers
 from asgd_mpi.config.topology import Topology
 from asgd_mpi.errors import ConfigError, DiskRefuses, plural, tell
 from asgd_mpi.model import buffers
-from asgd_mpi.optim.formats import fetch_format, push_format
+from asgd_mpi.optim.formats import fetch_format, kept_of, push_format
 from asgd_mpi.optim.rules import make_rule
 from asgd_mpi.record import checkpoint, disk, tensorboard
 from asgd_mpi.record.disk import write_whole
@@ -132,7 +135,7 @@ def prepare(
         num_floats(module),
         config.exchange.ring,
         num_workers,
-        fetch=fetch_format(plain.exchange, module),
+        fetch=fetch_format(plain.exchange.fetch_wire, module),
         num_servers=num_servers,
         push=push_format(plain.exchange, module),
     )
@@ -275,14 +278,14 @@ def _outlook(places: Topology, task: OpenedTask) -> str:
         + ranks
         + (
             f"{config.model.name} on {task.train.num_samples} training and {counted(task.val.num_samples, f'validation {task.unit}')}{source}\n"
-            f"{_expectation(config, max(1, places.num_workers), num_floats(task.build_module()))}"
+            f"{_expectation(config, max(1, places.num_workers), task.build_module())}"
         )
     )
 
 
-def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
+def _expectation(config: Resolved, num_workers: int, module: nn.Module) -> str:
     """Return what the rule is, what it keeps in memory, and how stale its gradients will be."""
-    rule, n_push = config.rule, config.exchange.n_push
+    rule, n_push, num_parameters = config.rule, config.exchange.n_push, num_floats(module)
     on_server, on_worker = rulebook.vectors(rule, num_workers, config.exchange.wire)
     if rule.own:  # only the class knows
         on_server = len(make_rule(1, rule, num_workers).state)
@@ -301,7 +304,7 @@ def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
         push = f"; a push for every {n_push} batches"
     if rule.steps_by_speed:
         push += ", for fewer of a slower worker"
-    wire = _wire(config.exchange)
+    wire = _wire(config.exchange, module)
     if rule.warm_start_epochs:
         warm = f"; one worker alone for the first {rule.warm_start_epochs:g} epochs"
     return (
@@ -311,16 +314,22 @@ def _expectation(config: Config, num_workers: int, num_parameters: int) -> str:
     )
 
 
-def _wire(exchange: ExchangeConfig) -> str:
-    """Return what is said of the formats that travel; nothing of float32."""
+def _wire(exchange: ResolvedExchange, module: nn.Module) -> str:
+    """Return what is said of the formats that travel, and how much of this network's bytes they leave; nothing of float32."""
     if exchange.wire == "auto":
         return "; the format on the wire is chosen by the links, which are measured first"
     if exchange.wire == exchange.fetch_wire == "float32":
         return ""
     if exchange.wire == exchange.fetch_wire:
         return f"; {exchange.wire} on the wire"
-    pushed = f"{exchange.density:.2%} of the numbers" if exchange.wire == "topk" else exchange.wire
-    return f"; {pushed} of a push on the wire, weights in {exchange.fetch_wire}"
+    kept = kept_of(exchange.density) if exchange.wire == "topk" else 0
+    pushed = push_format(exchange, module).num_bytes(kept)
+    fetched = fetch_format(exchange.fetch_wire, module).num_bytes()
+    share = 0.25 / num_floats(module)  # of the bytes in float32
+    return (
+        f"; pushes in {exchange.wire}, {pushed * share:.1%} of the bytes of float32, weights in {exchange.fetch_wire}, "
+        f"{fetched * share:.1%}"
+    )
 
 
 def _demand_room(path: Path, room: int, keep: int) -> None:

@@ -28,20 +28,23 @@ def is_fine(num_floats: int, num_servers: int) -> bool:
     return num_servers > 1 and num_floats <= (num_servers - 1) * PIECE
 
 
-def cut(num_floats: int, num_servers: int, wire: str = "float32") -> list[slice]:
-    """Return the slice of each server, about equal. Raises ConfigError if there is too little for so many."""
+def cut(num_floats: int, num_servers: int, coded: str = "") -> list[slice]:
+    """Return the slice of each server, about equal. Raises ConfigError if there is too little for so many.
+
+    coded: the option of a format in which a PIECE is coded together, such as `--exchange.wire int8`; "" if there is none.
+    """
     is_short = is_fine(num_floats, num_servers)
     step = STEP if is_short else PIECE
     units = -(-num_floats // step)
     if units < num_servers:
         raise ConfigError(
             f"--exchange.servers {num_servers}: a slice is cut at multiples of {step} numbers, and the network has "
-            f"{num_floats}: {units} servers at most. Take one, which is fast enough for it."
+            f"{num_floats}, enough for {units}. Take one server, which is fast enough for it."
         )
-    if is_short and wire != "float32":
+    if is_short and coded:
         raise ConfigError(
-            f"--exchange.servers {num_servers} with --exchange.wire {wire}: {PIECE} numbers are coded together, and "
-            f"the network has {num_floats}: {-(-num_floats // PIECE)} servers at most. Take fewer, or float32."
+            f"--exchange.servers {num_servers} with {coded}: {PIECE} numbers are coded together, and the network has "
+            f"{num_floats}, enough for {-(-num_floats // PIECE)}. Take fewer servers, or float32."
         )
     ends = [number * units // num_servers * step for number in range(num_servers)] + [num_floats]
     return [slice(start, stop) for start, stop in zip(ends, ends[1:])]

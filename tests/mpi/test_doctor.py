@@ -77,15 +77,28 @@ def with_rank(number: int, **changes) -> list[Rank]:
 WITH_GPUS = [RANK, replace(RANK, gpus=(H200,)), replace(RANK, gpus=(Gpu("GPU-2", "H200"),))]
 
 
-def test_memory_is_counted_for_the_network_of_a_task_of_ones_own():
-    def need(*options):
-        one = SimpleNamespace(
-            found=healthy(),
-            options=make_parser().read(options),
-            world=SimpleNamespace(is_server=True),
-        )
-        return Need(**Examination._need(one))
+def need(*options):
+    one = SimpleNamespace(
+        found=healthy(),
+        options=make_parser().read(options),
+        world=SimpleNamespace(is_server=True),
+    )
+    return Need(**Examination._need(one))
 
+
+def test_memory_is_counted_in_the_formats_that_travel():
+    """A slot holds the weights in float32, and beside them what is fetched, if that is another format."""
+    sizes = {
+        options: need("--model", "resnet18", *options)
+        for options in ((), ("--wire", "bfloat16"), ("--fetch-wire", "int8"))
+    }
+    num_parameters = sizes[()].num_parameters
+    of_a_number = [found.window / found.ring / num_parameters for found in sizes.values()]
+    assert of_a_number == pytest.approx([4, 6, 5], rel=0.005)
+    assert sizes[("--fetch-wire", "int8")].pushes == sizes[()].pushes
+
+
+def test_memory_is_counted_for_the_network_of_a_task_of_ones_own():
     own = need("--task", "own_tasks:Regression")
     assert own.model == "own_tasks:Regression"
     assert own.num_parameters == num_floats(own_tasks.Regression().module())

@@ -60,6 +60,10 @@ def test_the_share_of_steps_is_that_of_a_push_and_a_fetch_one_after_the_other():
     # half a byte and a byte for 4, and 1/256 for each of both
     narrow = Load("int4", 0.01, fetched="int8")
     assert one.trip_s(narrow) == pytest.approx(0.05 + 0.1 + 0.8 / 1024)
+    # small parameters travel in float32 beside them, which only formats do that code the others
+    small = dataclasses.replace(one, num_small=P // 10)
+    assert small.trip_s(narrow) == pytest.approx(one.trip_s(narrow) + 2 * 0.04)
+    assert small.trip_s(float32) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +169,7 @@ def test_planner_and_doctor_name_the_same_choice_for_the_same_link():
     costs = Costs(32, 0.1, 0.001, 0.001, link_s=4 * P / 12.5e6)
     assert plan.advice(costs, P) == [f"for {told}"]
     assert plan.advice(dataclasses.replace(costs, link_s=0.0), P) == []
+    assert plan.advice(costs.cut(2, 4), P) == []  # stages refuse what it names
     ranks = [findings.Rank(host, "Open MPI", "Open MPI", "multiple", 2) for host in ("a", "b")]
     far = findings.Link(1, "b", 1e-3, 12.5e6, 1e-3, 12.5e6)
     found = findings.Findings(

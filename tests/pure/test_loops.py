@@ -59,7 +59,7 @@ class Cluster:
         self.exchange = Exchange(
             flat.num_floats,
             flat.num_statistics,
-            fetch_format(config, flat.module),
+            fetch_format(config.fetch_wire, flat.module),
             push=push_format(config, flat.module),
         )
         self.run = RunDir.create(directory / "run", "test")

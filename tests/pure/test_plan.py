@@ -16,6 +16,7 @@ from test_page import Reader
 from test_report import raw
 
 from asgd_mpi import plan
+from asgd_mpi.offline import forecast
 from asgd_mpi.offline.forecast import (
     Costs,
     Observation,
@@ -384,6 +385,11 @@ def test_a_link_carries_a_push_and_a_fetch_in_the_formats_of_the_run():
     sparse = replace(costs, wire="topk", density=0.01)
     assert (sparse.sent_s, sparse.read_s) == (pytest.approx(0.035), 2.0)
     assert replace(sparse, fetch_wire="float32").read_s == 4.0
+    # what becomes of a run that fetches int8, if it pushes bfloat16: it goes on to fetch int8
+    narrow = replace(COSTS, link_s=4.0, fetch_wire="int8")
+    [(_, change)] = [one for one in forecast.CHANGES if "--exchange.wire bfloat16" in one[0]]
+    assert change(narrow).read_s == narrow.read_s == pytest.approx(1 + 1 / 256)
+    assert change(replace(narrow, fetch_wire="float32")).read_s == 2.0
     assert simulate(sparse, 1).images_per_s > 1.5 * simulate(costs, 1).images_per_s
 
 

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "simulate": "errors process config record task runtime offline report plan",
     "poc": "errors process untrusted config record task runtime report",
     "train": "errors process comm runtime offline report launched",
-    "doctor": "errors process config model vector comm task runtime",
+    "doctor": "errors process config model vector optim comm task runtime",
 }
 PURE = {
     "protocol": "torch numpy mpi4py time random os socket threading",

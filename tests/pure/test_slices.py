@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from asgd_mpi.comm.layout import Layout
 from asgd_mpi.config import options as configuration, parse
 from asgd_mpi.errors import ConfigError
 from asgd_mpi.optim.rules import make_rule
 from asgd_mpi.protocol.messages import Verdict
 from asgd_mpi.vector import codec
 from asgd_mpi.vector.partition import PIECE, STEP, cut, pieces
+from asgd_mpi.vector.vector_format import VectorFormat
 
 SETTINGS = {
     "asgd": (),
@@ -49,14 +51,15 @@ def test_the_slices_are_about_equal_and_follow_each_other_from_piece_to_piece(
 
 def test_more_servers_than_there_is_to_share_out_are_refused_with_a_number_that_fits():
     with pytest.raises(
-        ConfigError, match="multiples of 1024 numbers, and the network has 2976: 3 servers at most"
+        ConfigError, match="multiples of 1024 numbers, and the network has 2976, enough for 3"
     ):
         cut(2976, 4)
     with pytest.raises(
         ConfigError,
-        match=f"bfloat16.* {PIECE} numbers are coded together.*: 2 servers at most.*or float32",
+        match=f"fetch_wire int8: {PIECE} numbers are coded together.*, enough for 2. .*or float32",
     ):
-        cut(PIECE + 16, 3, "bfloat16")
+        whole, narrow = (VectorFormat(PIECE + 16, wire) for wire in ("float32", "int8"))
+        Layout(PIECE + 16, 3, 2, 0, narrow, num_servers=3, push=whole)
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
