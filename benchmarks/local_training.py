@@ -8,7 +8,7 @@ benchmarks/results/local_training.json; those that are there are not computed ag
 
 digits      8 epochs, 5 batches between exchanges: 18 rounds of 8 pushes
 fashion     Fashion-MNIST, 4 epochs, 10 to 50 batches: 37 rounds with 50; and 16 and 32 epochs
-characters  a small transformer, AdamW at the workers, 1000 batches, 5 between exchanges: 25 rounds
+characters  a small transformer, AdamW at the workers, 1000 batches, 5 between exchanges: 25 rounds; and 4000 batches
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ def narrow(n_sync: int, lr: float, more: str = "") -> str:
 
 # the recipe's rate, 0.02, times the root of 8 workers; the default is twice the recipe's, 0.04
 ROOT = 0.056569
+LOWER = 0.0282843  # times the root of 2
 ALL = (0, 1)  # seeds
 CHARACTERS = "--rule.optimizer adamw"
+OF_4000 = "--epochs 1 --run.validate_every 1"  # batches
+SLOW = "--run.inject slow:4x@rank8"
 LONG, LONGER, LONGEST = (
     f"--epochs {epochs} --run.validate_every {epochs}" for epochs in (16, 32, 64)
 )
@@ -92,9 +95,17 @@ CASES = {
         (f"{LONG} --lr 0.02", WORKERS, (0,)),
         *((f"{LONG} {local(n_sync, 0.04, PLAIN)}", WORKERS, (0,)) for n_sync in (10, 25)),
         (f"{LONG} {local(50, 0.04, PLAIN)}", WORKERS, ALL),
-        *((f"{LONGER} {one}", WORKERS, (0,)) for one in ("--lr 0.02", local(50, 0.04, PLAIN))),
+        (f"{LONGER} --lr 0.02", WORKERS, ALL),
+        (f"{LONGER} {local(50, 0.04, PLAIN)}", WORKERS, (0,)),
         *((f"{LONGER} {local(n, 0.04, (0.5, 0), OWN_PART)}", WORKERS, (0,)) for n in (10, 50)),
-        *((f"{LONGER} {local(n, 0.04, PLAIN, OVERLAP)}", WORKERS, (0,)) for n in (10, 38, 50)),
+        *((f"{LONGER} {local(n, 0.04, PLAIN, OVERLAP)}", WORKERS, (0,)) for n in (38, 50)),
+        (f"{LONGER} {local(10, 0.04, PLAIN, OVERLAP)}", WORKERS, ALL),
+        # narrower, and so more often: 1/101 of the bytes of n_sync 1 in float32, and 1/422 with one worker that is slow
+        *((narrow(n, 0.04), WORKERS, ALL) for n in (10, 19)),
+        (f"{LONGER} {narrow(19, 0.04)}", WORKERS, ALL),
+        (f"{LONGER} {narrow(19, LOWER)}", WORKERS, (0,)),
+        (f"{LONGER} {narrow(80, LOWER, SLOW)}", WORKERS, ALL),
+        (f"{LONGEST} {narrow(80, 0.04, SLOW)}", WORKERS, (0,)),
         (f"{LONGEST} --lr 0.02", WORKERS, (0,)),
         (f"{LONGEST} {local(50, 0.04, PLAIN, OVERLAP)}", WORKERS, (0,)),
         *((local(200, lr, PLAIN, "--batch-size 4"), WORKERS, (0,)) for lr in (0.01, 0.02, 0.04)),
@@ -107,6 +118,12 @@ CASES = {
     + [
         (local(5, 0.0085, PLAIN, f"{CHARACTERS} {OVERLAP}"), WORKERS, (0,)),
         (local(5, 0.0085, (0.5, 0), f"{CHARACTERS} {OWN_PART}"), WORKERS, (0,)),
+        # four times as long
+        (f"{OF_4000} --rule adamw", WORKERS, (0,)),
+        *(
+            (f"{OF_4000} {narrow(19, lr, f'--batch-size {batch} {CHARACTERS}')}", WORKERS, (0,))
+            for batch, lr in ((2, 0.012), (4, 0.017), (8, 0.0085), (8, 0.017), (8, 0.034))
+        ),
     ],
 }
 

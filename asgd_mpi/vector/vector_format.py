@@ -48,12 +48,6 @@ class VectorFormat:
         """Return the most bytes that a vector takes."""
         return self.num_bytes(self.most)
 
-    def bytes_to(self, stop: int, kept: int = 0) -> int:
-        """Return the bytes of the first `stop` numbers, which are whole pieces, or all."""
-        if not self.is_compressed or kept == CHUNK:
-            return codec.num_bytes(stop, self._plain)
-        return self._starts(kept)[-(-stop // PIECE)]
-
     def rounded(self, vector: torch.Tensor) -> torch.Tensor:
         """Return what arrives of a float32 vector: itself, or a new one."""
         if not self.is_compressed:
@@ -72,9 +66,13 @@ class VectorFormat:
 
     def num_bytes(self, kept: int = 0) -> int:
         """Return the bytes of a vector; a multiple of 4."""
+        return self.bytes_to(self.num_floats, kept)
+
+    def bytes_to(self, stop: int, kept: int = 0) -> int:
+        """Return the bytes of the first `stop` numbers, which are whole pieces, or all."""
         if not self.is_compressed or kept == CHUNK:
-            return self._plain_bytes
-        return self._starts(kept)[-1]
+            return codec.num_bytes(stop, self._plain)
+        return self._starts(kept)[-(-stop // PIECE)]
 
     def vector_in(self, memory: torch.Tensor, kept: int = 0) -> Vector:
         """Return the vector at the beginning of `memory`, uint8, read and written in place, by pieces."""
@@ -94,10 +92,6 @@ class VectorFormat:
     def _plain(self) -> str:
         """The format of a vector of which nothing is left out."""
         return "float32" if self.is_compressed else self.wire
-
-    @cached_property
-    def _plain_bytes(self) -> int:
-        return codec.num_bytes(self.num_floats, self._plain)
 
     @cached_property
     def small_of(self) -> list[Ranges]:
