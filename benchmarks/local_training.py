@@ -1,14 +1,15 @@
 """Measure the accuracy of workers that train on their own (`--rule diloco`), by inner rate, outer step and batches between exchanges.
 
     python -m data_prep.fashion_mnist --out data/fashion-mnist
-    python -m benchmarks.local_training --parts digits,fashion,characters
+    python -m benchmarks.local_training --parts digits,fashion,characters,vit,convnext
 
 8 workers, simulated as in benchmarks.by_workers, with pushes in int8 and fetches in bfloat16, or in int4 and int8. Every training adds a row to
 benchmarks/results/local_training.json; those that are there are not computed again. At the end the tables are printed.
 
 digits      8 epochs, 5 batches between exchanges: 18 rounds of 8 pushes
-fashion     Fashion-MNIST, 4 epochs, 10 to 50 batches: 37 rounds with 50; and 16 and 32 epochs
-characters  a small transformer, AdamW at the workers, 1000 batches, 5 between exchanges: 25 rounds; and 4000 batches
+fashion     Fashion-MNIST, 4 epochs, 10 to 50 batches: 37 rounds with 50; and 16, 32 and 64 epochs
+characters  a small transformer, AdamW at the workers, 1000 batches, 5 between exchanges: 25 rounds; and 4000 and 32,000 batches
+vit, convnext  small networks on Fashion-MNIST, 4 epochs, AdamW at the workers, 19 batches
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def narrow(n_sync: int, lr: float, more: str = "") -> str:
 ROOT = 0.056569
 LOWER = 0.0282843  # times the root of 2
 ALL = (0, 1)  # seeds
-CHARACTERS = "--rule.optimizer adamw"
-OF_4000 = "--epochs 1 --run.validate_every 1"  # batches
+ADAMW = "--rule.optimizer adamw"
+# batches of 8
+OF_4000, OF_32000 = (f"--epochs {epochs} --run.validate_every {epochs}" for epochs in (1, 8))
 SLOW = "--run.inject slow:4x@rank8"
 LONG, LONGER, LONGEST = (
     f"--epochs {epochs} --run.validate_every {epochs}" for epochs in (16, 32, 64)
@@ -111,20 +113,32 @@ CASES = {
         *((local(200, lr, PLAIN, "--batch-size 4"), WORKERS, (0,)) for lr in (0.01, 0.02, 0.04)),
     ],
     "characters": [
-        (local(5, lr, outer, CHARACTERS), WORKERS, (0,))
+        (local(5, lr, outer, ADAMW), WORKERS, (0,))
         for lr in (0.001, 0.003, 0.0085)
         for outer in (FORMER, PLAIN)
     ]
     + [
-        (local(5, 0.0085, PLAIN, f"{CHARACTERS} {OVERLAP}"), WORKERS, (0,)),
-        (local(5, 0.0085, (0.5, 0), f"{CHARACTERS} {OWN_PART}"), WORKERS, (0,)),
+        (local(5, 0.0085, PLAIN, f"{ADAMW} {OVERLAP}"), WORKERS, (0,)),
+        (local(5, 0.0085, (0.5, 0), f"{ADAMW} {OWN_PART}"), WORKERS, (0,)),
         # four times as long
         (f"{OF_4000} --rule adamw", WORKERS, (0,)),
         *(
-            (f"{OF_4000} {narrow(19, lr, f'--batch-size {batch} {CHARACTERS}')}", WORKERS, (0,))
+            (f"{OF_4000} {narrow(19, lr, f'--batch-size {batch} {ADAMW}')}", WORKERS, (0,))
             for batch, lr in ((2, 0.012), (4, 0.017), (8, 0.0085), (8, 0.017), (8, 0.034))
         ),
+        *(
+            (f"{OF_4000} {narrow(19, lr, f'--batch-size 8 {ADAMW}')}", 32, (0,))
+            for lr in (0.006, 0.012)
+        ),
+        (f"{OF_32000} --rule adamw", WORKERS, (0,)),
+        (f"{OF_32000} {narrow(19, 0.012, f'--batch-size 2 {ADAMW}')}", WORKERS, (0,)),
+        (f"{OF_32000} {narrow(76, 0.012, f'--batch-size 2 {ADAMW}')}", WORKERS, (0,)),
+        (f"{OF_32000} {narrow(19, 0.017, f'--batch-size 8 {ADAMW}')}", WORKERS, (0,)),
     ],
+    **{
+        name: [(narrow(19, lr, ADAMW), WORKERS, (0,)) for lr in (0.002, 0.004)]
+        for name in ("vit", "convnext")
+    },
 }
 
 

@@ -293,7 +293,7 @@ def test_the_server_goes_less_of_the_way_with_a_momentum_of_its_own_and_where_no
     assert make_task(digits, "--rule", "diloco", *options).config.rule.outer_rate == rate
 
 
-def test_averaged_workers_take_the_root_of_their_number_times_the_rate_and_twice_it_at_most_unless_it_is_given(
+def test_averaged_workers_take_the_root_of_their_number_times_the_rate_up_to_a_limit_unless_it_is_given(
     digits,
 ):
     def opened(*options, num_workers=3):
@@ -309,6 +309,9 @@ def test_averaged_workers_take_the_root_of_their_number_times_the_rate_and_twice
     # the number whose ways are averaged
     assert opened("--rule.outer_pushes", "2")[0].schedule.lr == pytest.approx(0.02 * 2**0.5)
     assert [opened(num_workers=n)[0].schedule.lr for n in (4, 32)] == [0.04, 0.04]
+    adamw = ["--rule.optimizer", "adamw"]
+    rates = [opened(*adamw, num_workers=n)[0].schedule.lr for n in (4, 8, 32)]
+    assert rates == pytest.approx([0.002, 0.002 * 2**0.5, 0.004])
     for given in (["--lr", "0.02"], ["--batch-size", "16"], ["--rule.outer_pushes", "1"]):
         config, told = opened(*given)
         assert (config.schedule.lr, told) == (0.02, [])
