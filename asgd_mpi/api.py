@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import inspect
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -40,8 +39,6 @@ from asgd_mpi.task.loop import Loop, options_of, settings_of
 from asgd_mpi.vector.flat import trained
 
 SUSPENDED = inspect.GEN_SUSPENDED
-# how much later than the first process another one may come to the same error
-FIRST_SPEAKS_S = 3.0
 
 _run: Any = None  # the Run of this process, or what trains a task in it
 replays: Any = None  # what drives the loop of a script that is run again (see replay)
@@ -287,7 +284,7 @@ class Run:
         if isinstance(error, UserError):
             _tell_first(error)
         else:
-            _let_first_speak()
+            launchers.let_first_speak()
             self._excepthook(kind, error, trace)
         interpreter.leave(self._engine.give_up(WRONG if isinstance(error, UserError) else FAULT))
 
@@ -330,14 +327,8 @@ class Run:
 
 def _tell_first(error: UserError) -> None:
     """Say in one line what was wrong, and let the first process be the one that does if all are wrong."""
-    _let_first_speak()
+    launchers.let_first_speak()
     print(f"error: {error}", file=sys.stderr, flush=True)
-
-
-def _let_first_speak() -> None:
-    """Wait, on all processes but the first: it runs the same script, and its end is the end of them all, before they speak, too."""
-    if not launchers.is_first_process():
-        time.sleep(FIRST_SPEAKS_S)
 
 
 def _in_one_line(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -345,7 +336,7 @@ def _in_one_line(hook: Callable[..., Any]) -> Callable[..., Any]:
 
     def on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if not isinstance(error, UserError):
-            _let_first_speak()
+            launchers.let_first_speak()
             return hook(kind, error, trace)
         _tell_first(error)
         interpreter.leave(WRONG)

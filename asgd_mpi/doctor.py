@@ -152,6 +152,7 @@ def _options(arguments: Sequence[str] | None) -> jsonargparse.Namespace:
         with redirect_stdout(io.StringIO()):
             return make_parser().read(arguments)
     except ConfigError:
+        launchers.let_first_speak()
         raise SystemExit(ending.WRONG) from None
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import environ
 
 from asgd_mpi.errors import ConfigError
 
+# how much later than the first process another one may come to the same error
+FIRST_SPEAKS_S = 3.0
 TIMEOUT_S = 90.0  # Python starts late from a busy file system
 # srun has been seen not to come back though all ranks of a heterogeneous step had ended
 TRIES = 2
@@ -84,6 +87,12 @@ def rank_by_launcher(env: Mapping[str, str] = environ) -> int:
 def is_first_process(env: Mapping[str, str] = environ) -> bool:
     """Return whether the launcher takes this for its first process: of separate worlds of one rank, one should speak."""
     return all(env.get(name, "0") == "0" for name in VARIABLES)
+
+
+def let_first_speak() -> None:
+    """Wait, on all processes but the first: it does the same, and its end is the end of them all, before they end or speak, too."""
+    if not is_first_process():
+        time.sleep(FIRST_SPEAKS_S)
 
 
 def starts_several(env: Mapping[str, str] = environ) -> bool:

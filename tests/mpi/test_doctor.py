@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import own_tasks
+from asgd_mpi import doctor
 from asgd_mpi.comm import stage_group, world
 from asgd_mpi.config.topology import Gpu, Topology
 from asgd_mpi.doctor import Examination, make_parser, render
 from asgd_mpi.errors import ConfigError
+from asgd_mpi.process import launchers
 from asgd_mpi.runtime import findings
 from asgd_mpi.runtime.findings import NOTE, PROBLEM, Findings, Link, Locking, Need, Rank
 from asgd_mpi.vector.flat import num_floats
@@ -304,6 +306,19 @@ def test_an_unknown_network_is_a_problem_and_a_wrong_option_is_not_a_run(openmpi
     assert done.returncode == 1 and "there is no such network" in done.stdout
     done = openmpi.run(2, "-m", "asgd_mpi.doctor", "--modle", "alexnet", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("--modle") == 1
+
+
+@pytest.mark.parametrize("rank, waits", [("0", []), ("1", [launchers.FIRST_SPEAKS_S])])
+def test_a_rank_whose_end_would_silence_the_first_one_waits_until_it_has_spoken(
+    monkeypatch, rank, waits
+):
+    """Without, rank 1 came first now and then, the launcher ended rank 0, and nobody said what was wrong."""
+    waited = []
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+    monkeypatch.setattr(launchers, "time", SimpleNamespace(sleep=waited.append))
+    with pytest.raises(ConfigError if rank == "0" else SystemExit):
+        doctor._options(["--modle", "alexnet"])
+    assert waited == waits
 
 
 def test_every_host_has_its_link_to_rank_0(openmpi, tmp_path):

@@ -170,7 +170,7 @@ def test_a_slice_of_a_push_is_a_range_of_its_bytes(form, kept):
     vector = random_vector(form.num_floats)
     back, memory = arrived(form, kept, vector)
     end = 0
-    for own in cut(form.num_floats, 2, form.wire):
+    for own in cut(form.num_floats, 2, f"--exchange.wire {form.wire}"):
         part = form.part(own)
         start, end = end, end + part.num_bytes(kept)
         assert start == form.part(slice(0, own.start)).num_bytes(kept)

@@ -127,7 +127,7 @@ class Slices(trainer.SingleProcessTrainer):
         groups, rule = task.groups(self.flat.module), task.config.rule
         self.parts = [
             (part, make_rule(part.stop - part.start, rule, num_workers, within(groups, part)))
-            for part in cut(self.flat.num_floats, num_servers, "float32")
+            for part in cut(self.flat.num_floats, num_servers)
         ]
         self.is_whole = True
         if saved:

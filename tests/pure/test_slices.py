@@ -67,7 +67,7 @@ def test_a_slice_of_what_travels_is_a_range_of_its_bytes(wire):
     whole = torch.randn(3 * PIECE + 160)
     memory = torch.zeros(codec.num_bytes(len(whole), wire), dtype=torch.uint8)
     codec.copy_(codec.vector_in(memory, len(whole), wire), whole)
-    for part in cut(len(whole), 3, wire):
+    for part in cut(len(whole), 3, f"--exchange.wire {wire}"):
         arrived = torch.empty(part.stop - part.start)
         codec.copy_(
             arrived,
