@@ -8,7 +8,7 @@ benchmarks/results/local_training.json; those that are there are not computed ag
 
 digits      8 epochs, 5 batches between exchanges: 18 rounds of 8 pushes
 fashion     Fashion-MNIST, 4 epochs, 10 to 50 batches: 37 rounds with 50; and 16, 32 and 64 epochs
-characters  a small transformer, AdamW at the workers, 1000 batches, 5 between exchanges: 25 rounds; and 4000 and 32,000 batches
+characters  a small transformer, AdamW at the workers, 1000 batches, 5 between exchanges: 25 rounds; and 4000 to 96,000 batches
 vit, convnext  small networks on Fashion-MNIST, 4 epochs, AdamW at the workers, 19 batches
 """
 
@@ -53,7 +53,9 @@ LOWER = 0.0282843  # times the root of 2
 ALL = (0, 1)  # seeds
 ADAMW = "--rule.optimizer adamw"
 # batches of 8
-OF_4000, OF_32000 = (f"--epochs {epochs} --run.validate_every {epochs}" for epochs in (1, 8))
+OF_4000, OF_32000, OF_96000 = (
+    f"--epochs {epochs} --run.validate_every {epochs}" for epochs in (1, 8, 24)
+)
 SLOW = "--run.inject slow:4x@rank8"
 LONG, LONGER, LONGEST = (
     f"--epochs {epochs} --run.validate_every {epochs}" for epochs in (16, 32, 64)
@@ -133,7 +135,14 @@ CASES = {
         (f"{OF_32000} --rule adamw", WORKERS, (0,)),
         (f"{OF_32000} {narrow(19, 0.012, f'--batch-size 2 {ADAMW}')}", WORKERS, (0,)),
         (f"{OF_32000} {narrow(76, 0.012, f'--batch-size 2 {ADAMW}')}", WORKERS, (0,)),
-        (f"{OF_32000} {narrow(19, 0.017, f'--batch-size 8 {ADAMW}')}", WORKERS, (0,)),
+        *(
+            (options, WORKERS, (0,))
+            for options in (
+                f"{OF_32000} {narrow(19, 0.017, f'--batch-size 8 {ADAMW}')}",
+                f"{OF_96000} --rule adamw",
+                f"{OF_96000} {narrow(19, 0.017, f'--batch-size 8 {ADAMW}')}",
+            )
+        ),
     ],
     **{
         name: [(narrow(19, lr, ADAMW), WORKERS, (0,)) for lr in (0.002, 0.004)]
