@@ -135,14 +135,9 @@ CASES = {
         (f"{OF_32000} --rule adamw", WORKERS, (0,)),
         (f"{OF_32000} {narrow(19, 0.012, f'--batch-size 2 {ADAMW}')}", WORKERS, (0,)),
         (f"{OF_32000} {narrow(76, 0.012, f'--batch-size 2 {ADAMW}')}", WORKERS, (0,)),
-        *(
-            (options, WORKERS, (0,))
-            for options in (
-                f"{OF_32000} {narrow(19, 0.017, f'--batch-size 8 {ADAMW}')}",
-                f"{OF_96000} --rule adamw",
-                f"{OF_96000} {narrow(19, 0.017, f'--batch-size 8 {ADAMW}')}",
-            )
-        ),
+        (f"{OF_32000} {narrow(19, 0.017, f'--batch-size 8 {ADAMW}')}", WORKERS, (0,)),
+        (f"{OF_96000} --rule adamw", WORKERS, (0,)),
+        (f"{OF_96000} {narrow(19, 0.017, f'--batch-size 8 {ADAMW}')}", WORKERS, (0,)),
     ],
     **{
         name: [(narrow(19, lr, ADAMW), WORKERS, (0,)) for lr in (0.002, 0.004)]

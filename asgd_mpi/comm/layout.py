@@ -88,14 +88,11 @@ class Layout:
 
     def read_at(self, number: int) -> slice:
         """The bytes of a slice, within a vector as workers read it."""
-        start = self.fetched.bytes_to(self.slices[number].start)
-        return slice(start, start + self.of(number).vector_bytes)
+        return self.fetched.place(self.slices[number])
 
     def pushed_at(self, number: int, kept: int) -> slice:
         """The bytes of a slice, within a vector as it is pushed, with so many numbers of a chunk (see VectorFormat)."""
-        own = self.slices[number]
-        start = self.pushed.bytes_to(own.start, kept)
-        return slice(start, start + self.pushed.part(own).num_bytes(kept))
+        return self.pushed.place(self.slices[number], kept)
 
     def promise(self, worker: int) -> int:
         return WORD * (CONTROL_WORDS + PROMISE_WORDS * worker)

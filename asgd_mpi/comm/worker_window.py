@@ -222,7 +222,6 @@ class WorkerWindow(Window):
         slot was needed again meanwhile.
         """
         size = self.whole.num_parameters
-        form = VectorFormat(size) if whole else self.whole.fetched
         if size <= STRIDE or self.near != [True]:
             return None
         self._until(
@@ -236,6 +235,7 @@ class WorkerWindow(Window):
         words = self._control[words_of_slot(slot)]
         here, offset = self._places[slot][whole][0]
         memory = into.numpy()[here]
+        form = VectorFormat(size) if whole else self.whole.fetched
         version, done = int(words[COMING]), 0
 
         def more() -> int:

@@ -32,7 +32,7 @@ SPARE = 1.1  # of diloco's batches, for steps that are quicker than the one that
 
 @dataclass(frozen=True)
 class Load:
-    """What travels: a push, and the fetch after it."""
+    """The formats of a push and of the fetch after it."""
 
     wire: str  # of what is pushed
     density: float  # of topk

@@ -20,7 +20,7 @@ from asgd_mpi.config import rulebook
 from asgd_mpi.errors import ConfigError
 
 if TYPE_CHECKING:
-    from asgd_mpi.config.options import Config
+    from asgd_mpi.config.options import Config, StagesConfig
     from asgd_mpi.config.resolved import Resolved
 
 MOST = 2**31 - 1  # of what nobody means to be larger, whatever its unit
@@ -360,26 +360,7 @@ def _check_stages(config: Config) -> None:
         f"{stages.number} stages begin at {stages.number - 1} names beside the first module; this is {len(stages.names)}",
     )
     if stages.cut == "columns":
-        of_chain = "it is for --stages.cut chain; columns are cut as the network draws them"
-        _demand(
-            stages.number == 2,
-            "stages.cut",
-            stages.cut,
-            f"that takes 2 stages, one for each column, not {stages.number}; give --stages 2",
-        )
-        _demand(not stages.names, "stages.at", stages.at, f"{of_chain}, so leave it out")
-        _demand(
-            stages.balance == "time",
-            "stages.balance",
-            stages.balance,
-            f"{of_chain}; leave it at time",
-        )
-        _demand(
-            stages.schedule == "1f1b",
-            "stages.schedule",
-            stages.schedule,
-            "it is for --stages.cut chain; columns compute one micro-batch after the other; leave it at 1f1b",
-        )
+        _check_columns(stages)
     if stages.number > 1:
         _demand(
             not (exchange.overlap or exchange.n_push == "auto"),
@@ -413,6 +394,29 @@ def _check_stages(config: Config) -> None:
             f"exchange.fetch_wire {exchange.fetch_wire} is read by whole pieces of the weights, of which a stage has parts; bfloat16 takes "
             "half of the bytes",
         )
+
+
+def _check_columns(stages: StagesConfig) -> None:
+    of_chain = "it is for --stages.cut chain; columns are cut as the network draws them"
+    _demand(
+        stages.number == 2,
+        "stages.cut",
+        stages.cut,
+        f"that takes 2 stages, one for each column, not {stages.number}; give --stages 2",
+    )
+    _demand(not stages.names, "stages.at", stages.at, f"{of_chain}, so leave it out")
+    _demand(
+        stages.balance == "time",
+        "stages.balance",
+        stages.balance,
+        f"{of_chain}; leave it at time",
+    )
+    _demand(
+        stages.schedule == "1f1b",
+        "stages.schedule",
+        stages.schedule,
+        "it is for --stages.cut chain; columns compute one micro-batch after the other; leave it at 1f1b",
+    )
 
 
 def demand(holds: bool, name: str, value: object, reason: str) -> None:

@@ -12,9 +12,8 @@ from asgd_mpi.vector.flat import num_floats, ranges_below
 from asgd_mpi.vector.largest import CHUNK
 from asgd_mpi.vector.vector_format import VectorFormat
 
-FIRST_KEPT = (
-    CHUNK // 4
-)  # of a chunk, where the density warms up: 25 %, 6.25 %, 1.6 %, ... (Lin et al. 2018, section 3.3)
+# of a chunk, where the density warms up: 25 %, 6.25 %, 1.6 %, ... (Lin et al. 2018, section 3.3)
+FIRST_KEPT = CHUNK // 4
 
 
 def push_format(exchange: ExchangeConfig, module: nn.Module) -> VectorFormat:

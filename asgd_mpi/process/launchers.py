@@ -90,7 +90,7 @@ def is_first_process(env: Mapping[str, str] = environ) -> bool:
 
 
 def let_first_speak() -> None:
-    """Wait, on all processes but the first: it does the same, and its end is the end of them all, before they end or speak, too."""
+    """Wait, on all processes but the first, before this one ends: with the first end the launcher ends all, spoken or not."""
     if not is_first_process():
         time.sleep(FIRST_SPEAKS_S)
 

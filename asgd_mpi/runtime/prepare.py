@@ -320,7 +320,7 @@ def _wire(exchange: ResolvedExchange, module: nn.Module) -> str:
         return "; the format on the wire is chosen by the links, which are measured first"
     if exchange.wire == exchange.fetch_wire == "float32":
         return ""
-    if exchange.wire == exchange.fetch_wire:
+    if exchange.wire == exchange.fetch_wire and exchange.wire not in rulebook.COMPRESSED:
         return f"; {exchange.wire} on the wire"
     kept = kept_of(exchange.density) if exchange.wire == "topk" else 0
     pushed = push_format(exchange, module).num_bytes(kept)

@@ -1,4 +1,4 @@
-"""How a vector of a certain network travels: in one of the formats of `codec`, or in one that sends less.
+"""The formats that the vectors of a network travel in: those of `codec`, and those that send less.
 
 int8   a byte a number (see `integers`)
 int4   half a byte a number
@@ -73,6 +73,10 @@ class VectorFormat:
         if not self.is_compressed or kept == CHUNK:
             return codec.num_bytes(stop, self._plain)
         return self._starts(kept)[-(-stop // PIECE)]
+
+    def place(self, own: slice, kept: int = 0) -> slice:
+        """Return the bytes of a slice of whole pieces."""
+        return slice(self.bytes_to(own.start, kept), self.bytes_to(own.stop, kept))
 
     def vector_in(self, memory: torch.Tensor, kept: int = 0) -> Vector:
         """Return the vector at the beginning of `memory`, uint8, read and written in place, by pieces."""

@@ -11,7 +11,9 @@ from torch import nn
 
 from asgd_mpi.config import options, rulebook
 from asgd_mpi.config.options import ExchangeConfig
-from asgd_mpi.config import exchange_choice
+from asgd_mpi.config import exchange_choice, limits, parse
+from asgd_mpi.config.resolved import ResolvedExchange
+from asgd_mpi.errors import ConfigError
 from asgd_mpi.offline.simulation import Times, simulate
 from asgd_mpi.optim.error_feedback import ErrorFeedback
 from asgd_mpi.optim.formats import kept_at, kept_of
@@ -26,6 +28,7 @@ from asgd_mpi.record.events import (
     read_log,
 )
 from asgd_mpi.replay import replay
+from asgd_mpi.runtime import prepare
 from asgd_mpi.vector import codec, integers, largest
 from asgd_mpi.vector.flat import FlatModel, ranges_below
 from asgd_mpi.vector.largest import CHUNK
@@ -174,6 +177,7 @@ def test_a_slice_of_a_push_is_a_range_of_its_bytes(form, kept):
         part = form.part(own)
         start, end = end, end + part.num_bytes(kept)
         assert start == form.part(slice(0, own.start)).num_bytes(kept)
+        assert form.place(own, kept) == slice(start, end)
         found = torch.empty(own.stop - own.start)
         codec.copy_(found, part.vector_in(memory[start:end], kept))
         assert torch.equal(found, back[own])
@@ -383,3 +387,22 @@ def test_a_gpu_rounds_what_is_fetched_to_the_same_bits(wire):
     on_device = torch.empty(form.num_floats, device="cuda")
     codec.copy_(on_device, form.vector_in(memory))
     assert torch.equal(on_device.cpu(), back)
+
+
+def test_what_the_formats_come_to_is_said_before_a_run_and_stages_refuse_int8_fetches():
+    module = nn.Linear(256, 64)  # 16,384 numbers, and 64 of a bias
+    exchange = ResolvedExchange(
+        n_push=1, n_fetch=1, overlap=False, wire="float32", fetch_wire="float32"
+    )
+
+    def told(**formats):
+        return prepare._wire(dataclasses.replace(exchange, **formats), module)
+
+    assert told() == "" and told(wire="bfloat16", fetch_wire="bfloat16") == "; bfloat16 on the wire"
+    # of 65,792 bytes 16,964: 256 of the bias, 68 of 65 units, and one for each of 65 groups of 256
+    assert told(fetch_wire="int8") == (
+        "; pushes in float32, 100.0% of the bytes of float32, weights in int8, 25.8%"
+    )
+    assert told(wire="int8", fetch_wire="int8").count("25.8%") == 2
+    with pytest.raises(ConfigError, match="stages.number 2: exchange.fetch_wire int8 is read by"):
+        limits.check(parse.parse(["--stages", "2", "--exchange.fetch_wire", "int8"]))
